@@ -1,0 +1,1 @@
+"""AMT: adversarial meta-tuning of vision transformers for robust few-shot classification."""

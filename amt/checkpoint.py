@@ -1,0 +1,228 @@
+"""Checkpoints on disk: our own format, and the names of the published one.
+
+Ours is a single safetensors file, replaced atomically, whose header carries one JSON text: kind, arch,
+levels, settings, command, versions, seed, scores. The same JSON is written beside it for people to read.
+Nothing here ever unpickles. Knows no model definitions.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+
+import numpy
+import safetensors
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from amt.lora import LoRAPool
+from amt.meta_tune import TuneSettings
+from amt.perturb import Perturbation
+from meta_dataset_readers.errors import InputError
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A pool with what is known about it.
+
+    Args:
+        pool: on the CPU.
+        about: arch, settings, command, versions, seed, scores, ...: plain JSON values.
+        momentum: the optimisers' buffers of an unfinished training, else empty.
+    """
+
+    pool: LoRAPool
+    about: dict
+    momentum: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
+def provenance() -> dict:
+    """Command and versions, for whoever wants to reproduce a file."""
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "numpy": numpy.__version__,
+        },
+    }
+
+
+def save(path: Path, checkpoint: Checkpoint) -> None:
+    """Write `path` (ending in .safetensors) and a readable .json beside it, each replaced atomically.
+
+    Raises:
+        InputError: the place cannot be written to; what was there stays as it was.
+    """
+    pool = checkpoint.pool
+    tensors = {f"residual/{name}": tensor for name, tensor in pool.residual.items()}
+    tensors |= {f"factors/{name}": tensor for name, tensor in pool.factors.items()}
+    tensors |= {"head/scale": pool.scale, "head/bias": pool.bias}
+    tensors |= {f"momentum/{name}": tensor for name, tensor in checkpoint.momentum.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    about = {
+        "format": FORMAT,
+        "levels": [dataclasses.asdict(level) for level in pool.levels],
+        **checkpoint.about,
+    }
+    text = json.dumps(about, indent=1)
+
+    def write_tensors(part: Path) -> None:
+        save_file(tensors, part, metadata={"amt": text})
+
+    replace_file(path, write_tensors)
+    replace_file(path.with_suffix(".json"), lambda part: part.write_text(text + "\n"))
+
+
+def replace_file(path: Path, write) -> None:
+    """Call `write(part)` on a file beside `path`, then put it in its place in one step.
+
+    Raises:
+        InputError: the place cannot be written to.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        os.replace(part, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        part.unlink(missing_ok=True) if part.parent.is_dir() else None
+        raise InputError(f"{path}: cannot be written ({error})") from error
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint written by `save`.
+
+    Raises:
+        InputError: the file is missing, is none of ours, or its tensors do not form a pool.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("amt")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a checkpoint, expected safetensors ({error})") from error
+    if text is None:
+        raise InputError(f"{path}: safetensors without the field 'amt' in its header; not a pool of LoRAs")
+    try:
+        about = json.loads(text)
+        if about["format"] != FORMAT:
+            raise InputError(f"{path}: field 'format' is {about['format']!r}, expected {FORMAT}")
+        levels = tuple(
+            Perturbation(**{k: tuple(v) if isinstance(v, list) else v for k, v in level.items()})
+            for level in about.pop("levels")
+        )
+        about.pop("format")
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: damaged header field 'amt' ({error!r})") from error
+    return _assemble(path, tensors, levels, about)
+
+
+def _assemble(path: Path, tensors: dict[str, Tensor], levels: tuple, about: dict) -> Checkpoint:
+    rooms: dict[str, dict[str, Tensor]] = {"residual": {}, "factors": {}, "head": {}, "momentum": {}}
+    for name, tensor in tensors.items():
+        room, _, rest = name.partition("/")
+        if room not in rooms:
+            raise InputError(f"{path}: unexpected tensor {name!r}")
+        rooms[room][rest] = tensor
+    factors, head, residual = rooms["factors"], rooms["head"], rooms["residual"]
+    for name in ("scale", "bias"):
+        if name not in head or tuple(head[name].shape) != (len(levels),):
+            raise InputError(f"{path}: tensor head/{name} is missing or not of shape ({len(levels)},)")
+    adapted = [name for name in residual if f"{name}.lora_A" in factors]
+    A = {name: factors[f"{name}.lora_A"] for name in adapted}
+    B = {name: factors.get(f"{name}.lora_B") for name in adapted}
+    if not adapted or len(factors) != 2 * len(adapted):
+        raise InputError(f"{path}: the factors do not belong to the weights beside them")
+    for name in adapted:
+        check_factors(path, name, residual[name], A[name], B[name], len(levels))
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{path}: tensor {name} holds values that are not finite")
+    pool = LoRAPool(residual, A, B, head["scale"], head["bias"], levels)
+    return Checkpoint(pool, about, rooms["momentum"])
+
+
+def check_factors(path: Path, name: str, weight: Tensor, A: Tensor, B: Tensor | None, adapters: int) -> None:
+    """Raise an `InputError` unless A (P, g, r, in) and B (P, g, out/g, r) adapt `weight`."""
+    if A.ndim == 4 and B is not None and B.ndim == 4:
+        groups, rank = A.shape[1:3]
+        inputs = weight[0].numel()
+        expected = (adapters, groups, rank, inputs), (adapters, groups, len(weight) // max(groups, 1), rank)
+        if (tuple(A.shape), tuple(B.shape)) == expected and groups * B.shape[2] == len(weight):
+            return
+    shapes = tuple(A.shape), None if B is None else tuple(B.shape)
+    raise InputError(
+        f"{path}: factors of {name} have shapes {shapes[0]} and {shapes[1]}, "
+        f"which do not adapt a weight of shape {tuple(weight.shape)} for {adapters} levels"
+    )
+
+
+def check_architecture(path: Path, pool: LoRAPool, weights: dict[str, Tensor], arch: str) -> None:
+    """Raise an `InputError` unless the pool's residual has the names and shapes of the backbone's weights."""
+    for name in sorted(weights.keys() | pool.residual.keys()):
+        found, expected = pool.residual.get(name), weights.get(name)
+        if found is None or expected is None or found.shape != expected.shape:
+            shapes = ["absent" if t is None else str(tuple(t.shape)) for t in (found, expected)]
+            raise InputError(f"{path}: tensor {name} is {shapes[0]}, but --arch {arch} has it {shapes[1]}")
+
+
+def check_resumable(
+    path: Path, saved: Checkpoint, settings: TuneSettings, levels: tuple[Perturbation, ...], rank: int
+) -> None:
+    """Raise an `InputError` unless `saved` is an unfinished run of these very settings."""
+    if "tuner" not in saved.about:
+        raise InputError(f"{path}: holds no optimiser state; continue from a last.safetensors")
+    if saved.about["finished"]:
+        raise InputError(f"{path}: this run is finished, nothing is left to resume")
+    asked = {**dataclasses.asdict(settings), "levels": levels, "rank": rank}
+    found = {**saved.about["settings"], "levels": saved.pool.levels, "rank": saved.pool.rank}
+    for name, value in asked.items():
+        if found.get(name) != value:
+            raise InputError(f"{path}: was trained with {name} {found.get(name)!r}, not {value!r}")
+
+
+_PUBLISHED_FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>\d+))?")
+
+
+def pool_from_published(state: dict[str, Tensor], levels: tuple[Perturbation, ...]) -> LoRAPool:
+    """A pool from a state dict of the published code: one LoRA (`backbone.`) or several (`backbone.model.`).
+
+    Published factors are (g * r, in) and (out, r); ours carry the groups g as an axis. Which level each
+    LoRA was trained for is not in the file, so `levels` says it, one per LoRA.
+
+    Raises:
+        ValueError: as many LoRAs as levels were not found.
+    """
+    prefix = "backbone.model." if any(name.startswith("backbone.model.") for name in state) else "backbone."
+    residual: dict[str, Tensor] = {}
+    factors: dict[tuple[str, str], dict[int, Tensor]] = {}
+    for name, tensor in state.items():
+        match = _PUBLISHED_FACTOR.fullmatch(name.removeprefix(prefix))
+        if match:
+            key = f"{match['layer']}.weight", match["side"]
+            factors.setdefault(key, {})[int(match["adapter"] or 0)] = tensor
+        elif name.startswith(prefix):
+            residual[name.removeprefix(prefix)] = tensor
+    A, B = {}, {}
+    for (name, side), found in factors.items():
+        if sorted(found) != list(range(len(levels))):
+            raise ValueError(f"{name} has LoRAs {sorted(found)}, expected {len(levels)} of them")
+        stacked = torch.stack([found[p] for p in range(len(levels))])
+        groups = 3 if name.endswith("qkv.weight") else 1
+        if side == "A":
+            A[name] = stacked.reshape(len(levels), groups, -1, stacked.shape[-1])
+        else:
+            B[name] = stacked.reshape(len(levels), groups, -1, stacked.shape[-1])
+    scale, bias = (state[name].reshape(1).repeat(len(levels)) for name in ("scale_cls", "bias"))
+    return LoRAPool(residual, A, B, scale, bias, levels)

@@ -1,0 +1,241 @@
+"""A pool of LoRAs as plain data, and the arithmetic that turns it into weights.
+
+    W    =  W_res  +  sum_p c_p  B_p A_p          per adapted layer, for coefficients c that sum to 1
+
+    A    (P, g, r, in)       P adapters, rank r, g groups of output rows: 3 for a fused qkv, else 1
+    B    (P, g, out/g, r)
+    B A  (g, out/g, in), viewed in the shape of W: (out, in), or (out, in, kh, kw) for a convolution
+
+All adapters share one residual W_res, so a merge is exact whatever the adapters. (LoRA: Hu et al. 2021;
+the start from the leading singular triplets: Meng et al. 2024, and eq. 5 of the AMT paper.)
+Knows no training and no files.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from amt.backbone import Weights
+from amt.perturb import Perturbation
+
+VIT_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAPool:
+    """P low-rank adapters over one shared residual, with the classifier head each was trained with.
+
+    Args:
+        residual: every weight of the network by name; adapted ones hold W_res.
+        A, B: factors by the name of the weight they adapt; shapes as in the module's docstring.
+        scale, bias: (P,) the head's logit scale and bias.
+        levels: the P robustness levels the adapters were (or are to be) trained for.
+    """
+
+    residual: Weights
+    A: dict[str, Tensor]
+    B: dict[str, Tensor]
+    scale: Tensor
+    bias: Tensor
+    levels: tuple[Perturbation, ...]
+
+    def __len__(self) -> int:
+        return len(self.scale)
+
+    def __getitem__(self, adapter: int) -> "LoRAPool":
+        """Adapter `adapter` alone: a pool of size one that shares the residual."""
+        if not 0 <= adapter < len(self):
+            raise IndexError(f"adapter {adapter} of a pool of {len(self)}")
+        one = slice(adapter, adapter + 1)
+        return dataclasses.replace(
+            self,
+            A={name: factor[one] for name, factor in self.A.items()},
+            B={name: factor[one] for name, factor in self.B.items()},
+            scale=self.scale[one],
+            bias=self.bias[one],
+            levels=self.levels[one],
+        )
+
+    @property
+    def rank(self) -> int:
+        return next(iter(self.A.values())).shape[2]
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """All low-rank factors in one flat dictionary, `<weight>.lora_A` and `<weight>.lora_B`."""
+        named = {}
+        for name in self.A:
+            named[f"{name}.lora_A"] = self.A[name]
+            named[f"{name}.lora_B"] = self.B[name]
+        return named
+
+    def with_factors(self, factors: dict[str, Tensor]) -> "LoRAPool":
+        """The same pool with other factors, named as in `factors`."""
+        return dataclasses.replace(
+            self,
+            A={name: factors[f"{name}.lora_A"] for name in self.A},
+            B={name: factors[f"{name}.lora_B"] for name in self.B},
+        )
+
+    def to(self, device) -> "LoRAPool":
+        """The same pool with every tensor on `device`."""
+
+        def move(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+        return dataclasses.replace(
+            self,
+            residual=move(self.residual),
+            A=move(self.A),
+            B=move(self.B),
+            scale=self.scale.to(device),
+            bias=self.bias.to(device),
+        )
+
+    def merge(self, coefficients: Sequence[float]) -> Weights:
+        """Complete weights W_res + sum_p c_p B_p A_p; a gradient reaches every factor with c_p != 0.
+
+        Args:
+            coefficients: P numbers that sum to 1: only then does an untrained pool give back the
+                pretrained network.
+
+        Raises:
+            ValueError: another number of coefficients, or a sum other than 1.
+        """
+        coefficients = [float(c) for c in coefficients]
+        if len(coefficients) != len(self):
+            raise ValueError(f"{len(coefficients)} coefficients for a pool of {len(self)} adapters")
+        if abs(sum(coefficients) - 1) > 1e-4:
+            raise ValueError(f"coefficients sum to {sum(coefficients):.6g}, expected 1")
+        chosen = [p for p, c in enumerate(coefficients) if c != 0]
+        shares = [coefficients[p] for p in chosen]
+        return self.residual | {
+            name: weight + _mixture(self.A[name], self.B[name], chosen, shares).reshape(weight.shape)
+            for name, weight in self.residual.items()
+            if name in self.A
+        }
+
+    def head(self, coefficients: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """The merged head: logit scale and bias, two scalars."""
+        shares = self.scale.new_tensor([float(c) for c in coefficients])
+        return shares @ self.scale, shares @ self.bias
+
+    @staticmethod
+    def concat(pools: Sequence["LoRAPool"]) -> "LoRAPool":
+        """One pool of all adapters of `pools`, in order.
+
+        Raises:
+            ValueError: the pools do not share one residual (to float32 rounding of its SVD).
+        """
+        first = pools[0]
+        for pool in pools[1:]:
+            for name, weight in first.residual.items():
+                other = pool.residual[name]
+                if other is not weight and not torch.allclose(weight, other, rtol=1e-4, atol=1e-5):
+                    raise ValueError(f"residuals differ at {name}: not adapters of one pretrained network")
+        return dataclasses.replace(
+            first,
+            A={name: torch.cat([pool.A[name] for pool in pools]) for name in first.A},
+            B={name: torch.cat([pool.B[name] for pool in pools]) for name in first.B},
+            scale=torch.cat([pool.scale for pool in pools]),
+            bias=torch.cat([pool.bias for pool in pools]),
+            levels=tuple(level for pool in pools for level in pool.levels),
+        )
+
+
+def _mixture(A: Tensor, B: Tensor, chosen: Sequence[int], shares: Sequence[float]) -> Tensor:
+    """sum_p c_p B_p A_p over the chosen adapters as one product of rank len(chosen) * r."""
+    wide_A = torch.cat([A[p] for p in chosen], dim=1)
+    wide_B = torch.cat([share * B[p] for p, share in zip(chosen, shares, strict=True)], dim=2)
+    return wide_B @ wide_A
+
+
+def adapted_layers(weights: Weights, layers: Sequence[str] = VIT_LAYERS) -> list[str]:
+    """Names of the weights that get an adapter: those of layers whose name ends as listed."""
+    endings = tuple(f"{layer}.weight" for layer in layers)
+    return [name for name in weights if name.endswith(endings)]
+
+
+def split_principal(weight: Tensor, rank: int, groups: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Split a weight into its leading singular triplets and the rest.
+
+    Per group of output rows W = U S V^T:  A = sqrt(S_r) V_r^T,  B = U_r sqrt(S_r),  W_res = W - B A.
+    The signs of A's rows and B's columns are arbitrary together; B A is not.
+
+    Args:
+        weight: (out, in) or a convolution's (out, in, kh, kw).
+        rank: r, at most min(out / groups, in * kh * kw).
+        groups: number of equal blocks of rows to split separately.
+
+    Returns:
+        W_res like `weight`, A (groups, r, in), B (groups, out / groups, r).
+
+    Raises:
+        ValueError: the rank exceeds the matrix.
+    """
+    blocks = weight.reshape(groups, weight.shape[0] // groups, -1)
+    if not 0 < rank <= min(blocks.shape[1:]):
+        raise ValueError(f"rank {rank} does not fit a {blocks.shape[1]} x {blocks.shape[2]} matrix")
+    U, S, Vh = torch.linalg.svd(blocks, full_matrices=False)
+    root = S[:, :rank].sqrt()
+    A = root[:, :, None] * Vh[:, :rank]
+    B = U[:, :, :rank] * root[:, None]
+    return weight - (B @ A).reshape(weight.shape), A, B
+
+
+def principal_pool(
+    weights: Weights, rank: int, levels: Sequence[Perturbation], layers: Sequence[str] = VIT_LAYERS
+) -> LoRAPool:
+    """An untrained pool: every adapter starts at the leading singular triplets of the pretrained weights.
+
+    Args:
+        weights: all pretrained weights by name.
+        rank: r of every adapter.
+        levels: one robustness level per adapter.
+        layers: endings of the names of the layers to adapt.
+    """
+    residual, A, B = dict(weights), {}, {}
+    for name in adapted_layers(weights, layers):
+        groups = 3 if name.endswith("qkv.weight") else 1
+        residual[name], one_A, one_B = split_principal(weights[name], rank, groups)
+        A[name] = one_A.repeat(len(levels), 1, 1, 1)
+        B[name] = one_B.repeat(len(levels), 1, 1, 1)
+    head = next(iter(weights.values())).new_ones(len(levels))
+    return LoRAPool(residual, A, B, 10 * head, 0 * head, tuple(levels))
+
+
+@dataclasses.dataclass(frozen=True)
+class Trim:
+    """Which weights lose their smallest singular values.
+
+    Args:
+        layer: ending of the layer's name, such as "qkv", "proj", "fc1" or "attn.qkv".
+        block: index of the transformer block, or -1 for all.
+        keep: fraction of singular values kept, in (0, 1].
+    """
+
+    layer: str
+    block: int
+    keep: float
+
+    def selects(self, name: str) -> bool:
+        """Whether the weight called `name`, e.g. `blocks.3.attn.qkv.weight`, is trimmed."""
+        block = "blocks." if self.block == -1 else f"blocks.{self.block}."
+        return name.startswith(block) and name.endswith(f"{self.layer}.weight")
+
+
+def truncate(weight: Tensor, keep: float) -> Tensor:
+    """Best approximation of a matrix (out, in) by its int(min(out, in) * keep) largest singular triplets."""
+    count = int(min(weight.shape) * keep)
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    return (U[:, :count] * S[:count]) @ Vh[:count]
+
+
+def trim_singular_values(weights: Weights, trims: Sequence[Trim]) -> Weights:
+    """Weights with the small singular values of the selected layers removed; every trim starts from the
+    weight that came in, so where two select one layer the later one counts."""
+    return weights | {
+        name: truncate(weights[name], trim.keep) for trim in trims for name in weights if trim.selects(name)
+    }

@@ -1,0 +1,32 @@
+"""The natural-plus-robust loss in the form of TRADES (Zhang et al. 2019), shared by every training path."""
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class RobustLoss(NamedTuple):
+    """`total` = `natural` + beta * `robust`; three scalars."""
+
+    total: Tensor
+    natural: Tensor
+    robust: Tensor
+
+
+def kl_sum(clean: Tensor, attacked: Tensor) -> Tensor:
+    """sum_i KL(softmax(clean_i) || softmax(attacked_i)) over logits (N, C); gradient flows into both."""
+    return F.kl_div(F.log_softmax(attacked, 1), F.log_softmax(clean, 1), reduction="sum", log_target=True)
+
+
+def robust_loss(clean: Tensor, attacked: Tensor, labels: Tensor, beta: float) -> RobustLoss:
+    """Cross-entropy of the clean logits plus beta times the mean KL from clean to attacked.
+
+    Args:
+        clean, attacked: logits (Q, N) of the clean and the attacked queries, neither detached.
+        labels: (Q,) int64 in 0..N-1.
+        beta: weight of the robust term.
+    """
+    natural = F.cross_entropy(clean, labels)
+    robust = kl_sum(clean, attacked) / len(labels)
+    return RobustLoss(natural + beta * robust, natural, robust)

@@ -1,0 +1,363 @@
+"""The command line: every flag once, checked once, turned into typed settings.
+
+Flags are those of the published code, with dashes and underscores alike; `@FILE` reads flags from a file
+(one or more to a line, # starts a comment). Knows no tensors and nobody's disk.
+"""
+
+import argparse
+import math
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from amt.backbone import base_arch
+from amt.evaluate import PGD
+from amt.lora import Trim
+from amt.merge import Routing
+from amt.meta_tune import METHODS, TuneSettings
+from amt.perturb import STARTS, Perturbation
+from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.sampling import EpisodeSampling
+
+POOL_EPSILONS = (8.0, 6.0, 0.1, 0.01)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, whose flags may be spelt with dashes, and that reads @FILEs."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            fromfile_prefix_chars="@",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        return [spelling(word) for word in shlex.split(line, comments=True)]
+
+    def error(self, message: str) -> None:
+        raise InputError(message)
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse flags; an `InputError` says what is wrong with the first bad one."""
+        return self.parse_args([spelling(word) for word in argv])
+
+
+def spelling(word: str) -> str:
+    """A flag with its dashes as underscores; anything else as it is."""
+    match = re.match(r"--[A-Za-z][\w-]*", word)
+    return "--" + match[0][2:].replace("-", "_") + word[match.end() :] if match else word
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is too small, expected at least 1")
+    return value
+
+
+def natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative, expected at least 0")
+    return value
+
+
+def amount(text: str) -> float:
+    """A finite number that is not negative."""
+    value = float(text)
+    if not math.isfinite(value) or value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not an amount, expected a number of at least 0")
+    return value
+
+
+def trim(text: str) -> Trim:
+    """NAME:BLOCK:KEEP, as in qkv:-1:0.5."""
+    try:
+        layer, block, keep = text.split(":")
+        found = Trim(layer, int(block), float(keep))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected NAME:BLOCK:KEEP such as qkv:-1:0.5") from None
+    if not 0 < found.keep <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} keeps {found.keep:g}, expected a fraction in (0, 1]")
+    return found
+
+
+def _common(parser: Parser, sources: str, split_help: str) -> None:
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_path", type=Path, required=True, help="folder with one folder per source")
+    data.add_argument(f"--{sources}", nargs="+", required=True, metavar="SOURCE", help=split_help)
+    data.add_argument("--image_size", type=positive, help="side in pixels (default: the backbone's)")
+    data.add_argument("--num_workers", type=natural, default=1, help="processes that prepare episodes")
+    data.add_argument(
+        "--skip_bad_records",
+        action="store_true",
+        help="replace a damaged record by another image of its class, and count it, instead of stopping",
+    )
+
+    episodes = parser.add_argument_group("episodes")
+    episodes.add_argument("--num_ways", type=positive, help="fixed number of classes (default: variable)")
+    episodes.add_argument(
+        "--num_support",
+        type=positive,
+        nargs="+",
+        metavar="K",
+        help="fixed shots, or two numbers: one value drawn between them per episode (default: variable)",
+    )
+    episodes.add_argument("--num_query", type=positive, help="fixed queries per class (default: variable)")
+    episodes.add_argument("--min_ways", type=positive, default=5, help="least ways when variable")
+    episodes.add_argument("--max_ways_upper_bound", type=positive, default=50, help="most ways when variable")
+    episodes.add_argument("--max_num_query", type=positive, default=10, help="most queries when variable")
+    episodes.add_argument("--max_support_set_size", type=positive, default=500, help="when shots vary")
+    episodes.add_argument(
+        "--max_support_size_contrib_per_class", type=positive, default=100, help="when shots vary"
+    )
+    episodes.add_argument(
+        "--min_examples_in_class", type=natural, default=0, help="leave smaller classes out"
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--pretrained_checkpoint", type=Path, help="safetensors file of backbone weights")
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    precision = machine.add_mutually_exclusive_group()
+    precision.add_argument("--fp16", action="store_true", help="mixed precision in float16")
+    precision.add_argument("--bf16", action="store_true", help="mixed precision in bfloat16")
+    machine.add_argument("--seed", type=natural, default=0, help="decides everything that is random")
+
+
+def training_parser() -> Parser:
+    """The flags of main.py."""
+    parser = Parser("Meta-tune a pool of LoRAs, one per robustness level, under dual perturbation.")
+    _common(parser, "base_sources", "sources whose TRAIN classes are trained on, drawn uniformly")
+    parser.add_argument("--arch", default="dino_small_patch16_amt", help="backbone, for example vit_mini_amt")
+    parser.add_argument("--rank", type=positive, default=8, help="rank of every LoRA")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where checkpoints and logs go")
+    parser.add_argument("--resume", type=Path, help="a last.safetensors to continue exactly")
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=positive, default=30)
+    training.add_argument("--nEpisode", type=positive, default=2000, help="episodes per epoch and source")
+    training.add_argument("--lr", type=amount, default=5e-4)
+    training.add_argument("--warmup_epochs", type=natural, default=5, help="epochs of linear warm-up")
+    training.add_argument("--warmup_lr", type=amount, default=1e-6, help="rate the warm-up starts from")
+    training.add_argument("--min_lr", type=amount, default=1e-6, help="rate the cosine ends at")
+    training.add_argument("--momentum", type=amount, default=0.9)
+    training.add_argument("--clip_grad", type=amount, help="largest gradient norm of a level (ours)")
+    training.add_argument("--val_sources", nargs="+", metavar="SOURCE", help="default: the base sources")
+    training.add_argument(
+        "--nValEpisode", type=natural, default=120, help="fixed episodes per source; 0: none"
+    )
+
+    levels = parser.add_argument_group("perturbation")
+    levels.add_argument("--pgd_method", choices=METHODS, default="adsv", help="standard: plain meta-tuning")
+    levels.add_argument(
+        "--epsilon",
+        type=amount,
+        nargs="+",
+        default=list(POOL_EPSILONS),
+        help="one LoRA for each value, in 1/255 of the pixel range",
+    )
+    levels.add_argument(
+        "--alpha", type=amount, help="step size in 1/255 (default: a quarter of each epsilon)"
+    )
+    levels.add_argument("--attack_iters", type=positive, default=10, help="steps K of the training attack")
+    levels.add_argument(
+        "--delta_init",
+        choices=[*STARTS, "random"],
+        default="random2",
+        help="start of the attack; random is random2; zero is degenerate, its first gradient vanishes (ours)",
+    )
+    levels.add_argument("--beta", type=amount, default=6.0, help="weight of the robust term")
+    levels.add_argument(
+        "--awp_gamma", type=amount, default=0.005, help="relative radius of the weight perturbation (ours)"
+    )
+    levels.add_argument(
+        "--pyramid_grids",
+        type=natural,
+        nargs="+",
+        default=[4, 8, 0],
+        help="cells per side of each level, 0 for one per pixel",
+    )
+    levels.add_argument("--pyramid_scalars", type=amount, nargs="+", default=[20.0, 10.0, 1.0])
+    levels.add_argument(
+        "--epsilon_warmup", type=natural, default=0, help="episodes over which epsilon grows from 0 (ours)"
+    )
+    return parser
+
+
+def testing_parser() -> Parser:
+    """The flags of test_meta_dataset.py."""
+    parser = Parser("Evaluate a pool per domain: route, merge, trim, classify; clean and under attack.")
+    _common(parser, "test_sources", "domains to evaluate on, one after another")
+    parser.add_argument("--arch", required=True, help="backbone, for example vit_mini_amt_merge")
+    parser.add_argument("--resume", type=Path, help="checkpoint of the pool; none: the pretrained network")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where results.json and pictures go")
+    parser.add_argument("--nTestEpisode", type=positive, default=600, help="episodes per domain")
+    parser.add_argument("--split", choices=["TRAIN", "VALID", "TEST"], default="TEST")
+
+    attack = parser.add_argument_group("attack")
+    attack.add_argument(
+        "--epsilon",
+        type=amount,
+        nargs="*",
+        default=[8.0],
+        help="in 1/255 of the pixel range; none: clean only",
+    )
+    attack.add_argument("--attack_iters", type=positive, default=20, help="steps of PGD")
+    attack.add_argument(
+        "--alpha", type=amount, help="step size in 1/255 (default: a quarter of each epsilon)"
+    )
+
+    merging = parser.add_argument_group("merging")
+    merging.add_argument(
+        "--routing",
+        choices=["amt", "attacked", "uniform"],
+        default="amt",
+        help="amt: the published scores; attacked: the same on attacked support images (ours)",
+    )
+    merging.add_argument(
+        "--specified_expert", type=natural, nargs="+", metavar="P", help="plain average of these adapters"
+    )
+    merging.add_argument(
+        "--coefficients", type=amount, nargs="+", metavar="C", help="one number per adapter, summing to 1"
+    )
+    merging.add_argument("--blend_beta", type=amount, default=1.0, help="sharpness of the scores")
+    merging.add_argument("--blend_gamma", type=amount, default=0.6, help="balance of intra and inter")
+    merging.add_argument("--top_k", type=positive, default=2, help="adapters that share the weight")
+    merging.add_argument("--aug_prob", type=amount, default=0.9, help="chance of augmenting the support")
+    merging.add_argument(
+        "--trim",
+        type=trim,
+        nargs="+",
+        default=[],
+        metavar="NAME:BLOCK:KEEP",
+        help="keep a fraction of the singular values of these layers; block -1 for all",
+    )
+    merging.add_argument(
+        "--select_on",
+        metavar="SOURCE",
+        help="choose beta, gamma and trimming on VALID episodes of this source, before any test episode",
+    )
+    merging.add_argument("--nSelectEpisode", type=positive, default=40, help="episodes to choose on")
+    merging.add_argument(
+        "--trim_candidates", type=trim, nargs="+", default=[], help="trimmings that --select_on may choose"
+    )
+    return parser
+
+
+def check_training(args: argparse.Namespace) -> None:
+    """Raise an `InputError` for flags that are well-formed one by one and wrong together."""
+    base_arch(args.arch)
+    if len(args.pyramid_grids) != len(args.pyramid_scalars):
+        raise InputError(
+            f"--pyramid_grids has {len(args.pyramid_grids)} values and --pyramid_scalars "
+            f"{len(args.pyramid_scalars)}, expected as many"
+        )
+    _check_episodes(args)
+
+
+def check_testing(args: argparse.Namespace) -> None:
+    """The same for the flags of test_meta_dataset.py."""
+    base_arch(args.arch)
+    given = [flag for flag in ("specified_expert", "coefficients") if getattr(args, flag) is not None]
+    if len(given) > 1:
+        raise InputError("--specified_expert and --coefficients exclude each other")
+    if args.resume is None and given:
+        raise InputError(f"--{given[0]} needs a pool; name its checkpoint with --resume")
+    if args.select_on and (given or args.routing == "uniform" or args.resume is None):
+        raise InputError(
+            "--select_on chooses the settings of a router; it needs --resume and a scoring --routing"
+        )
+    if args.coefficients is not None and abs(sum(args.coefficients) - 1) > 1e-4:
+        raise InputError(f"--coefficients sum to {sum(args.coefficients):g}, expected 1")
+    if args.aug_prob > 1:
+        raise InputError(f"--aug_prob is {args.aug_prob:g}, expected a probability")
+    if len(set(args.epsilon)) < len(args.epsilon):
+        raise InputError(f"--epsilon names a value twice: {args.epsilon}")
+    _check_episodes(args)
+
+
+def _check_episodes(args: argparse.Namespace) -> None:
+    if args.num_support is not None and len(args.num_support) > 2:
+        raise InputError(
+            f"--num_support has {len(args.num_support)} values, expected one, or a least and a most"
+        )
+    if args.min_ways > args.max_ways_upper_bound:
+        raise InputError(
+            f"--min_ways {args.min_ways} exceeds --max_ways_upper_bound {args.max_ways_upper_bound}"
+        )
+
+
+def autocast(args: argparse.Namespace) -> torch.dtype | None:
+    """The dtype of mixed precision, or None for float32."""
+    return torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
+
+
+def sampling(args: argparse.Namespace) -> EpisodeSampling:
+    """How episodes are drawn."""
+    shots = args.num_support
+    return EpisodeSampling(
+        num_ways=args.num_ways,
+        num_support=None if shots is None else shots[0] if len(shots) == 1 else tuple(shots),
+        num_query=args.num_query,
+        min_ways=args.min_ways,
+        max_ways_upper_bound=args.max_ways_upper_bound,
+        max_num_query=args.max_num_query,
+        max_support_set_size=args.max_support_set_size,
+        max_support_size_contrib_per_class=args.max_support_size_contrib_per_class,
+        min_examples_in_class=args.min_examples_in_class,
+    )
+
+
+def levels(args: argparse.Namespace) -> tuple[Perturbation, ...]:
+    """One `Perturbation` for each value of --epsilon."""
+    return tuple(
+        Perturbation(
+            epsilon=epsilon,
+            step_size=epsilon / 4 if args.alpha is None else args.alpha,
+            steps=args.attack_iters,
+            gamma=args.awp_gamma,
+            beta=args.beta,
+            grids=tuple(args.pyramid_grids),
+            scalars=tuple(args.pyramid_scalars),
+            start="random2" if args.delta_init == "random" else args.delta_init,
+        )
+        for epsilon in args.epsilon
+    )
+
+
+def tune_settings(args: argparse.Namespace) -> TuneSettings:
+    """How long and how fast to train."""
+    return TuneSettings(
+        epochs=args.epochs,
+        episodes_per_epoch=args.nEpisode * len(args.base_sources),
+        lr=args.lr,
+        warmup_epochs=args.warmup_epochs,
+        warmup_lr=args.warmup_lr,
+        min_lr=args.min_lr,
+        momentum=args.momentum,
+        method=args.pgd_method,
+        clip_grad=args.clip_grad,
+        epsilon_warmup=args.epsilon_warmup,
+        seed=args.seed,
+    )
+
+
+def attacks(args: argparse.Namespace) -> tuple[PGD, ...]:
+    """The attacks of evaluation, one per positive epsilon."""
+    return tuple(
+        PGD(epsilon, epsilon / 4 if args.alpha is None else args.alpha, args.attack_iters)
+        for epsilon in args.epsilon
+        if epsilon > 0
+    )
+
+
+def routing(args: argparse.Namespace) -> Routing:
+    """The settings of the scoring routers."""
+    view = "attacked" if args.routing == "attacked" else "augmented"
+    return Routing(args.blend_beta, args.blend_gamma, args.top_k, view, args.aug_prob)

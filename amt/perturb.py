@@ -1,0 +1,218 @@
+"""Worst-case moves of inputs and of weights.
+
+Sees only loss functions and tensors: no model, no episode. An attack never builds a parameter gradient,
+since all it asks autograd for is the gradient with respect to the perturbation.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+STARTS = ("zero", "random1", "random2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Perturbation:
+    """One robustness level of meta-training: how far inputs and weights are moved, and what it weighs.
+
+    The input moves on a pyramid of grids: level l holds one value per cell of a `grids[l]` x `grids[l]`
+    grid (0: one cell per pixel), bounded by epsilon and multiplied by `scalars[l]`, so that epsilon is the
+    bound of the pixel level alone when its scalar is 1. `grids=(0,)`, `scalars=(1.0,)` is ordinary PGD.
+
+    Args:
+        epsilon: bound in 1/255 of the pixel range, >= 0.
+        step_size: step in the same unit.
+        steps: number of attack steps K.
+        gamma: radius of the weight perturbation relative to each factor's norm; 0 leaves weights alone.
+        beta: weight of the robust term in the loss.
+        start: "zero", "random1" (uniform within epsilon) or "random2" (0.001 times a standard normal).
+            From "zero" the KL gradient is exactly zero, so that attack may never leave the clean image.
+    """
+
+    epsilon: float
+    step_size: float
+    steps: int = 10
+    gamma: float = 0.005
+    beta: float = 6.0
+    grids: tuple[int, ...] = (4, 8, 0)
+    scalars: tuple[float, ...] = (20.0, 10.0, 1.0)
+    start: str = "random2"
+
+    def scaled(self, factor: float) -> "Perturbation":
+        """The same level with epsilon and step size multiplied by `factor`."""
+        return dataclasses.replace(self, epsilon=self.epsilon * factor, step_size=self.step_size * factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueSpace:
+    """The units images are in: the values of black and white, and of one whole pixel range.
+
+    Numbers, or tensors that broadcast over (N, 3, H, W). Only comparisons with attacks that were run on
+    normalised images need another space than `PIXELS`.
+    """
+
+    lower: Tensor | float = 0.0
+    upper: Tensor | float = 1.0
+    unit: Tensor | float = 1.0
+
+    def clip(self, images: Tensor) -> Tensor:
+        """Clip to the valid range; unlike torch.clamp, a value at a limit passes half its gradient."""
+        upper = torch.as_tensor(self.upper, dtype=images.dtype, device=images.device)
+        lower = torch.as_tensor(self.lower, dtype=images.dtype, device=images.device)
+        return torch.maximum(torch.minimum(images, upper), lower)
+
+
+PIXELS = ValueSpace()
+
+
+def pyramid_start(
+    images: Tensor, level: Perturbation, generator: torch.Generator, space: ValueSpace = PIXELS
+) -> list[Tensor]:
+    """Starting perturbations, one (N, 3, rows, columns) per grid, drawn on the CPU from `generator`."""
+    n, channels, height, width = images.shape
+    epsilon = level.epsilon / 255 * space.unit
+    deltas = []
+    for cells in level.grids:
+        shape = (n, channels, cells or height, cells or width)
+        if level.start == "zero":
+            delta = torch.zeros(shape)
+        elif level.start == "random1":
+            delta = (2 * torch.rand(shape, generator=generator) - 1) * epsilon
+        else:
+            delta = 0.001 * torch.randn(shape, generator=generator)
+        deltas.append(delta.to(images))
+    return deltas
+
+
+def apply_pyramid(
+    images: Tensor, deltas: Sequence[Tensor], scalars: Sequence[float], space: ValueSpace = PIXELS
+) -> Tensor:
+    """Add each level's perturbation in turn, clipping to the valid range after every level."""
+    size = images.shape[-2:]
+    for delta, scalar in zip(deltas, scalars, strict=True):
+        move = scalar * delta
+        if move.shape[-2:] != size:
+            move = F.interpolate(move, size=size, mode="nearest")
+        images = space.clip(move + images)
+    return images
+
+
+def pyramid_step(
+    loss_of: Callable[[Tensor], Tensor],
+    images: Tensor,
+    deltas: Sequence[Tensor],
+    level: Perturbation,
+    space: ValueSpace = PIXELS,
+    loss_scale: float = 1.0,
+) -> list[Tensor]:
+    """One signed ascent step on every level at once, from a single backward pass."""
+    epsilon, step = level.epsilon / 255 * space.unit, level.step_size / 255 * space.unit
+    deltas = [delta.detach().requires_grad_() for delta in deltas]
+    loss = loss_of(apply_pyramid(images, deltas, level.scalars, space))
+    gradients = torch.autograd.grad(loss * loss_scale, deltas)
+    return [
+        (delta.detach() + step * gradient.sign()).clamp(-epsilon, epsilon)
+        for delta, gradient in zip(deltas, gradients, strict=True)
+    ]
+
+
+def pyramid_attack(
+    loss_of: Callable[[Tensor], Tensor],
+    images: Tensor,
+    deltas: Sequence[Tensor],
+    level: Perturbation,
+    space: ValueSpace = PIXELS,
+    loss_scale: float = 1.0,
+) -> Tensor:
+    """The training attack of AMT: `level.steps` steps of projected ascent on a pyramid of perturbations.
+
+    Args:
+        loss_of: attacked images -> scalar to be increased, summed over the images.
+        images: (N, 3, H, W) clean images in `space`.
+        deltas: where to start, see `pyramid_start`.
+        level: the bound, steps and pyramid.
+        space: the units of `images`.
+        loss_scale: multiplies the loss before its gradient is taken, so that float16 does not flush it to
+            zero; the steps depend on the gradient's sign only.
+
+    Returns:
+        The attacked images (N, 3, H, W), without graph.
+    """
+    for _ in range(level.steps):
+        deltas = pyramid_step(loss_of, images, deltas, level, space, loss_scale)
+    return apply_pyramid(images, deltas, level.scalars, space).detach()
+
+
+def pgd(
+    logits_of: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epsilon: float,
+    step_size: float,
+    steps: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """L-infinity PGD on the cross-entropy (Madry et al. 2018), the attack of evaluation.
+
+    Starts at a uniformly random point of the ball and stops working on an image as soon as it is
+    misclassified, at any of the steps + 1 points looked at. That makes the attack at least as strong as
+    judging the last point only, and far cheaper on networks that break easily.
+
+    Args:
+        logits_of: (n, 3, H, W) in [0, 1] -> (n, N), differentiable; called on subsets of the images.
+        images: (Q, 3, H, W) in [0, 1].
+        labels: (Q,) int64.
+        epsilon, step_size: in 1/255 of the pixel range; epsilon 0 returns the images.
+        steps: number of gradient steps.
+        generator: a CPU generator for the start.
+
+    Returns:
+        Attacked images (Q, 3, H, W) in [0, 1] within epsilon, and whether each is misclassified (Q,) bool.
+    """
+    epsilon, step_size = epsilon / 255, step_size / 255
+    lower, upper = (images - epsilon).clamp(min=0), (images + epsilon).clamp(max=1)
+    noise = torch.rand(images.shape, generator=generator).to(images)
+    attacked = torch.minimum(torch.maximum(images + (2 * noise - 1) * epsilon, lower), upper)
+    fooled = torch.zeros_like(labels, dtype=torch.bool)
+    for step in range(steps + 1):
+        active = (~fooled).nonzero().squeeze(1)
+        if len(active) == 0:
+            break
+        points = attacked[active].requires_grad_(step < steps)
+        with torch.set_grad_enabled(step < steps):
+            logits = logits_of(points)
+        wrong = logits.argmax(1) != labels[active]
+        fooled[active] = wrong
+        if step == steps or wrong.all():
+            break
+        loss = F.cross_entropy(logits, labels[active], reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, points)
+        moving = active[~wrong]
+        moved = attacked[moving] + step_size * gradient[~wrong].sign()
+        attacked[moving] = torch.minimum(torch.maximum(moved, lower[moving]), upper[moving])
+    return attacked, fooled
+
+
+def perturb_weights(
+    loss: Tensor, factors: dict[str, Tensor], radius: float, loss_scale: float = 1.0
+) -> dict[str, Tensor]:
+    """Move every factor uphill on `loss` by `radius` times its own Frobenius norm (method of AMT, ADSV).
+
+    w' = w + radius * ||w|| / ||g|| * g with g = d loss / d w; the move itself carries no graph, so the
+    gradient with respect to w' is the gradient with respect to w.
+
+    Args:
+        loss: scalar whose graph reaches every factor; its graph is freed.
+        factors: named tensors that require gradients.
+        radius: relative size of the move (the paper's gamma).
+        loss_scale: see `pyramid_attack`; it cancels.
+    """
+    gradients = torch.autograd.grad(loss * loss_scale, list(factors.values()))
+    return {
+        name: factor + radius * (factor.detach().norm() / (gradient.norm() + 1e-20)) * gradient
+        for (name, factor), gradient in zip(factors.items(), gradients, strict=True)
+    }

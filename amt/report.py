@@ -1,0 +1,54 @@
+"""Tables and pictures from results; computes nothing that is not in them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+from amt.checkpoint import replace_file
+from amt.evaluate import Summary
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+
+
+def table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Summary | None]]]) -> str:
+    """A plain-text table of `mean +- interval` per domain and column, with the number of episodes."""
+    width = max(len(name) for name, _ in rows)
+    cell = max(14, *(len(column) for column in columns))
+    lines = [" ".join([" " * width, *(column.rjust(cell) for column in columns), "       n"])]
+    for name, summaries in rows:
+        cells = ["-".rjust(cell) if s is None else str(s).rjust(cell) for s in summaries]
+        n = next((s.n for s in summaries if s is not None), 0)
+        lines.append(" ".join([name.ljust(width), *cells, f"{n:8d}"]))
+    return "\n".join(lines)
+
+
+def accuracy_picture(
+    path: Path, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Summary]]]
+) -> None:
+    """Bars of accuracy per domain, one colour per column, with 95% intervals; written to `path` (.png)."""
+    figure, axes = plt.subplots(figsize=(1.6 + 1.25 * len(rows), 3.6), layout="constrained")
+    width = 0.8 / len(columns)
+    colours = matplotlib.colormaps["viridis"]
+    for k, column in enumerate(columns):
+        places = [x - 0.4 + (k + 0.5) * width for x in range(len(rows))]
+        axes.bar(
+            places,
+            [summaries[k].mean for _, summaries in rows],
+            width * 0.92,
+            yerr=[summaries[k].interval for _, summaries in rows],
+            color=colours(0.15 + 0.7 * k / max(len(columns) - 1, 1)),
+            error_kw={"elinewidth": 1, "ecolor": "0.3", "capsize": 2},
+            label=column,
+        )
+    axes.set_xticks(range(len(rows)), [name for name, _ in rows])
+    axes.set_ylabel("accuracy, per cent")
+    axes.set_ylim(0, 100)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.yaxis.grid(True, color="0.9")
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside upper center", ncols=len(columns), frameon=False)
+    replace_file(path, lambda part: figure.savefig(part, format="png", dpi=150))
+    plt.close(figure)

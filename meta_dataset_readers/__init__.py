@@ -1,0 +1,30 @@
+"""Few-shot episodes from Meta-Dataset's files, without TensorFlow."""
+
+from meta_dataset_readers.episode import Episode, ImageOrigin
+from meta_dataset_readers.errors import InputError, exit_on_bad_input, nearest
+from meta_dataset_readers.reader import EpisodeReader, SourceMixture, episode_loader
+from meta_dataset_readers.sampling import EpisodeDescription, EpisodeSampling, check_sampling, sample_episode
+from meta_dataset_readers.spec import SPLITS, DatasetSpec, load_spec
+from meta_dataset_readers.tfrecord import RecordFile, encode_example, open_records, write_records
+
+__all__ = [
+    "SPLITS",
+    "DatasetSpec",
+    "Episode",
+    "EpisodeDescription",
+    "EpisodeReader",
+    "EpisodeSampling",
+    "ImageOrigin",
+    "InputError",
+    "RecordFile",
+    "SourceMixture",
+    "check_sampling",
+    "encode_example",
+    "episode_loader",
+    "exit_on_bad_input",
+    "load_spec",
+    "nearest",
+    "open_records",
+    "sample_episode",
+    "write_records",
+]

@@ -1,0 +1,33 @@
+"""The one way in which this project tells its user that an input is at fault.
+
+Everything a user hands over (a path, an option, a file) is checked where it enters; a fault raises
+`InputError` with a single line that names the file, the field, the value and what was expected.
+The commands turn it into that line on stderr and exit code 2. Any other exception is a bug of ours
+and keeps its traceback.
+"""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+
+class InputError(ValueError):
+    """A fault in what the user handed over; the message is one complete line."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for an error message: the known name closest to `name`, or the list of known names."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known: {', '.join(known)}" if known else "none is known"
+
+
+def exit_on_bad_input(main: Callable[[], int | None]) -> None:
+    """Run a command's `main`; an `InputError` becomes one line on stderr and exit code 2."""
+    try:
+        sys.exit(main())
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

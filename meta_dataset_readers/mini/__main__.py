@@ -1,0 +1,56 @@
+"""The command `python -m meta_dataset_readers.mini`: options in, directory and a table out."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from meta_dataset_readers.errors import exit_on_bad_input
+from meta_dataset_readers.mini.sheets import write_contact_sheets
+from meta_dataset_readers.mini.sources import OBJECTS_PER_CLASS, SOURCE_NAMES
+from meta_dataset_readers.mini.write import Settings, make_mini
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m meta_dataset_readers.mini",
+        description="Make Mini-Meta-Dataset: six small domains in the layout of Meta-Dataset, always the same for a seed.",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to hold the sources")
+    parser.add_argument("--seed", type=int, default=0, help="decides every picture (default 0)")
+    parser.add_argument("--sources", nargs="+", default=SOURCE_NAMES, metavar="NAME", help=f"of {', '.join(SOURCE_NAMES)} (default all)")
+    parser.add_argument("--objects_per_class", "--objects-per-class", type=int, default=OBJECTS_PER_CLASS, metavar="N",
+                        help=f"images per class of mini_objects (default {OBJECTS_PER_CLASS})")  # fmt: skip
+    parser.add_argument("--workers", type=int, default=available_cores(), metavar="N", help="processes (default: one per core); changes no byte")
+    parser.add_argument("--force", action="store_true", help="write into DIR although it holds other things; they are kept")
+    parser.add_argument("--contact_sheets", "--contact-sheets", action="store_true",
+                        help="also write DIR/contact_sheets/NAME.png, a row per class")  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def available_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main() -> None:
+    options = parse()
+    written = make_mini(
+        options.out,
+        settings=Settings(options.seed, options.objects_per_class),
+        sources=options.sources,
+        workers=options.workers,
+        force=options.force,
+        progress=sys.stderr.isatty(),
+    )
+    if not any(source.fresh for source in written):
+        print(f"{options.out} already holds this set, complete; nothing to do")
+    for source in written:
+        print(f"{source.name:14} {source.classes:4} classes {source.images:6} images {source.bytes / 1e6:6.1f} MB")
+    if options.contact_sheets:
+        for path in write_contact_sheets(options.out, [source.name for source in written]):
+            print(path)
+
+
+if __name__ == "__main__":
+    exit_on_bad_input(main)

@@ -1,0 +1,270 @@
+"""Episodes from Meta-Dataset sources on disk: `reader[i]`.
+
+Episode i is a function of (seed, source, split, i) and of the settings, and of nothing else: not of the
+number of workers, the process, or the episodes read before. Knows how the other modules of this package
+fit together; does not normalise, and does not know networks.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from meta_dataset_readers.episode import Episode, ImageOrigin
+from meta_dataset_readers.errors import InputError, nearest
+from meta_dataset_readers.sampling import EpisodeDescription, EpisodeSampling, check_sampling, sample_episode
+from meta_dataset_readers.spec import SPEC_FILE, DatasetSpec, load_spec
+from meta_dataset_readers.tfrecord import DamagedRecord, RecordFile, RecordFileCache
+from meta_dataset_readers.transforms import UnreadableImage, decode_image, eval_transform, train_transform
+
+
+class EpisodeReader(Dataset):
+    """The episodes of one split of one source, as a map-style data set.
+
+    `root` holds one directory per source. `sampling` says how episodes are drawn; images are
+    `image_size` x `image_size` pixels. With `augment`, support and query go through the random training
+    transform (PMF's protocol), otherwise both through the evaluation transform. A damaged record raises
+    InputError; with `skip_bad_records` another unused image of its class takes its place and the episode's
+    `skipped` says so (also where a file holds fewer records than the specification claims).
+
+    Opening reads the specification and the names of the files beside it, no image. Raises InputError for
+    a path, source or split that is not there, a missing record file, and settings the source cannot satisfy.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        source: str,
+        split: str,
+        sampling: EpisodeSampling,
+        image_size: int,
+        *,
+        n_episodes: int,
+        seed: int = 0,
+        augment: bool = False,
+        skip_bad_records: bool = False,
+    ):
+        numbers = (("image_size", image_size, 1), ("n_episodes", n_episodes, 0), ("seed", seed, 0))
+        for name, value, least in numbers:
+            if value < least:
+                raise InputError(f"{name} is {value}, expected at least {least}")
+        self.spec = load_spec(_source_directory(root, source))
+        check_sampling(self.spec, split, sampling)
+        _check_files(self.spec, split)
+        self.source, self.split, self.sampling, self.image_size = source, split, sampling, image_size
+        self.n_episodes, self.seed = n_episodes, seed
+        self.augment, self.skip_bad_records = augment, skip_bad_records
+        self._files = RecordFileCache()
+
+    def __len__(self) -> int:
+        return self.n_episodes
+
+    def __getitem__(self, index: int) -> Episode:
+        """Episode `index` in 0..n_episodes-1. Raises InputError for damaged files, see the class."""
+        if not 0 <= index < self.n_episodes:
+            raise IndexError(f"episode {index} of {self.n_episodes}")
+        return self.episode(index)
+
+    def describe(self, index: int) -> EpisodeDescription:
+        """The classes, shots and queries of episode `index`; no record file is opened."""
+        return sample_episode(self.spec, self.split, self.sampling, self._generators(index)[0])
+
+    def episode(self, index: int) -> Episode:
+        """Episode `index` >= 0, also beyond the length of this reader."""
+        description = self.describe(index)
+        _, choice, augmentation = self._generators(index)
+        support, query, skipped = [], [], []
+        for label, (class_id, shots) in enumerate(zip(description.class_ids, description.shots, strict=True)):
+            drawn = self._draw(class_id, label, shots + description.queries, choice, augmentation, skipped)
+            support += drawn[:shots]
+            query += drawn[shots:]
+        return Episode(
+            support=self._stack(support),
+            support_labels=_labels(support),
+            query=self._stack(query),
+            query_labels=_labels(query),
+            source=self.source,
+            index=index,
+            class_ids=description.class_ids,
+            class_names=tuple(self.spec.class_name(class_id) for class_id in description.class_ids),
+            support_origin=tuple(image.origin for image in support),
+            query_origin=tuple(image.origin for image in query),
+            skipped=tuple(skipped),
+        )
+
+    def _generators(self, index: int) -> list[np.random.Generator]:
+        """Independent streams for the description, the choice of images and the augmentation."""
+        sequence = _seed_sequence(self.seed, index, self.source, self.split)
+        return [np.random.default_rng(child) for child in sequence.spawn(3)]
+
+    def _draw(
+        self,
+        class_id: int,
+        label: int,
+        n_images: int,
+        choice: np.random.Generator,
+        augmentation: np.random.Generator,
+        skipped: list[str],
+    ) -> list["_Drawn"]:
+        """`n_images` different images of one class; messages about records passed over go to `skipped`."""
+        file = self._files.open(self.spec.record_file(class_id))
+        claimed = self.spec.images_per_class[class_id]
+        if len(file) < claimed:
+            found = f"{len(file)} records of class {class_id}, {SPEC_FILE} claims {claimed}"
+            self._raise_or_skip(InputError(f"{file.path}: {found}"), skipped)
+        drawn: list[_Drawn] = []
+        for record in _without_replacement(min(len(file), claimed), choice):
+            if len(drawn) == n_images:
+                break
+            try:
+                image = _read_image(file, record, class_id)
+            except DamagedRecord as error:
+                self._raise_or_skip(error, skipped)
+                continue
+            if self.augment:
+                pixels = train_transform(image, self.image_size, augmentation)
+            else:
+                pixels = eval_transform(image, self.image_size)
+            origin = ImageOrigin(f"{self.source}/{file.path.name}", record)
+            drawn.append(_Drawn(pixels, label, origin))
+        if len(drawn) < n_images:
+            found = f"{len(drawn)} readable images of class {class_id}"
+            raise InputError(f"{file.path}: {found}, an episode needs {n_images}")
+        return drawn
+
+    def _raise_or_skip(self, error: InputError, skipped: list[str]) -> None:
+        if not self.skip_bad_records:
+            raise error
+        skipped.append(str(error))
+
+    def _stack(self, images: Sequence["_Drawn"]) -> Tensor:
+        if not images:
+            return torch.empty(0, 3, self.image_size, self.image_size)
+        return torch.stack([image.pixels for image in images])
+
+
+class SourceMixture(Dataset):
+    """Episodes from several readers: the source of episode i is uniform, a function of (seed, i) only.
+
+    Sources count equally, whatever their size. Episode i of the mixture is episode i of that reader.
+    """
+
+    def __init__(self, readers: Sequence[EpisodeReader], n_episodes: int, seed: int = 0):
+        if not readers:
+            raise InputError("a mixture of sources needs at least one source")
+        self.readers, self.n_episodes, self.seed = tuple(readers), n_episodes, seed
+
+    def __len__(self) -> int:
+        return self.n_episodes
+
+    def __getitem__(self, index: int) -> Episode:
+        if not 0 <= index < self.n_episodes:
+            raise IndexError(f"episode {index} of {self.n_episodes}")
+        rng = np.random.default_rng(_seed_sequence(self.seed, index, "source"))
+        return self.readers[rng.integers(0, len(self.readers))].episode(index)
+
+
+def episode_loader(dataset: Dataset, num_workers: int = 0) -> DataLoader:
+    """Iterate over the episodes of `dataset` in order, prepared by `num_workers` processes (0: by this one).
+
+    An InputError in a worker arrives as the same InputError, without the worker's traceback. Torch's global
+    generator is left alone (a DataLoader draws from it by default, which would make runs depend on resuming).
+    """
+    return _EpisodeLoader(
+        _ErrorsAsItems(dataset),
+        batch_size=None,
+        generator=torch.Generator(),
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+    )
+
+
+class _ErrorsAsItems(Dataset):
+    """Hands an InputError over as an item: raised in a worker, torch would wrap it in a traceback."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Episode | InputError:
+        try:
+            return self.dataset[index]
+        except InputError as error:
+            return error
+
+
+class _EpisodeLoader(DataLoader):
+    def __iter__(self) -> Iterator[Episode]:
+        for item in super().__iter__():
+            if isinstance(item, InputError):
+                raise item
+            yield item
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawn:
+    pixels: Tensor  # (3, H, W)
+    label: int  # within the episode
+    origin: ImageOrigin
+
+
+def _labels(images: Sequence[_Drawn]) -> Tensor:
+    return torch.tensor([image.label for image in images], dtype=torch.int64)
+
+
+def _read_image(file: RecordFile, record: int, class_id: int):
+    data, label = file.read_example(record)
+    if label != class_id:
+        raise DamagedRecord(f"{file.where(record)}: label {label} in the file of class {class_id}")
+    try:
+        return decode_image(data)
+    except UnreadableImage as error:
+        raise DamagedRecord(f"{file.where(record)}: {error}") from error
+
+
+def _without_replacement(n: int, rng: np.random.Generator) -> Iterator[int]:
+    """0..n-1 in random order, drawn one by one: a Fisher-Yates shuffle that stores only what it moved.
+
+    A class may have 100,000 images, of which an episode takes 20.
+    """
+    moved: dict[int, int] = {}
+    for position in range(n):
+        other = int(rng.integers(position, n))
+        yield moved.get(other, other)
+        moved[other] = moved.get(position, position)
+
+
+def _seed_sequence(seed: int, index: int, *names: str) -> np.random.SeedSequence:
+    # Not hash(): that differs from process to process.
+    digests = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "big") for name in names]
+    return np.random.SeedSequence([seed, index, *digests])
+
+
+def _source_directory(root: str | Path, source: str) -> Path:
+    if not str(root):
+        raise InputError("the data path is empty, expected a directory with one directory per source")
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such directory, expected a data path with one directory per source")
+    sources = [file.parent.name for file in root.glob(f"*/{SPEC_FILE}")]
+    if source not in sources:
+        raise InputError(f"{root}: no source {source!r} with a {SPEC_FILE}; {nearest(source, sources)}")
+    return root / source
+
+
+def _check_files(spec: DatasetSpec, split: str) -> None:
+    present = {file.name for file in spec.directory.iterdir()}
+    wanted = [spec.record_file(class_id).name for class_id in spec.classes(split)]
+    missing = [name for name in wanted if name not in present]
+    if missing:
+        raise InputError(
+            f"{spec.directory}: {len(missing)} of the {len(wanted)} record files of {split} are missing, "
+            f"the first is {missing[0]}"
+        )

@@ -1,0 +1,123 @@
+"""Small real sources, written on the spot: JPEG records and a specification, in all three kinds."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from meta_dataset_readers.tfrecord import encode_example, write_records
+
+SPLITS = ("TRAIN", "VALID", "TEST")
+
+
+def jpeg(class_id: int, record: int, size: tuple[int, int] = (20, 16)) -> bytes:
+    """A picture unlike any of another class or record."""
+    colour = np.random.default_rng([class_id, record]).integers(0, 256, 3)
+    pixels = np.tile(colour.astype(np.uint8), (size[1], size[0], 1))
+    pixels[: size[1] // 2] //= 2
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, "JPEG")
+    return encoded.getvalue()
+
+
+def flat_spec(name: str, splits: tuple[int, int, int], images: list[int]) -> dict:
+    return {
+        "name": name,
+        "classes_per_split": dict(zip(SPLITS, splits, strict=True)),
+        "images_per_class": {str(i): n for i, n in reversed(list(enumerate(images)))},
+        "class_names": {str(i): f"class {i}" for i in range(len(images))},
+        "path": "/stale/path/of/the/converter",
+        "file_pattern": "{}.tfrecords",
+        "__class__": "DatasetSpecification",
+    }
+
+
+def bilevel_spec(name: str, splits: tuple[int, int, int], sizes: list[int], images: list[int]) -> dict:
+    """`splits` counts superclasses, `sizes` the classes of each."""
+    return {
+        "name": name,
+        "superclasses_per_split": dict(zip(SPLITS, splits, strict=True)),
+        "classes_per_superclass": {str(i): n for i, n in enumerate(sizes)},
+        "images_per_class": {str(i): n for i, n in enumerate(images)},
+        "superclass_names": {str(i): f"alphabet {i}" for i in range(len(sizes))},
+        "class_names": {str(i): f"letter {i}" for i in range(len(images))},
+        "path": "",
+        "file_pattern": "{}.tfrecords",
+        "__class__": "BiLevelDatasetSpecification",
+    }
+
+
+def dag_spec(name: str, graphs: dict[str, dict[str, list[str]]], images: dict[str, int]) -> dict:
+    """`graphs` gives the children of every inner node, by split; `images` the count of every leaf."""
+    subgraphs, class_names, counts = {}, {}, {}
+    for split in SPLITS:
+        inner = graphs.get(split, {})
+        wn_ids = sorted({*inner, *(child for children in inner.values() for child in children)})
+        subgraphs[split] = [
+            {
+                "wn_id": wn_id,
+                "words": f"words of {wn_id}",
+                "children_ids": inner.get(wn_id, []),
+                "parents_ids": sorted(parent for parent in inner if wn_id in inner[parent]),
+            }
+            for wn_id in wn_ids
+        ]
+        leaves = [wn_id for wn_id in wn_ids if wn_id not in inner]
+        counts[split] = {leaf: images[leaf] for leaf in leaves}
+        for leaf in leaves:
+            class_names[str(len(class_names))] = leaf
+    return {
+        "name": name,
+        "split_subgraphs": subgraphs,
+        "images_per_class": counts,
+        "class_names": class_names,
+        "path": "",
+        "file_pattern": "{}.tfrecords",
+        "__class__": "HierarchicalDatasetSpecification",
+    }
+
+
+def write_spec(directory: Path, spec: dict) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "dataset_spec.json").write_text(json.dumps(spec, indent=2))
+    return directory
+
+
+def example_spec(kind: str, name: str, n_images: int) -> tuple[dict, int]:
+    """A specification of the given kind in which every class has `n_images`, and its number of classes."""
+    if kind == "flat":
+        return flat_spec(name, (6, 0, 5), [n_images] * 11), 11
+    if kind == "bilevel":
+        return bilevel_spec(name, (2, 0, 1), [5, 7, 6], [n_images] * 18), 18
+    train = {
+        "n0": ["n1", "n2"],
+        "n1": ["a1", "a2", "a3", "a4", "a5"],
+        "n2": ["a4", "a5", "b1", "b2", "b3", "n3"],
+        "n3": ["b4"],
+    }
+    test = {"t0": ["t1", "t2", "t3", "t4", "t5"]}
+    leaves = ["a1", "a2", "a3", "a4", "a5", "b1", "b2", "b3", "b4", "t1", "t2", "t3", "t4", "t5"]
+    graphs = {"TRAIN": train, "TEST": test}
+    return dag_spec(name, graphs, dict.fromkeys(leaves, n_images)), len(leaves)
+
+
+@pytest.fixture
+def tiny_source(tmp_path):
+    """`tiny_source(kind="flat", name="tiny", n_images=8)` writes a source below `tmp_path`: its directory.
+
+    Kinds: "flat" (6 TRAIN and 5 TEST classes), "bilevel" (superclasses of 5 and 7, TEST 6), "dag" (9 and 5
+    leaves). Every class has `n_images` JPEG records of 20 x 16 pixels.
+    """
+
+    def write(kind: str = "flat", name: str = "tiny", n_images: int = 8) -> Path:
+        spec, n_classes = example_spec(kind, name, n_images)
+        directory = write_spec(tmp_path / name, spec)
+        for class_id in range(n_classes):
+            payloads = (encode_example(jpeg(class_id, record), class_id) for record in range(n_images))
+            write_records(directory / f"{class_id}.tfrecords", payloads)
+        return directory
+
+    return write
