@@ -1,6 +1,6 @@
-"""Meta-training: tune a pool of LoRAs, one per robustness level, on few-shot episodes under dual perturbation.
+"""Meta-training: tune a pool of LoRAs, one per robustness level, on episodes under dual perturbation.
 
-    python main.py --data_path data/mini --base_sources mini_objects --arch vit_mini_amt --output_dir runs/mini
+    python main.py --arch vit_mini_amt --data_path data/mini --base_sources mini_objects --output_dir runs/x
 
 Each episode gives every level one step: support features make prototypes, the query images are attacked,
 the singular factors are moved uphill, and the natural plus robust loss at the moved factors is descended

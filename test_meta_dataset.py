@@ -1,7 +1,7 @@
 """Meta-testing: merge the pool anew for every task, and measure it per domain, clean and under attack.
 
-    python test_meta_dataset.py --data_path data/mini --test_sources mini_signs digits --arch vit_mini_amt_merge \\
-        --resume runs/mini/best.safetensors --output_dir results/mini --epsilon 4 8
+    python test_meta_dataset.py --arch vit_mini_amt_merge --resume runs/x/best.safetensors \\
+        --data_path data/mini --test_sources mini_signs digits --output_dir results/x --epsilon 4 8
 
 For each episode the support set decides the coefficients (amt/merge.py), the adapters are merged into one
 network, singular values are trimmed if asked for, and prototypes classify the query images; then the same
@@ -81,7 +81,7 @@ def main() -> int:
     checkpoint.replace_file(out, lambda part: part.write_text(json.dumps(results, indent=1)))
     report.accuracy_picture(args.output_dir / "accuracy.png", columns, [*lines, ("average", averages)])
     print(
-        f"{args.split} episodes, accuracy in per cent with 95% intervals; merging: {results['merging']['how']}"
+        f"accuracy on {args.split} episodes in per cent, 95% intervals; merging: {results['merging']['how']}"
     )
     print(report.table(columns, [*lines, ("average", averages)]))
     if skipped:
@@ -161,7 +161,7 @@ def fixed_coefficients(args: argparse.Namespace, pool: LoRAPool) -> Coefficients
     if args.coefficients is not None:
         if len(args.coefficients) != len(pool):
             raise InputError(
-                f"--coefficients has {len(args.coefficients)} values, but {args.resume} holds {len(pool)} adapters"
+                f"--coefficients has {len(args.coefficients)} values, {args.resume} holds {len(pool)} adapters"
             )
         return tuple(args.coefficients)
     return uniform(pool) if args.routing == "uniform" else None

@@ -11,13 +11,14 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
 import safetensors
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from torch import Tensor
 
 from amt.lora import LoRAPool
@@ -75,14 +76,11 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     }
     text = json.dumps(about, indent=1)
 
-    def write_tensors(part: Path) -> None:
-        save_file(tensors, part, metadata={"amt": text})
-
-    replace_file(path, write_tensors)
+    replace_file(path, lambda part: part.write_bytes(serialise(tensors, metadata={"amt": text})))
     replace_file(path.with_suffix(".json"), lambda part: part.write_text(text + "\n"))
 
 
-def replace_file(path: Path, write) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write(part)` on a file beside `path`, then put it in its place in one step.
 
     Raises:
@@ -93,8 +91,9 @@ def replace_file(path: Path, write) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
         os.replace(part, path)
-    except (OSError, safetensors.SafetensorError) as error:
-        part.unlink(missing_ok=True) if part.parent.is_dir() else None
+    except OSError as error:
+        if part.is_file():
+            part.unlink()
         raise InputError(f"{path}: cannot be written ({error})") from error
 
 

@@ -76,7 +76,7 @@ def support_cosines(
     generator: torch.Generator,
     routing: Routing,
 ) -> Tensor:
-    """(P, S, N) cosines, for every adapter alone, of the support's views with the plain support's prototypes."""
+    """(P, S, N) cosines, for every adapter alone, of the support's views with the support's prototypes."""
     backbone = dataclasses.replace(backbone, autocast=None)  # scores differ in the third digit: keep float32
     n_way = int(labels.max()) + 1
     augmented = support
@@ -117,10 +117,10 @@ def compactness(cosines: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def blend(intra: Tensor, inter: Tensor, routing: Routing) -> Coefficients:
     """Coefficients from the scores (P,), (P,): exponential weights of the top k, normalised."""
-    score = routing.gamma * intra - (1 - routing.gamma) * inter
-    weight = (routing.beta * score - routing.beta).exp().double()
-    top = weight.topk(min(routing.top_k, len(weight)))
-    shares = torch.zeros_like(weight).scatter(0, top.indices, top.values / top.values.sum())
+    score = (routing.gamma * intra - (1 - routing.gamma) * inter).double()
+    top = score.topk(min(routing.top_k, len(score)))
+    # exp(beta * score - beta) over its sum is a softmax, which does not underflow at a large beta.
+    shares = torch.zeros_like(score).scatter(0, top.indices, (routing.beta * top.values).softmax(0))
     return tuple(shares.tolist())
 
 

@@ -214,7 +214,7 @@ class Tuner:
         scaler.update()
         labels = episode.query_labels
         return StepRecord(
-            *(float(part) for part in outcome.loss),
+            *(part.item() for part in outcome.loss),
             clean_accuracy=float((outcome.clean.argmax(1) == labels).float().mean()),
             robust_accuracy=float((outcome.attacked.argmax(1) == labels).float().mean()),
             lr=lr,

@@ -52,3 +52,31 @@ def accuracy_picture(
     figure.legend(loc="outside upper center", ncols=len(columns), frameon=False)
     replace_file(path, lambda part: figure.savefig(part, format="png", dpi=150))
     plt.close(figure)
+
+
+def mixing_picture(path: Path, curves: dict[str, dict[str, Sequence[tuple[float, Summary]]]]) -> None:
+    """One panel per domain: accuracy (per cent, with 95% intervals) against the share of one adapter."""
+    figure, panels = plt.subplots(
+        1, len(curves), figsize=(2.6 * len(curves), 2.8), sharey=True, layout="constrained", squeeze=False
+    )
+    colours = matplotlib.colormaps["viridis"]
+    for axes, (domain, columns) in zip(panels[0], curves.items(), strict=True):
+        for k, (column, points) in enumerate(columns.items()):
+            axes.errorbar(
+                [share for share, _ in points],
+                [summary.mean for _, summary in points],
+                [summary.interval for _, summary in points],
+                color=colours(0.1 + 0.7 * k / max(len(columns) - 1, 1)),
+                marker="o",
+                markersize=3,
+                capsize=2,
+                label=column,
+            )
+        axes.set_title(domain, fontsize=10)
+        axes.set_xlabel("share of the robust adapter")
+        axes.set_ylim(0, 100)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=7)
+    panels[0][0].set_ylabel("accuracy, per cent")
+    replace_file(path, lambda part: figure.savefig(part, format="png", dpi=150))
+    plt.close(figure)

@@ -204,8 +204,12 @@ class _EpisodeLoader(DataLoader):
     def __iter__(self) -> Iterator[Episode]:
         for item in super().__iter__():
             if isinstance(item, InputError):
-                raise item
+                break
             yield item
+        else:
+            return
+        self._iterator = None  # stops the workers: left to the garbage collector, they linger for seconds
+        raise item
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +252,7 @@ def _seed_sequence(seed: int, index: int, *names: str) -> np.random.SeedSequence
 
 
 def _source_directory(root: str | Path, source: str) -> Path:
-    if not str(root):
+    if not root:
         raise InputError("the data path is empty, expected a directory with one directory per source")
     root = Path(root)
     if not root.is_dir():

@@ -4,11 +4,16 @@ import io
 import json
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
 
 from meta_dataset_readers.tfrecord import encode_example, write_records
+
+# No test may depend on how busy the machine is.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 SPLITS = ("TRAIN", "VALID", "TEST")
 

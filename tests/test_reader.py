@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -157,7 +158,11 @@ def test_workers_do_not_change_the_episodes(tiny_source, num_workers):
 def test_another_process_draws_the_same_episodes(tiny_source):
     """With another hash seed, so nothing may rest on Python's hash(); the reader travels pickled."""
     drawn = reader(tiny_source(), augment=True)
-    script = "import pickle, sys; sys.stdout.buffer.write(pickle.load(sys.stdin.buffer)[3].support.numpy().tobytes())"
+    script = (
+        "import pickle, sys\n"
+        "episode = pickle.load(sys.stdin.buffer)[3]\n"
+        "sys.stdout.buffer.write(episode.support.numpy().tobytes())\n"
+    )
     package = Path(meta_dataset_readers.__file__).parents[1]
     output = subprocess.run(
         [sys.executable, "-c", script],
@@ -207,6 +212,7 @@ def test_no_file_stays_open(tiny_source):
     ("change", "complaint"),
     [
         ({"root": ""}, "data path is empty"),
+        ({"root": None}, "data path is empty"),
         ({"root": "/no/such/path"}, "/no/such/path: no such directory"),
         ({"source": "tinny"}, "no source 'tinny'.*did you mean 'tiny'"),
         ({"source": "../tiny"}, "no source '../tiny'"),
@@ -240,7 +246,7 @@ def test_missing_record_files_are_counted_when_opening(tiny_source):
     directory = tiny_source()
     (directory / "3.tfrecords").unlink()
     with pytest.raises(
-        InputError, match="1 of the 6 record files of TRAIN are missing, the first is 3.tfrecords"
+        InputError, match=r"1 of the 6 record files of TRAIN are missing, the first is 3.tfrecords"
     ):
         reader(directory)
     reader(directory, split="TEST")
@@ -324,7 +330,7 @@ def test_a_file_with_fewer_records_than_specified_is_an_error_unless_skipping(ti
     directory = tiny_source()
     class_id = reader(directory)[0].class_ids[0]
     rewrite(directory, class_id, lambda payloads: payloads[:-1])
-    with pytest.raises(InputError, match="7 records of class .*claims 8"):
+    with pytest.raises(InputError, match=r"7 records of class .*claims 8"):
         reader(directory)[0]
     episode = reader(directory, skip_bad_records=True)[0]
     assert "7 records" in episode.skipped[0]
@@ -344,9 +350,10 @@ def test_an_error_in_a_worker_arrives_as_the_same_single_line(tiny_source, num_w
     directory = tiny_source()
     for file in directory.glob("*.tfrecords"):
         file.write_bytes(b"")
-    with pytest.raises(InputError, match="0 records of class .*claims 8") as caught:
+    with pytest.raises(InputError, match=r"0 records of class .*claims 8") as caught:
         list(episode_loader(reader(directory), num_workers))
     assert "\n" not in str(caught.value)
+    assert not multiprocessing.active_children()
 
 
 # --- several sources -------------------------------------------------------------------------------------

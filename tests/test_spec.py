@@ -67,7 +67,7 @@ def test_class_names_rule_over_the_order_of_the_graph(tmp_path):
 
 
 def test_an_unknown_split_is_refused_with_the_known_ones(tmp_path):
-    with pytest.raises(InputError, match="'TRIAN'.*did you mean 'TRAIN'"):
+    with pytest.raises(InputError, match=r"'TRIAN'.*did you mean 'TRAIN'"):
         load_spec(write_spec(tmp_path, FLAT)).classes("TRIAN")
 
 
@@ -154,10 +154,10 @@ def test_a_file_that_is_not_json_is_refused_in_one_line(tmp_path, text, complain
 
 
 def test_a_missing_specification_is_named_and_a_pickled_one_is_not_opened(tmp_path):
-    with pytest.raises(InputError, match="dataset_spec.json: no such file"):
+    with pytest.raises(InputError, match=r"dataset_spec.json: no such file"):
         load_spec(tmp_path)
     (tmp_path / "dataset_spec.pkl").write_bytes(b"")
-    with pytest.raises(InputError, match="dataset_spec.pkl is not read"):
+    with pytest.raises(InputError, match=r"dataset_spec.pkl is not read"):
         load_spec(tmp_path)
 
 

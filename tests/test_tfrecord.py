@@ -108,7 +108,7 @@ def test_a_file_cut_anywhere_but_between_records_is_refused(records):
         if end in boundaries:
             assert read_all(records) == PAYLOADS[: boundaries[end]]
         else:
-            with pytest.raises(InputError, match="record . at byte"):
+            with pytest.raises(InputError, match=r"record . at byte"):
                 open_records(records)
 
 

@@ -1,5 +1,6 @@
 """Pictures: decoded as PIL does, transformed as PMF does, and refused when they are no pictures."""
 
+import contextlib
 import io
 import struct
 import zlib
@@ -19,7 +20,7 @@ from meta_dataset_readers.transforms import UnreadableImage, decode_image, eval_
 def picture(width=40, height=30, mode="RGB", seed=0):
     channels = {"RGB": (3,), "RGBA": (4,), "L": ()}[mode]
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, *channels), dtype=np.uint8)
-    return Image.fromarray(pixels, mode)
+    return Image.fromarray(pixels)
 
 
 def encoded(image, format):
@@ -75,20 +76,18 @@ def test_a_decompression_bomb_is_refused_by_its_header(side):
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
     png = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
-    with pytest.raises(UnreadableImage, match="pixels|bomb"):
+    with pytest.raises(UnreadableImage, match=r"pixels|bomb"):
         decode_image(png)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_a_damaged_picture_is_decoded_or_refused_and_nothing_worse(data):
     content = bytearray(encoded(picture(), data.draw(st.sampled_from(["JPEG", "PNG", "GIF", "BMP"]))))
     for _ in range(data.draw(st.integers(1, 5))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    try:
+    with contextlib.suppress(UnreadableImage):
         assert decode_image(bytes(content)).mode == "RGB"
-    except UnreadableImage:
-        pass
 
 
 @pytest.mark.parametrize("size", [(40, 30), (30, 40), (37, 37), (9, 48), (5, 3), (1, 1), (250, 101)])
@@ -101,7 +100,7 @@ def test_the_evaluation_transform_is_torchvisions_resize_and_crop(size, image_si
     assert found.shape == (3, image_size, image_size) and found.is_contiguous()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     width=st.integers(1, 90),
     height=st.integers(1, 90),
@@ -115,7 +114,7 @@ def test_the_training_transform_keeps_shape_and_range_and_follows_its_generator(
     first, again = (train_transform(image, image_size, np.random.default_rng(seed)) for _ in range(2))
     assert torch.equal(first, again)
     assert first.shape == (3, image_size, image_size) and first.dtype == torch.float32
-    assert 0 <= first.min() and first.max() <= 1
+    assert first.min() >= 0 and first.max() <= 1
 
 
 def test_the_training_transform_leaves_global_generators_alone():

@@ -14,17 +14,43 @@ from meta_dataset_readers.mini.write import Settings, make_mini
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m meta_dataset_readers.mini",
-        description="Make Mini-Meta-Dataset: six small domains in the layout of Meta-Dataset, always the same for a seed.",
+        description="Make Mini-Meta-Dataset: six small domains in the layout of Meta-Dataset.",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to hold the sources")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="directory to hold the sources"
+    )
     parser.add_argument("--seed", type=int, default=0, help="decides every picture (default 0)")
-    parser.add_argument("--sources", nargs="+", default=SOURCE_NAMES, metavar="NAME", help=f"of {', '.join(SOURCE_NAMES)} (default all)")
-    parser.add_argument("--objects_per_class", "--objects-per-class", type=int, default=OBJECTS_PER_CLASS, metavar="N",
-                        help=f"images per class of mini_objects (default {OBJECTS_PER_CLASS})")  # fmt: skip
-    parser.add_argument("--workers", type=int, default=available_cores(), metavar="N", help="processes (default: one per core); changes no byte")
-    parser.add_argument("--force", action="store_true", help="write into DIR although it holds other things; they are kept")
-    parser.add_argument("--contact_sheets", "--contact-sheets", action="store_true",
-                        help="also write DIR/contact_sheets/NAME.png, a row per class")  # fmt: skip
+    parser.add_argument(
+        "--sources",
+        nargs="+",
+        default=SOURCE_NAMES,
+        metavar="NAME",
+        help=f"of {', '.join(SOURCE_NAMES)} (default all)",
+    )
+    parser.add_argument(
+        "--objects_per_class",
+        "--objects-per-class",
+        type=int,
+        default=OBJECTS_PER_CLASS,
+        metavar="N",
+        help=f"images per class of mini_objects (default {OBJECTS_PER_CLASS})",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=available_cores(),
+        metavar="N",
+        help="processes (default: one per core); changes no byte",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="write into DIR although it holds other things; they are kept"
+    )
+    parser.add_argument(
+        "--contact_sheets",
+        "--contact-sheets",
+        action="store_true",
+        help="also write DIR/contact_sheets/NAME.png, a row per class",
+    )
     return parser.parse_args(arguments)
 
 
@@ -46,7 +72,8 @@ def main() -> None:
     if not any(source.fresh for source in written):
         print(f"{options.out} already holds this set, complete; nothing to do")
     for source in written:
-        print(f"{source.name:14} {source.classes:4} classes {source.images:6} images {source.bytes / 1e6:6.1f} MB")
+        size = f"{source.bytes / 1e6:6.1f} MB"
+        print(f"{source.name:14} {source.classes:4} classes {source.images:6} images {size}")
     if options.contact_sheets:
         for path in write_contact_sheets(options.out, [source.name for source in written]):
             print(path)

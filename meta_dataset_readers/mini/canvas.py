@@ -34,7 +34,10 @@ class Outline:
 
     def map(self, move) -> "Outline":
         """The same figure with every point array passed through `move`."""
-        moved = {name: tuple(move(points) for points in getattr(self, name)) for name in ("areas", "holes", "lines")}
+        moved = {
+            name: tuple(move(points) for points in getattr(self, name))
+            for name in ("areas", "holes", "lines")
+        }
         return dataclasses.replace(self, **moved)
 
 
@@ -70,8 +73,8 @@ def pixel_grid(size: Size) -> tuple[np.ndarray, np.ndarray]:
 def frame_size(rng: Generator) -> Size:
     """A final image size: sides of about 64 pixels, 48 to 88, aspect ratios from about 2:3 to 3:2."""
     side, aspect = rng.uniform(54, 76), np.exp(rng.uniform(-0.2, 0.2))
-    clip = np.clip([side * aspect, side / aspect], SMALLEST_SIDE, LARGEST_SIDE)
-    return int(round(clip[0])), int(round(clip[1]))
+    width, height = np.clip([side * aspect, side / aspect], SMALLEST_SIDE, LARGEST_SIDE).tolist()
+    return round(width), round(height)
 
 
 def canvas_size(size: Size) -> Size:
@@ -86,7 +89,13 @@ def rotation(degrees: float) -> np.ndarray:
 
 
 def random_pose(
-    rng: Generator, size: Size, *, turn: float, fill: tuple[float, float], shear: float = 0.2, stretch: float = 0.2
+    rng: Generator,
+    size: Size,
+    *,
+    turn: float,
+    fill: tuple[float, float],
+    shear: float = 0.2,
+    stretch: float = 0.2,
 ) -> Pose:
     """A pose on a canvas of `size`: turned by up to `turn` degrees, taking up `fill` of the shorter side.
 
@@ -156,7 +165,9 @@ def noise(rng: Generator, size: Size, cells: float) -> np.ndarray:
     return np.asarray(field, np.float32)
 
 
-def colour(rng: Generator, hue: float, saturation: tuple[float, float], value: tuple[float, float]) -> np.ndarray:
+def colour(
+    rng: Generator, hue: float, saturation: tuple[float, float], value: tuple[float, float]
+) -> np.ndarray:
     """An RGB colour of the given hue (turns) with saturation and value drawn from their ranges."""
     return np.array(colorsys.hsv_to_rgb(hue % 1, rng.uniform(*saturation), rng.uniform(*value)), np.float32)
 
@@ -226,7 +237,9 @@ def clutter_ground(rng: Generator, size: Size, base: np.ndarray) -> np.ndarray:
     draw = ImageDraw.Draw(image)
     for _ in range(rng.integers(5, 14)):
         centre, reach = rng.uniform(0, 1, 2) * size, rng.uniform(0.06, 0.3) * min(size)
-        points = [tuple(point) for point in (centre + rng.uniform(-reach, reach, (rng.integers(2, 6), 2))).tolist()]
+        points = [
+            tuple(point) for point in (centre + rng.uniform(-reach, reach, (rng.integers(2, 6), 2))).tolist()
+        ]
         tint = _near(rng, base, 0.35)
         if len(points) > 2 and rng.random() < 0.6:
             draw.polygon(points, fill=tint)
@@ -259,7 +272,13 @@ def occlude(rng: Generator, picture: np.ndarray, most: float = 0.25) -> np.ndarr
 
 
 def develop(
-    rng: Generator, picture: np.ndarray, size: Size, *, light: float = 0.25, blur: float = 0.9, grain: float = 0.035
+    rng: Generator,
+    picture: np.ndarray,
+    size: Size,
+    *,
+    light: float = 0.25,
+    blur: float = 0.9,
+    grain: float = 0.035,
 ) -> Image.Image:
     """The final image of `size` from a picture on the canvas: averaging, light, contrast, blur, sensor noise.
 

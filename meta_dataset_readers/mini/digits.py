@@ -12,6 +12,7 @@ from PIL import Image
 from meta_dataset_readers.mini import canvas
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+COUNTS = (178, 182, 177, 183, 181, 182, 181, 179, 174, 180)  # as in the data set; known without loading it
 
 
 @functools.cache

@@ -36,9 +36,18 @@ SCRIPTS: dict[str, dict[str, str]] = {
 }
 
 FACES = (
-    "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic",
-    "DejaVuSansMono", "DejaVuSansMono-Bold", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic",
-)  # fmt: skip
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSans-Oblique",
+    "DejaVuSerif",
+    "DejaVuSerif-Bold",
+    "DejaVuSerif-Italic",
+    "DejaVuSansMono",
+    "DejaVuSansMono-Bold",
+    "STIXGeneral",
+    "STIXGeneralBol",
+    "STIXGeneralItalic",
+)
 UPRIGHT_SCRIPTS = ("CYRILLIC",)  # in italics some of their letters take another form
 BITMAP = 160  # side of a glyph's picture before it is bent, in pixels
 INK_EXTENT = 0.8  # share of that side which the longer side of the letter takes up

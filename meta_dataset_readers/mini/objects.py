@@ -14,6 +14,7 @@ from meta_dataset_readers.mini import canvas
 from meta_dataset_readers.mini.shapes import FAMILIES, SHAPES
 
 LEAVES_PER_SHAPE = 4
+TAU = np.float32(2 * np.pi)
 
 Surface = Callable[[Generator, np.ndarray, np.ndarray, canvas.Size], np.ndarray]
 
@@ -41,7 +42,7 @@ def shaded(rng, u, v, size):
 
 def striped(rng, u, v, size):
     a, _ = _axes(rng, u, v)
-    return _step(np.sin(a * (np.float32(TAU) / np.float32(rng.uniform(0.32, 0.55)))), 2)
+    return _step(np.sin(a * (TAU / np.float32(rng.uniform(0.32, 0.55)))), 2)
 
 
 def hatched(rng, u, v, size):
@@ -55,7 +56,7 @@ def hatched(rng, u, v, size):
 
 def ringed(rng, u, v, size):
     centre = rng.uniform(-0.35, 0.35, 2).astype(np.float32)
-    return _step(np.sin(np.hypot(u - centre[0], v - centre[1]) * np.float32(TAU / rng.uniform(0.32, 0.5))), 2)
+    return _step(np.sin(np.hypot(u - centre[0], v - centre[1]) * TAU / np.float32(rng.uniform(0.32, 0.5))), 2)
 
 
 def dotted(rng, u, v, size):
@@ -81,10 +82,10 @@ def blotchy(rng, u, v, size):
     return _step(canvas.noise(rng, size, rng.uniform(9, 14)), 3)
 
 
-TAU = 2 * np.pi
 OUTLINED = "outlined"  # the one surface that is a way of drawing the figure, not a field
 SURFACES: dict[str, Surface] = {
-    draw.__name__: draw for draw in (solid, shaded, striped, hatched, ringed, dotted, checkered, grainy, blotchy)
+    draw.__name__: draw
+    for draw in (solid, shaded, striped, hatched, ringed, dotted, checkered, grainy, blotchy)
 }
 SURFACE_GROUPS = {
     "even surfaces": ("solid", OUTLINED, "shaded"),
@@ -143,11 +144,12 @@ def _inks(rng: Generator, palette: str) -> tuple[np.ndarray, np.ndarray, np.ndar
     strong, weak = ((0.75, 1.0), (0.2, 0.5)) if bright else ((0.3, 0.6), (0.75, 1.0))
     first = canvas.colour(rng, rng.uniform(low, high), (0.55, 1.0), strong)
     second = canvas.colour(rng, rng.uniform(low, high), (0.25, 0.9), weak)
-    # The ground keeps its distance from the main colour in brightness or, failing that, after eight draws, anyhow.
-    for _ in range(8):
-        ground = canvas.any_colour(rng)
-        if np.abs(ground - first).sum() > 0.8 and abs(canvas.luminance(ground) - canvas.luminance(first)) > 0.15:
-            break
+    # Any ground that can be told from the main colour in brightness too: hue alone is lost in a dark picture.
+    grounds = [canvas.any_colour(rng) for _ in range(6)]
+    apart = [abs(canvas.luminance(ground) - canvas.luminance(first)) for ground in grounds]
+    ground = next(
+        (g for g, gap in zip(grounds, apart, strict=True) if gap > 0.2), grounds[int(np.argmax(apart))]
+    )
     return first, second, ground
 
 

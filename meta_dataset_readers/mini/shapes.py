@@ -93,7 +93,17 @@ def flower(rng: Generator) -> Outline:
 def bolt(rng: Generator) -> Outline:
     bend = rng.uniform(0.05, 0.2)
     return Outline(
-        (points((0.15, -1), (-0.65, bend), (-0.05, bend), (-0.3, 1), (0.65, -bend - 0.1), (0.08, -bend - 0.1), (0.55, -1)),)
+        (
+            points(
+                (0.15, -1),
+                (-0.65, bend),
+                (-0.05, bend),
+                (-0.3, 1),
+                (0.65, -bend - 0.1),
+                (0.08, -bend - 0.1),
+                (0.55, -1),
+            ),
+        )
     )
 
 
@@ -101,14 +111,33 @@ def cross(rng: Generator) -> Outline:
     a = rng.uniform(0.22, 0.36)
     b = 0.95
     return Outline(
-        (points((-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)),)
+        (
+            points(
+                (-a, -b),
+                (a, -b),
+                (a, -a),
+                (b, -a),
+                (b, a),
+                (a, a),
+                (a, b),
+                (-a, b),
+                (-a, a),
+                (-b, a),
+                (-b, -a),
+                (-a, -a),
+            ),
+        )
     )
 
 
 def arrow(rng: Generator) -> Outline:
     shaft, neck, head = rng.uniform(0.16, 0.26), rng.uniform(0.0, 0.25), rng.uniform(0.55, 0.7)
     return Outline(
-        (points((-1, -shaft), (neck, -shaft), (neck, -head), (1, 0), (neck, head), (neck, shaft), (-1, shaft)),)
+        (
+            points(
+                (-1, -shaft), (neck, -shaft), (neck, -head), (1, 0), (neck, head), (neck, shaft), (-1, shaft)
+            ),
+        )
     )
 
 
@@ -142,9 +171,17 @@ def chevron(rng: Generator) -> Outline:
     dip, arm = rng.uniform(0.5, 0.7), rng.uniform(0.4, 0.55)
     low = dip - arm / 2
     return Outline(
-        (points((-0.95, -low - arm / 2), (0, dip - low - arm / 2), (0.95, -low - arm / 2), (0.95, arm / 2 - low),
-                (0, dip + arm / 2 - low), (-0.95, arm / 2 - low)),)
-    )  # fmt: skip
+        (
+            points(
+                (-0.95, -low - arm / 2),
+                (0, dip - low - arm / 2),
+                (0.95, -low - arm / 2),
+                (0.95, arm / 2 - low),
+                (0, dip + arm / 2 - low),
+                (-0.95, arm / 2 - low),
+            ),
+        )
+    )
 
 
 def burst(rng: Generator) -> Outline:
@@ -164,7 +201,9 @@ def spiral(rng: Generator) -> Outline:
     turns = rng.uniform(2.0, 2.6)
     t = np.linspace(0.06, 1, 90)
     angle = TURN * turns * t
-    return Outline(lines=(0.88 * t[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1),), width=rng.uniform(0.14, 0.2))
+    return Outline(
+        lines=(0.88 * t[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1),), width=rng.uniform(0.14, 0.2)
+    )
 
 
 def zigzag(rng: Generator) -> Outline:
@@ -213,7 +252,9 @@ def rays(rng: Generator) -> Outline:
     count, inner = int(rng.integers(6, 10)), rng.uniform(0.28, 0.4)
     angle = TURN * np.arange(count) / count
     direction = np.stack([np.cos(angle), np.sin(angle)], 1)
-    return Outline(lines=tuple(np.stack([inner * d, 0.92 * d]) for d in direction), width=rng.uniform(0.15, 0.22))
+    return Outline(
+        lines=tuple(np.stack([inner * d, 0.92 * d]) for d in direction), width=rng.uniform(0.15, 0.22)
+    )
 
 
 def branch(rng: Generator) -> Outline:
@@ -250,4 +291,6 @@ FAMILIES: dict[str, dict[str, tuple[Callable[[Generator], Outline], ...]]] = {
     "VALID": {"filled figures": (kite, crescent, drop), "line figures": (wave, knot)},
     "TEST": {"filled figures": (chevron, burst, bone), "line figures": (coil, rays)},
 }
-SHAPES = {draw.__name__: draw for families in FAMILIES.values() for draws in families.values() for draw in draws}
+SHAPES = {
+    draw.__name__: draw for families in FAMILIES.values() for draws in families.values() for draw in draws
+}

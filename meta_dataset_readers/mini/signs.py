@@ -19,9 +19,14 @@ Layer = tuple[Outline, str]  # a figure and the name of its colour
 
 # Hue, saturation, value before light and wear.
 PAINT = {
-    "red": (0.99, 0.85, 0.8), "blue": (0.6, 0.85, 0.7), "yellow": (0.13, 0.9, 0.95), "white": (0.1, 0.03, 0.95),
-    "black": (0.6, 0.1, 0.08), "green": (0.37, 0.8, 0.6), "grey": (0.6, 0.03, 0.5),
-}  # fmt: skip
+    "red": (0.99, 0.85, 0.8),
+    "blue": (0.6, 0.85, 0.7),
+    "yellow": (0.13, 0.9, 0.95),
+    "white": (0.1, 0.03, 0.95),
+    "black": (0.6, 0.1, 0.08),
+    "green": (0.37, 0.8, 0.6),
+    "grey": (0.6, 0.03, 0.5),
+}
 
 
 def polygon(corners: int, radius: float, turn: float = 0.0) -> Outline:
@@ -67,34 +72,85 @@ PLUS = stroke(0.4, ((-0.7, 0), (0.7, 0)), ((0, -0.7), (0, 0.7)))
 EXCLAMATION = Outline(
     (area((-0.2, -0.9), (0.2, -0.9), (0.1, 0.3), (-0.1, 0.3)).areas[0], disc(0.19, 0, 0.7).areas[0]),
 )
-BUMPS = Outline((np.concatenate([curve(-0.45, 0.4, 0.45, 180, 360), curve(0.45, 0.4, 0.45, 180, 360), [(0.9, 0.6), (-0.9, 0.6)]]),))
-SLIPPERY = stroke(0.2, *(np.stack([x + 0.22 * np.sin(np.linspace(0, 6.3, 20)), np.linspace(0.9, -0.6, 20)], 1) for x in (-0.42, 0.42)))
-NARROWS = stroke(0.24, ((-0.6, 0.9), (-0.6, 0.25), (-0.22, -0.2), (-0.22, -0.9)), ((0.6, 0.9), (0.6, 0.25), (0.22, -0.2), (0.22, -0.9)))
+BUMPS = Outline(
+    (
+        np.concatenate(
+            [curve(-0.45, 0.4, 0.45, 180, 360), curve(0.45, 0.4, 0.45, 180, 360), [(0.9, 0.6), (-0.9, 0.6)]]
+        ),
+    )
+)
+SLIPPERY = stroke(
+    0.2,
+    *(
+        np.stack([x + 0.22 * np.sin(np.linspace(0, 6.3, 20)), np.linspace(0.9, -0.6, 20)], 1)
+        for x in (-0.42, 0.42)
+    ),
+)
+NARROWS = stroke(
+    0.24,
+    ((-0.6, 0.9), (-0.6, 0.25), (-0.22, -0.2), (-0.22, -0.9)),
+    ((0.6, 0.9), (0.6, 0.25), (0.22, -0.2), (0.22, -0.9)),
+)
 BEND = Outline(
-    (area((-0.1, -0.5), (0.62, -0.95), (0.68, -0.1)).areas[0],), lines=(np.array([(-0.45, 0.9), (-0.45, 0.3), (0.4, -0.45)]),), width=0.28
+    (area((-0.1, -0.5), (0.62, -0.95), (0.68, -0.1)).areas[0],),
+    lines=(np.array([(-0.45, 0.9), (-0.45, 0.3), (0.4, -0.45)]),),
+    width=0.28,
 )
 SNOW = stroke(0.15, *(np.outer((-0.85, 0.85), (np.cos(a), np.sin(a))) for a in np.arange(3) * np.pi / 3))
 CAR = Outline(
-    (area((-0.95, 0.3), (-0.95, -0.05), (-0.65, -0.1), (-0.4, -0.5), (0.4, -0.5), (0.65, -0.1), (0.95, -0.05), (0.95, 0.3)).areas[0],
-     disc(0.22, -0.5, 0.35).areas[0], disc(0.22, 0.5, 0.35).areas[0]),
-)  # fmt: skip
+    (
+        area(
+            (-0.95, 0.3),
+            (-0.95, -0.05),
+            (-0.65, -0.1),
+            (-0.4, -0.5),
+            (0.4, -0.5),
+            (0.65, -0.1),
+            (0.95, -0.05),
+            (0.95, 0.3),
+        ).areas[0],
+        disc(0.22, -0.5, 0.35).areas[0],
+        disc(0.22, 0.5, 0.35).areas[0],
+    ),
+)
 LORRY = Outline(
-    (area((-1, 0.3), (-1, -0.65), (0.25, -0.65), (0.25, 0.3)).areas[0], area((0.33, 0.3), (0.33, -0.3), (0.7, -0.3), (0.98, 0.02), (0.98, 0.3)).areas[0],
-     disc(0.2, -0.6, 0.38).areas[0], disc(0.2, 0.6, 0.38).areas[0]),
-)  # fmt: skip
+    (
+        area((-1, 0.3), (-1, -0.65), (0.25, -0.65), (0.25, 0.3)).areas[0],
+        area((0.33, 0.3), (0.33, -0.3), (0.7, -0.3), (0.98, 0.02), (0.98, 0.3)).areas[0],
+        disc(0.2, -0.6, 0.38).areas[0],
+        disc(0.2, 0.6, 0.38).areas[0],
+    ),
+)
 WALKER = Outline(
     (disc(0.2, 0.05, -0.75).areas[0],),
-    lines=tuple(np.array(line, float) for line in (
-        ((0, -0.45), (-0.05, 0.15), (-0.4, 0.9)), ((-0.05, 0.15), (0.3, 0.45), (0.35, 0.9)), ((-0.45, 0.05), (0, -0.4), (0.45, 0.0)))),
+    lines=tuple(
+        np.array(line, float)
+        for line in (
+            ((0, -0.45), (-0.05, 0.15), (-0.4, 0.9)),
+            ((-0.05, 0.15), (0.3, 0.45), (0.35, 0.9)),
+            ((-0.45, 0.05), (0, -0.4), (0.45, 0.0)),
+        )
+    ),
     width=0.2,
-)  # fmt: skip
+)
 ROUNDABOUT = Outline(
-    tuple(canvas.rotation(120 * k).dot(np.array([(0.98, 0.0), (0.36, 0.0), (0.66, 0.45)]).T).T for k in range(3)),
+    tuple(
+        canvas.rotation(120 * k).dot(np.array([(0.98, 0.0), (0.36, 0.0), (0.66, 0.45)]).T).T for k in range(3)
+    ),
     lines=tuple(curve(0, 0, 0.66, 120 * k - 72, 120 * k) for k in range(3)),
     width=0.24,
 )
-ROAD = Outline((np.array([(-0.2, -0.9), (-0.05, -0.9), (-0.25, 0.9), (-0.85, 0.9)]), np.array([(0.2, -0.9), (0.05, -0.9), (0.25, 0.9), (0.85, 0.9)])))
-TURN = Outline((np.array([(0.3, -0.95), (0.98, -0.45), (0.3, 0.05)]),), lines=(np.array([(-0.45, 0.9), (-0.45, -0.45), (0.4, -0.45)]),), width=0.3)
+ROAD = Outline(
+    (
+        np.array([(-0.2, -0.9), (-0.05, -0.9), (-0.25, 0.9), (-0.85, 0.9)]),
+        np.array([(0.2, -0.9), (0.05, -0.9), (0.25, 0.9), (0.85, 0.9)]),
+    )
+)
+TURN = Outline(
+    (np.array([(0.3, -0.95), (0.98, -0.45), (0.3, 0.05)]),),
+    lines=(np.array([(-0.45, 0.9), (-0.45, -0.45), (0.4, -0.45)]),),
+    width=0.3,
+)
 
 
 # --- plates ----------------------------------------------------------------------------------------------
@@ -107,30 +163,51 @@ def ban(*pictogram: Layer) -> list[Layer]:
 def warning(*pictogram: Layer) -> list[Layer]:
     lower = 0.18
     inside = [(shrink(figure, 0.42, 0.3), paint) for figure, paint in pictogram]
-    return [(shrink(polygon(3, 1.1), 1, lower), "red"), (shrink(polygon(3, 0.76), 1, lower), "white"), *inside]
+    return [
+        (shrink(polygon(3, 1.1), 1, lower), "red"),
+        (shrink(polygon(3, 0.76), 1, lower), "white"),
+        *inside,
+    ]
 
 
 def order(*pictogram: Layer) -> list[Layer]:
-    return [(disc(0.95), "white"), (disc(0.88), "blue"), *((shrink(figure, 0.65), paint) for figure, paint in pictogram)]
+    return [
+        (disc(0.95), "white"),
+        (disc(0.88), "blue"),
+        *((shrink(figure, 0.65), paint) for figure, paint in pictogram),
+    ]
 
 
 def notice(*pictogram: Layer) -> list[Layer]:
-    return [(polygon(4, 1.25, 0.5), "white"), (polygon(4, 1.16, 0.5), "blue"), *((shrink(f, 0.7), p) for f, p in pictogram)]
+    return [
+        (polygon(4, 1.25, 0.5), "white"),
+        (polygon(4, 1.16, 0.5), "blue"),
+        *((shrink(f, 0.7), p) for f, p in pictogram),
+    ]
 
 
 LIGHTS = [(disc(0.3, 0, y), paint) for y, paint in ((-0.65, "red"), (0.05, "yellow"), (0.75, "green"))]
 HALT = [(polygon(8, 1.0, 0.5), "white"), (polygon(8, 0.92, 0.5), "red"), (shrink(SALTIRE, 0.75), "white")]
-END = [(disc(0.95), "grey"), (disc(0.86), "white"), *((stroke(0.09, ((-0.6 + k, 0.6 + k), (0.6 + k, -0.6 + k))), "black") for k in (-0.16, 0.0, 0.16))]
+END = [
+    (disc(0.95), "grey"),
+    (disc(0.86), "white"),
+    *((stroke(0.09, ((-0.6 + k, 0.6 + k), (0.6 + k, -0.6 + k))), "black") for k in (-0.16, 0.0, 0.16)),
+]
 
 SIGNS: dict[str, list[Layer]] = {
     "ahead only": order((ARROW, "white")),
     "bend": warning((BEND, "black")),
     "bumps": warning((BUMPS, "black")),
     "closed to all": ban(),
-    "crossing": notice((polygon(3, 1.2).map(lambda p: p + (0, 0.2)), "white"), (shrink(WALKER, 0.5, 0.25), "black")),
+    "crossing": notice(
+        (polygon(3, 1.2).map(lambda p: p + (0, 0.2)), "white"), (shrink(WALKER, 0.5, 0.25), "black")
+    ),
     "crossroads": warning((SALTIRE, "black")),
     "danger": warning((EXCLAMATION, "black")),
-    "dead end": notice((stroke(0.4, ((0, 0.95), (0, -0.4))), "white"), (area((-0.7, -0.85), (0.7, -0.85), (0.7, -0.4), (-0.7, -0.4)), "red")),
+    "dead end": notice(
+        (stroke(0.4, ((0, 0.95), (0, -0.4))), "white"),
+        (area((-0.7, -0.85), (0.7, -0.85), (0.7, -0.4), (-0.7, -0.4)), "red"),
+    ),
     "end of restrictions": END,
     "first aid": notice((polygon(4, 1.2, 0.5), "white"), (PLUS, "red")),
     "footpath": order((shrink(WALKER, 1.1), "white")),
@@ -151,7 +228,7 @@ SIGNS: dict[str, list[Layer]] = {
     "roundabout": order((ROUNDABOUT, "white")),
     "slippery": warning((SLIPPERY, "black")),
     "snow": warning((SNOW, "blue")),
-}  # fmt: skip
+}
 
 
 def perspective(rng: Generator, strength: float) -> Callable[[np.ndarray], np.ndarray]:
@@ -195,9 +272,13 @@ def draw_sign(rng: Generator, name: str) -> Image.Image:
         picture = canvas.blend(picture, paint(rng, colour), canvas.mask(figure.map(view), pose, board))
     x, y = canvas.pixel_grid(board)
     slope = rng.uniform(-0.35, 0.35, 2)
-    light = np.exp(rng.uniform(np.log(0.45), np.log(1.2))) * (1 + slope[0] * (x / board[0] - 0.5) + slope[1] * (y / board[1] - 0.5))
+    light = np.exp(rng.uniform(np.log(0.45), np.log(1.2))) * (
+        1 + slope[0] * (x / board[0] - 0.5) + slope[1] * (y / board[1] - 0.5)
+    )
     if rng.random() < 0.3:  # a shadow falls over it
-        light = light * np.where(x * np.cos(slope[0] * 9) + y * np.sin(slope[0] * 9) < rng.uniform(0.2, 0.8) * board[0], 0.6, 1)
+        light = light * np.where(
+            x * np.cos(slope[0] * 9) + y * np.sin(slope[0] * 9) < rng.uniform(0.2, 0.8) * board[0], 0.6, 1
+        )
     cast = 1 + rng.uniform(-0.12, 0.12, 3)
     picture = (picture * light[..., None] * cast).astype(np.float32)
     if rng.random() < 0.25:
@@ -207,5 +288,7 @@ def draw_sign(rng: Generator, name: str) -> Image.Image:
     image = canvas.develop(rng, picture, size, light=0.15, blur=1.2, grain=0.04)
     if rng.random() < 0.3:  # far away: few pixels, enlarged
         share = rng.uniform(0.4, 0.75)
-        image = image.resize([round(side * share) for side in size], Image.Resampling.BOX).resize(size, Image.Resampling.BILINEAR)
+        image = image.resize([round(side * share) for side in size], Image.Resampling.BOX).resize(
+            size, Image.Resampling.BILINEAR
+        )
     return image

@@ -4,6 +4,8 @@ Each function of `SKETCHES` returns the strokes of one drawing, as open lines in
 with proportions and details that vary. Does not know files or specifications.
 """
 
+import itertools
+
 import numpy as np
 from numpy.random import Generator
 from PIL import Image
@@ -36,15 +38,24 @@ def box(left: float, top: float, right: float, bottom: float) -> Stroke:
 def anchor(r: Generator) -> Strokes:
     bar = r.uniform(0.3, 0.45)
     hooks = [path((-0.85, 0.2), (-0.75, 0.45), (-0.55, 0.3)), path((0.85, 0.2), (0.75, 0.45), (0.55, 0.3))]
-    return [arc(0, -0.75, 0.17, 0.17), path((0, -0.58), (0, 0.9)), path((-bar, -0.35), (bar, -0.35)),
-            arc(0, 0.25, 0.75, 0.65, 15, 165), *hooks]  # fmt: skip
+    return [
+        arc(0, -0.75, 0.17, 0.17),
+        path((0, -0.58), (0, 0.9)),
+        path((-bar, -0.35), (bar, -0.35)),
+        arc(0, 0.25, 0.75, 0.65, 15, 165),
+        *hooks,
+    ]
 
 
 def bicycle(r: Generator) -> Strokes:
     wheel = r.uniform(0.36, 0.43)
     y = 0.35
-    frame = [path((-0.55, y), (-0.25, -0.3), (0.35, -0.3), (0.0, y), (-0.55, y)), path((-0.32, -0.45), (0.0, y)),
-             path((0.55, y), (0.3, -0.5), (0.5, -0.58)), path((-0.45, -0.45), (-0.18, -0.45))]  # fmt: skip
+    frame = [
+        path((-0.55, y), (-0.25, -0.3), (0.35, -0.3), (0.0, y), (-0.55, y)),
+        path((-0.32, -0.45), (0.0, y)),
+        path((0.55, y), (0.3, -0.5), (0.5, -0.58)),
+        path((-0.45, -0.45), (-0.18, -0.45)),
+    ]
     return [arc(-0.55, y, wheel, wheel), arc(0.55, y, wheel, wheel), *frame]
 
 
@@ -68,8 +79,12 @@ def butterfly(r: Generator) -> Strokes:
 def cactus(r: Generator) -> Strokes:
     left, right = r.uniform(-0.1, 0.3, 2)
     stem = np.concatenate([path((-0.2, 0.6)), arc(0, -0.65, 0.2, 0.25, 180, 360), path((0.2, 0.6))])
-    arms = [path((-0.2, left + 0.15), (-0.6, left + 0.15), (-0.6, left - 0.4)), path((-0.2, left - 0.05), (-0.42, left - 0.05), (-0.42, left - 0.4), (-0.6, left - 0.4)),
-            path((0.2, right + 0.15), (0.6, right + 0.15), (0.6, right - 0.4)), path((0.2, right - 0.05), (0.42, right - 0.05), (0.42, right - 0.4), (0.6, right - 0.4))]  # fmt: skip
+    arms = [
+        path((-0.2, left + 0.15), (-0.6, left + 0.15), (-0.6, left - 0.4)),
+        path((-0.2, left - 0.05), (-0.42, left - 0.05), (-0.42, left - 0.4), (-0.6, left - 0.4)),
+        path((0.2, right + 0.15), (0.6, right + 0.15), (0.6, right - 0.4)),
+        path((0.2, right - 0.05), (0.42, right - 0.05), (0.42, right - 0.4), (0.6, right - 0.4)),
+    ]
     return [stem, *arms, ring((-0.4, 0.6), (0.4, 0.6), (0.3, 0.95), (-0.3, 0.95))]
 
 
@@ -82,9 +97,23 @@ def candle(r: Generator) -> Strokes:
 
 def car(r: Generator) -> Strokes:
     roof, wheel = r.uniform(-0.5, -0.35), r.uniform(0.17, 0.23)
-    body = ring((-0.95, 0.35), (-0.95, 0.0), (-0.6, -0.05), (-0.35, roof), (0.3, roof), (0.6, -0.05), (0.95, 0.05), (0.95, 0.35))
-    return [body, path((-0.6, -0.05), (0.6, -0.05)), path((0, roof), (0, -0.05)),
-            arc(-0.5, 0.38, wheel, wheel), arc(0.5, 0.38, wheel, wheel)]  # fmt: skip
+    body = ring(
+        (-0.95, 0.35),
+        (-0.95, 0.0),
+        (-0.6, -0.05),
+        (-0.35, roof),
+        (0.3, roof),
+        (0.6, -0.05),
+        (0.95, 0.05),
+        (0.95, 0.35),
+    )
+    return [
+        body,
+        path((-0.6, -0.05), (0.6, -0.05)),
+        path((0, roof), (0, -0.05)),
+        arc(-0.5, 0.38, wheel, wheel),
+        arc(0.5, 0.38, wheel, wheel),
+    ]
 
 
 def cat(r: Generator) -> Strokes:
@@ -97,15 +126,21 @@ def cat(r: Generator) -> Strokes:
 
 def chair(r: Generator) -> Strokes:
     seat, back = r.uniform(0.05, 0.2), r.uniform(-0.95, -0.75)
-    legs = [path((-0.5, back), (-0.5, 0.95)), path((0.35, seat), (0.35, 0.95)), path((0.65, seat - 0.22), (0.65, 0.6)),
-            path((-0.2, back - 0.02), (-0.2, seat - 0.22))]  # fmt: skip
+    legs = [
+        path((-0.5, back), (-0.5, 0.95)),
+        path((0.35, seat), (0.35, 0.95)),
+        path((0.65, seat - 0.22), (0.65, 0.6)),
+        path((-0.2, back - 0.02), (-0.2, seat - 0.22)),
+    ]
     slats = [path((-0.5, back + 0.25 * k), (-0.2, back - 0.02 + 0.25 * k)) for k in range(3)]
     return [*legs, ring((-0.5, seat), (0.35, seat), (0.65, seat - 0.22), (-0.2, seat - 0.22)), *slats]
 
 
 def clock(r: Generator) -> Strokes:
     hour, minute = r.uniform(0, 2 * np.pi, 2)
-    hands = [path((0, 0), (long * np.sin(at), -long * np.cos(at))) for long, at in ((0.4, hour), (0.62, minute))]
+    hands = [
+        path((0, 0), (long * np.sin(at), -long * np.cos(at))) for long, at in ((0.4, hour), (0.62, minute))
+    ]
     every = np.arange(12 if r.random() < 0.6 else 4)
     angle = every * 2 * np.pi / len(every)
     ticks = [np.array([[0.74, 0.74], [0.88, 0.88]]) * (np.sin(a), np.cos(a)) for a in angle]
@@ -116,7 +151,12 @@ def cup(r: Generator) -> Strokes:
     taper = r.uniform(0.05, 0.2)
     sides = [path((-0.65, -0.45), (-0.65 + taper, 0.65), (0.35 - taper, 0.65), (0.35, -0.45))]
     steam = [path((x, -0.68), (x + 0.1, -0.78), (x, -0.88), (x + 0.08, -0.98)) for x in (-0.35, -0.1)]
-    return [arc(-0.15, -0.45, 0.5, 0.13), *sides, arc(0.4, 0.0, 0.38, 0.32, -85, 100), *(steam if r.random() < 0.6 else [])]
+    return [
+        arc(-0.15, -0.45, 0.5, 0.13),
+        *sides,
+        arc(0.4, 0.0, 0.38, 0.32, -85, 100),
+        *(steam if r.random() < 0.6 else []),
+    ]
 
 
 def envelope(r: Generator) -> Strokes:
@@ -140,13 +180,22 @@ def fish(r: Generator) -> Strokes:
     height = r.uniform(0.38, 0.52)
     tail = ring((0.45, 0), (0.95, -0.42), (0.85, 0), (0.95, 0.42))
     scales = [arc(-0.05 + 0.2 * k, 0, 0.1, 0.2, -80, 80) for k in range(2)] if r.random() < 0.6 else []
-    return [arc(-0.2, 0, 0.7, height), tail, arc(-0.58, -0.12, 0.06, 0.06), arc(-0.42, 0.05, 0.1, 0.28, -70, 70), *scales]
+    return [
+        arc(-0.2, 0, 0.7, height),
+        tail,
+        arc(-0.58, -0.12, 0.06, 0.06),
+        arc(-0.42, 0.05, 0.1, 0.28, -70, 70),
+        *scales,
+    ]
 
 
 def flower(r: Generator) -> Strokes:
     petals = int(r.integers(5, 8))
     y, reach = -0.4, 0.33
-    bloom = [arc(reach * np.cos(a), y + reach * np.sin(a), 0.19, 0.19) for a in np.arange(petals) * 2 * np.pi / petals]
+    bloom = [
+        arc(reach * np.cos(a), y + reach * np.sin(a), 0.19, 0.19)
+        for a in np.arange(petals) * 2 * np.pi / petals
+    ]
     leaf = arc(0.2, 0.5, 0.2, 0.1)
     leaves = [leaf] if r.random() < 0.5 else [leaf, arc(-0.2, 0.6, 0.2, 0.1)]
     return [arc(0, y, 0.15, 0.15), *bloom, path((0, 0.1), (0.02, 0.95)), *leaves]
@@ -167,7 +216,11 @@ def hourglass(r: Generator) -> Strokes:
 
 def house(r: Generator) -> Strokes:
     eaves, door = r.uniform(-0.25, -0.05), r.uniform(-0.45, 0.1)
-    parts = [box(-0.7, eaves, 0.7, 0.85), path((-0.9, eaves), (0, -0.92), (0.9, eaves)), box(door, 0.3, door + 0.32, 0.85)]
+    parts = [
+        box(-0.7, eaves, 0.7, 0.85),
+        path((-0.9, eaves), (0, -0.92), (0.9, eaves)),
+        box(door, 0.3, door + 0.32, 0.85),
+    ]
     parts.append(box(0.25, eaves + 0.2, 0.55, eaves + 0.5))
     if r.random() < 0.6:
         parts.append(path((0.4, -0.6), (0.4, -0.9), (0.6, -0.9), (0.6, -0.4)))
@@ -189,10 +242,15 @@ def ladder(r: Generator) -> Strokes:
 
 def lamp(r: Generator) -> Strokes:
     """A light bulb."""
-    rays = [np.array([[0.72, 0.72], [0.95, 0.95]]) * (np.cos(a), np.sin(a)) + (0, -0.25) for a in np.deg2rad((-150, -90, -30, 180, 0))]
+    rays = [
+        np.array([[0.72, 0.72], [0.95, 0.95]]) * (np.cos(a), np.sin(a)) + (0, -0.25)
+        for a in np.deg2rad((-150, -90, -30, 180, 0))
+    ]
     bulb = np.concatenate([path((-0.2, 0.45)), arc(0, -0.25, 0.5, 0.5, 125, 415), path((0.2, 0.45))])
     base = [box(-0.2, 0.45, 0.2, 0.8), path((-0.2, 0.57), (0.2, 0.57)), path((-0.2, 0.69), (0.2, 0.69))]
-    wire = path((-0.12, 0.42), (-0.2, -0.15), (-0.06, -0.02), (0, -0.2), (0.06, -0.02), (0.2, -0.15), (0.12, 0.42))
+    wire = path(
+        (-0.12, 0.42), (-0.2, -0.15), (-0.06, -0.02), (0, -0.2), (0.06, -0.02), (0.2, -0.15), (0.12, 0.42)
+    )
     return [bulb, *base, wire, *(rays if r.random() < 0.5 else [])]
 
 
@@ -208,7 +266,14 @@ def snowman(r: Generator) -> Strokes:
     hat = [path((-0.35, -0.85 + 0.1), (0.35, -0.75)), box(-0.2, -1.0, 0.2, -0.75)]
     arms = [path((side * 0.33, 0.0), (side * 0.85, -0.25)) for side in (-1, 1)]
     eyes = [arc(side * 0.09, -0.55, 0.02, 0.02) for side in (-1, 1)]
-    return [arc(0, -0.5, head, head), arc(0, 0.05, 0.36, 0.33), arc(0, 0.65, 0.48, 0.36), *arms, *eyes, *(hat if r.random() < 0.8 else [])]
+    return [
+        arc(0, -0.5, head, head),
+        arc(0, 0.05, 0.36, 0.33),
+        arc(0, 0.65, 0.48, 0.36),
+        *arms,
+        *eyes,
+        *(hat if r.random() < 0.8 else []),
+    ]
 
 
 def spectacles(r: Generator) -> Strokes:
@@ -228,8 +293,12 @@ def sun(r: Generator) -> Strokes:
 def table(r: Generator) -> Strokes:
     y, splay = r.uniform(-0.35, -0.15), r.uniform(0.0, 0.12)
     top = ring((-0.6, y - 0.25), (0.95, y - 0.25), (0.65, y), (-0.95, y))
-    legs = [path((-0.9, y), (-0.9 - splay, 0.85)), path((0.6, y), (0.6 + splay, 0.85)), path((0.9, y - 0.2), (0.9 + splay, 0.6)),
-            path((-0.5, y), (-0.5, 0.6))]  # fmt: skip
+    legs = [
+        path((-0.9, y), (-0.9 - splay, 0.85)),
+        path((0.6, y), (0.6 + splay, 0.85)),
+        path((0.9, y - 0.2), (0.9 + splay, 0.6)),
+        path((-0.5, y), (-0.5, 0.6)),
+    ]
     return [top, *legs]
 
 
@@ -238,13 +307,18 @@ def tree(r: Generator) -> Strokes:
     lobes = int(r.integers(6, 9))
     radius = 0.5 + 0.09 * np.abs(np.sin(lobes * angle / 2))
     crown = np.stack([1.1 * radius * np.cos(angle), -0.35 + radius * np.sin(angle)], 1)
-    return [crown, path((-0.13, 0.2), (-0.15, 0.95)), path((0.13, 0.2), (0.15, 0.95)), path((-0.4, 0.95), (0.4, 0.95))]
+    return [
+        crown,
+        path((-0.13, 0.2), (-0.15, 0.95)),
+        path((0.13, 0.2), (0.15, 0.95)),
+        path((-0.4, 0.95), (0.4, 0.95)),
+    ]
 
 
 def umbrella(r: Generator) -> Strokes:
     scallops = int(r.integers(3, 6))
     edges = np.linspace(-0.9, 0.9, scallops + 1)
-    hem = [arc((a + b) / 2, 0, (b - a) / 2, 0.12, 180, 360) for a, b in zip(edges, edges[1:], strict=False)]
+    hem = [arc((a + b) / 2, 0, (b - a) / 2, 0.12, 180, 360) for a, b in itertools.pairwise(edges)]
     handle = np.concatenate([path((0, -0.1), (0, 0.75)), arc(-0.14, 0.75, 0.14, 0.17, 0, 180)])
     return [arc(0, 0, 0.9, r.uniform(0.7, 0.85), 180, 360), *hem, handle, path((0, -0.8), (0, -0.95))]
 
@@ -268,7 +342,11 @@ def unsteady(rng: Generator, stroke: Stroke, shake: float) -> Stroke:
     knots = max(2, int(length / 0.35) + 1)
     tremble = rng.normal(0, shake, (knots, 2))
     place = np.linspace(0, at[-1], knots)
-    return smooth + np.stack([np.interp(at, place, tremble[:, axis]) for axis in (0, 1)], 1) + rng.normal(0, shake / 2, 2)
+    return (
+        smooth
+        + np.stack([np.interp(at, place, tremble[:, axis]) for axis in (0, 1)], 1)
+        + rng.normal(0, shake / 2, 2)
+    )
 
 
 def draw_sketch(rng: Generator, name: str) -> Image.Image:
@@ -281,7 +359,9 @@ def draw_sketch(rng: Generator, name: str) -> Image.Image:
     bend = canvas.wobble(rng, rng.uniform(0, 0.07))
     lines = tuple(bend(unsteady(rng, stroke, shake)) * mirror for stroke in strokes)
     pose = canvas.random_pose(rng, board, turn=12, fill=(0.68, 0.92), shear=0.12, stretch=0.15)
-    pen = rng.uniform(1.1, 2.4) * canvas.OVERSAMPLE / pose.scale  # in final pixels, whatever the drawing's size
+    pen = (
+        rng.uniform(1.1, 2.4) * canvas.OVERSAMPLE / pose.scale
+    )  # in final pixels, whatever the drawing's size
     cover = canvas.mask(canvas.Outline(lines=lines, width=pen), pose, board)
     ink, paper = (np.full(3, grey, np.float32) for grey in (rng.uniform(0, 0.15), rng.uniform(0.96, 1.0)))
     picture = canvas.blend(canvas.flat(board, paper), ink, cover)

@@ -139,7 +139,13 @@ def mini_objects(images_per_class: int) -> Source:
     """The training source: 84 / 20 / 20 classes in a graph, every split with shapes of its own."""
     chosen = [combination for split in SPLITS for combination in objects.combinations(split)]
     words = tuple(objects.object_words(*combination) for combination in chosen)
-    return Source("mini_objects", words, (images_per_class,) * len(words), ignoring_number(objects.draw_object), objects_spec)
+    return Source(
+        "mini_objects",
+        words,
+        (images_per_class,) * len(words),
+        ignoring_number(objects.draw_object),
+        objects_spec,
+    )
 
 
 def mini_glyphs() -> Source:
@@ -154,7 +160,9 @@ def mini_glyphs() -> Source:
         split: {script: len(characters) for script, characters in scripts.items()}
         for split, scripts in glyphs.SCRIPTS.items()
     }
-    return Source("mini_glyphs", names, (20,) * len(names), ignoring_number(glyphs.draw_glyph), bilevel_spec(sizes))
+    return Source(
+        "mini_glyphs", names, (20,) * len(names), ignoring_number(glyphs.draw_glyph), bilevel_spec(sizes)
+    )
 
 
 def mini_textures() -> Source:
@@ -171,14 +179,19 @@ def mini_signs() -> Source:
     """28 invented traffic signs, test only, like traffic_sign."""
     names = tuple(signs.SIGNS)
     return Source(
-        "mini_signs", names, (40,) * len(names), ignoring_number(signs.draw_sign), flat_spec((0, 0, len(names)))
+        "mini_signs",
+        names,
+        (40,) * len(names),
+        ignoring_number(signs.draw_sign),
+        flat_spec((0, 0, len(names))),
     )
 
 
 def real_digits() -> Source:
     """The handwritten digits of scikit-learn, test only, with their true numbers of images."""
-    counts = tuple(len(images) for images in digits.digit_images())
-    return Source("digits", digits.NAMES, counts, digits.draw_digit, flat_spec((0, 0, len(counts))))
+    return Source(
+        "digits", digits.NAMES, digits.COUNTS, digits.draw_digit, flat_spec((0, 0, len(digits.NAMES)))
+    )
 
 
 def flat_source(name: str, splits: dict[str, tuple[Callable, ...]], draw: Callable) -> Source:
@@ -188,7 +201,9 @@ def flat_source(name: str, splits: dict[str, tuple[Callable, ...]], draw: Callab
     return Source(name, classes, (40,) * len(classes), ignoring_number(draw), flat_spec(sizes))
 
 
-def ignoring_number(draw: Callable[[Generator, str], Image.Image]) -> Callable[[Generator, str, int], Image.Image]:
+def ignoring_number(
+    draw: Callable[[Generator, str], Image.Image],
+) -> Callable[[Generator, str, int], Image.Image]:
     """For sources whose images are made up: which one it is does not matter."""
     return lambda rng, name, number: draw(rng, name)
 
@@ -202,7 +217,14 @@ def build(name: str, objects_per_class: int = OBJECTS_PER_CLASS) -> Source:
 
     `objects_per_class` is the number of images of each class of mini_objects; the others ignore it.
     """
-    makers = (lambda: mini_objects(objects_per_class), mini_glyphs, mini_textures, mini_sketches, mini_signs, real_digits)
+    makers = (
+        lambda: mini_objects(objects_per_class),
+        mini_glyphs,
+        mini_textures,
+        mini_sketches,
+        mini_signs,
+        real_digits,
+    )
     if name not in SOURCE_NAMES:
         raise InputError(f"--sources: unknown source {name!r}: {nearest(name, SOURCE_NAMES)}")
     return makers[SOURCE_NAMES.index(name)]()

@@ -1,7 +1,8 @@
 """mini_textures: surfaces that fill the whole frame, in any colours: only the pattern tells them apart.
 
-Each function of `TEXTURES` draws one pattern as a field in about [0, 1], from coordinates a, b that are already
-turned, and scaled so that about four periods of length 1 fit the frame. Does not know files or specifications.
+Each function of `TEXTURES` draws one pattern as a field in about [0, 1], from coordinates a, b that are
+already turned, and scaled so that about four periods of length 1 fit the frame. Does not know files or
+specifications.
 """
 
 import numpy as np
@@ -29,7 +30,7 @@ def size_of(field: Field) -> canvas.Size:
 
 
 def cells(rng: Generator, a: Field, b: Field, density: float) -> tuple[Field, Field, Field]:
-    """A Voronoi diagram of random points: distance to the nearest, to the second nearest, index of the nearest."""
+    """A Voronoi diagram of random points: distances to the nearest two, index of the nearest."""
     low, high = (a.min(), b.min()), (a.max(), b.max())
     count = max(12, int(density * (high[0] - low[0]) * (high[1] - low[1])))
     x, y = rng.uniform(low, high, (count, 2)).astype(np.float32).T
@@ -40,7 +41,7 @@ def cells(rng: Generator, a: Field, b: Field, density: float) -> tuple[Field, Fi
 
 
 def strokes(rng: Generator, size: canvas.Size, count: int, length: float, width: int, spread: float) -> Field:
-    """Many straight strokes of random grey, `length` of the shorter side long, directions within `spread` turns."""
+    """Many straight strokes of random grey, `length` (of the shorter side) long, `spread` turns apart."""
     image = Image.new("L", size, int(rng.integers(60, 190)))
     draw = ImageDraw.Draw(image)
     main = rng.uniform(0, TAU)
@@ -53,11 +54,12 @@ def strokes(rng: Generator, size: canvas.Size, count: int, length: float, width:
 
 
 def woven(rng, a, b):
-    """Bands that pass over and under each other."""
-    over = np.mod(np.floor(a) + np.floor(b), 2)
-    across = np.where(over > 0, wrapped(a), wrapped(b))
-    along = np.where(over > 0, wrapped(b), wrapped(a))
-    return step(0.42 - np.abs(across), 8) * (0.45 + 0.4 * np.cos(along * 3) + 0.15 * over)
+    """A basket: squares of parallel strands, each across its neighbours."""
+    a, b = 0.8 * a, 0.8 * b
+    strands = np.float32(rng.integers(3, 5) * np.pi)
+    lengthwise = np.mod(np.floor(a) + np.floor(b), 2) > 0
+    across, along = np.where(lengthwise, a, b), np.where(lengthwise, b, a)
+    return np.abs(np.sin(strands * across)) * (0.35 + 0.65 * np.cos(wrapped(along) * np.float32(2.4)))
 
 
 def speckled(rng, a, b):
@@ -87,16 +89,15 @@ def bricked(rng, a, b):
 
 
 def scaly(rng, a, b):
-    """Overlapping round scales, each row half a step aside."""
-    best = np.zeros_like(a)
+    """Overlapping round scales with dark rims, each row half a step aside."""
+    field = np.zeros_like(a)
     base = np.floor(b * 2)
-    for back in (1, 0):  # the lower row lies on top
-        row = base + back
-        x = wrapped(a * 1.2 + 0.5 * np.mod(row, 2))
-        y = (b * 2 - row) * 0.5
-        radius = np.hypot(x, y + 0.1)
-        best = np.where(radius < 0.56, np.clip(1.15 - radius / 0.56, 0, 1), best)
-    return best
+    for row in (base + 1, base, base - 1):  # each row lies on the one before it
+        x = wrapped(a + 0.5 * np.mod(row, 2))
+        y = b - 0.5 * row
+        radius = np.hypot(x, y) / 0.6
+        field = np.where(radius < 1, step(0.86 - radius, 12) * (0.45 + 0.55 * (1 - radius)), field)
+    return field
 
 
 def gridded(rng, a, b):
@@ -120,15 +121,19 @@ def bubbly(rng, a, b):
         radius = rng.uniform(0.16, 0.62)
         distance = np.hypot(a - x, b - y) / radius
         field = np.where(distance < 1, 0.12 + 0.88 * np.clip(distance, 0, 1) ** 6, field)
-        field = np.maximum(field, step(0.16 - np.hypot(a - x + 0.35 * radius, b - y + 0.35 * radius) / radius, 10))
+        field = np.maximum(
+            field, step(0.16 - np.hypot(a - x + 0.35 * radius, b - y + 0.35 * radius) / radius, 10)
+        )
     return field
 
 
 def plaid(rng, a, b):
     """Bands of several widths crossing, both seen through each other."""
     edges = rng.uniform(0.1, 0.9, 3)
-    bands = [sum(step(w - np.abs(wrapped(c * 0.6 + e)), 14) for e, w in zip(edges, (0.2, 0.08, 0.04), strict=True))
-             for c in (a, b)]  # fmt: skip
+    bands = [
+        sum(step(w - np.abs(wrapped(c * 0.6 + e)), 14) for e, w in zip(edges, (0.2, 0.08, 0.04), strict=True))
+        for c in (a, b)
+    ]
     return 0.33 * (bands[0] + bands[1])
 
 
@@ -189,7 +194,9 @@ def scratched(rng, a, b):
 def striped(rng, a, b):
     """Straight bands of unequal widths."""
     phases = rng.uniform(0, 1, 2)
-    return 0.5 * step(np.sin(TAU * (0.9 * a + phases[0])), 4) + 0.5 * step(np.sin(TAU * (0.37 * a + phases[1])), 4)
+    return 0.5 * step(np.sin(TAU * (0.9 * a + phases[0])), 4) + 0.5 * step(
+        np.sin(TAU * (0.37 * a + phases[1])), 4
+    )
 
 
 def rayed(rng, a, b):
@@ -234,7 +241,9 @@ def colourise(rng: Generator, field: Field) -> np.ndarray:
     if rng.random() < 0.5:
         stops[1] = stops[1] + rng.uniform(-0.2, 0.2, 3).astype(np.float32)
     value = np.clip(field, 0, 1)
-    return np.stack([np.interp(value, (0, 0.5, 1), channel) for channel in np.transpose(stops)], -1).astype(np.float32)
+    return np.stack([np.interp(value, (0, 0.5, 1), channel) for channel in np.transpose(stops)], -1).astype(
+        np.float32
+    )
 
 
 def draw_texture(rng: Generator, name: str) -> Image.Image:

@@ -9,6 +9,7 @@ behind, which can be deleted; later runs do not touch it, since another run may 
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -69,8 +70,8 @@ def make_mini(
 ) -> list[Written]:
     """Make the named sources of Mini-Meta-Dataset under the directory `out`, or find them complete there.
 
-    The bytes depend on `settings` (and the versions of Pillow and numpy) only, not on `workers`, the number of
-    processes. A source made with other settings is replaced. With `force`, `out` may be a directory that
+    The bytes depend on `settings` (and the versions of Pillow and numpy) only, not on `workers`, the number
+    of processes. A source made with other settings is replaced. With `force`, `out` may be a directory that
     holds other things; they stay, except directories named like a source.
     Raises InputError for unknown sources, settings out of range or an `out` that is not ours.
     """
@@ -84,20 +85,23 @@ def make_mini(
     wanted = {name: build(name, settings.objects_per_class) for name in dict.fromkeys(sources)}
     manifest = _claim(out, force)
     missing = [name for name in wanted if not _is_complete(out, name, settings, manifest)]
+    images = sum(sum(wanted[name].counts) for name in missing)
     if missing:
-        with _mapper(min(workers, os.cpu_count() or 1)) as run, tqdm(
-            total=sum(sum(wanted[name].counts) for name in missing), unit="image", disable=not progress, leave=False
-        ) as bar:
+        with (
+            _mapper(workers) as run,
+            tqdm(total=images, unit="image", disable=not progress, leave=False) as bar,
+        ):
             for name in missing:
                 bar.set_description(name)
                 manifest.pop(name, None)
                 _save_manifest(out, manifest)
                 manifest[name] = _write_source(out, wanted[name], settings, run, bar)
                 _save_manifest(out, manifest)
-    return [
-        Written(name, *(manifest[name][field] for field in ("classes", "images", "bytes")), fresh=name in missing)
-        for name in wanted
-    ]
+    return [_written(name, manifest[name], fresh=name in missing) for name in wanted]
+
+
+def _written(name: str, entry: dict, fresh: bool) -> Written:
+    return Written(name, entry["classes"], entry["images"], entry["bytes"], fresh)
 
 
 def _claim(out: Path, force: bool) -> dict[str, dict]:
@@ -128,7 +132,9 @@ def _load_manifest(path: Path) -> dict[str, dict]:
 
 
 def _save_manifest(out: Path, sources: dict[str, dict]) -> None:
-    text = json.dumps({"about": "Mini-Meta-Dataset: python -m meta_dataset_readers.mini", "sources": sources}, indent=2)
+    text = json.dumps(
+        {"about": "Mini-Meta-Dataset: python -m meta_dataset_readers.mini", "sources": sources}, indent=2
+    )
     unfinished = out / f"{PARTIAL}{os.getpid()}-{MANIFEST}"
     unfinished.write_text(text + "\n", encoding="utf-8")
     os.replace(unfinished, out / MANIFEST)
@@ -143,32 +149,19 @@ def _is_complete(out: Path, name: str, settings: Settings, manifest: dict[str, d
     return (len(sizes), sum(sizes)) == (entry.get("classes"), entry.get("bytes"))
 
 
+@contextlib.contextmanager
 def _mapper(workers: int):
-    """A context whose value maps a function over items in order, in `workers` processes."""
+    """A function like `map`, in `workers` processes; results come in order."""
     if workers == 1:
-        return _Serial()
-    return _Parallel(workers)
-
-
-class _Serial:
-    def __enter__(self):
-        return map
-
-    def __exit__(self, *error) -> None:
-        pass
-
-
-class _Parallel:
-    def __init__(self, workers: int):
-        # Fresh interpreters: forking a program that already runs threads (torch does) can hang.
-        context = multiprocessing.get_context("spawn")
-        self.pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context)
-
-    def __enter__(self):
-        return self.pool.map
-
-    def __exit__(self, *error) -> None:
-        self.pool.shutdown(cancel_futures=True)
+        yield map
+        return
+    # Fresh interpreters: forking a program that already runs threads (torch does) can hang.
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context)
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _write_source(out: Path, source: Source, settings: Settings, run, bar: tqdm) -> dict:
@@ -191,7 +184,7 @@ def _write_source(out: Path, source: Source, settings: Settings, run, bar: tqdm)
         "classes": len(source.classes),
         "images": sum(source.counts),
         "bytes": size,
-        "sha256": digest.hexdigest(),  # of the digests of 0.tfrecords, 1.tfrecords, ... and then the specification
+        "sha256": digest.hexdigest(),  # of the digests of 0.tfrecords, 1.tfrecords, ..., then of the spec
     }
 
 
