@@ -8,6 +8,8 @@ the singular factors are moved uphill, and the natural plus robust loss at the m
 """
 
 import argparse
+import dataclasses
+import json
 import sys
 from functools import partial
 
@@ -26,6 +28,7 @@ from meta_dataset_readers.reader import EpisodeReader, SourceMixture, episode_lo
 def main() -> int:
     args = options.training_parser().parse(sys.argv[1:])
     options.check_training(args)
+    options.check_output(args.output_dir)
     settings = options.tune_settings(args)
     backbone = load_backbone(
         args.arch,
@@ -40,33 +43,35 @@ def main() -> int:
         total,
         args.seed,
     )
-    fixed = [
-        episode.to(backbone.device)
+    validation = [
+        reader(args, backbone, source, "VALID", args.nValEpisode)
         for source in args.val_sources or args.base_sources
-        for episode in episode_loader(reader(args, backbone, source, "VALID", args.nValEpisode))
+        if args.nValEpisode
     ]
-
-    pool = principal_pool(backbone.weights, args.rank, options.levels(args))
-    tuner, history = Tuner(backbone, pool, settings), []
-    if args.resume:
-        tuner, history = resumed(args, backbone, settings)
+    tuner, history = resumed(args, backbone, settings) if args.resume else fresh(args, backbone, settings)
+    fixed = [episode.to(backbone.device) for each in validation for episode in episode_loader(each)]
     score = partial(validate, backbone, episodes=fixed, robust=settings.method == "adsv")
     journal = Journal(
         args.output_dir,
-        about={"arch": backbone.arch, "image_size": backbone.image_size, **checkpoint.provenance()},
+        about={"arch": backbone.arch, "protocol": protocol(args, backbone), **checkpoint.provenance()},
         validate=score if fixed else None,
         total=total,
         done=tuner.episodes_done,
         history=history,
+        skipped=sum(len(episode.skipped) for episode in fixed),
     )
     coming = episode_loader(Subset(episodes, range(tuner.episodes_done, total)), args.num_workers)
     with journal, Interrupts() as interrupts:
         try:
-            meta_tune(tuner, coming, journal.on_step, journal.on_epoch, interrupts.pending)
+            meta_tune(tuner, journal.watch(coming), journal.on_step, journal.on_epoch, interrupts.pending)
         except NonFiniteLoss as error:
-            raise InputError(f"{error}; what {args.output_dir} holds is the last good state") from error
+            good = journal.saved or args.resume
+            kept = f"{good} holds the last good state" if good else "no epoch was complete, nothing is saved"
+            raise InputError(f"{error}; {kept}") from error
         saved = journal.save(tuner)
-    if interrupts.pending():
+    if journal.skipped:
+        print(f"{journal.skipped} damaged records were passed over")
+    if interrupts.pending() and not tuner.finished:
         print(f"stopped after {tuner.episodes_done} of {total} episodes; continue with --resume {saved}")
         return 128 + interrupts.caught
     print(f"done: {saved}")
@@ -90,11 +95,35 @@ def reader(
     )
 
 
+def protocol(args: argparse.Namespace, backbone: Backbone) -> dict:
+    """What a run's weights depend on besides its settings and levels, as plain JSON values."""
+    found = {
+        "base_sources": args.base_sources,
+        "image_size": backbone.image_size,
+        "autocast": str(backbone.autocast),
+        **dataclasses.asdict(options.sampling(args)),
+    }
+    return json.loads(json.dumps(found))
+
+
+def fresh(args: argparse.Namespace, backbone: Backbone, settings: TuneSettings) -> tuple[Tuner, list[dict]]:
+    """A tuner at the start of its run, and an empty history."""
+    try:
+        pool = principal_pool(backbone.weights, args.rank, options.levels(args))
+    except ValueError as error:
+        raise InputError(f"--rank is {args.rank}: {error}") from error
+    return Tuner(backbone, pool, settings), []
+
+
 def resumed(args: argparse.Namespace, backbone: Backbone, settings: TuneSettings) -> tuple[Tuner, list[dict]]:
     """The tuner that `--resume` saved, and the history of its run."""
     saved = checkpoint.load(args.resume)
     checkpoint.check_architecture(args.resume, saved.pool, backbone.weights, backbone.arch)
     checkpoint.check_resumable(args.resume, saved, settings, options.levels(args), args.rank)
+    before = saved.about.get("protocol", {})
+    for name, value in protocol(args, backbone).items():
+        if before.get(name) != value:
+            raise InputError(f"{args.resume}: was trained with {name} {before.get(name)!r}, not {value!r}")
     tuner = Tuner(backbone, saved.pool.to(backbone.device), settings)
     tuner.restore(saved.momentum, saved.about["tuner"])
     return tuner, saved.about["history"]

@@ -11,7 +11,9 @@ network is attacked. Nothing is chosen on the episodes that are scored.
 import argparse
 import dataclasses
 import json
+import math
 import sys
+from collections.abc import Iterable
 from functools import partial
 
 from tqdm import tqdm
@@ -20,13 +22,14 @@ from amt import checkpoint, options, report
 from amt.backbone import Backbone, find_device, load_backbone
 from amt.evaluate import (
     Predictor,
+    Summary,
     average_summary,
     evaluate,
     merged_predictor,
     pretrained_predictor,
     summarise,
 )
-from amt.lora import LoRAPool
+from amt.lora import LoRAPool, Trim
 from amt.merge import Coefficients, average_of, route, uniform
 from amt.select import select
 from meta_dataset_readers.errors import InputError, exit_on_bad_input
@@ -36,6 +39,7 @@ from meta_dataset_readers.reader import EpisodeReader, episode_loader
 def main() -> int:
     args = options.testing_parser().parse(sys.argv[1:])
     options.check_testing(args)
+    options.check_output(args.output_dir)
     backbone = load_backbone(
         args.arch,
         args.pretrained_checkpoint,
@@ -45,17 +49,7 @@ def main() -> int:
     )
     readers = [reader(args, backbone, source, args.split, args.nTestEpisode) for source in args.test_sources]
     attacks = options.attacks(args)
-    results = {
-        **checkpoint.provenance(),
-        "arch": backbone.arch,
-        "checkpoint": str(args.resume) if args.resume else None,
-        "seed": args.seed,
-        "split": args.split,
-        "attacks": [dataclasses.asdict(attack) for attack in attacks],
-    }
-    out = args.output_dir / "results.json"
-    checkpoint.replace_file(out, lambda part: part.write_text(json.dumps(results, indent=1)))
-    predict, results["merging"] = predictor(args, backbone)
+    predict, merging = predictor(args, backbone)
 
     rows, skipped = {}, 0
     with tqdm(total=len(readers) * args.nTestEpisode, unit="episode") as progress:
@@ -70,19 +64,25 @@ def main() -> int:
     columns = ["clean", *(attack.name for attack in attacks)]
     lines = [(source, [summarise(found, column) for column in columns]) for source, found in rows.items()]
     averages = [average_summary(summaries) for summaries in zip(*(line[1] for line in lines), strict=True)]
-    results |= {
+    results = {
+        **checkpoint.provenance(),
+        "arch": backbone.arch,
+        "checkpoint": str(args.resume) if args.resume else None,
+        "seed": args.seed,
+        "split": args.split,
+        "attacks": [dataclasses.asdict(attack) for attack in attacks],
+        "merging": merging,
         "skipped_records": skipped,
         "summary": {
-            name: dict(zip(columns, [s._asdict() for s in summaries], strict=True))
+            name: dict(zip(columns, map(plain, summaries), strict=True))
             for name, summaries in [*lines, ("average", averages)]
         },
         "rows": rows,
     }
+    out = args.output_dir / "results.json"
     checkpoint.replace_file(out, lambda part: part.write_text(json.dumps(results, indent=1)))
     report.accuracy_picture(args.output_dir / "accuracy.png", columns, [*lines, ("average", averages)])
-    print(
-        f"accuracy on {args.split} episodes in per cent, 95% intervals; merging: {results['merging']['how']}"
-    )
+    print(f"accuracy on {args.split} episodes in per cent, 95% intervals; merging: {merging['how']}")
     print(report.table(columns, [*lines, ("average", averages)]))
     if skipped:
         print(f"{skipped} damaged records were passed over")
@@ -106,6 +106,11 @@ def reader(
     )
 
 
+def plain(summary: Summary) -> dict:
+    """A summary in JSON, which has no infinity: null stands for the interval of a single episode."""
+    return summary._asdict() | {"interval": summary.interval if math.isfinite(summary.interval) else None}
+
+
 def predictor(args: argparse.Namespace, backbone: Backbone) -> tuple[Predictor, dict]:
     """The predictor that the flags ask for, and how its settings came about."""
     if args.resume is None:
@@ -114,6 +119,7 @@ def predictor(args: argparse.Namespace, backbone: Backbone) -> tuple[Predictor, 
     checkpoint.check_architecture(args.resume, saved.pool, backbone.weights, backbone.arch)
     pool = saved.pool.to(backbone.device)
     trims = tuple(args.trim)
+    check_trims((*trims, *args.trim_candidates), pool)
     about = {"epsilons": [level.epsilon for level in pool.levels]}
     coefficients = fixed_coefficients(args, pool)
     if coefficients is not None:
@@ -134,6 +140,7 @@ def predictor(args: argparse.Namespace, backbone: Backbone) -> tuple[Predictor, 
                 [episode.to(backbone.device) for episode in waiting],
                 routing,
                 options.attacks(args),
+                trims,
                 args.trim_candidates,
                 args.seed,
             )
@@ -145,8 +152,22 @@ def predictor(args: argparse.Namespace, backbone: Backbone) -> tuple[Predictor, 
             "routing": dataclasses.asdict(routing),
         }
         choose = partial(route, backbone, pool, routing=routing)
+    if trims:
+        about["how"] += "; trimmed " + ", ".join(f"{t.layer}:{t.block}:{t.keep:g}" for t in trims)
+        about["how"] += " (the last one chosen there, too)" if len(trims) > len(args.trim) else " as given"
     about["trims"] = [dataclasses.asdict(trim) for trim in trims]
     return merged_predictor(backbone, pool, choose, trims, args.seed), about
+
+
+def check_trims(trims: Iterable[Trim], pool: LoRAPool) -> None:
+    """Raise an `InputError` unless every trimming selects some layers, and such as carry adapters."""
+    for trim in trims:
+        selected = {name for name in pool.residual if trim.selects(name)}
+        if not selected or not selected <= pool.A.keys():
+            raise InputError(
+                f"--trim {trim.layer}:{trim.block}:{trim.keep:g}: no such layer with adapters; "
+                "expected for example qkv, proj, fc1 or fc2, and the number of a block or -1 for all"
+            )
 
 
 def fixed_coefficients(args: argparse.Namespace, pool: LoRAPool) -> Coefficients | None:
@@ -161,7 +182,8 @@ def fixed_coefficients(args: argparse.Namespace, pool: LoRAPool) -> Coefficients
     if args.coefficients is not None:
         if len(args.coefficients) != len(pool):
             raise InputError(
-                f"--coefficients has {len(args.coefficients)} values, {args.resume} holds {len(pool)} adapters"
+                f"--coefficients has {len(args.coefficients)} values, "
+                f"{args.resume} holds {len(pool)} adapters"
             )
         return tuple(args.coefficients)
     return uniform(pool) if args.routing == "uniform" else None

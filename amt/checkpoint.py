@@ -116,13 +116,13 @@ def load(path: Path) -> Checkpoint:
     try:
         about = json.loads(text)
         if about["format"] != FORMAT:
-            raise InputError(f"{path}: field 'format' is {about['format']!r}, expected {FORMAT}")
+            raise ValueError(f"format {about['format']!r}, expected {FORMAT}")
         levels = tuple(
             Perturbation(**{k: tuple(v) if isinstance(v, list) else v for k, v in level.items()})
             for level in about.pop("levels")
         )
         about.pop("format")
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged header field 'amt' ({error!r})") from error
     return _assemble(path, tensors, levels, about)
 
@@ -154,7 +154,7 @@ def _assemble(path: Path, tensors: dict[str, Tensor], levels: tuple, about: dict
 
 def check_factors(path: Path, name: str, weight: Tensor, A: Tensor, B: Tensor | None, adapters: int) -> None:
     """Raise an `InputError` unless A (P, g, r, in) and B (P, g, out/g, r) adapt `weight`."""
-    if A.ndim == 4 and B is not None and B.ndim == 4:
+    if weight.ndim >= 2 and A.ndim == 4 and B is not None and B.ndim == 4:
         groups, rank = A.shape[1:3]
         inputs = weight[0].numel()
         expected = (adapters, groups, rank, inputs), (adapters, groups, len(weight) // max(groups, 1), rank)

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from amt import checkpoint
 from amt.lora import LoRAPool
 from amt.meta_tune import StepRecord, Tuner, collapsed
+from meta_dataset_readers.episode import Episode
 
 Validate = Callable[[LoRAPool], list[dict[str, float]]]
 
@@ -31,6 +32,9 @@ class Journal:
         history: what an earlier part of the run noted, see `Checkpoint.about`.
         total: episodes in the whole run.
         done: episodes done already.
+        skipped: damaged records passed over already.
+
+    `skipped` counts on from there, and `saved` is the last checkpoint written, if any.
     """
 
     def __init__(
@@ -41,15 +45,24 @@ class Journal:
         total: int,
         done: int = 0,
         history: Sequence[dict] = (),
+        skipped: int = 0,
     ):
         self.folder = folder
         self.about = about
         self.validate = validate
         self.history = list(history)
+        self.skipped = skipped
+        self.saved: Path | None = None
         self._records: list[list[StepRecord]] = []
         self._began = time.perf_counter()
-        self._board = SummaryWriter(folder / "tensorboard", purge_step=done)
+        self._board = SummaryWriter(folder / "tensorboard", purge_step=done + 1)
         self._progress = tqdm(total=total, initial=done, unit="episode", desc="meta-tuning", smoothing=0.05)
+
+    def watch(self, episodes: Iterable[Episode]) -> Iterator[Episode]:
+        """The same episodes, while the damaged records that were passed over are counted."""
+        for episode in episodes:
+            self.skipped += len(episode.skipped)
+            yield episode
 
     def on_step(self, tuner: Tuner, records: list[StepRecord]) -> None:
         """Note one episode."""
@@ -65,7 +78,7 @@ class Journal:
         self._progress.set_postfix_str(" | ".join(_brief(record) for record in records), refresh=False)
 
     def on_epoch(self, tuner: Tuner) -> None:
-        """Note the end of an epoch: validate, warn of a collapse, save `last`, and `best` if it is."""
+        """Note the end of an epoch: validate, warn of a collapse, save `best` if it is, and `last`."""
         note = {"epoch": tuner.epoch, "episodes": tuner.episodes_done}
         for p, records in enumerate(zip(*self._records, strict=True)):
             if collapsed(list(records), tuner.settings.method == "adsv"):
@@ -85,9 +98,10 @@ class Journal:
             self.say(f"epoch {tuner.epoch}: validation {note['score']:.1f} ({_listed(note['validation'])})")
         best = max((old["score"] for old in self.history if "score" in old), default=-math.inf)
         self.history.append(note)
-        self.save(tuner)
+        # `last` comes last: killed in between, the resumed run does this epoch again and finds it best again.
         if note.get("score", math.inf) > best:
             checkpoint.save(self.folder / "best.safetensors", self._checkpoint(tuner, resumable=False))
+        self.save(tuner)
         self._began = time.perf_counter()
 
     def save(self, tuner: Tuner) -> Path:
@@ -95,6 +109,7 @@ class Journal:
         path = self.folder / "last.safetensors"
         checkpoint.save(path, self._checkpoint(tuner, resumable=True))
         self._board.flush()
+        self.saved = path
         return path
 
     def say(self, line: str) -> None:

@@ -66,7 +66,7 @@ class LoRAPool:
     def factors(self) -> dict[str, Tensor]:
         """All low-rank factors in one flat dictionary, `<weight>.lora_A` and `<weight>.lora_B`."""
         named = {}
-        for name in self.A:
+        for name in sorted(self.A):  # one order, whoever built the pool: sums over factors depend on it
             named[f"{name}.lora_A"] = self.A[name]
             named[f"{name}.lora_B"] = self.B[name]
         return named
@@ -107,7 +107,7 @@ class LoRAPool:
         coefficients = [float(c) for c in coefficients]
         if len(coefficients) != len(self):
             raise ValueError(f"{len(coefficients)} coefficients for a pool of {len(self)} adapters")
-        if abs(sum(coefficients) - 1) > 1e-4:
+        if not abs(sum(coefficients) - 1) <= 1e-4:  # so that NaN is refused as well
             raise ValueError(f"coefficients sum to {sum(coefficients):.6g}, expected 1")
         chosen = [p for p, c in enumerate(coefficients) if c != 0]
         shares = [coefficients[p] for p in chosen]
@@ -127,14 +127,17 @@ class LoRAPool:
         """One pool of all adapters of `pools`, in order.
 
         Raises:
-            ValueError: the pools do not share one residual (to float32 rounding of its SVD).
+            ValueError: the pools do not share one residual (to float32 rounding of its SVD), or differ in
+            rank or in the layers they adapt.
         """
         first = pools[0]
         for pool in pools[1:]:
-            for name, weight in first.residual.items():
-                other = pool.residual[name]
-                if other is not weight and not torch.allclose(weight, other, rtol=1e-4, atol=1e-5):
+            for name in first.residual.keys() | pool.residual.keys():
+                mine, other = first.residual.get(name), pool.residual.get(name)
+                if mine is not other and not _equal_up_to_rounding(mine, other):
                     raise ValueError(f"residuals differ at {name}: not adapters of one pretrained network")
+            if pool.rank != first.rank or pool.A.keys() != first.A.keys():
+                raise ValueError("the pools differ in rank or in the layers they adapt")
         return dataclasses.replace(
             first,
             A={name: torch.cat([pool.A[name] for pool in pools]) for name in first.A},
@@ -143,6 +146,12 @@ class LoRAPool:
             bias=torch.cat([pool.bias for pool in pools]),
             levels=tuple(level for pool in pools for level in pool.levels),
         )
+
+
+def _equal_up_to_rounding(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None or one.shape != other.shape:
+        return False
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def _mixture(A: Tensor, B: Tensor, chosen: Sequence[int], shares: Sequence[float]) -> Tensor:
@@ -213,7 +222,7 @@ class Trim:
     Args:
         layer: ending of the layer's name, such as "qkv", "proj", "fc1" or "attn.qkv".
         block: index of the transformer block, or -1 for all.
-        keep: fraction of singular values kept, in (0, 1].
+        keep: fraction of singular values kept, in (0, 1]; at least one value stays.
     """
 
     layer: str
@@ -228,7 +237,7 @@ class Trim:
 
 def truncate(weight: Tensor, keep: float) -> Tensor:
     """Best approximation of a matrix (out, in) by its int(min(out, in) * keep) largest singular triplets."""
-    count = int(min(weight.shape) * keep)
+    count = max(int(min(weight.shape) * keep), 1)
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
     return (U[:, :count] * S[:count]) @ Vh[:count]
 

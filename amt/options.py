@@ -1,13 +1,15 @@
 """The command line: every flag once, checked once, turned into typed settings.
 
 Flags are those of the published code, with dashes and underscores alike; `@FILE` reads flags from a file
-(one or more to a line, # starts a comment). Knows no tensors and nobody's disk.
+(one or more to a line, # starts a comment). Knows no tensors, and of the disk only whether --output_dir can
+be written to.
 """
 
 import argparse
 import math
 import re
 import shlex
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,7 +38,10 @@ class Parser(argparse.ArgumentParser):
         )
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
-        return [spelling(word) for word in shlex.split(line, comments=True)]
+        try:
+            return [spelling(word) for word in shlex.split(line, comments=True)]
+        except ValueError as error:  # a quotation mark without its partner
+            raise InputError(f"cannot read the flags {line!r}: {error}") from error
 
     def error(self, message: str) -> None:
         raise InputError(message)
@@ -50,6 +55,13 @@ def spelling(word: str) -> str:
     """A flag with its dashes as underscores; anything else as it is."""
     match = re.match(r"--[A-Za-z][\w-]*", word)
     return "--" + match[0][2:].replace("-", "_") + word[match.end() :] if match else word
+
+
+def place(text: str) -> Path:
+    """A path; an empty one is what a shell makes of a variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
 
 
 def positive(text: str) -> int:
@@ -88,7 +100,7 @@ def trim(text: str) -> Trim:
 
 def _common(parser: Parser, sources: str, split_help: str) -> None:
     data = parser.add_argument_group("data")
-    data.add_argument("--data_path", type=Path, required=True, help="folder with one folder per source")
+    data.add_argument("--data_path", type=place, required=True, help="folder with one folder per source")
     data.add_argument(f"--{sources}", nargs="+", required=True, metavar="SOURCE", help=split_help)
     data.add_argument("--image_size", type=positive, help="side in pixels (default: the backbone's)")
     data.add_argument("--num_workers", type=natural, default=1, help="processes that prepare episodes")
@@ -120,7 +132,7 @@ def _common(parser: Parser, sources: str, split_help: str) -> None:
     )
 
     model = parser.add_argument_group("model")
-    model.add_argument("--pretrained_checkpoint", type=Path, help="safetensors file of backbone weights")
+    model.add_argument("--pretrained_checkpoint", type=place, help="safetensors file of backbone weights")
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
@@ -136,8 +148,8 @@ def training_parser() -> Parser:
     _common(parser, "base_sources", "sources whose TRAIN classes are trained on, drawn uniformly")
     parser.add_argument("--arch", default="dino_small_patch16_amt", help="backbone, for example vit_mini_amt")
     parser.add_argument("--rank", type=positive, default=8, help="rank of every LoRA")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where checkpoints and logs go")
-    parser.add_argument("--resume", type=Path, help="a last.safetensors to continue exactly")
+    parser.add_argument("--output_dir", type=place, required=True, help="where checkpoints and logs go")
+    parser.add_argument("--resume", type=place, help="a last.safetensors to continue exactly")
 
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=positive, default=30)
@@ -195,8 +207,8 @@ def testing_parser() -> Parser:
     parser = Parser("Evaluate a pool per domain: route, merge, trim, classify; clean and under attack.")
     _common(parser, "test_sources", "domains to evaluate on, one after another")
     parser.add_argument("--arch", required=True, help="backbone, for example vit_mini_amt_merge")
-    parser.add_argument("--resume", type=Path, help="checkpoint of the pool; none: the pretrained network")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where results.json and pictures go")
+    parser.add_argument("--resume", type=place, help="checkpoint of the pool; none: the pretrained network")
+    parser.add_argument("--output_dir", type=place, required=True, help="where results.json and pictures go")
     parser.add_argument("--nTestEpisode", type=positive, default=600, help="episodes per domain")
     parser.add_argument("--split", choices=["TRAIN", "VALID", "TEST"], default="TEST")
 
@@ -258,6 +270,8 @@ def check_training(args: argparse.Namespace) -> None:
             f"--pyramid_grids has {len(args.pyramid_grids)} values and --pyramid_scalars "
             f"{len(args.pyramid_scalars)}, expected as many"
         )
+    _check_distinct("base_sources", args.base_sources)
+    _check_distinct("val_sources", args.val_sources or ())
     _check_episodes(args)
 
 
@@ -267,19 +281,37 @@ def check_testing(args: argparse.Namespace) -> None:
     given = [flag for flag in ("specified_expert", "coefficients") if getattr(args, flag) is not None]
     if len(given) > 1:
         raise InputError("--specified_expert and --coefficients exclude each other")
-    if args.resume is None and given:
-        raise InputError(f"--{given[0]} needs a pool; name its checkpoint with --resume")
+    needy = [*given, *(flag for flag in ("trim", "trim_candidates") if getattr(args, flag))]
+    if args.resume is None and needy:
+        raise InputError(f"--{needy[0]} needs a pool; name its checkpoint with --resume")
     if args.select_on and (given or args.routing == "uniform" or args.resume is None):
         raise InputError(
             "--select_on chooses the settings of a router; it needs --resume and a scoring --routing"
         )
+    if args.trim_candidates and not args.select_on:
+        raise InputError("--trim_candidates are for --select_on SOURCE to choose from")
     if args.coefficients is not None and abs(sum(args.coefficients) - 1) > 1e-4:
         raise InputError(f"--coefficients sum to {sum(args.coefficients):g}, expected 1")
     if args.aug_prob > 1:
         raise InputError(f"--aug_prob is {args.aug_prob:g}, expected a probability")
-    if len(set(args.epsilon)) < len(args.epsilon):
-        raise InputError(f"--epsilon names a value twice: {args.epsilon}")
+    _check_distinct("epsilon", args.epsilon)
+    _check_distinct("test_sources", args.test_sources)
     _check_episodes(args)
+
+
+def check_output(folder: Path) -> None:
+    """Raise an `InputError` unless files can be written in `folder`, which is not made yet if missing."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise InputError(f"--output_dir {folder} cannot be written to: {error.strerror}") from error
+
+
+def _check_distinct(flag: str, values: Sequence) -> None:
+    if len(set(values)) < len(values):
+        raise InputError(f"--{flag} names a value twice: {' '.join(map(str, values))}")
 
 
 def _check_episodes(args: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ since all it asks autograd for is the gradient with respect to the perturbation.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,10 +14,15 @@ from torch import Tensor
 
 STARTS = ("zero", "random1", "random2")
 
+# A power of two: exact in float32, and in float16 it keeps small gradients from being flushed to zero.
+_PGD_LOSS_SCALE = 2.0**10
+
 
 @dataclasses.dataclass(frozen=True)
 class Perturbation:
     """One robustness level of meta-training: how far inputs and weights are moved, and what it weighs.
+
+    Raises ValueError for numbers that make no sense.
 
     The input moves on a pyramid of grids: level l holds one value per cell of a `grids[l]` x `grids[l]`
     grid (0: one cell per pixel), bounded by epsilon and multiplied by `scalars[l]`, so that epsilon is the
@@ -41,6 +47,16 @@ class Perturbation:
     scalars: tuple[float, ...] = (20.0, 10.0, 1.0)
     start: str = "random2"
 
+    def __post_init__(self) -> None:
+        numbers = (self.epsilon, self.step_size, self.gamma, self.beta, *self.scalars)
+        counts = (self.steps, *self.grids)
+        if not all(isinstance(n, int | float) and 0 <= n < math.inf for n in numbers):
+            raise ValueError(f"a level needs finite numbers of at least 0, found {numbers}")
+        if not all(isinstance(n, int) and n >= 0 for n in counts) or len(self.grids) != len(self.scalars):
+            raise ValueError(f"a level needs whole steps and as many grids as scalars, found {self}")
+        if self.start not in STARTS:
+            raise ValueError(f"start is {self.start!r}, expected one of {', '.join(STARTS)}")
+
     def scaled(self, factor: float) -> "Perturbation":
         """The same level with epsilon and step size multiplied by `factor`."""
         return dataclasses.replace(self, epsilon=self.epsilon * factor, step_size=self.step_size * factor)
@@ -59,7 +75,7 @@ class ValueSpace:
     unit: Tensor | float = 1.0
 
     def clip(self, images: Tensor) -> Tensor:
-        """Clip to the valid range; unlike torch.clamp, a value at a limit passes half its gradient."""
+        """Clip to the valid range; a value exactly at a limit passes half its gradient, as published."""
         upper = torch.as_tensor(self.upper, dtype=images.dtype, device=images.device)
         lower = torch.as_tensor(self.lower, dtype=images.dtype, device=images.device)
         return torch.maximum(torch.minimum(images, upper), lower)
@@ -190,7 +206,7 @@ def pgd(
         if step == steps or wrong.all():
             break
         loss = F.cross_entropy(logits, labels[active], reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, points)
+        (gradient,) = torch.autograd.grad(loss * _PGD_LOSS_SCALE, points)
         moving = active[~wrong]
         moved = attacked[moving] + step_size * gradient[~wrong].sign()
         attacked[moving] = torch.minimum(torch.maximum(moved, lower[moving]), upper[moving])

@@ -22,7 +22,7 @@ GAMMAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """What was chosen, and the score in per cent of every candidate: (what, score), in order of trial."""
+    """What was chosen (of the trimmings at most one), and every candidate's score in per cent, in order."""
 
     routing: Routing
     trims: tuple[Trim, ...]
@@ -35,6 +35,7 @@ def select(
     episodes: Iterable[Episode],
     routing: Routing,
     attacks: Sequence[PGD] = (),
+    trims: Sequence[Trim] = (),
     trim_candidates: Sequence[Trim] = (),
     seed: int = 0,
 ) -> Selection:
@@ -47,7 +48,8 @@ def select(
         episodes: labelled, from a split that is not scored afterwards.
         routing: everything about the router but beta and gamma.
         attacks, seed: as for `evaluate`.
-        trim_candidates: single trimmings to try with the chosen beta and gamma.
+        trims: what is trimmed whatever is chosen.
+        trim_candidates: single trimmings to try, after `trims`, with the chosen beta and gamma.
     """
     grid = [dataclasses.replace(routing, beta=b, gamma=g) for b, g in itertools.product(BETAS, GAMMAS)]
     seen: list[tuple[Episode, list[Coefficients]]] = []
@@ -60,7 +62,7 @@ def select(
         choices = [blend(*scores, candidate) for candidate in grid]
         distinct = {_rounded(choice): choice for choice in choices}
         quality = {
-            key: _quality(backbone, pool, episode, choice, (), attacks, seed)
+            key: _quality(backbone, pool, episode, choice, trims, attacks, seed)
             for key, choice in distinct.items()
         }
         seen.append((episode, choices))
@@ -69,17 +71,17 @@ def select(
     best = means.index(max(means))
     tried = [(f"beta {r.beta:g}, gamma {r.gamma:g}", mean) for r, mean in zip(grid, means, strict=True)]
 
-    trims: tuple[Trim, ...] = ()
+    chosen: tuple[Trim, ...] = ()
     best_mean = means[best]
     for candidate in trim_candidates:
         mean = statistics.fmean(
-            _quality(backbone, pool, episode, choices[best], (candidate,), attacks, seed)
+            _quality(backbone, pool, episode, choices[best], (*trims, candidate), attacks, seed)
             for episode, choices in seen
         )
         tried.append((f"trim {candidate.layer}:{candidate.block}:{candidate.keep:g}", mean))
         if mean > best_mean:
-            trims, best_mean = (candidate,), mean
-    return Selection(grid[best], trims, tuple(tried))
+            chosen, best_mean = (candidate,), mean
+    return Selection(grid[best], chosen, tuple(tried))
 
 
 def _rounded(coefficients: Coefficients) -> Coefficients:

@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from amt.backbone import ARCHS, CHECKPOINTS, build_network
+from amt.checkpoint import replace_file
 from meta_dataset_readers.mini.objects import object_attributes
 from meta_dataset_readers.spec import load_spec
 from meta_dataset_readers.tfrecord import open_records
@@ -118,8 +119,7 @@ def main() -> None:
     args = parser.parse_args()
     images, labels, heads = load_images(args.data_path / "mini_objects")
     network = pretrain(images, labels, heads, args.steps, args.batch, args.seed)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(network.state_dict(), args.out)
+    replace_file(args.out, lambda part: part.write_bytes(save(network.state_dict())))
     print(f"wrote {args.out}")
 
 

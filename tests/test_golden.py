@@ -731,12 +731,12 @@ def test_optimiser_with_momentum(single, monkeypatch):
         for name in recorded:
             expected = step.data[f"w_after/{name}"]
             if expected.any() or found[name].any():
-                assert_close(found[name], expected, 1e-6, name)
+                assert_close(found[name], expected, 3e-6, name)
                 before = as_published(single.pool.factors).get(name)
                 if before is not None:
                     # What the steps changed, as far as float32 holds it beside the weight.
                     rest = 5e-7 * float(expected.norm() / (expected - before).norm())
-                    assert_close(found[name] - before, expected - before, 1e-5 + rest, name)
+                    assert_close(found[name] - before, expected - before, 2e-5 + rest, name)
 
 
 # g: routing and merging

@@ -328,6 +328,21 @@ def test_epsilon_zero_is_the_clean_image(backbone, pool, episode, start):
     assert torch.equal(attacked, episode.query)
 
 
+def test_where_attacks_start():
+    """The same at every grid: nowhere, anywhere within epsilon, or close by."""
+    images = torch.zeros(64, 3, 16, 16)
+    for start in ("zero", "random1", "random2"):
+        level = Perturbation(51, 2, grids=(2, 4, 0), start=start)
+        deltas = pyramid_start(images, level, torch.Generator().manual_seed(0))
+        assert [delta.shape for delta in deltas] == [(64, 3, 2, 2), (64, 3, 4, 4), (64, 3, 16, 16)]
+        for delta in deltas:
+            spread = {"zero": 0, "random1": 0.2 / 3**0.5, "random2": 0.001}[start]
+            assert float(delta.std()) == pytest.approx(spread, rel=0.05)
+            assert start != "random1" or 0.19 < float(delta.abs().max()) <= 0.2
+        again = pyramid_start(images, level, torch.Generator().manual_seed(0))
+        assert all(torch.equal(one, other) for one, other in zip(deltas, again, strict=True))
+
+
 def in_ball(attacked: Tensor, images: Tensor, epsilon: float) -> bool:
     inside = bool(((attacked >= 0) & (attacked <= 1)).all())
     return inside and float((attacked - images).abs().max()) <= epsilon / 255 + 2e-7
@@ -471,8 +486,8 @@ def test_coefficients_are_shares_of_at_most_top_k(scores, beta, gamma, top_k):
     assert all(share >= 0 for share in found)
     assert sum(found) == pytest.approx(1, abs=1e-6)
     assert 1 <= sum(share > 0 for share in found) <= top_k
-    score = gamma * intra - (1 - gamma) * inter
-    assert score[max(range(len(found)), key=found.__getitem__)] == pytest.approx(float(score.max()), abs=1e-5)
+    best = int((gamma * intra - (1 - gamma) * inter).argmax())
+    assert found[best] >= 0.999 * max(found)  # scores that differ by rounding may change places
 
 
 @pytest.mark.parametrize("view", merge.VIEWS)

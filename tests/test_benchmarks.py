@@ -1,0 +1,212 @@
+"""The benchmark runs, counts what it says it counts, and compares like with like. No test looks at a time."""
+
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from amt.backbone import Arch, Backbone, build_network, features
+from amt.evaluate import PGD, evaluate, merged_predictor
+from amt.merge import Routing, route
+from amt.meta_tune import Tuner, TuneSettings, query_outcome, stream
+from amt.perturb import Perturbation, pyramid_start
+from meta_dataset_readers.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+baseline = importlib.import_module("baseline")
+meta_tuning = importlib.import_module("meta_tuning")
+
+ARCH = Arch(patch_size=4, dim=24, depth=2, heads=2, pretrained_size=16, image_size=20, mlp_ratio=2.0)
+LEVEL = Perturbation(epsilon=8, step_size=2, steps=3)
+NO_SCALING = torch.amp.GradScaler("cpu", enabled=False)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These networks are so small that threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def small_problem(adapters: int, n_shot: int = 2):
+    """A double-precision network, where no gradient's sign hangs on rounding; its pool, and an episode."""
+    torch.manual_seed(1)
+    backbone = Backbone("small", build_network(ARCH).double(), ARCH.image_size)
+    pool = meta_tuning.random_pool(backbone, adapters, 3, stream(1))
+    episode = meta_tuning.random_episode(ARCH.image_size, n_shot, 3, stream(2))
+    double = {"support": episode.support.double(), "query": episode.query.double()}
+    return backbone, pool, dataclasses.replace(episode, **double)
+
+
+def our_names(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A learner's trained tensors by the names of `LoRAPool.factors`, and `scale`."""
+    return {
+        name.removeprefix("vit.").replace(".lora_", ".weight.lora_"): value
+        for name, value in model.trained.items()
+    }
+
+
+def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(theirs[name], ours[name].reshape(theirs[name].shape), rtol=1e-5, atol=1e-9)
+
+
+def test_baseline_starts_as_the_merged_network():
+    backbone, pool, episode = small_problem(1)
+    ours = features(backbone, pool.merge([1.0]), episode.query)
+    torch.testing.assert_close(baseline.Learner(backbone, pool)(episode.query), ours, rtol=1e-5, atol=1e-6)
+
+
+def test_baseline_takes_our_training_step():
+    """Same loss, gradients, and weights after two steps (the second with momentum)."""
+    backbone, pool, episode = small_problem(1)
+    pool = dataclasses.replace(pool, levels=(LEVEL,))
+    settings = TuneSettings(epochs=10, episodes_per_epoch=100, lr=0.01, warmup_epochs=0)
+    tuner = Tuner(backbone, pool, settings)
+    model = baseline.Learner(backbone, pool)
+    optimiser = torch.optim.SGD(model.trained.values(), settings.lr, settings.momentum)
+    for number in range(2):
+        start = pyramid_start(episode.query, LEVEL, stream(settings.seed, number, 0))
+        before = tuner.pool
+        leaves = {name: factor.requires_grad_() for name, factor in before.factors.items()}
+        leaves["scale"] = before.scale.requires_grad_()
+        leaf_pool = dataclasses.replace(before.with_factors(leaves), scale=leaves["scale"])
+        outcome = query_outcome(backbone, leaf_pool, episode, LEVEL, start)
+        gradients = torch.autograd.grad(outcome.loss.total, list(leaves.values()))
+
+        (record,) = tuner.step(episode)
+        loss = baseline.training_step(model, optimiser, NO_SCALING, episode, LEVEL, start)
+        assert loss.total.item() == pytest.approx(record.total, rel=1e-5)
+        assert loss.robust.item() == pytest.approx(record.robust, rel=1e-5) and record.robust > 0
+        assert_close(
+            dict(zip(leaves, gradients, strict=True)),
+            {name: value.grad for name, value in our_names(model).items()},
+        )
+        after = tuner.pool
+        assert_close(after.factors | {"scale": after.scale}, our_names(model))
+
+
+@pytest.mark.parametrize("augmented", [0.0, 1.0])
+def test_baseline_evaluates_as_we_do(augmented):
+    """Same coefficients, logits, and accuracy under an attack that fools some of the images."""
+    backbone, pool, episode = small_problem(4)
+    routing = Routing(beta=10, augment_probability=augmented)
+    attack = PGD(epsilon=8, step_size=2, steps=4)
+    predict = merged_predictor(backbone, pool, lambda *seen: route(backbone, pool, *seen, routing))
+    task = predict(episode)
+    (row,) = evaluate(predict, [episode], [attack])
+    found = baseline.evaluate_episode(
+        baseline.Network(backbone), pool, episode, routing, stream(0, 0, 1), attack, stream(0, 0, 2)
+    )
+    assert found.coefficients == pytest.approx(task.coefficients, abs=1e-5)
+    assert sum(c > 0 for c in found.coefficients) == 2
+    torch.testing.assert_close(found.logits, task.logits(episode.query), rtol=1e-5, atol=1e-6)
+    assert row["clean"] == 1 and 0 < row[attack.name] < 1  # else accuracies would agree too easily
+    assert found.accuracy == pytest.approx(row[attack.name])
+
+
+def test_counter_sees_every_matrix_product_of_a_forward_pass():
+    backbone, _, episode = small_problem(1)
+    images = len(episode.query)
+    counts = meta_tuning.counted(lambda: features(backbone, backbone.weights, episode.query))
+    patches = (ARCH.image_size // ARCH.patch_size) ** 2
+    tokens, dim = patches + 1, ARCH.dim
+    linear = 2 * tokens * dim**2 * (4 + 2 * ARCH.mlp_ratio)
+    attention = 2 * 2 * tokens**2 * dim
+    embedding = 2 * patches * dim * 3 * ARCH.patch_size**2
+    assert counts == (images * (embedding + ARCH.depth * (linear + attention)), images)
+
+
+def test_counter_sees_the_backward_pass_of_attention():
+    """Twice the forward products for gradients of q, k and v, and once more q k^T, which is recomputed."""
+    q, k, v = (torch.rand(2, 3, 10, 8, requires_grad=True) for _ in range(3))
+
+    def attend():
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    forward = meta_tuning.counted(attend).flops
+    both = meta_tuning.counted(lambda: attend().sum().backward()).flops
+    assert both == forward * 3.5
+
+
+@pytest.mark.parametrize("implementation", meta_tuning.IMPLEMENTATIONS)
+@pytest.mark.parametrize(("job", "steps"), [("step", 3), ("episode", 0), ("episode", 3)])
+def test_counts_from_smaller_jobs_are_those_of_the_job_itself(monkeypatch, implementation, job, steps):
+    monkeypatch.setitem(meta_tuning.ARCHS, "vit_mini", ARCH)
+    workload = meta_tuning.Workload("vit_mini", job, n_shot=2, per_class=3, steps=steps)
+    machine = meta_tuning.Machine("cpu", 1, None, gemm_side=64)
+    bench = meta_tuning.Bench(workload, implementation, machine)
+    counts = bench.count()
+    assert counts == meta_tuning.counted(bench.run)
+    if job == "step":
+        expected = steps + 4 if implementation == "ours" else 2 * steps + 4
+        assert meta_tuning.query_forwards(workload, counts) == expected
+
+
+def test_full_plan_has_every_row_and_the_quick_one_the_two_kinds():
+    full = [row.name for row in meta_tuning.plan_of("dino_small_patch16", quick=False)]
+    assert full == [
+        "step, 5-way 1-shot, 50 query",
+        "step, 5-way 5-shot, 50 query",
+        "episode, 5-way 1-shot, 50 query",
+        "episode, 5-way 5-shot, 50 query",
+        "episode, 5-way 1-shot, 50 query, PGD-20",
+    ]
+    assert {row.job for row in meta_tuning.plan_of("vit_mini", quick=True)} == {"step", "episode"}
+
+
+def test_quick_benchmark_prints_its_table(tmp_path):
+    command = [sys.executable, "benchmarks/meta_tuning.py", "--quick", "--threads", "1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "figures.json")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert f"torch {torch.__version__}" in lines[0] and "threads 1" in lines[0]
+    assert meta_tuning.HEADING in done.stdout
+    rows = [line for line in lines if line.startswith(("| step", "| episode"))]
+    assert len(rows) == 2 and all(line.count("|") == 8 for line in rows)
+    assert "ours 6 (K + 4 = 6), baseline 8 (2K + 4 = 8)" in done.stdout
+    assert "GEMM rate" in lines[-1]
+    assert "everything left: about" in done.stderr
+
+    report = json.loads((tmp_path / "figures.json").read_text())
+    assert [row["job"] for row in report["rows"]] == ["step", "episode"]
+    for row in report["rows"]:
+        for implementation in meta_tuning.IMPLEMENTATIONS:
+            measured = row[implementation]
+            assert len(measured["seconds"]) == 1
+            assert measured["peak_memory"] >= measured["idle_memory"] > 0
+            assert measured["gemm_share"] > 0
+    assert report["rows"][-1]["ours"]["accuracy"] == 1  # every image is attacked to the end
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--arch", "vit_minni"], "did you mean 'vit_mini'"),
+        (["--threads", "0"], "--threads"),
+        (["--fp16", "--bf16"], "--fp16 and --bf16"),
+        (["--device", "mps"], "only cpu and cuda"),
+        (["--json", "no/such/folder/x.json"], "no such folder"),
+    ],
+)
+def test_bad_options_are_named(argv, named):
+    with pytest.raises(InputError, match=named):
+        meta_tuning.parse(argv)

@@ -1,0 +1,106 @@
+"""The arrows: which module may import which. Read from the source, so an import inside a function counts.
+
+    entry scripts -> amt -> meta_dataset_readers.{episode, errors}
+
+Inside amt the layers below; everything else is a rule of one line.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A module may import modules of the layers before its own, and none of its own.
+LAYERS = (
+    ("backbone", "perturb", "protonet", "losses"),  # one piece of mathematics each
+    ("lora",),
+    ("meta_tune", "merge"),
+    ("evaluate", "checkpoint"),
+    ("select", "report", "journal", "options"),  # what commands are made of
+)
+# Where the layers would be too generous: all that these may import of amt.
+ONLY = {
+    "lora": {"backbone", "perturb"},
+    "merge": {"backbone", "lora", "perturb", "protonet"},
+    "report": {"checkpoint", "evaluate"},
+}
+# Of the readers amt knows what an episode is and how an error is told; options also how episodes are drawn.
+OF_THE_READERS = {"meta_dataset_readers.episode", "meta_dataset_readers.errors"}
+MORE_OF_THE_READERS = {"options": {"meta_dataset_readers.sampling"}}
+
+SCRIPTS = {"main", "test_meta_dataset", "studies", "benchmarks", "tests"}
+
+
+def modules(package: str) -> list[str]:
+    """Dotted names of all modules of a package of ours."""
+    parts = [file.relative_to(ROOT).with_suffix("").parts for file in sorted((ROOT / package).rglob("*.py"))]
+    return [".".join(part for part in names if part != "__init__") for names in parts]
+
+
+def imports(module: str) -> set[str]:
+    """The modules that `module` imports, by their full dotted names; for `from a import b` where b is a
+    module of ours that is a.b, otherwise a."""
+    file = ROOT.joinpath(*module.split("."))
+    file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively: {ast.unparse(node)}"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                ours = ROOT.joinpath(*inner.split(".")).with_suffix(".py").exists()
+                found.add(inner if ours else node.module)
+    return found
+
+
+def below(name: str, package: str) -> bool:
+    """Whether `name` is `package` or a module of it."""
+    return name == package or name.startswith(f"{package}.")
+
+
+def allowed_within_amt(name: str) -> set[str]:
+    """What the module amt.`name` may import of amt, without the prefix."""
+    if name in ONLY:
+        return ONLY[name]
+    height = next(height for height, layer in enumerate(LAYERS) if name in layer)
+    return {lower for layer in LAYERS[:height] for lower in layer}
+
+
+AMT = [module for module in modules("amt") if module != "amt"]
+
+
+def test_every_module_of_amt_has_a_place():
+    """A new module is put into the table before anything may import it."""
+    assert sorted(AMT) == sorted(f"amt.{name}" for layer in LAYERS for name in layer)
+
+
+@pytest.mark.parametrize("module", AMT)
+def test_arrows_within_amt_run_one_way(module):
+    found = {name.removeprefix("amt.") for name in imports(module) if below(name, "amt")}
+    assert found <= allowed_within_amt(module.removeprefix("amt."))
+
+
+@pytest.mark.parametrize("module", modules("amt"))
+def test_amt_knows_of_the_readers_only_what_an_episode_is(module):
+    found = {name for name in imports(module) if below(name, "meta_dataset_readers")}
+    assert found <= OF_THE_READERS | MORE_OF_THE_READERS.get(module.removeprefix("amt."), set())
+
+
+@pytest.mark.parametrize("module", modules("meta_dataset_readers"))
+def test_the_readers_know_no_method_and_no_network(module):
+    assert not [name for name in imports(module) if below(name, "amt") or below(name, "timm")]
+
+
+@pytest.mark.parametrize("module", [*modules("amt"), *modules("meta_dataset_readers")])
+def test_no_library_module_imports_a_script(module):
+    assert not [name for name in imports(module) if name.split(".")[0] in SCRIPTS]
+
+
+def test_the_readers_tell_what_the_arrows_allow():
+    """The reading itself: imports of all forms and at all depths are seen."""
+    assert {"amt.checkpoint", "amt.options", "amt.backbone", "json"} <= imports("main")
+    assert below("amt.backbone", "amt") and not below("amtrak", "amt")

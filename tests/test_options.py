@@ -1,0 +1,243 @@
+"""The command line: spellings, files of flags, defaults, and errors that are one line."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from amt import options
+from amt.evaluate import PGD
+from amt.lora import Trim
+from meta_dataset_readers.errors import InputError
+
+TRAIN = ["--data_path", "data", "--base_sources", "a", "--output_dir", "out", "--arch", "vit_mini_amt"]
+TEST = ["--data_path", "data", "--test_sources", "a", "--output_dir", "out", "--arch", "vit_mini_amt_merge"]
+POOL = [*TEST, "--resume", "pool.safetensors"]
+
+
+def training(*flags: str):
+    args = options.training_parser().parse([*TRAIN, *flags])
+    options.check_training(args)
+    return args
+
+
+def evaluation(*flags: str, base: list[str] = POOL):
+    args = options.testing_parser().parse([*base, *flags])
+    options.check_testing(args)
+    return args
+
+
+def complaint(parse, *flags: str) -> str:
+    """The message that `parse` refuses the flags with, which is one line."""
+    with pytest.raises(InputError) as caught:
+        parse(*flags)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- spelling --------------------------------------------------------------------------------------------
+
+
+def test_dashes_and_underscores_are_alike():
+    underscores = training("--attack_iters", "3", "--num_support", "1", "5", "--skip_bad_records")
+    assert underscores == training("--attack-iters", "3", "--num-support", "1", "5", "--skip-bad-records")
+    assert underscores == training("--attack-iters=3", "--num_support", "1", "5", "--skip-bad_records")
+    assert underscores.attack_iters == 3 and underscores.num_support == [1, 5]
+
+
+def test_only_flags_are_respelt():
+    assert training("--resume", "my-run/the-last.safetensors").resume == Path("my-run/the-last.safetensors")
+    assert training("--val-sources=a-b").val_sources == ["a-b"]
+    assert evaluation("--trim", "qkv:-1:0.5").trim == [Trim("qkv", -1, 0.5)]
+
+
+@given(st.text(alphabet="abc-_=0", max_size=8), st.text(alphabet="ab-_", max_size=4))
+def test_spelling_changes_dashes_of_the_name_alone(name, value):
+    spelt = options.spelling(f"--x{name.replace('=', '')}={value}")
+    assert spelt == f"--x{name.replace('=', '').replace('-', '_')}={value}"
+    assert options.spelling(name.lstrip("-")) == name.lstrip("-")
+
+
+def test_unambiguous_abbreviations_are_understood_and_others_refused():
+    assert training("--attack-it", "3").attack_iters == 3
+    assert "ambiguous" in complaint(training, "--epsilon_", "1", "--warm", "3")
+
+
+def test_help_can_be_printed(capsys):
+    for parser in (options.training_parser(), options.testing_parser()):
+        with pytest.raises(SystemExit) as ended:
+            parser.parse(["--help"])
+        assert ended.value.code == 0 and "--epsilon" in capsys.readouterr().out
+
+
+# --- files of flags --------------------------------------------------------------------------------------
+
+
+def test_a_file_holds_flags_and_comments_and_later_flags_win(tmp_path):
+    recipe = tmp_path / "a recipe.args"
+    recipe.write_text(
+        "# the paper's settings, don't change\n\n"
+        "--attack-iters 3 --epsilon 8 6   # of 255\n"
+        "--val_sources 'a b'\n   --lr 0.1\n"
+    )
+    args = training(f"@{recipe}", "--lr", "0.2")
+    assert (args.attack_iters, args.epsilon, args.val_sources, args.lr) == (3, [8.0, 6.0], ["a b"], 0.2)
+
+
+def test_a_file_may_name_another(tmp_path):
+    (tmp_path / "inner.args").write_text("--rank 2\n")
+    (tmp_path / "outer.args").write_text(f"'@{tmp_path / 'inner.args'}' --epochs 3\n")
+    args = training(f"@{tmp_path / 'outer.args'}")
+    assert (args.rank, args.epochs) == (2, 3)
+
+
+def test_a_faulty_file_of_flags_is_refused(tmp_path):
+    assert "nowhere.args" in complaint(training, f"@{tmp_path / 'nowhere.args'}")
+    recipe = tmp_path / "recipe.args"
+    recipe.write_text("--learning_speed 3\n")
+    assert "--learning_speed" in complaint(training, f"@{recipe}")
+    recipe.write_text("--resume 'half\n")
+    assert "--resume 'half" in complaint(training, f"@{recipe}")
+
+
+# --- what the flags mean ---------------------------------------------------------------------------------
+
+
+def test_the_default_pool_has_the_papers_four_levels():
+    levels = options.levels(training())
+    assert [level.epsilon for level in levels] == [8.0, 6.0, 0.1, 0.01]
+    assert {(level.steps, level.gamma, level.beta, level.start) for level in levels} == {
+        (10, 0.005, 6.0, "random2")
+    }
+    assert {(level.grids, level.scalars) for level in levels} == {((4, 8, 0), (20.0, 10.0, 1.0))}
+
+
+def test_the_step_is_a_quarter_of_each_epsilon_unless_given():
+    assert [level.step_size for level in options.levels(training("--epsilon", "8", "0.1"))] == [2.0, 0.025]
+    given_step = options.levels(training("--epsilon", "8", "0.1", "--alpha", "1"))
+    assert [level.step_size for level in given_step] == [1.0, 1.0]
+    assert options.attacks(evaluation("--epsilon", "4", "8")) == (PGD(4, 1, 20), PGD(8, 2, 20))
+    assert options.attacks(evaluation("--epsilon", "4", "--alpha", "0.5")) == (PGD(4, 0.5, 20),)
+
+
+def test_no_attack_where_epsilon_is_zero_or_absent():
+    assert options.attacks(evaluation("--epsilon")) == options.attacks(evaluation("--epsilon", "0")) == ()
+    assert options.attacks(evaluation("--epsilon", "0", "2")) == (PGD(2, 0.5, 20),)
+
+
+def test_random_is_another_name_of_random2():
+    assert options.levels(training("--delta_init", "random")) == options.levels(training())
+    assert {level.start for level in options.levels(training("--delta_init", "random1"))} == {"random1"}
+
+
+def test_an_epoch_counts_every_base_source():
+    args = training("--nEpisode", "10", "--base_sources", "a", "b", "c")
+    assert options.tune_settings(args).episodes_per_epoch == 30
+
+
+def test_support_sizes_are_fixed_or_a_range_or_variable():
+    assert options.sampling(training()).num_support is None
+    assert options.sampling(training("--num_support", "5")).num_support == 5
+    assert options.sampling(training("--num_support", "1", "5")).num_support == (1, 5)
+
+
+def test_precision_is_float32_unless_asked_for():
+    assert options.autocast(training()) is None
+    assert options.autocast(training("--fp16")) is torch.float16
+    assert options.autocast(training("--bf16")) is torch.bfloat16
+    assert "not allowed with" in complaint(training, "--fp16", "--bf16")
+
+
+def test_the_views_of_the_two_routers():
+    assert options.routing(evaluation("--routing", "amt")).view == "augmented"
+    attacked = options.routing(evaluation("--routing", "attacked", "--top_k", "1", "--blend_beta", "10"))
+    assert (attacked.view, attacked.top_k, attacked.beta) == ("attacked", 1, 10.0)
+
+
+# --- what is refused -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["-1", "-0.5", "nan", "inf", "eight"])
+@pytest.mark.parametrize("parse", [training, evaluation])
+def test_an_epsilon_that_is_no_amount_is_refused(parse, value):
+    assert "--epsilon" in complaint(parse, "--epsilon", value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--arch", "vit_mni_amt"], ["vit_mni", "did you mean 'vit_mini'"]),
+        (["--rank", "0"], ["--rank", "at least 1"]),
+        (["--epochs", "2.5"], ["--epochs", "2.5"]),
+        (["--lr", "-1"], ["--lr", "-1"]),
+        (["--seed", "-1"], ["--seed", "negative"]),
+        (["--pgd_method", "fgsm"], ["fgsm", "adsv", "standard"]),
+        (["--pyramid_grids", "4", "0"], ["--pyramid_grids", "2", "3"]),
+        (["--num_support", "1", "2", "3"], ["--num_support", "3"]),
+        (["--min_ways", "9", "--max_ways_upper_bound", "8"], ["--min_ways 9", "8"]),
+        (["--base_sources", "a", "b", "a"], ["--base_sources", "twice"]),
+        (["--data_path", ""], ["--data_path", "empty"]),
+        (["--output_dir="], ["--output_dir", "empty"]),
+        (["stray"], ["stray"]),
+        (["--no_such_flag"], ["--no_such_flag"]),
+    ],
+)
+def test_training_flags_that_are_refused(flags, words):
+    message = complaint(training, *flags)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--specified_expert", "0", "--coefficients", "1"], ["exclude"]),
+        (["--specified_expert", "-1"], ["--specified_expert"]),
+        (["--coefficients", "0.5", "0.4"], ["0.9", "expected 1"]),
+        (["--coefficients", "1.5", "-0.5"], ["--coefficients"]),
+        (["--aug_prob", "1.5"], ["--aug_prob", "1.5"]),
+        (["--epsilon", "4", "8", "4"], ["--epsilon", "twice"]),
+        (["--test_sources", "a", "a"], ["--test_sources", "twice"]),
+        (["--routing", "uniform", "--select_on", "a"], ["--select_on"]),
+        (["--specified_expert", "0", "--select_on", "a"], ["--select_on"]),
+        (["--trim_candidates", "qkv:-1:0.5"], ["--trim_candidates", "--select_on"]),
+        (["--trim", "qkv:-1"], ["'qkv:-1'", "NAME:BLOCK:KEEP"]),
+        (["--trim", "qkv:all:0.5"], ["NAME:BLOCK:KEEP"]),
+        (["--trim", "qkv:-1:0"], ["(0, 1]"]),
+        (["--trim", "qkv:-1:nan"], ["(0, 1]"]),
+        (["--split", "TRIAN"], ["TRIAN", "TRAIN"]),
+    ],
+)
+def test_testing_flags_that_are_refused(flags, words):
+    message = complaint(evaluation, *flags)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--specified_expert", "0"],
+        ["--coefficients", "1"],
+        ["--select_on", "a"],
+        ["--trim", "qkv:-1:0.5"],
+    ],
+)
+def test_flags_about_a_pool_need_one(flags):
+    assert "--resume" in complaint(lambda *words: evaluation(*words, base=TEST), *flags)
+
+
+def test_what_is_required_is_named():
+    assert "--output_dir" in complaint(options.training_parser().parse, ["--data_path", "x"])
+
+
+def test_checking_the_output_makes_nothing(tmp_path):
+    options.check_output(tmp_path / "a" / "b")
+    options.check_output(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
+        assert str(folder) in complaint(options.check_output, folder)
