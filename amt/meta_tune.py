@@ -167,7 +167,10 @@ class Tuner:
             for adapter in self._adapters
         ]
         half = backbone.autocast == torch.float16
-        self._scalers = [torch.amp.GradScaler(backbone.device.type, enabled=half) for _ in self._adapters]
+        self._scalers = [
+            torch.amp.GradScaler(backbone.device.type, init_scale=2.0**10, enabled=half)
+            for _ in self._adapters
+        ]
 
     @property
     def pool(self) -> LoRAPool:
@@ -188,7 +191,7 @@ class Tuner:
         """Train every level on one episode; a record per level.
 
         Raises:
-            NonFiniteLoss: before anything was changed by the level concerned.
+            NonFiniteLoss: before the level concerned was changed; levels before it have made their step.
         """
         records = [self._level_step(p, episode) for p in range(len(self._adapters))]
         self.episodes_done += 1

@@ -27,6 +27,15 @@ from meta_dataset_readers.sampling import EpisodeSampling
 POOL_EPSILONS = (8.0, 6.0, 0.1, 0.01)
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults are shown where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default in (None, False, []):
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, whose flags may be spelt with dashes, and that reads @FILEs."""
 
@@ -34,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             description=description,
             fromfile_prefix_chars="@",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=Help,
         )
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
@@ -290,6 +299,10 @@ def check_testing(args: argparse.Namespace) -> None:
         )
     if args.trim_candidates and not args.select_on:
         raise InputError("--trim_candidates are for --select_on SOURCE to choose from")
+    if args.split == "VALID" and args.select_on in args.test_sources:
+        raise InputError(
+            f"--select_on {args.select_on} would choose on the very VALID episodes it then scores"
+        )
     if args.coefficients is not None and abs(sum(args.coefficients) - 1) > 1e-4:
         raise InputError(f"--coefficients sum to {sum(args.coefficients):g}, expected 1")
     if args.aug_prob > 1:

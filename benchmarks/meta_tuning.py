@@ -129,7 +129,7 @@ class Measured(NamedTuple):
     seconds: list[float]
     counts: Counts
     peak_memory: float
-    idle_memory: float  # before the first run: interpreter, libraries, weights
+    idle_memory: float  # the peak before the first run: interpreter, libraries, weights
     gemm_rate: float  # floating-point operations per second
     accuracy: float | None  # an episode's last figure
 
@@ -537,7 +537,7 @@ def footnotes(workload: Workload, row: dict[str, Measured]) -> str:
     return (
         f"Counted in a step with K = {k}: query forwards, ours {ours:g} (K + 4 = {k + 4}), "
         f"baseline {baseline:g} (2K + 4 = {2 * k + 4}); 10^9 operations of matrix products, {flops}.\n"
-        f"Memory before the first run: {idle} MiB."
+        f"Peak memory before the first run: {idle} MiB."
     )
 
 

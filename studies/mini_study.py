@@ -25,6 +25,7 @@ from amt.checkpoint import replace_file
 from amt.evaluate import Summary, average_summary, summarise
 from amt.report import mixing_picture
 
+ROOT = Path(__file__).resolve().parent.parent
 SOURCE = "mini_objects"
 SEEDS = (0, 1, 2)
 SHOTS = (1, 5)
@@ -113,18 +114,20 @@ class Study:
         words = [*command, "--data_path", self.data, "--device", self.device]
         one_thread = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         with open(out / "log.txt", "w") as log:
-            run = subprocess.run([sys.executable, *map(str, words)], stdout=log, stderr=log, env=one_thread)
+            run = subprocess.run(
+                [sys.executable, *map(str, words)], stdout=log, stderr=log, env=one_thread, cwd=ROOT
+            )
         if run.returncode != 0:
             raise RuntimeError(f"{command[0]} ended with code {run.returncode}; see {out / 'log.txt'}")
 
     def chosen_flags(self, row: Row, seed: int, shots: int) -> tuple[str, ...]:
         """The row's flags, completed by what scores best on the source's VALID classes."""
-        attack = ["--split", "VALID", "--epsilon", 4, 8, "--attack_iters", 10]
+        attack = ["--epsilon", 2, 4, 8, "--attack_iters", 10]
         if row.choose == "expert":
             candidates = [("--specified_expert", str(p)) for p in range(len(POOL))]
             quality = []
             for candidate in candidates:
-                flags = [*attack, *candidate, "--nTestEpisode", self.choosing]
+                flags = [*attack, *candidate, "--split", "VALID", "--nTestEpisode", self.choosing]
                 found = self.measure(row, seed, shots, [SOURCE], flags, "choosing")["summary"][SOURCE]
                 quality.append(sum(column["mean"] for column in found.values()))
             return candidates[quality.index(max(quality))]
@@ -220,7 +223,8 @@ def main() -> None:
     mixes = [
         (mixer, seed, 5, ("--coefficients", str(c), "0", f"{1 - c:g}", "0")) for seed in SEEDS for c in SWEEP
     ]
-    mixed = in_parallel(args.jobs, "mixing sweep", study.scored, mixes)
+    third = dataclasses.replace(study, episodes=study.episodes // 3)
+    mixed = in_parallel(args.jobs, "mixing sweep", third.scored, mixes)
 
     report = {"coefficients": {}, "chosen": {}, "tables": {}}
     for shots in SHOTS:

@@ -1,5 +1,11 @@
 """Small real sources, written on the spot: JPEG records and a specification, in all three kinds."""
 
+import os
+
+# Small tensors on shared cores: OpenMP's waiting threads can make a suite forty times slower. Set before
+# torch is imported, and inherited by the commands that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import io
 import json
 from pathlib import Path

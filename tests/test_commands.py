@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -313,32 +312,28 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(world, t
 # --- stopping and resuming -------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def signal_after(monkeypatch):
-    """`signal_after(steps, number)`: the next command is sent a signal as soon as so many steps are done."""
+def signal_after(patch: pytest.MonkeyPatch, steps: int, number: int) -> None:
+    """Arrange that a command is sent a signal as soon as so many steps are done."""
     on_step = Journal.on_step
 
-    def arrange(steps: int, number: int) -> None:
-        def noisy(self, tuner, records):
-            on_step(self, tuner, records)
-            if tuner.episodes_done == steps:
-                signal.raise_signal(number)
+    def noisy(self, tuner, records):
+        on_step(self, tuner, records)
+        if tuner.episodes_done == steps:
+            signal.raise_signal(number)
 
-        monkeypatch.setattr(Journal, "on_step", noisy)
-
-    return arrange
+    patch.setattr(Journal, "on_step", noisy)
 
 
 @pytest.mark.parametrize(
     ("steps", "number", "workers"), [(1, signal.SIGTERM, 0), (3, signal.SIGINT, 1), (2, signal.SIGTERM, 1)]
 )
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
-    world, trained, tmp_path, signal_after, steps, number, workers
+    world, trained, tmp_path, monkeypatch, steps, number, workers
 ):
     """Stopped in the middle of the first or the second epoch, or between them."""
     flags = world.train(tmp_path, "--num_workers", workers)
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    signal_after(steps, number)
+    signal_after(monkeypatch, steps, number)
     stopped = command("main", *flags)
     assert stopped.code == 128 + number
     said = re.fullmatch(r"stopped after (\d+) of 4 episodes; continue with --resume (.+)", last_line(stopped))
@@ -357,7 +352,7 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
     assert all(here[name] == there[name] for name in here if name != "seconds_per_step")
 
 
-def test_a_real_process_is_stopped_by_sigterm_and_goes_on_exactly(world, tmp_path, signal_after):
+def test_a_real_process_is_stopped_by_sigterm_and_goes_on_exactly(world, tmp_path, monkeypatch):
     """Whenever the signal arrives: the file then continues as a run that never stopped."""
     flags = ("--nEpisode", 500, "--nValEpisode", 0, "--epsilon", 8)
     running = start("main", *world.train(tmp_path / "stopped", *flags, "--num_workers", 1), cwd=tmp_path)
@@ -370,20 +365,20 @@ def test_a_real_process_is_stopped_by_sigterm_and_goes_on_exactly(world, tmp_pat
     out, err = running.communicate()
     assert running.returncode == 128 + signal.SIGTERM
     assert b"Traceback" not in err and b"error" not in err
-    said = re.fullmatch(rf"stopped after (\d+) of 1000 episodes; continue with --resume (.+)\n", out.decode())
+    said = re.fullmatch(r"stopped after (\d+) of 1000 episodes; continue with --resume (.+)\n", out.decode())
     assert said and Path(said[2]) == tmp_path / "stopped" / "last.safetensors"
     steps = int(said[1])
     assert about(Path(said[2]))["tuner"]["episodes_done"] == steps
 
-    signal_after(steps + 2, signal.SIGTERM)
+    signal_after(monkeypatch, steps + 2, signal.SIGTERM)
     command("main", *world.train(tmp_path / "resumed", *flags, "--resume", said[2]))
     command("main", *world.train(tmp_path / "straight", *flags))
     assert about(tmp_path / "straight" / "last.safetensors")["tuner"]["episodes_done"] == steps + 2
     assert same_tensors(tmp_path / "resumed" / "last.safetensors", tmp_path / "straight" / "last.safetensors")
 
 
-def test_a_signal_during_the_last_step_does_not_ask_to_continue(world, tmp_path, signal_after):
-    signal_after(1, signal.SIGINT)
+def test_a_signal_during_the_last_step_does_not_ask_to_continue(world, tmp_path, monkeypatch):
+    signal_after(monkeypatch, 1, signal.SIGINT)
     ended = command("main", *world.train(tmp_path, "--epochs", 1, "--nEpisode", 1, "--nValEpisode", 0))
     assert ended.code == 0 and last_line(ended) == f"done: {tmp_path / 'last.safetensors'}"
 
@@ -393,8 +388,7 @@ def stopped(world, tmp_path_factory) -> Path:
     """The last.safetensors of a run that was stopped after its first episode."""
     out = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("amt.journal.Interrupts.pending", lambda self: True)
-        patch.setattr("amt.journal.Interrupts.caught", signal.SIGTERM, raising=False)
+        signal_after(patch, 1, signal.SIGTERM)
         command("main", *world.train(out, "--nValEpisode", 0))
     return out / "last.safetensors"
 
