@@ -1,0 +1,290 @@
+"""Evaluation: what counts as robust, a row per episode, and the arithmetic of the summaries."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from amt.backbone import Arch, Backbone, build_network
+from amt.evaluate import (
+    PGD,
+    Summary,
+    Task,
+    average_summary,
+    evaluate,
+    merged_predictor,
+    pretrained_predictor,
+    summarise,
+    validate,
+)
+from amt.lora import LoRAPool, principal_pool
+from amt.perturb import Perturbation
+from meta_dataset_readers.episode import Episode
+
+ARCH = Arch(patch_size=4, dim=12, depth=2, heads=2, pretrained_size=8, image_size=8, mlp_ratio=2.0)
+ATTACKS = (PGD(1, 0.25, 4), PGD(4, 1, 4), PGD(16, 4, 4))
+
+
+# --- a classifier whose margins are known ----------------------------------------------------------------
+
+
+class Halves:
+    """Two classes by the sign of the mean over a pattern of signs: no attack within epsilon moves that
+    mean by more than epsilon, and one does by exactly epsilon. Notes what it is shown."""
+
+    def __init__(self, side: int = 6):
+        self.pattern = 1 - 2.0 * (torch.arange(3 * side * side) % 2).view(3, side, side)
+        self.seen: list[torch.Tensor] = []
+
+    def images(self, margins: list[float]) -> torch.Tensor:
+        """Mid-grey images with these margins in 1/255, far from black and white."""
+        return 0.5 + torch.tensor(margins).view(-1, 1, 1, 1) / 255 * self.pattern
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen.append(images.detach().clone())
+        mean = ((images - 0.5) * self.pattern).mean((1, 2, 3))
+        return 100 * torch.stack([mean, -mean], dim=1)
+
+    def episode(self, margins: list[float], index: int = 0) -> Episode:
+        """Queries of class 0 with these margins; a negative one is misclassified as it is."""
+        query = self.images(margins)
+        labels = torch.zeros(len(margins), dtype=torch.int64)
+        return Episode(query[:2], torch.tensor([0, 1]), query, labels, source="halves", index=index)
+
+
+def rows_of(classifier, episodes, attacks=(), seed: int = 0) -> list[dict]:
+    return list(evaluate(lambda _episode: Task(classifier, ()), episodes, attacks, seed))
+
+
+MARGINS = [-3.0, 0.5, 1.5, 2.5, 4.5, 9.0]
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "standing"), [(0.4, 5), (0.6, 4), (1.4, 4), (2.6, 2), (8.9, 1), (9.1, 0)]
+)
+def test_an_image_falls_exactly_when_epsilon_exceeds_its_margin(epsilon, standing):
+    halves = Halves()
+    (row,) = rows_of(halves, [halves.episode(MARGINS)], [PGD(epsilon, epsilon / 4, 10)])
+    assert row["clean"] == 5 / 6
+    assert row[f"pgd10@{epsilon:g}"] == pytest.approx(standing / 6)
+
+
+@given(st.lists(st.floats(-20, 20).map(lambda m: m + 0.05 * math.copysign(1, m)), min_size=1, max_size=12))
+def test_the_curve_over_epsilon_is_the_distribution_of_margins(margins):
+    halves = Halves(side=4)
+    attacks = [PGD(epsilon, epsilon / 4, 10) for epsilon in (1, 3, 6, 12)]
+    margins = [m for m in margins if all(abs(m - attack.epsilon) > 0.02 for attack in attacks)] or [2.0]
+    (row,) = rows_of(halves, [halves.episode(margins)], attacks)
+    assert row["clean"] == pytest.approx(sum(m > 0 for m in margins) / len(margins))
+    for attack in attacks:
+        assert row[attack.name] == pytest.approx(sum(m > attack.epsilon for m in margins) / len(margins))
+
+
+def test_an_attack_stays_in_its_ball_and_in_the_range_of_pixels():
+    halves = Halves()
+    episode = halves.episode([2.0, 5.0])
+    episode = dataclasses.replace(episode, query=(episode.query - 0.5) * 64 + 0.5)  # up to black and white
+    rows_of(halves, [episode], [PGD(8, 4, 6)])
+    for images in halves.seen:
+        assert images.min() >= 0 and images.max() <= 1
+        distances = (images[:, None] - episode.query[None]).abs().amax((2, 3, 4))
+        assert distances.min(1).values.max() <= 8 / 255 + 1e-6
+
+
+def test_the_attack_does_not_touch_what_is_wrong_already():
+    halves = Halves()
+    rows_of(halves, [halves.episode([-3.0, -1.0])], ATTACKS)
+    assert [len(images) for images in halves.seen] == [2]  # the clean pass alone
+
+
+def test_what_a_small_ball_breaks_is_broken_in_a_large_one():
+    """Even where the attack with the larger epsilon is too weak to find it."""
+    halves = Halves()
+    strong, weak = PGD(2, 0.5, 10), PGD(16, 0.001, 1)
+    (row,) = rows_of(halves, [halves.episode([1.0, 12.0])], [weak, strong])
+    assert row[strong.name] == 0.5 and row[weak.name] == 0.5
+    (alone,) = rows_of(halves, [halves.episode([1.0, 12.0])], [weak])
+    assert alone[weak.name] == 1.0
+
+
+# --- rows ------------------------------------------------------------------------------------------------
+
+
+def make_backbone(seed: int = 0) -> Backbone:
+    """A random network whose features depend visibly on the image."""
+    network = build_network(ARCH)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        if parameter.ndim > 1:
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return Backbone("tiny", network, ARCH.image_size)
+
+
+def make_episode(seed: int, n_way: int = 3, shots: int = 2, queries: int = 4) -> Episode:
+    """Noisy copies of a pattern per class."""
+    generator = torch.Generator().manual_seed(seed)
+    patterns = torch.rand(n_way, 3, 8, 8, generator=generator)
+
+    def draw(each: int) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = torch.arange(n_way).repeat(each)
+        noise = torch.randn(len(labels), 3, 8, 8, generator=generator)
+        return (patterns[labels] + 0.3 * noise).clamp(0, 1), labels
+
+    return Episode(*draw(shots), *draw(queries), source="tiny", index=seed)
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return make_backbone()
+
+
+@pytest.fixture(scope="module")
+def pool(backbone) -> LoRAPool:
+    """Two adapters, each moved a way of its own."""
+    started = principal_pool(
+        backbone.weights, 2, (Perturbation(8, 2, steps=3), Perturbation(1, 0.25, steps=3))
+    )
+    generator = torch.Generator().manual_seed(1)
+    return started.with_factors(
+        {
+            name: factor + 0.1 * torch.randn(factor.shape, generator=generator)
+            for name, factor in started.factors.items()
+        }
+    )
+
+
+def untimed(rows) -> list[dict]:
+    return [{**row, "seconds": None} for row in rows]
+
+
+def test_a_row_per_episode_says_what_it_was(backbone, pool):
+    episodes = [make_episode(3), make_episode(4, n_way=5, shots=1, queries=2)]
+    predict = merged_predictor(backbone, pool, lambda *_: (0.25, 0.75))
+    found = list(evaluate(predict, episodes, ATTACKS))
+    shapes = [(row["source"], row["index"], row["ways"], row["support"], row["queries"]) for row in found]
+    assert shapes == [("tiny", 3, 3, 6, 12), ("tiny", 4, 5, 5, 10)]
+    assert all(row["coefficients"] == [0.25, 0.75] and row["seconds"] >= 0 for row in found)
+
+
+def test_accuracy_never_rises_with_epsilon(backbone, pool):
+    predict = merged_predictor(backbone, pool, lambda *_: (0.5, 0.5))
+    found = list(evaluate(predict, map(make_episode, range(6)), ATTACKS))
+    for row in found:
+        assert 1 >= row["clean"] >= row["pgd4@1"] >= row["pgd4@4"] >= row["pgd4@16"] >= 0
+    assert summarise(found, "clean").mean > summarise(found, "pgd4@16").mean  # there is something to see
+
+
+def test_rows_come_one_by_one(backbone, pool):
+    """An episode is drawn only when its row is asked for, so that a long evaluation needs little memory."""
+    drawn = []
+
+    def episodes():
+        for index in range(3):
+            drawn.append(index)
+            yield make_episode(index)
+
+    rows = evaluate(merged_predictor(backbone, pool, lambda *_: (0.5, 0.5)), episodes())
+    assert drawn == []
+    next(rows)
+    assert drawn == [0]
+
+
+def test_evaluation_is_a_function_of_its_seed(backbone, pool):
+    predict = merged_predictor(backbone, pool, lambda *_: (0.5, 0.5))
+    episodes = [make_episode(0), make_episode(1)]
+    first = untimed(evaluate(predict, episodes, ATTACKS, seed=1))
+    torch.rand(7)  # torch's global generator plays no part
+    assert untimed(evaluate(predict, episodes, ATTACKS, seed=1)) == first
+    assert untimed(evaluate(predict, episodes[1:], ATTACKS, seed=1)) == first[1:]
+
+
+def test_another_seed_or_episode_starts_the_attack_elsewhere():
+    halves = Halves()
+
+    def start(seed: int, index: int) -> torch.Tensor:
+        halves.seen.clear()
+        rows_of(halves, [halves.episode([9.0], index)], [PGD(1, 0.25, 1)], seed)
+        return halves.seen[1]
+
+    assert torch.equal(start(0, 0), start(0, 0))
+    assert not torch.equal(start(0, 0), start(1, 0))
+    assert not torch.equal(start(0, 0), start(0, 1))
+
+
+def test_the_coefficients_are_chosen_from_the_support_set(backbone, pool):
+    """The chooser sees support images and labels, and a generator that seed and index decide."""
+    seen = []
+
+    def choose(support, labels, generator):
+        seen.append((support, labels, torch.rand(4, generator=generator).tolist()))
+        return (1.0, 0.0)
+
+    episode = make_episode(0)
+    for seed, index in ((0, 0), (0, 0), (0, 1), (1, 0)):
+        merged_predictor(backbone, pool, choose, seed=seed)(dataclasses.replace(episode, index=index))
+    assert all(support is episode.support and labels is episode.support_labels for support, labels, _ in seen)
+    numbers = [tuple(drawn) for _, _, drawn in seen]
+    assert numbers[0] == numbers[1] and len(set(numbers)) == 3
+
+
+def test_an_untrained_pool_predicts_as_the_pretrained_network(backbone):
+    untrained = principal_pool(backbone.weights, 2, (Perturbation(8, 2), Perturbation(1, 0.25)))
+    episode = make_episode(0)
+    merged = merged_predictor(backbone, untrained, lambda *_: (0.3, 0.7))(episode)
+    pretrained = pretrained_predictor(backbone)(episode)
+    assert merged.coefficients == (0.3, 0.7) and pretrained.coefficients == ()
+    torch.testing.assert_close(
+        merged.logits(episode.query), pretrained.logits(episode.query), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_validation_scores_every_adapter_alone_at_its_own_level(backbone, pool):
+    episodes = [make_episode(0), make_episode(1)]
+    found = validate(backbone, pool, episodes, robust=True, seed=5)
+    assert [set(score) for score in found] == [{"clean", "robust"}] * 2
+    for p, (attack, share) in enumerate(((PGD(8, 2, 3), (1.0, 0.0)), (PGD(1, 0.25, 3), (0.0, 1.0)))):
+        predict = merged_predictor(backbone, pool, lambda *_, share=share: share)
+        rows = list(evaluate(predict, episodes, [attack], seed=5))
+        assert found[p]["clean"] == pytest.approx(summarise(rows, "clean").mean)
+        assert found[p]["robust"] == pytest.approx(summarise(rows, attack.name).mean)
+    plain = validate(backbone, pool, episodes, robust=False)
+    assert plain == [{"clean": score["clean"]} for score in found]
+
+
+# --- summaries -------------------------------------------------------------------------------------------
+
+
+def test_a_summary_by_hand():
+    """Per cent 100, 50, 0, 50: mean 50, deviation sqrt(5000 / 3) = 40.825, its error 20.412, times 1.96."""
+    summary = summarise([{"clean": value} for value in (1.0, 0.5, 0.0, 0.5)], "clean")
+    assert summary.mean == 50 and summary.n == 4
+    assert summary.interval == pytest.approx(40.0083, abs=1e-4)
+    assert str(summary) == "50.0 +- 40.0"
+
+
+def test_equal_rows_have_no_spread_and_a_single_one_an_unknown_spread():
+    assert summarise([{"x": 0.8}] * 5, "x") == Summary(pytest.approx(80), pytest.approx(0), 5)
+    assert summarise([{"x": 0.8}], "x") == Summary(80, math.inf, 1)
+
+
+def test_nothing_cannot_be_summarised():
+    with pytest.raises(ValueError, match="'x'"):
+        summarise([], "x")
+
+
+def test_domains_are_averaged_with_equal_weight():
+    """Independent errors add as squares: sqrt(3^2 + 4^2) / 2 = 2.5."""
+    average = average_summary([Summary(40, 3, 10), Summary(60, 4, 1000)])
+    assert average == Summary(50, 2.5, 1010)
+    assert average_summary([Summary(40, 3, 10)]) == Summary(40, 3, 10)
+
+
+@given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 50)), min_size=1, max_size=6))
+def test_an_average_lies_between_and_is_no_less_certain(domains):
+    average = average_summary([Summary(mean, interval, 5) for mean, interval in domains])
+    means, intervals = zip(*domains, strict=True)
+    assert min(means) - 1e-9 <= average.mean <= max(means) + 1e-9
+    assert average.interval <= max(intervals) + 1e-9
