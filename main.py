@@ -38,13 +38,14 @@ def main() -> int:
         args.image_size,
     )
     total = settings.epochs * settings.episodes_per_epoch
-    episodes = SourceMixture(
-        [reader(args, backbone, source, "TRAIN", total, augment=True) for source in args.base_sources],
-        total,
-        args.seed,
-    )
+    open_source = partial(EpisodeReader, **options.reading(args, backbone.image_size))
+    training = [
+        open_source(source=source, split="TRAIN", n_episodes=total, augment=True)
+        for source in args.base_sources
+    ]
+    episodes = SourceMixture(training, total, args.seed)
     validation = [
-        reader(args, backbone, source, "VALID", args.nValEpisode)
+        open_source(source=source, split="VALID", n_episodes=args.nValEpisode)
         for source in args.val_sources or args.base_sources
         if args.nValEpisode
     ]
@@ -61,6 +62,10 @@ def main() -> int:
         skipped=sum(len(episode.skipped) for episode in fixed),
     )
     coming = episode_loader(Subset(episodes, range(tuner.episodes_done, total)), args.num_workers)
+    if args.delta_init == "zero" and settings.method == "adsv":
+        journal.say(
+            "warning: from --delta_init zero the attack's first gradient vanishes; it may never start"
+        )
     with journal, Interrupts() as interrupts:
         try:
             meta_tune(tuner, journal.watch(coming), journal.on_step, journal.on_epoch, interrupts.pending)
@@ -76,23 +81,6 @@ def main() -> int:
         return 128 + interrupts.caught
     print(f"done: {saved}")
     return 0
-
-
-def reader(
-    args: argparse.Namespace, backbone: Backbone, source: str, split: str, count: int, augment: bool = False
-) -> EpisodeReader:
-    """`count` episodes of one source."""
-    return EpisodeReader(
-        args.data_path,
-        source,
-        split,
-        options.sampling(args),
-        backbone.image_size,
-        n_episodes=count,
-        seed=args.seed,
-        augment=augment,
-        skip_bad_records=args.skip_bad_records,
-    )
 
 
 def protocol(args: argparse.Namespace, backbone: Backbone) -> dict:

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from tqdm import tqdm
@@ -47,9 +47,13 @@ def main() -> int:
         options.autocast(args),
         args.image_size,
     )
-    readers = [reader(args, backbone, source, args.split, args.nTestEpisode) for source in args.test_sources]
+    open_source = partial(EpisodeReader, **options.reading(args, backbone.image_size))
+    readers = [
+        open_source(source=source, split=args.split, n_episodes=args.nTestEpisode)
+        for source in args.test_sources
+    ]
     attacks = options.attacks(args)
-    predict, merging = predictor(args, backbone)
+    predict, merging = predictor(args, backbone, open_source)
 
     rows, skipped = {}, 0
     with tqdm(total=len(readers) * args.nTestEpisode, unit="episode") as progress:
@@ -90,28 +94,14 @@ def main() -> int:
     return 0
 
 
-def reader(
-    args: argparse.Namespace, backbone: Backbone, source: str, split: str, count: int
-) -> EpisodeReader:
-    """`count` episodes of one source, without augmentation."""
-    return EpisodeReader(
-        args.data_path,
-        source,
-        split,
-        options.sampling(args),
-        backbone.image_size,
-        n_episodes=count,
-        seed=args.seed,
-        skip_bad_records=args.skip_bad_records,
-    )
-
-
 def plain(summary: Summary) -> dict:
     """A summary in JSON, which has no infinity: null stands for the interval of a single episode."""
     return summary._asdict() | {"interval": summary.interval if math.isfinite(summary.interval) else None}
 
 
-def predictor(args: argparse.Namespace, backbone: Backbone) -> tuple[Predictor, dict]:
+def predictor(
+    args: argparse.Namespace, backbone: Backbone, open_source: Callable[..., EpisodeReader]
+) -> tuple[Predictor, dict]:
     """The predictor that the flags ask for, and how its settings came about."""
     if args.resume is None:
         return pretrained_predictor(backbone), {"how": "none, the pretrained network"}
@@ -132,8 +122,8 @@ def predictor(args: argparse.Namespace, backbone: Backbone) -> tuple[Predictor, 
     else:
         routing, chosen_by = options.routing(args), "as given"
         if args.select_on:
-            episodes = episode_loader(reader(args, backbone, args.select_on, "VALID", args.nSelectEpisode))
-            waiting = tqdm(episodes, desc=f"choosing on {args.select_on} VALID", unit="episode")
+            valid = open_source(source=args.select_on, split="VALID", n_episodes=args.nSelectEpisode)
+            waiting = tqdm(episode_loader(valid), desc=f"choosing on {args.select_on} VALID", unit="episode")
             selection = select(
                 backbone,
                 pool,

@@ -180,8 +180,8 @@ def training_parser() -> Parser:
         "--epsilon",
         type=amount,
         nargs="+",
-        default=list(POOL_EPSILONS),
-        help="one LoRA for each value, in 1/255 of the pixel range",
+        help="one LoRA for each value, in 1/255 of the pixel range "
+        f"(default: {' '.join(f'{e:g}' for e in POOL_EPSILONS)}; with --pgd_method standard a single LoRA)",
     )
     levels.add_argument(
         "--alpha", type=amount, help="step size in 1/255 (default: a quarter of each epsilon)"
@@ -359,8 +359,20 @@ def sampling(args: argparse.Namespace) -> EpisodeSampling:
     )
 
 
+def reading(args: argparse.Namespace, image_size: int) -> dict:
+    """What every `EpisodeReader` of a run has in common, as its keyword arguments."""
+    return {
+        "root": args.data_path,
+        "sampling": sampling(args),
+        "image_size": image_size,
+        "seed": args.seed,
+        "skip_bad_records": args.skip_bad_records,
+    }
+
+
 def levels(args: argparse.Namespace) -> tuple[Perturbation, ...]:
     """One `Perturbation` for each value of --epsilon."""
+    default = (0.0,) if args.pgd_method == "standard" else POOL_EPSILONS
     return tuple(
         Perturbation(
             epsilon=epsilon,
@@ -372,7 +384,7 @@ def levels(args: argparse.Namespace) -> tuple[Perturbation, ...]:
             scalars=tuple(args.pyramid_scalars),
             start="random2" if args.delta_init == "random" else args.delta_init,
         )
-        for epsilon in args.epsilon
+        for epsilon in args.epsilon or default
     )
 
 

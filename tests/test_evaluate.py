@@ -85,8 +85,9 @@ def test_the_curve_over_epsilon_is_the_distribution_of_margins(margins):
 
 def test_an_attack_stays_in_its_ball_and_in_the_range_of_pixels():
     halves = Halves()
-    episode = halves.episode([2.0, 5.0])
-    episode = dataclasses.replace(episode, query=(episode.query - 0.5) * 64 + 0.5)  # up to black and white
+    episode = halves.episode([1.0, 2.0])
+    extreme = ((episode.query - 0.5) * 80 + 0.5).clamp(0, 1)  # the second is black and white
+    episode = dataclasses.replace(episode, query=extreme)
     rows_of(halves, [episode], [PGD(8, 4, 6)])
     for images in halves.seen:
         assert images.min() >= 0 and images.max() <= 1
@@ -102,7 +103,7 @@ def test_the_attack_does_not_touch_what_is_wrong_already():
 
 def test_what_a_small_ball_breaks_is_broken_in_a_large_one():
     """Even where the attack with the larger epsilon is too weak to find it."""
-    halves = Halves()
+    halves = Halves(side=20)  # so many pixels that no random start is an attack
     strong, weak = PGD(2, 0.5, 10), PGD(16, 0.001, 1)
     (row,) = rows_of(halves, [halves.episode([1.0, 12.0])], [weak, strong])
     assert row[strong.name] == 0.5 and row[weak.name] == 0.5

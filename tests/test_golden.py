@@ -41,8 +41,8 @@ from amt.protonet import cosine_logits, prototypes
 from meta_dataset_readers.episode import Episode
 
 FOLDER = os.environ.get("AMT_GOLDEN", Path(__file__).resolve().parents[2] / "shared" / "golden")
-ROOT = Path(FOLDER) / "amt"
-INDEX = json.loads((ROOT / "index.json").read_text()) if (ROOT / "index.json").is_file() else None
+ROOT = Path(FOLDER) / "amt" if (Path(FOLDER) / "amt").is_dir() else Path(FOLDER)
+INDEX = json.loads((ROOT / "index.json").read_text()) if (ROOT / "weights_amt.npz").is_file() else None
 ENTRIES = {(entry["file"], entry["name"]): entry for entry in INDEX["arrays"]} if INDEX else {}
 
 pytestmark = [
