@@ -29,6 +29,7 @@ def main() -> int:
     args = options.training_parser().parse(sys.argv[1:])
     options.check_training(args)
     options.check_output(args.output_dir)
+    options.use_threads(args)
     settings = options.tune_settings(args)
     backbone = load_backbone(
         args.arch,

@@ -40,6 +40,7 @@ def main() -> int:
     args = options.testing_parser().parse(sys.argv[1:])
     options.check_testing(args)
     options.check_output(args.output_dir)
+    options.use_threads(args)
     backbone = load_backbone(
         args.arch,
         args.pretrained_checkpoint,

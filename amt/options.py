@@ -145,6 +145,11 @@ def _common(parser: Parser, sources: str, split_help: str) -> None:
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    machine.add_argument(
+        "--threads",
+        type=positive,
+        help="CPU threads (default: torch's choice); 1 is best for small networks, above all on a busy machine",
+    )
     precision = machine.add_mutually_exclusive_group()
     precision.add_argument("--fp16", action="store_true", help="mixed precision in float16")
     precision.add_argument("--bf16", action="store_true", help="mixed precision in bfloat16")
@@ -357,6 +362,12 @@ def sampling(args: argparse.Namespace) -> EpisodeSampling:
         max_support_size_contrib_per_class=args.max_support_size_contrib_per_class,
         min_examples_in_class=args.min_examples_in_class,
     )
+
+
+def use_threads(args: argparse.Namespace) -> None:
+    """Limit torch to `--threads`, if given."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
 
 
 def reading(args: argparse.Namespace, image_size: int) -> dict:
