@@ -37,6 +37,7 @@ demo: $(STAMP) ## make small data sets, meta-train on them, evaluate
 	$(PY) -m meta_dataset_readers.mini --out data/mini
 	$(PY) main.py @recipes/mini_demo.args
 	$(PY) test_meta_dataset.py @recipes/mini_demo_test.args
+	$(PY) test_meta_dataset.py @recipes/mini_demo_pool.args
 
 results: $(STAMP) ## run the small study
 	$(PY) studies/mini_study.py
