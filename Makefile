@@ -34,13 +34,14 @@ test: $(STAMP) ## ruff, then the test suite
 	@$(PY) -m pytest tests -q
 
 demo: $(STAMP) ## make small data sets, meta-train on them, evaluate
+	@echo "demo: data sets, training, evaluation; about four minutes on two cores"
 	$(PY) -m meta_dataset_readers.mini --out data/mini
 	$(PY) main.py @recipes/mini_demo.args
 	$(PY) test_meta_dataset.py @recipes/mini_demo_test.args
 	$(PY) test_meta_dataset.py @recipes/mini_demo_pool.args
 
 results: $(STAMP) ## run the small study
-	$(PY) studies/mini_study.py
+	$(PY) -m studies.mini_study
 
 bench: $(STAMP) ## time meta-tuning
 	$(PY) benchmarks/meta_tuning.py

@@ -1,6 +1,6 @@
 """The mini study: what each part of the method adds, on domains that no part of it has seen.
 
-    make results                                   (python studies/mini_study.py)
+    make results                                   (python -m studies.mini_study)
 
 Meta-tunes on mini_objects TRAIN, chooses every setting on mini_objects VALID, and scores the five other
 domains of Mini-Meta-Dataset, 5-way 1-shot and 5-way 5-shot, clean and under PGD-20. Every number comes from
@@ -198,8 +198,8 @@ def main() -> None:
     parser.add_argument("--data_path", type=Path, default=Path("data/mini"))
     parser.add_argument("--recipe", type=Path, default=Path("recipes/mini_train.args"))
     parser.add_argument("--jobs", type=int, default=2, help="commands at a time")
-    parser.add_argument("--episodes", type=int, default=60, help="scored episodes per domain, seed and row")
-    parser.add_argument("--choosing", type=int, default=16, help="VALID episodes that settings are chosen on")
+    parser.add_argument("--episodes", type=int, default=54, help="scored episodes per domain, seed and row")
+    parser.add_argument("--choosing", type=int, default=12, help="VALID episodes that settings are chosen on")
     parser.add_argument("--steps", type=int, default=20, help="PGD steps of the scored attacks")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 """Pretrain the small backbone that the project ships, on the training classes of mini_objects alone.
 
     python -m meta_dataset_readers.mini --out data/pretrain --sources mini_objects --objects_per_class 400
-    python studies/pretrain_vit_mini.py --data_path data/pretrain
+    python -m studies.pretrain_vit_mini --data_path data/pretrain
 
 Supervised, with four linear heads at once: the class, and the shape, texture and palette it is composed
 of. A class head alone hardly starts to learn at this size. Every other domain stays unseen, and so do the
