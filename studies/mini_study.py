@@ -19,11 +19,16 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
-from amt.checkpoint import replace_file
+from amt import checkpoint
+from amt.backbone import load_backbone
 from amt.evaluate import Summary, average_summary, summarise
+from amt.merge import Routing, compactness, support_cosines
+from amt.meta_tune import stream
 from amt.report import mixing_picture
+from meta_dataset_readers import EpisodeReader, EpisodeSampling, episode_loader
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = "mini_objects"
@@ -157,6 +162,24 @@ def in_parallel(jobs: int, title: str, work: Callable, cases: Iterable[tuple]) -
         return list(tqdm(executor.map(lambda case: work(*case), cases), total=len(cases), desc=title))
 
 
+def support_compactness(study: Study, seed: int) -> dict[str, list[float]]:
+    """Mean intra- and inter-class cosine of every adapter on 5-shot VALID support sets: what the router sees."""
+    backbone = load_backbone("vit_mini")
+    pool = checkpoint.load(study.checkpoint("pool", seed)).pool
+    sampling = EpisodeSampling(num_ways=5, num_support=5, num_query=1)
+    reader = EpisodeReader(
+        study.data, SOURCE, "VALID", sampling, backbone.image_size, n_episodes=study.choosing, seed=seed
+    )
+    routing = Routing(augment_probability=0)
+    totals = torch.zeros(2, len(pool))
+    for episode in episode_loader(reader):
+        cosines = support_cosines(
+            backbone, pool, episode.support, episode.support_labels, stream(seed, episode.index), routing
+        )
+        totals += torch.stack(compactness(cosines, episode.support_labels))
+    return dict(zip(("intra", "inter"), (totals / len(reader)).tolist(), strict=True))
+
+
 def columns_of(domain: str, steps: int) -> list[str]:
     """The columns of a domain: clean, and its two attacks."""
     epsilons = next(pair for pair, domains in DOMAINS.items() if domain in domains)
@@ -247,8 +270,16 @@ def main() -> None:
         study, 5, {f"share {c:g} of 8/255": rows for c, rows in sweep.items()}
     )
     print(f"\n{report['tables']['sweep']}")
+    report["compactness"] = [support_compactness(study, seed) for seed in SEEDS]
+    for seed, found in zip(SEEDS, report["compactness"], strict=True):
+        print(
+            f"seed {seed}: "
+            + "; ".join(f"{k} {[round(v, 3) for v in values]}" for k, values in found.items())
+        )
     mixing_picture(args.out / "mixing.png", curves(study, sweep))
-    replace_file(args.out / "report.json", lambda part: part.write_text(json.dumps(report, indent=1)))
+    checkpoint.replace_file(
+        args.out / "report.json", lambda part: part.write_text(json.dumps(report, indent=1))
+    )
     print(f"\nwrote {args.out / 'report.json'} and {args.out / 'mixing.png'}")
 
 
