@@ -163,7 +163,7 @@ def in_parallel(jobs: int, title: str, work: Callable, cases: Iterable[tuple]) -
 
 
 def support_compactness(study: Study, seed: int) -> dict[str, list[float]]:
-    """Mean intra- and inter-class cosine of every adapter on 5-shot VALID support sets: what the router sees."""
+    """Mean intra- and inter-class cosine of every adapter on VALID support sets: what the router sees."""
     backbone = load_backbone("vit_mini")
     pool = checkpoint.load(study.checkpoint("pool", seed)).pool
     sampling = EpisodeSampling(num_ways=5, num_support=5, num_query=1)
