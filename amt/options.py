@@ -148,7 +148,7 @@ def _common(parser: Parser, sources: str, split_help: str) -> None:
     machine.add_argument(
         "--threads",
         type=positive,
-        help="CPU threads (default: torch's choice); 1 is best for small networks, above all on a busy machine",
+        help="CPU threads (default: torch's choice); 1 is best for small networks or on a busy machine",
     )
     precision = machine.add_mutually_exclusive_group()
     precision.add_argument("--fp16", action="store_true", help="mixed precision in float16")

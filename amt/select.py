@@ -42,7 +42,7 @@ def select(
     """Choose beta and gamma over `BETAS` x `GAMMAS`, then whether one of the trimmings improves on none.
 
     The adapters' cosines are computed once per episode, whatever the size of the grid, and coefficients
-    that agree to two decimals are evaluated once.
+    that agree to three decimals are evaluated once.
 
     Args:
         episodes: labelled, from a split that is not scored afterwards.
@@ -85,7 +85,7 @@ def select(
 
 
 def _rounded(coefficients: Coefficients) -> Coefficients:
-    return tuple(round(c, 2) for c in coefficients)
+    return tuple(round(c, 3) for c in coefficients)
 
 
 def _quality(
