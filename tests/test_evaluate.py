@@ -116,11 +116,12 @@ def test_what_a_small_ball_breaks_is_broken_in_a_large_one():
 
 def make_backbone(seed: int = 0) -> Backbone:
     """A random network whose features depend visibly on the image."""
-    network = build_network(ARCH)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in network.parameters():
-        if parameter.ndim > 1:
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = build_network(ARCH)
+        for parameter in network.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(0.3 * torch.randn(parameter.shape))
     return Backbone("tiny", network, ARCH.image_size)
 
 
