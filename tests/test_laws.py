@@ -51,6 +51,7 @@ LEVELS = (
 
 def make_backbone(seed: int = 0, arch: Arch = ARCH, autocast: torch.dtype | None = None) -> Backbone:
     """A random network whose features depend visibly on the image."""
+    torch.manual_seed(seed)  # the patch bias is drawn from the global generator
     network = build_network(arch)
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
