@@ -108,13 +108,14 @@ def resumed(args: argparse.Namespace, backbone: Backbone, settings: TuneSettings
     """The tuner that `--resume` saved, and the history of its run."""
     saved = checkpoint.load(args.resume)
     checkpoint.check_architecture(args.resume, saved.pool, backbone.weights, backbone.arch)
-    checkpoint.check_resumable(args.resume, saved, settings, options.levels(args), args.rank)
-    before = saved.about.get("protocol", {})
-    for name, value in protocol(args, backbone).items():
-        if before.get(name) != value:
-            raise InputError(f"{args.resume}: was trained with {name} {before.get(name)!r}, not {value!r}")
+    checkpoint.check_resumable(
+        args.resume, saved, settings, options.levels(args), args.rank, protocol(args, backbone)
+    )
     tuner = Tuner(backbone, saved.pool.to(backbone.device), settings)
-    tuner.restore(saved.momentum, saved.about["tuner"])
+    try:
+        tuner.restore(saved.momentum, saved.about["tuner"])
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise InputError(f"{args.resume}: damaged optimiser state ({error!r})") from error
     return tuner, saved.about["history"]
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +48,7 @@ class Checkpoint:
 def provenance() -> dict:
     """Command and versions, for whoever wants to reproduce a file."""
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -177,15 +178,24 @@ def check_architecture(path: Path, pool: LoRAPool, weights: dict[str, Tensor], a
 
 
 def check_resumable(
-    path: Path, saved: Checkpoint, settings: TuneSettings, levels: tuple[Perturbation, ...], rank: int
+    path: Path,
+    saved: Checkpoint,
+    settings: TuneSettings,
+    levels: tuple[Perturbation, ...],
+    rank: int,
+    protocol: dict,
 ) -> None:
-    """Raise an `InputError` unless `saved` is an unfinished run of these very settings."""
+    """Raise an `InputError` unless `saved` is an unfinished run of these very settings and `protocol`."""
     if "tuner" not in saved.about:
         raise InputError(f"{path}: holds no optimiser state; continue from a last.safetensors")
-    if saved.about["finished"]:
+    for name, kind in {"tuner": dict, "settings": dict, "protocol": dict, "history": list}.items():
+        if not isinstance(saved.about.get(name), kind):
+            raise InputError(f"{path}: damaged header field 'amt': {name} is missing or no {kind.__name__}")
+    if saved.about.get("finished"):
         raise InputError(f"{path}: this run is finished, nothing is left to resume")
-    asked = {**dataclasses.asdict(settings), "levels": levels, "rank": rank}
-    found = {**saved.about["settings"], "levels": saved.pool.levels, "rank": saved.pool.rank}
+    asked = protocol | dataclasses.asdict(settings) | {"levels": levels, "rank": rank}
+    found = saved.about["protocol"] | saved.about["settings"]
+    found |= {"levels": saved.pool.levels, "rank": saved.pool.rank}
     for name, value in asked.items():
         if found.get(name) != value:
             raise InputError(f"{path}: was trained with {name} {found.get(name)!r}, not {value!r}")

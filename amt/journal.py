@@ -6,7 +6,6 @@ Watches a run and never steers it: a run with another journal ends with the same
 import dataclasses
 import math
 import signal
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -54,7 +53,6 @@ class Journal:
         self.skipped = skipped
         self.saved: Path | None = None
         self._records: list[list[StepRecord]] = []
-        self._began = time.perf_counter()
         self._board = SummaryWriter(folder / "tensorboard", purge_step=done + 1)
         self._progress = tqdm(total=total, initial=done, unit="episode", desc="meta-tuning", smoothing=0.05)
 
@@ -66,13 +64,10 @@ class Journal:
 
     def on_step(self, tuner: Tuner, records: list[StepRecord]) -> None:
         """Note one episode."""
-        now = time.perf_counter()
-        seconds, self._began = now - self._began, now
         for p, record in enumerate(records):
             for name, value in record._asdict().items():
                 if name != "n_way":
                     self._board.add_scalar(f"level{p}/{name}", value, tuner.episodes_done)
-        self._board.add_scalar("seconds_per_step", seconds, tuner.episodes_done)
         self._records.append(records)
         self._progress.update()
         self._progress.set_postfix_str(" | ".join(_brief(record) for record in records), refresh=False)
@@ -102,7 +97,6 @@ class Journal:
         if note.get("score", math.inf) > best:
             checkpoint.save(self.folder / "best.safetensors", self._checkpoint(tuner, resumable=False))
         self.save(tuner)
-        self._began = time.perf_counter()
 
     def save(self, tuner: Tuner) -> Path:
         """Write `last.safetensors`, from which the run continues exactly."""

@@ -16,6 +16,7 @@ ones (support). Knows no files, no validation and no command line.
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -144,6 +145,7 @@ class StepRecord(NamedTuple):
     robust_accuracy: float
     lr: float
     n_way: int
+    seconds_per_step: float
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -198,6 +200,7 @@ class Tuner:
         return records
 
     def _level_step(self, p: int, episode: Episode) -> StepRecord:
+        began = time.perf_counter()
         adapter, optimiser, scaler = self._adapters[p], self._optimisers[p], self._scalers[p]
         lr = learning_rate(self.settings, self.epoch)
         outcome = self._outcome(adapter, episode, p, scaler.get_scale())
@@ -222,6 +225,7 @@ class Tuner:
             robust_accuracy=float((outcome.attacked.argmax(1) == labels).float().mean()),
             lr=lr,
             n_way=episode.n_way,
+            seconds_per_step=time.perf_counter() - began,
         )
 
     def _outcome(self, adapter: LoRAPool, episode: Episode, p: int, loss_scale: float) -> QueryOutcome:
@@ -247,12 +251,18 @@ class Tuner:
         }
 
     def restore(self, momentum: dict[str, Tensor], numbers: dict) -> None:
-        """Take over what `state` gave; the pool itself is given to the constructor."""
+        """Take over what `state` gave; the pool itself is given to the constructor.
+
+        Raises:
+            KeyError, IndexError, TypeError or ValueError: it is not the state of such a tuner.
+        """
         self.episodes_done = numbers["episodes_done"]
         for p, adapter in enumerate(self._adapters):
             for name, parameter in _parameters(adapter).items():
                 if f"{p}.{name}" in momentum:
                     buffer = momentum[f"{p}.{name}"].to(parameter.device)
+                    if buffer.shape != parameter.shape:
+                        raise ValueError(f"momentum of {name} has shape {tuple(buffer.shape)}")
                     self._optimisers[p].state[parameter] = {"momentum_buffer": buffer}
             if numbers["scalers"][p]:
                 self._scalers[p].load_state_dict(numbers["scalers"][p])

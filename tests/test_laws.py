@@ -678,7 +678,7 @@ def test_collapse_is_noticed(backbone, episode):
         assert collapsed(records, robust=True) is expected
         assert collapsed(records, robust=False) is expected
     assert collapsed([], robust=True) is False
-    learning = StepRecord(2.0, math.log(5), 0.2, 0.2, 0.2, 0.01, 5)
+    learning = StepRecord(2.0, math.log(5), 0.2, 0.2, 0.2, 0.01, 5, 0.1)
     assert collapsed([learning], robust=True) is False
     assert collapsed([learning], robust=False) is True
 
