@@ -7,12 +7,17 @@ and keeps its traceback.
 """
 
 import difflib
+import signal
 import sys
 from collections.abc import Callable, Iterable
 
 
 class InputError(ValueError):
     """A fault in what the user handed over; the message is one complete line."""
+
+
+class DamagedRecord(InputError):
+    """One picture is at fault (checksum, encoding, pixels or label); its neighbours may be sound."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -25,9 +30,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def exit_on_bad_input(main: Callable[[], int | None]) -> None:
-    """Run a command's `main`; an `InputError` becomes one line on stderr and exit code 2."""
+    """Run a command's `main`; an `InputError` becomes one line on stderr and exit code 2.
+
+    Ctrl-C ends it with the shell's exit code for that, 130, and no traceback.
+    """
     try:
         sys.exit(main())
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Episodes from Meta-Dataset sources on disk: `reader[i]`.
+"""Episodes from a source on disk: `reader[i]`.
 
 Episode i is a function of (seed, source, split, i) and of the settings, and of nothing else: not of the
 number of workers, the process, or the episodes read before. Knows how the other modules of this package
@@ -7,6 +7,7 @@ fit together; does not normalise, and does not know networks.
 
 import dataclasses
 import hashlib
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,21 +17,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from meta_dataset_readers.episode import Episode, ImageOrigin
-from meta_dataset_readers.errors import InputError, nearest
+from meta_dataset_readers.errors import DamagedRecord, InputError
+from meta_dataset_readers.layouts import open_source
 from meta_dataset_readers.sampling import EpisodeDescription, EpisodeSampling, check_sampling, sample_episode
-from meta_dataset_readers.spec import SPEC_FILE, DatasetSpec, load_spec
-from meta_dataset_readers.tfrecord import DamagedRecord, RecordFile, RecordFileCache
-from meta_dataset_readers.transforms import UnreadableImage, decode_image, eval_transform, train_transform
+from meta_dataset_readers.store import Source
+from meta_dataset_readers.transforms import eval_transform, train_transform
 
 
 class EpisodeReader(Dataset):
     """The episodes of one split of one source, as a map-style data set.
 
-    `root` holds one directory per source. `sampling` says how episodes are drawn; images are
+    `root` holds one directory per source, see `layouts.open_source`. `sampling` says how episodes are drawn; images are
     `image_size` x `image_size` pixels. With `augment`, support and query go through the random training
     transform (PMF's protocol), otherwise both through the evaluation transform. A damaged record raises
     InputError; with `skip_bad_records` another unused image of its class takes its place and the episode's
-    `skipped` says so (also where a file holds fewer records than the specification claims).
+    `skipped` says so (also where a file holds another number of records than the specification claims).
 
     Opening reads the specification and the names of the files beside it, no image. Raises InputError for
     a path, source or split that is not there, a missing record file, and settings the source cannot satisfy.
@@ -53,13 +54,13 @@ class EpisodeReader(Dataset):
         for name, value, least in numbers:
             if value < least:
                 raise InputError(f"{name} is {value}, expected at least {least}")
-        self.spec = load_spec(_source_directory(root, source))
-        check_sampling(self.spec, split, sampling)
-        _check_files(self.spec, split)
         self.source, self.split, self.sampling, self.image_size = source, split, sampling, image_size
         self.n_episodes, self.seed = n_episodes, seed
         self.augment, self.skip_bad_records = augment, skip_bad_records
-        self._files = RecordFileCache()
+        opened = open_source(root, source)
+        self.spec, self.store, self.resize = opened.spec, opened.store, opened.resize
+        check_sampling(self.spec, split, sampling)
+        _check_files(opened, split)
 
     def __len__(self) -> int:
         return self.n_episodes
@@ -112,29 +113,28 @@ class EpisodeReader(Dataset):
         skipped: list[str],
     ) -> list["_Drawn"]:
         """`n_images` different images of one class; messages about records passed over go to `skipped`."""
-        file = self._files.open(self.spec.record_file(class_id))
-        claimed = self.spec.images_per_class[class_id]
-        if len(file) < claimed:
-            found = f"{len(file)} records of class {class_id}, {SPEC_FILE} claims {claimed}"
-            self._raise_or_skip(InputError(f"{file.path}: {found}"), skipped)
+        there, claimed = self.store.count(class_id), self.spec.images_per_class[class_id]
+        place = self.store.place(class_id)
+        if there != claimed:
+            found = f"{there} images of class {class_id} ({self.spec.class_name(class_id)!r})"
+            self._raise_or_skip(InputError(f"{place}: {found}, {self.spec.file} claims {claimed}"), skipped)
         drawn: list[_Drawn] = []
-        for record in _without_replacement(min(len(file), claimed), choice):
+        for chosen in _without_replacement(min(there, claimed), choice):
             if len(drawn) == n_images:
                 break
             try:
-                image = _read_image(file, record, class_id)
+                image = self.store.image(class_id, chosen)
             except DamagedRecord as error:
                 self._raise_or_skip(error, skipped)
                 continue
             if self.augment:
                 pixels = train_transform(image, self.image_size, augmentation)
             else:
-                pixels = eval_transform(image, self.image_size)
-            origin = ImageOrigin(f"{self.source}/{file.path.name}", record)
-            drawn.append(_Drawn(pixels, label, origin))
+                pixels = eval_transform(image, self.image_size, self.resize)
+            drawn.append(_Drawn(pixels, label, self.store.origin(class_id, chosen)))
         if len(drawn) < n_images:
             found = f"{len(drawn)} readable images of class {class_id}"
-            raise InputError(f"{file.path}: {found}, an episode needs {n_images}")
+            raise InputError(f"{place}: {found}, an episode needs {n_images}")
         return drawn
 
     def _raise_or_skip(self, error: InputError, skipped: list[str]) -> None:
@@ -181,7 +181,15 @@ def episode_loader(dataset: Dataset, num_workers: int = 0) -> DataLoader:
         generator=torch.Generator(),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
+        worker_init_fn=_leave_signals_to_the_parent,
     )
+
+
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    """Ctrl-C, `timeout` and batch systems signal the whole process group; a worker that died of it would
+    take the episode with it that its parent still wants to finish and save."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _ErrorsAsItems(Dataset):
@@ -223,16 +231,6 @@ def _labels(images: Sequence[_Drawn]) -> Tensor:
     return torch.tensor([image.label for image in images], dtype=torch.int64)
 
 
-def _read_image(file: RecordFile, record: int, class_id: int):
-    data, label = file.read_example(record)
-    if label != class_id:
-        raise DamagedRecord(f"{file.where(record)}: label {label} in the file of class {class_id}")
-    try:
-        return decode_image(data)
-    except UnreadableImage as error:
-        raise DamagedRecord(f"{file.where(record)}: {error}") from error
-
-
 def _without_replacement(n: int, rng: np.random.Generator) -> Iterator[int]:
     """0..n-1 in random order, drawn one by one: a Fisher-Yates shuffle that stores only what it moved.
 
@@ -251,24 +249,11 @@ def _seed_sequence(seed: int, index: int, *names: str) -> np.random.SeedSequence
     return np.random.SeedSequence([seed, index, *digests])
 
 
-def _source_directory(root: str | Path, source: str) -> Path:
-    if not root:
-        raise InputError("the data path is empty, expected a directory with one directory per source")
-    root = Path(root)
-    if not root.is_dir():
-        raise InputError(f"{root}: no such directory, expected a data path with one directory per source")
-    sources = [file.parent.name for file in root.glob(f"*/{SPEC_FILE}")]
-    if source not in sources:
-        raise InputError(f"{root}: no source {source!r} with a {SPEC_FILE}; {nearest(source, sources)}")
-    return root / source
-
-
-def _check_files(spec: DatasetSpec, split: str) -> None:
-    present = {file.name for file in spec.directory.iterdir()}
-    wanted = [spec.record_file(class_id).name for class_id in spec.classes(split)]
-    missing = [name for name in wanted if name not in present]
+def _check_files(source: Source, split: str) -> None:
+    wanted = source.spec.classes(split)
+    missing = source.store.missing(wanted)
     if missing:
         raise InputError(
-            f"{spec.directory}: {len(missing)} of the {len(wanted)} record files of {split} are missing, "
+            f"{source.spec.directory}: {len(missing)} of the {len(wanted)} files of {split} are missing, "
             f"the first is {missing[0]}"
         )

@@ -51,10 +51,6 @@ class DatasetSpec:
         """The name of a class; for a hierarchical source the words of its leaf."""
         return self.class_names[class_id]
 
-    def record_file(self, class_id: int) -> Path:
-        """Where the images of a class lie."""
-        return self.directory / FILE_PATTERN.format(class_id)
-
 
 def load_spec(directory: str | Path) -> DatasetSpec:
     """Read and check `dataset_spec.json` in `directory`; no record file is touched.

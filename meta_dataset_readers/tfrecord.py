@@ -18,7 +18,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import DamagedRecord, InputError
 
 _HEADER = struct.Struct("<QI")  # payload length, masked CRC of the 8 length bytes
 _FOOTER = struct.Struct("<I")  # masked CRC of the payload
@@ -27,10 +27,6 @@ _LENGTH = struct.Struct("<Q")
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # protobuf wire types; groups (3, 4) are refused
 _BYTES_LIST, _INT64_LIST = 1, 3  # the field of a Feature that holds its values
 _LONGEST_VARINT = 10
-
-
-class DamagedRecord(InputError):
-    """One record is at fault (checksum, encoding, picture or label); its neighbours may be sound."""
 
 
 def masked_crc(data: bytes) -> int:

@@ -1,4 +1,4 @@
-"""From the bytes of a picture to a tensor in [0, 1]: PMF's two transforms, without its normalisation.
+"""From the bytes of a picture to a tensor in [0, 1]: the published transforms, without normalisation.
 
 Hu et al., "Pushing the Limits of Simple Pipelines for Few-Shot Learning" (CVPR 2022). Randomness is an
 argument. Does not know records, classes or episodes. As in every published loader, the EXIF orientation
@@ -55,19 +55,31 @@ def _check_size(width: int, height: int) -> None:
         raise UnreadableImage(f"{found}, sides of at most {_MOST_ELONGATED}:1 are read")
 
 
-def eval_transform(image: Image.Image, image_size: int) -> Tensor:
-    """The centre of `image`: shorter side resized to 256/224 of `image_size`, then cropped.
+def eval_transform(image: Image.Image, image_size: int, resize: str = "shorter") -> Tensor:
+    """The centre of `image`, first resized a little larger than `image_size` by the rule `resize`.
 
     Returns a float32 tensor (3, image_size, image_size) in [0, 1].
     """
-    shorter_side = image_size * 256 // 224
-    width, height = image.size
-    scale_to = (shorter_side, shorter_side * height // width)
-    if height < width:
-        scale_to = (shorter_side * width // height, shorter_side)
+    scale_to = RESIZES[resize](*image.size, image_size)
     resized = image.resize(scale_to, Image.Resampling.BILINEAR)
     left, top = round((resized.width - image_size) / 2), round((resized.height - image_size) / 2)
     return _to_tensor(resized.crop((left, top, left + image_size, top + image_size)))
+
+
+def _shorter_side(width: int, height: int, image_size: int) -> tuple[int, int]:
+    shorter = image_size * 256 // 224
+    if height < width:
+        return shorter * width // height, shorter
+    return shorter, shorter * height // width
+
+
+def _square(_width: int, _height: int, image_size: int) -> tuple[int, int]:
+    return (int(image_size * 1.15),) * 2
+
+
+# How evaluation resizes before it crops the centre: PMF's way, the shorter side to 256/224 of the image size,
+# and that of BSCD-FSL and the fine-grained sets, both sides to 1.15 of it, whatever the aspect ratio.
+RESIZES = {"shorter": _shorter_side, "square": _square}
 
 
 def train_transform(image: Image.Image, image_size: int, rng: np.random.Generator) -> Tensor:

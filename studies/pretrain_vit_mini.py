@@ -24,24 +24,22 @@ from amt.backbone import ARCHS, CHECKPOINTS, build_network
 from amt.checkpoint import replace_file
 from meta_dataset_readers.mini.objects import object_attributes
 from meta_dataset_readers.spec import load_spec
-from meta_dataset_readers.tfrecord import open_records
-from meta_dataset_readers.transforms import decode_image
+from meta_dataset_readers.store import RecordStore
 
 STORED_SIDE = 44  # images are kept a little larger than the network's 32 px, to crop from
 
 
 def load_images(directory: Path) -> tuple[Tensor, Tensor, list[int]]:
     """All TRAIN images (M, 3, 44, 44) uint8, their labels (M, 4) int64, and the size of each of the heads."""
-    spec = load_spec(directory)
+    spec, store = load_spec(directory), RecordStore(directory, directory.name)
     classes = spec.classes("TRAIN")
     words = [(str(k), *object_attributes(spec.class_name(k))) for k in classes]
     values = [sorted(set(column)) for column in zip(*words, strict=True)]
     images, labels = [], []
     for class_id, described in zip(tqdm(classes, desc="reading"), words, strict=True):
         label = [known.index(value) for known, value in zip(values, described, strict=True)]
-        records = open_records(spec.record_file(class_id))
-        for index in range(len(records)):
-            picture = decode_image(records.read_example(index)[0])
+        for index in range(store.count(class_id)):
+            picture = store.image(class_id, index)
             images.append(
                 pil_to_tensor(picture.resize((STORED_SIDE, STORED_SIDE), Image.Resampling.BILINEAR))
             )

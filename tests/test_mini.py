@@ -77,7 +77,7 @@ def test_files_and_records_are_those_the_spec_counts(tiny, name):
         *(f"{k}.tfrecords" for k in ids),
     }
     for class_id in ids:
-        records = open_records(spec.record_file(class_id))
+        records = open_records(tiny / name / f"{class_id}.tfrecords")
         assert len(records) == spec.images_per_class[class_id]
         assert {records.read_example(k)[1] for k in range(len(records))} == {class_id}
 

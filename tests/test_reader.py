@@ -110,7 +110,9 @@ def test_records_beyond_the_specification_are_not_drawn(tiny_source):
     directory = tiny_source(n_images=5)
     for class_id in range(6):
         rewrite(directory, class_id, lambda payloads: payloads + [b"never read"] * 20)
-    drawn = reader(directory)
+    with pytest.raises(InputError, match=r"25 images of class .*claims 5"):
+        reader(directory)[0]
+    drawn = reader(directory, skip_bad_records=True)
     assert all(o.record < 5 for i in range(4) for o in drawn[i].support_origin + drawn[i].query_origin)
 
 
@@ -246,7 +248,7 @@ def test_missing_record_files_are_counted_when_opening(tiny_source):
     directory = tiny_source()
     (directory / "3.tfrecords").unlink()
     with pytest.raises(
-        InputError, match=r"1 of the 6 record files of TRAIN are missing, the first is 3.tfrecords"
+        InputError, match=r"1 of the 6 files of TRAIN are missing, the first is 3.tfrecords"
     ):
         reader(directory)
     reader(directory, split="TEST")
@@ -330,10 +332,10 @@ def test_a_file_with_fewer_records_than_specified_is_an_error_unless_skipping(ti
     directory = tiny_source()
     class_id = reader(directory)[0].class_ids[0]
     rewrite(directory, class_id, lambda payloads: payloads[:-1])
-    with pytest.raises(InputError, match=r"7 records of class .*claims 8"):
+    with pytest.raises(InputError, match=r"7 images of class .*claims 8"):
         reader(directory)[0]
     episode = reader(directory, skip_bad_records=True)[0]
-    assert "7 records" in episode.skipped[0]
+    assert "7 images" in episode.skipped[0]
     assert all(o.record < 7 for o in episode.support_origin[:2] + episode.query_origin[:3])
 
 
@@ -350,7 +352,7 @@ def test_an_error_in_a_worker_arrives_as_the_same_single_line(tiny_source, num_w
     directory = tiny_source()
     for file in directory.glob("*.tfrecords"):
         file.write_bytes(b"")
-    with pytest.raises(InputError, match=r"0 records of class .*claims 8") as caught:
+    with pytest.raises(InputError, match=r"0 images of class .*claims 8") as caught:
         list(episode_loader(reader(directory), num_workers))
     assert "\n" not in str(caught.value)
     assert not multiprocessing.active_children()
@@ -398,7 +400,7 @@ def test_files_of_the_published_converter_are_read_pixel_by_pixel(source):
     for split, block in expected["splits"].items():
         assert [spec.images_per_class[i] for i in spec.classes(split)] == block["images_per_class"]
     for class_id, block in expected["files"].items():
-        file = open_records(spec.record_file(int(class_id)))
+        file = open_records(spec.directory / f"{class_id}.tfrecords")
         assert file.offsets.tolist() == [r["offset"] for r in block["records"]] + [block["size"]]
         for index, record in enumerate(block["records"]):
             data, label = file.read_example(index)

@@ -39,11 +39,6 @@ def test_a_flat_specification(tmp_path):
     assert spec.class_name(3) == "class 3"
 
 
-def test_the_directory_rules_not_the_stale_path(tmp_path):
-    spec = load_spec(write_spec(tmp_path / "elsewhere", FLAT))
-    assert spec.record_file(4) == tmp_path / "elsewhere" / "4.tfrecords"
-
-
 def test_a_two_level_specification(tmp_path):
     spec = load_spec(write_spec(tmp_path, BILEVEL))
     assert [list(spec.classes(split)) for split in ("TRAIN", "VALID", "TEST")] == [[0, 1], [2, 3, 4], []]
