@@ -1,4 +1,5 @@
-"""Small real sources, written on the spot: JPEG records and a specification, in all three kinds."""
+"""What several test files build on: small real sources written on the spot (JPEG records and a
+specification, in all three kinds), and small random networks, pools and episodes."""
 
 import os
 
@@ -13,8 +14,12 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from amt.backbone import Arch, Backbone, build_network
+from amt.lora import LoRAPool
+from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.tfrecord import encode_example, write_records
 
 # No test may depend on how busy the machine is.
@@ -132,3 +137,43 @@ def tiny_source(tmp_path):
         return directory
 
     return write
+
+
+# --- networks, pools and episodes in memory --------------------------------------------------------------
+
+
+def random_backbone(
+    arch: Arch, seed: int = 0, scale: float = 0.25, autocast: torch.dtype | None = None
+) -> Backbone:
+    """A random network whose features depend visibly on the image; torch's generator is left as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # the patch bias is drawn from the global generator
+        network = build_network(arch)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        if parameter.ndim > 1:
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return Backbone("tiny", network, arch.image_size, autocast=autocast)
+
+
+def patterned_episode(
+    seed: int, n_way: int = 3, shots: int = 2, queries: int = 2, side: int = 8, noise: float = 0.3
+) -> Episode:
+    """Noisy copies of a pattern per class; a part of the pixels sits at the limits."""
+    generator = torch.Generator().manual_seed(seed)
+    patterns = torch.rand(n_way, 3, side, side, generator=generator)
+
+    def draw(each: int) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = torch.arange(n_way).repeat(each)
+        strays = torch.randn(len(labels), 3, side, side, generator=generator)
+        return (patterns[labels] + noise * strays).clamp(0, 1), labels
+
+    return Episode(*draw(shots), *draw(queries), source="tiny", index=seed)
+
+
+def moved_apart(pool: LoRAPool, scale: float = 0.05, seed: int = 1) -> LoRAPool:
+    """The pool with every adapter moved a way of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    return pool.with_factors(
+        {name: f + scale * torch.randn(f.shape, generator=generator) for name, f in pool.factors.items()}
+    )

@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
+from conftest import moved_apart, patterned_episode, random_backbone
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amt.backbone import Arch, Backbone, build_network
+from amt.backbone import Arch, Backbone
 from amt.evaluate import (
     PGD,
     Summary,
@@ -114,48 +116,19 @@ def test_what_a_small_ball_breaks_is_broken_in_a_large_one():
 # --- rows ------------------------------------------------------------------------------------------------
 
 
-def make_backbone(seed: int = 0) -> Backbone:
-    """A random network whose features depend visibly on the image."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = build_network(ARCH)
-        for parameter in network.parameters():
-            if parameter.ndim > 1:
-                parameter.copy_(0.3 * torch.randn(parameter.shape))
-    return Backbone("tiny", network, ARCH.image_size)
-
-
-def make_episode(seed: int, n_way: int = 3, shots: int = 2, queries: int = 4) -> Episode:
-    """Noisy copies of a pattern per class."""
-    generator = torch.Generator().manual_seed(seed)
-    patterns = torch.rand(n_way, 3, 8, 8, generator=generator)
-
-    def draw(each: int) -> tuple[torch.Tensor, torch.Tensor]:
-        labels = torch.arange(n_way).repeat(each)
-        noise = torch.randn(len(labels), 3, 8, 8, generator=generator)
-        return (patterns[labels] + 0.3 * noise).clamp(0, 1), labels
-
-    return Episode(*draw(shots), *draw(queries), source="tiny", index=seed)
+make_episode = partial(patterned_episode, queries=4)
 
 
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
-    return make_backbone()
+    return random_backbone(ARCH, scale=0.3)
 
 
 @pytest.fixture(scope="module")
 def pool(backbone) -> LoRAPool:
     """Two adapters, each moved a way of its own."""
-    started = principal_pool(
-        backbone.weights, 2, (Perturbation(8, 2, steps=3), Perturbation(1, 0.25, steps=3))
-    )
-    generator = torch.Generator().manual_seed(1)
-    return started.with_factors(
-        {
-            name: factor + 0.1 * torch.randn(factor.shape, generator=generator)
-            for name, factor in started.factors.items()
-        }
-    )
+    levels = Perturbation(8, 2, steps=3), Perturbation(1, 0.25, steps=3)
+    return moved_apart(principal_pool(backbone.weights, 2, levels), 0.1)
 
 
 def untimed(rows) -> list[dict]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import moved_apart, patterned_episode, random_backbone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from amt import checkpoint as checkpoints
 from amt import merge, meta_tune
-from amt.backbone import Arch, Backbone, build_network, features
+from amt.backbone import Arch, Backbone, features
 from amt.checkpoint import Checkpoint
 from amt.evaluate import PGD, evaluate, merged_predictor
 from amt.lora import LoRAPool, Trim, principal_pool, split_principal, trim_singular_values
@@ -49,36 +50,8 @@ LEVELS = (
 )
 
 
-def make_backbone(seed: int = 0, arch: Arch = ARCH, autocast: torch.dtype | None = None) -> Backbone:
-    """A random network whose features depend visibly on the image."""
-    torch.manual_seed(seed)  # the patch bias is drawn from the global generator
-    network = build_network(arch)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in network.parameters():
-        if parameter.ndim > 1:
-            parameter.copy_(0.25 * torch.randn(parameter.shape, generator=generator))
-    return Backbone("tiny", network, arch.image_size, autocast=autocast)
-
-
-def make_episode(seed: int, n_way: int = 3, shots: int = 2, queries: int = 2, side: int = 16) -> Episode:
-    """Images of a class share a pattern; a part of the pixels sits at the limits."""
-    generator = torch.Generator().manual_seed(seed)
-    patterns = torch.rand(n_way, 3, side, side, generator=generator)
-
-    def draw(each: int) -> tuple[Tensor, Tensor]:
-        labels = torch.arange(n_way).repeat(each)
-        noise = torch.randn(len(labels), 3, side, side, generator=generator)
-        return (patterns[labels] + 0.3 * noise).clamp(0, 1), labels
-
-    return Episode(*draw(shots), *draw(queries), source="tiny", index=seed)
-
-
-def perturbed(pool: LoRAPool, seed: int = 1) -> LoRAPool:
-    """The pool with every adapter moved a way of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    return pool.with_factors(
-        {name: f + 0.05 * torch.randn(f.shape, generator=generator) for name, f in pool.factors.items()}
-    )
+make_backbone = functools.partial(random_backbone, ARCH)
+make_episode = functools.partial(patterned_episode, side=16)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +66,7 @@ def untrained(backbone) -> LoRAPool:
 
 @pytest.fixture(scope="module")
 def pool(untrained) -> LoRAPool:
-    return perturbed(untrained)
+    return moved_apart(untrained)
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +207,7 @@ def test_concat_and_indexing_are_inverse(pool):
     ids=["other weights", "other width", "fewer blocks", "more blocks"],
 )
 def test_concat_refuses_another_residual(pool, arch):
-    other = principal_pool(make_backbone(7, arch).weights, RANK, LEVELS[:1])
+    other = principal_pool(random_backbone(arch, 7).weights, RANK, LEVELS[:1])
     with pytest.raises(ValueError, match="residual"):
         LoRAPool.concat([pool, other])
 
@@ -901,7 +874,7 @@ def test_a_failed_write_leaves_the_old_file(saved, pool, monkeypatch, owner, nam
     before = {path.name: path.read_bytes() for path in saved.parent.iterdir()}
     monkeypatch.setattr(owner, name, broken)
     with pytest.raises(InputError, match="No space left"):
-        checkpoints.save(saved, Checkpoint(perturbed(pool, 9), {}))
+        checkpoints.save(saved, Checkpoint(moved_apart(pool, 9), {}))
     assert {path.name: path.read_bytes() for path in saved.parent.iterdir()} == before
 
 

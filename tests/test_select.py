@@ -6,15 +6,15 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import patterned_episode, random_backbone
 
 from amt import select as selecting
-from amt.backbone import Arch, Backbone, build_network
+from amt.backbone import Arch, Backbone
 from amt.evaluate import PGD, evaluate, merged_predictor
 from amt.lora import LoRAPool, Trim, principal_pool
 from amt.merge import Routing, route
 from amt.perturb import Perturbation
 from amt.select import BETAS, GAMMAS, select
-from meta_dataset_readers.episode import Episode
 
 ARCH = Arch(patch_size=4, dim=12, depth=2, heads=2, pretrained_size=8, image_size=8, mlp_ratio=2.0)
 GRID = [(beta, gamma) for beta in BETAS for gamma in GAMMAS]
@@ -22,13 +22,7 @@ GRID = [(beta, gamma) for beta in BETAS for gamma in GAMMAS]
 
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = build_network(ARCH)
-        for parameter in network.parameters():
-            if parameter.ndim > 1:
-                parameter.copy_(0.3 * torch.randn(parameter.shape))
-    return Backbone("tiny", network, ARCH.image_size)
+    return random_backbone(ARCH, scale=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -43,19 +37,7 @@ def pool(backbone) -> LoRAPool:
     )
 
 
-def make_episode(seed: int, n_way: int = 4, queries: int = 5) -> Episode:
-    """Faintly noisy copies of a pattern per class."""
-    generator = torch.Generator().manual_seed(seed)
-    patterns = torch.rand(n_way, 3, 8, 8, generator=generator)
-
-    def draw(each: int) -> tuple[torch.Tensor, torch.Tensor]:
-        labels = torch.arange(n_way).repeat(each)
-        noise = torch.randn(len(labels), 3, 8, 8, generator=generator)
-        return (patterns[labels] + 0.15 * noise).clamp(0, 1), labels
-
-    return Episode(*draw(1), *draw(queries), source="valid", index=seed)
-
-
+make_episode = partial(patterned_episode, n_way=4, shots=1, queries=5, noise=0.15)
 EPISODES = [make_episode(seed) for seed in range(3)]
 ROUTING = Routing(augment_probability=0.0)
 
