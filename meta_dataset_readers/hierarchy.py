@@ -86,9 +86,9 @@ def graph_groups(nodes: Sequence[Node], class_ids: dict[str, int]) -> tuple[Clas
 
 
 def eligible_groups(
-    groups: Iterable[ClassGroup], kept: Collection[int], min_ways: int
+    groups: Iterable[ClassGroup], kept: Collection[int], min_ways: int, most_leaves: int = MOST_LEAVES
 ) -> tuple[ClassGroup, ...]:
-    """The groups of graph nodes an episode may come from: those with min_ways..392 classes out of `kept`.
+    """The groups of graph nodes an episode may come from: with min_ways..most_leaves classes out of `kept`.
 
     What is not in `kept` is left out of the groups before they are counted.
     """
@@ -97,4 +97,4 @@ def eligible_groups(
         ClassGroup(group.name, tuple(class_id for class_id in group.class_ids if class_id in kept))
         for group in groups
     )
-    return tuple(group for group in reduced if min_ways <= len(group.class_ids) <= MOST_LEAVES)
+    return tuple(group for group in reduced if min_ways <= len(group.class_ids) <= most_leaves)

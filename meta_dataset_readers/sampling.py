@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from meta_dataset_readers.errors import InputError
-from meta_dataset_readers.hierarchy import ClassGroup, eligible_groups
+from meta_dataset_readers.hierarchy import MOST_LEAVES, ClassGroup, eligible_groups
 from meta_dataset_readers.spec import BILEVEL, DAG, SPLITS, DatasetSpec
 
 
@@ -40,6 +40,7 @@ class EpisodeSampling:
     min_log_weight: float = math.log(0.5)
     max_log_weight: float = math.log(2.0)
     min_examples_in_class: int = 0  # classes with fewer images are left out
+    max_leaves_below_node: int = MOST_LEAVES  # graph nodes above more classes are too general for an episode
     ignore_dag_ontology: bool = False
     ignore_bilevel_ontology: bool = False
     ignore_hierarchy_probability: float = 0.0
@@ -56,6 +57,7 @@ class EpisodeSampling:
             "max_support_set_size": (self.max_support_set_size, 1),
             "max_support_size_contrib_per_class": (self.max_support_size_contrib_per_class, 1),
             "min_examples_in_class": (self.min_examples_in_class, 0),
+            "max_leaves_below_node": (self.max_leaves_below_node, self.min_ways),
         }
         for name, (value, least) in bounds.items():
             if value is not None and value < least:
@@ -183,7 +185,9 @@ def _groups_in_use(
     if settings.num_ways is not None:
         return ()
     if spec.ontology == DAG and not settings.ignore_dag_ontology:
-        groups = eligible_groups(spec.groups[split], kept, settings.min_ways)
+        groups = eligible_groups(
+            spec.groups[split], kept, settings.min_ways, settings.max_leaves_below_node
+        )
         if not groups:
             raise InputError(
                 f"{where}: no node of the class graph has {settings.min_ways} (min_ways) or more classes to "

@@ -1,7 +1,5 @@
 """Episodes from files: pure, disjoint, honest about damage."""
 
-import hashlib
-import json
 import multiprocessing
 import os
 import pickle
@@ -18,7 +16,6 @@ import meta_dataset_readers
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.reader import EpisodeReader, SourceMixture, episode_loader
 from meta_dataset_readers.sampling import EpisodeSampling
-from meta_dataset_readers.spec import load_spec
 from meta_dataset_readers.tfrecord import DamagedRecord, encode_example, open_records, write_records
 from meta_dataset_readers.transforms import decode_image, eval_transform
 
@@ -382,28 +379,3 @@ def test_a_mixture_draws_sources_evenly_and_purely(tiny_source):
 def test_workers_mix_sources_as_one_process_does(tiny_source):
     mixture = SourceMixture([reader(tiny_source(name=name)) for name in ("a", "b")], n_episodes=4)
     assert all(same(a, mixture[i]) for i, a in enumerate(episode_loader(mixture, 1)))
-
-
-# --- files written by the published converter -------------------------------------------------------------
-
-BENCHMARKS = Path(__file__).parents[2] / "shared" / "data" / "benchmarks"
-
-
-@pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="files of the published converter not present")
-@pytest.mark.parametrize("source", ["cu_birds", "omniglot", "traffic_sign", "mscoco", "ilsvrc_2012"])
-def test_files_of_the_published_converter_are_read_pixel_by_pixel(source):
-    def digest(data):
-        return hashlib.sha256(data).hexdigest()[:16]
-
-    expected = json.loads((BENCHMARKS / "expect" / "records.json").read_text())[source]
-    spec = load_spec(BENCHMARKS / "records" / source)
-    for split, block in expected["splits"].items():
-        assert [spec.images_per_class[i] for i in spec.classes(split)] == block["images_per_class"]
-    for class_id, block in expected["files"].items():
-        file = open_records(spec.directory / f"{class_id}.tfrecords")
-        assert file.offsets.tolist() == [r["offset"] for r in block["records"]] + [block["size"]]
-        for index, record in enumerate(block["records"]):
-            data, label = file.read_example(index)
-            assert [label] == record["label"] == [int(class_id)]
-            assert digest(data) == record["image_sha256_16"]
-            assert digest(np.array(decode_image(data)).tobytes()) == record["pil_rgb_sha256_16"]

@@ -2,8 +2,6 @@
 
 import collections
 import dataclasses
-import gzip
-import json
 import math
 from pathlib import Path
 
@@ -16,12 +14,6 @@ from hypothesis import strategies as st
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.sampling import EpisodeSampling, check_sampling, sample_episode
 from meta_dataset_readers.spec import DatasetSpec, load_spec
-
-REFERENCE = Path(__file__).parents[2] / "shared" / "data" / "real_specs"
-REFERENCE_EPISODES = REFERENCE / "sampling_real_specs.json"
-needs_reference = pytest.mark.skipif(
-    not REFERENCE_EPISODES.is_file(), reason="reference episodes not present"
-)
 
 FIVE_WAY = EpisodeSampling(num_ways=5, num_support=5, num_query=10)
 
@@ -330,81 +322,3 @@ def test_a_class_that_no_eligible_node_spans_may_be_small(tmp_path):
     check_sampling(spec, "TEST", EpisodeSampling())
     with pytest.raises(InputError, match="1 of 6 classes"):
         check_sampling(spec, "TEST", EpisodeSampling(ignore_hierarchy_probability=0.1))
-
-
-# --- against the published sampler -----------------------------------------------------------------------
-
-
-class PublishedStream:
-    """The generator of the published sampler behind the few methods ours calls."""
-
-    def __init__(self, seed):
-        state = np.random.RandomState(seed)
-        self.random, self.integers = state.random_sample, state.randint
-        self.choice, self.uniform = state.choice, state.uniform
-
-
-@pytest.fixture(scope="module")
-def real_specs(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("real")
-    specs = {}
-    for packed in REFERENCE.glob("*_dataset_spec.json.gz"):
-        name = packed.name.removesuffix("_dataset_spec.json.gz")
-        specs[name] = load_spec(
-            write_spec(directory / name, json.loads(gzip.decompress(packed.read_bytes())))
-        )
-    return specs
-
-
-def published_settings(entry):
-    bounds = {key: tuple(v) if isinstance(v, list) else v for key, v in entry["config"].items()}
-    return EpisodeSampling(
-        **bounds,
-        ignore_dag_ontology=not entry["use_dag_hierarchy"],
-        ignore_bilevel_ontology=not entry["use_bilevel_hierarchy"],
-    )
-
-
-@needs_reference
-def test_the_published_samplers_first_episodes_are_reproduced_exactly(real_specs):
-    """Fed from the same stream of random numbers, on the eleven real specifications, in all settings."""
-    compared = 0
-    for key, entry in json.loads(REFERENCE_EPISODES.read_text()).items():
-        name, split, _ = key.split("/")
-        spec, sampling, stream = (
-            real_specs[name],
-            published_settings(entry),
-            PublishedStream(entry["sampler_seed"]),
-        )
-        if "episode_errors" in entry:  # fungi has classes too small for the setting: refused beforehand
-            with pytest.raises(InputError, match="min_examples_in_class"):
-                check_sampling(spec, split, sampling)
-            continue
-        first = spec.classes(split).start
-        for expected in entry["first_episodes"]:
-            episode = sample_episode(spec, split, sampling, stream)
-            found = [
-                [class_id - first, shots, episode.queries]
-                for class_id, shots in zip(episode.class_ids, episode.shots, strict=True)
-            ]
-            assert found == expected, key
-            compared += 1
-    assert compared > 200
-
-
-@needs_reference
-@pytest.mark.parametrize(
-    "key",
-    ["cu_birds/TRAIN/default", "omniglot/TRAIN/default", "ilsvrc_2012/TEST/default", "mscoco/TEST/default"],
-)
-def test_ways_and_support_sizes_are_distributed_as_published(real_specs, key):
-    name, split, _ = key.split("/")
-    entry = json.loads(REFERENCE_EPISODES.read_text())[key]
-    n = 300
-    episodes = draws(real_specs[name], published_settings(entry), n, split)
-    for field, values in (
-        ("ways", [len(e.class_ids) for e in episodes]),
-        ("support_set_size", [sum(e.shots) for e in episodes]),
-    ):
-        error = entry[field]["std"] * math.sqrt(1 / n + 1 / entry["episodes"])
-        assert abs(np.mean(values) - entry[field]["mean"]) < 4 * error
