@@ -39,8 +39,8 @@ DOMAINS = {
         META_DATASET,
         (712, 158, 130),
         1_280_764,
-        "classes of an episode lie below one node of the WordNet graph, unless the ways are fixed; duplicates "
-        "of Caltech and CUB images are left out",
+        "classes of an episode lie below one node of the WordNet graph, unless the ways are fixed; "
+        "duplicates of Caltech and CUB images are left out",
         "on registration with ImageNet, research use, may not be passed on",
     ),
     "ilsvrc_2012_v2": Domain(
@@ -76,7 +76,7 @@ DOMAINS = {
         META_DATASET,
         (0, 0, 43),
         39_209,
-        "GTSRB, test only; old conversions keep 30 video frames in a row, so images are always drawn at random",
+        "GTSRB, test only; old conversions keep 30 video frames in a row, but images are drawn at random",
         "research use",
     ),
     "mscoco": Domain(
@@ -87,12 +87,15 @@ DOMAINS = {
         "annotations CC BY 4.0; images of third parties",
     ),
     "CropDisease": Domain(
-        BSCD, (0, 0, 38), 43_456, "dataset/train only, as the benchmark does", "see PlantVillage", ("CropDiseases",)
+        BSCD,
+        (0, 0, 38),
+        43_456,
+        "dataset/train only, as the benchmark does",
+        "see PlantVillage",
+        ("CropDiseases",),
     ),
     "EuroSAT": Domain(BSCD, (0, 0, 10), 27_000, "the RGB version, folder 2750", "see the EuroSAT project"),
-    "ISIC": Domain(
-        BSCD, (0, 0, 7), 10_015, "ISIC 2018 Task 3, training images, 7 diagnoses", "CC BY-NC 4.0"
-    ),
+    "ISIC": Domain(BSCD, (0, 0, 7), 10_015, "ISIC 2018 Task 3, training images, 7 diagnoses", "CC BY-NC 4.0"),
     "ChestX": Domain(
         BSCD,
         (0, 0, 7),
@@ -115,7 +118,11 @@ DOMAINS = {
         "images of third parties, mostly CC BY-NC",
     ),
     "places": Domain(
-        FINE_GRAINED, (183, 91, 91), 73_000, "FWT's filelists: the first 200 files of each class of Places365", _RESEARCH
+        FINE_GRAINED,
+        (183, 91, 91),
+        73_000,
+        "FWT's filelists: the first 200 files of each class of Places365",
+        _RESEARCH,
     ),
     "cifar_fs": Domain(
         SMALL, (64, 16, 20), 60_000, "train, val and test folders", "as CIFAR-100", ("cifar-fs", "CIFAR-FS")

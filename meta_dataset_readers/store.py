@@ -15,7 +15,7 @@ from PIL import Image
 
 from meta_dataset_readers.episode import ImageOrigin
 from meta_dataset_readers.errors import DamagedRecord
-from meta_dataset_readers.spec import DatasetSpec
+from meta_dataset_readers.spec import DatasetSpec, load_spec
 from meta_dataset_readers.tfrecord import RecordFileCache
 from meta_dataset_readers.transforms import UnreadableImage, decode_image
 
@@ -75,6 +75,14 @@ class Source:
     spec: DatasetSpec
     store: ImageStore
     resize: str = "shorter"
+
+
+def open_records(directory: Path, name: str) -> Source:
+    """The source whose `dataset_spec.json` and `<class id>.tfrecords` lie in `directory`.
+
+    Raises InputError as `spec.load_spec`.
+    """
+    return Source(load_spec(directory), RecordStore(directory, name))
 
 
 class RecordStore(ImageStore):

@@ -7,13 +7,15 @@ is not applied.
 
 import io
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-_FORMATS = ("JPEG", "PNG", "BMP", "GIF")  # what Meta-Dataset's own decoder takes
+RECORD_FORMATS = ("JPEG", "PNG", "BMP", "GIF")  # what Meta-Dataset's own decoder takes
+FILE_FORMATS = (*RECORD_FORMATS, "PPM", "TIFF", "WEBP")  # what a single image file may hold as well
 _MOST_PIXELS = 64 * 2**20  # of a picture before resizing; the largest real ones have about 20 million
 _MOST_ELONGATED = 100  # longer side / shorter side: resizing the shorter side must not make the longer huge
 
@@ -28,28 +30,39 @@ class UnreadableImage(ValueError):
     """The bytes are not a picture we read; the message says why in one line."""
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """The RGB picture encoded in `data` (JPEG, PNG, BMP, or the first frame of a GIF), identical to PIL's.
+def decode_image(
+    data: bytes,
+    formats: tuple[str, ...] = RECORD_FORMATS,
+    prepare: Callable[[Image.Image], Image.Image] | None = None,
+) -> Image.Image:
+    """The RGB picture encoded in `data` in one of `formats` (PIL's names), identical to PIL's.
+
+    Of several frames it is the first. `prepare` is for a protocol that changes the picture in its own mode,
+    before it becomes RGB.
 
     Raises UnreadableImage for other formats, damaged or truncated data, and pictures so large or elongated
     that decoding or resizing them would exhaust the memory; their size is read before their pixels.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            _check_size(*image.size)
-            return image.convert("RGB")
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            check_size(*image.size)
+            prepared = prepare(image) if prepare else image
+            prepared.load()
+            # PIL would copy a picture that is in RGB already, at a tenth of the cost of decoding it.
+            return prepared if prepared.mode == "RGB" else prepared.convert("RGB")
     except UnreadableImage:
         raise
     except Exception as error:  # whatever a codec raises on foreign bytes, from OSError to SyntaxError
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
-            reason = f"none of {', '.join(_FORMATS)}"
+            reason = f"none of {', '.join(formats)}"
         raise UnreadableImage(f"the image of {len(data)} bytes cannot be decoded: {reason}") from error
 
 
-def _check_size(width: int, height: int) -> None:
-    if width * height > _MOST_PIXELS:
-        raise UnreadableImage(f"an image of {width} x {height} pixels, at most {_MOST_PIXELS} are read")
+def check_size(width: int, height: int) -> None:
+    """Raises UnreadableImage for a picture without pixels, or one too large or too elongated to resize."""
+    if width < 1 or height < 1 or width * height > _MOST_PIXELS:
+        raise UnreadableImage(f"an image of {width} x {height} pixels, 1 to {_MOST_PIXELS} are read")
     if max(width, height) > _MOST_ELONGATED * min(width, height):
         found = f"an image of {width} x {height} pixels"
         raise UnreadableImage(f"{found}, sides of at most {_MOST_ELONGATED}:1 are read")
@@ -60,10 +73,20 @@ def eval_transform(image: Image.Image, image_size: int, resize: str = "shorter")
 
     Returns a float32 tensor (3, image_size, image_size) in [0, 1].
     """
-    scale_to = RESIZES[resize](*image.size, image_size)
-    resized = image.resize(scale_to, Image.Resampling.BILINEAR)
-    left, top = round((resized.width - image_size) / 2), round((resized.height - image_size) / 2)
-    return _to_tensor(resized.crop((left, top, left + image_size, top + image_size)))
+    return unit_range(planes(eval_crop(image, image_size, resize)))
+
+
+def eval_crop(image: Image.Image, image_size: int, resize: str = "shorter") -> Image.Image:
+    """`eval_transform` as a picture."""
+    width, height = RESIZES[resize](*image.size, image_size)
+    left, top = round((width - image_size) / 2), round((height - image_size) / 2)
+    # PIL resizes rows, then columns. One at a time, with the same result, the second need not be done for
+    # columns that are cut off.
+    wide = image.resize((width, image.height), Image.Resampling.BILINEAR)
+    slice_ = wide.crop((left, 0, left + image_size, wide.height))
+    return slice_.resize((image_size, height), Image.Resampling.BILINEAR).crop(
+        (0, top, image_size, top + image_size)
+    )
 
 
 def _shorter_side(width: int, height: int, image_size: int) -> tuple[int, int]:
@@ -77,9 +100,14 @@ def _square(_width: int, _height: int, image_size: int) -> tuple[int, int]:
     return (int(image_size * 1.15),) * 2
 
 
-# How evaluation resizes before it crops the centre: PMF's way, the shorter side to 256/224 of the image size,
-# and that of BSCD-FSL and the fine-grained sets, both sides to 1.15 of it, whatever the aspect ratio.
-RESIZES = {"shorter": _shorter_side, "square": _square}
+def _exact(_width: int, _height: int, image_size: int) -> tuple[int, int]:
+    return image_size, image_size
+
+
+# How evaluation resizes before it crops the centre: PMF's way, the shorter side to 256/224 of the image size;
+# that of BSCD-FSL and the fine-grained sets, both sides to 1.15 of it, whatever the aspect ratio; and PMF's
+# for CIFAR-FS and mini-ImageNet, to the very image size, which leaves nothing to crop.
+RESIZES = {"shorter": _shorter_side, "square": _square, "exact": _exact}
 
 
 def train_transform(image: Image.Image, image_size: int, rng: np.random.Generator) -> Tensor:
@@ -87,13 +115,20 @@ def train_transform(image: Image.Image, image_size: int, rng: np.random.Generato
 
     Returns a float32 tensor (3, image_size, image_size) in [0, 1].
     """
+    return unit_range(planes(train_crop(image, image_size, rng)))
+
+
+def train_crop(image: Image.Image, image_size: int, rng: np.random.Generator) -> Image.Image:
+    """`train_transform` as a picture."""
     crop = image.crop(_random_box(image.width, image.height, rng))
-    image = crop.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    return _recoloured(crop.resize((image_size, image_size), Image.Resampling.BILINEAR), rng)
+
+
+def _recoloured(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Jittered in colour, and perhaps flipped."""
     for enhance in _JITTERED:
         image = enhance(image).enhance(1 + _JITTER * (2 * rng.random() - 1))
-    if rng.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return _to_tensor(image)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
 
 
 def _random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
@@ -112,6 +147,12 @@ def _random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int,
     return left, top, left + w, top + h
 
 
-def _to_tensor(image: Image.Image) -> Tensor:
-    pixels = torch.from_numpy(np.array(image))  # (H, W, 3) uint8, a copy: PIL's own memory is read-only
-    return pixels.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format).div(255)
+def planes(image: Image.Image) -> np.ndarray:
+    """The pixels of an RGB picture, colour by colour: uint8, (3, H, W)."""
+    colours = b"".join(image.tobytes("raw", band) for band in "RGB")
+    return np.frombuffer(colours, np.uint8).reshape(3, image.height, image.width)
+
+
+def unit_range(pixels: np.ndarray) -> Tensor:
+    """uint8 pixels of any shape as a new float32 tensor in [0, 1]."""
+    return torch.from_numpy(np.divide(pixels, 255, dtype=np.float32))

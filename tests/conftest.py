@@ -20,6 +20,7 @@ from PIL import Image
 from amt.backbone import Arch, Backbone, build_network
 from amt.lora import LoRAPool
 from meta_dataset_readers.episode import Episode
+from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.tfrecord import encode_example, write_records
 
 # No test may depend on how busy the machine is.
@@ -137,6 +138,49 @@ def tiny_source(tmp_path):
         return directory
 
     return write
+
+
+# --- pictures in files of their own, and the sample data -------------------------------------------------
+
+# Files that the published tools wrote; the tests that use them are skipped where they are not.
+SAMPLES = Path(__file__).parents[2] / "shared" / "data"
+BENCHMARKS = Path(os.environ.get("AMT_BENCHMARK_DATA", SAMPLES / "benchmarks"))
+REAL_SPECS = Path(os.environ.get("AMT_REAL_SPECS", SAMPLES / "real_specs"))
+
+
+def picture(seed, mode="RGB"):
+    """A small picture unlike that of any other seed."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (9, 12, 4), dtype=np.uint8)
+    return Image.fromarray(pixels[..., :3]).convert(mode)
+
+
+def write_picture(file, seed=0, mode="RGB", format=None):
+    """The file, which holds `picture(seed)`; its folders are made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    picture(seed, mode).save(file, format)
+    return file
+
+
+def by_pil(file):
+    with Image.open(file) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def write_classes(directory, **images):
+    """`cat=3` makes a class folder with cat/0.png, cat/1.png and cat/2.png."""
+    for name, count in images.items():
+        (directory / name).mkdir(parents=True)
+        for index in range(count):
+            write_picture(directory / name / f"{index}.png", index)
+    return directory
+
+
+def fails(match, call):
+    """`call` raises an InputError of one line that matches."""
+    with pytest.raises(InputError, match=match) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return caught.value
 
 
 # --- networks, pools and episodes in memory --------------------------------------------------------------

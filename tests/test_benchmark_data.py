@@ -7,24 +7,19 @@ setting is read from them.
 import gzip
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
-from conftest import write_spec
+from conftest import BENCHMARKS, REAL_SPECS, write_spec
 
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.hierarchy import eligible_groups
 from meta_dataset_readers.layouts import open_source
 from meta_dataset_readers.sampling import EpisodeSampling, check_sampling, sample_episode
 from meta_dataset_readers.spec import SPLITS, DatasetSpec, load_spec
-
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-BENCHMARKS = Path(os.environ.get("AMT_BENCHMARK_DATA", SHARED / "benchmarks"))
-REAL_SPECS = Path(os.environ.get("AMT_REAL_SPECS", SHARED / "real_specs"))
 
 pytestmark = pytest.mark.benchmark_data
 needs_benchmarks = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason=f"no benchmark data in {BENCHMARKS}")

@@ -215,7 +215,7 @@ def test_no_file_stays_open(tiny_source):
         ({"root": "/no/such/path"}, "/no/such/path: no such directory"),
         ({"source": "tinny"}, "no source 'tinny'.*did you mean 'tiny'"),
         ({"source": "../tiny"}, "no source '../tiny'"),
-        ({"source": "pictures"}, "no source 'pictures'.*dataset_spec.json"),
+        ({"source": "pictures"}, "pictures: no known layout.*dataset_spec.json"),
         ({"split": "TRAINING"}, "split 'TRAINING' is unknown; did you mean 'TRAIN'"),
         ({"split": "VALID"}, "split VALID has no classes; splits with classes: TRAIN, TEST"),
         ({"sampling": EpisodeSampling(num_ways=9)}, "6 classes, 9-way"),

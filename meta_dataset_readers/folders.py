@@ -1,0 +1,244 @@
+"""Sources whose pictures are single image files, and the two kinds of them that are nothing but folders.
+
+Knows how a picture is found in a file of its own, and folders of class folders: a domain of one's own, or
+below train/, val/ and test/ (CIFAR-FS, mini-ImageNet). Benchmarks with lists of their own are read by `bscd`
+and `filelists`, which hand their classes to `flat_source`. Does not know episodes.
+
+Opening a source lists directories and opens no picture. A symbolic link is the user's own arrangement and is
+followed; a path written in a file is believed only if it stays below the directory it belongs to.
+"""
+
+import io
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from meta_dataset_readers.episode import ImageOrigin
+from meta_dataset_readers.errors import DamagedRecord, InputError, nearest
+from meta_dataset_readers.spec import SPLITS, DatasetSpec, _Object, _read_json, _typed
+from meta_dataset_readers.store import ImageStore, Source
+from meta_dataset_readers.transforms import FILE_FORMATS, RECORD_FORMATS, UnreadableImage, decode_image
+
+SPLITS_FILE = "splits.json"
+SPLIT_FOLDERS = {"TRAIN": "train", "VALID": "val", "TEST": "test"}
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # in either case
+
+_LARGEST_FILE = 256 * 2**20  # bytes; the largest picture that is decoded has 192 MiB of uncompressed RGB
+
+
+class FileStore(ImageStore):
+    """Pictures in a file each, of which none is kept open.
+
+    `files` are those of each class id, relative to `root` and with "/" between their parts; `name` is the
+    source's, for `origin`. `prepare` is applied to a picture in its own mode, before it becomes RGB.
+    A file that is absent or unreadable is a damaged record: its neighbours may be sound.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        name: str,
+        files: Sequence[tuple[str, ...]],
+        prepare: Callable[[Image.Image], Image.Image] | None = None,
+    ):
+        self._root, self._name, self._files, self._prepare = root, name, tuple(files), prepare
+
+    def count(self, class_id: int) -> int:
+        return len(self._files[class_id])
+
+    def image(self, class_id: int, index: int) -> Image.Image:
+        path = self._path(class_id, index)
+        try:
+            return decode_image(_contents(path), FILE_FORMATS, self._prepare)
+        except UnreadableImage as error:
+            raise DamagedRecord(f"{path}: {error}") from error
+
+    def encoded(self, class_id: int, index: int) -> bytes:
+        data = _contents(self._path(class_id, index))
+        # Where these bytes end up in a record, the decoder of records must find the same picture in them.
+        if self._prepare is None and _is_record(data):
+            return data
+        return super().encoded(class_id, index)
+
+    def origin(self, class_id: int, index: int) -> ImageOrigin:
+        return ImageOrigin(f"{self._name}/{self._files[class_id][index]}", index)
+
+    def place(self, class_id: int) -> Path:
+        """The directory of the class's first picture, or the root if it has none."""
+        return self._path(class_id, 0).parent if self._files[class_id] else self._root
+
+    def missing(self, class_ids: Iterable[int]) -> list[str]:
+        files = [file.rpartition("/") for class_id in class_ids for file in self._files[class_id]]
+        # One listing per directory: asking for 100,000 files one by one takes minutes on a network disk.
+        present = {folder: _file_names(self._root / folder) for folder in {folder for folder, _, _ in files}}
+        return [f"{folder}{slash}{file}" for folder, slash, file in files if file not in present[folder]]
+
+    def _path(self, class_id: int, index: int) -> Path:
+        return self._root / self._files[class_id][index]
+
+
+class ClassFiles(NamedTuple):
+    """One class: its name, and its pictures relative to the root of the store."""
+
+    name: str
+    files: tuple[str, ...]
+
+
+def flat_source(
+    directory: Path,
+    name: str,
+    classes: Mapping[str, Sequence[ClassFiles]],
+    *,
+    resize: str,
+    root: Path | None = None,
+    prepare: Callable[[Image.Image], Image.Image] | None = None,
+) -> Source:
+    """The source of these classes by split, without hierarchy; ids count through TRAIN, VALID and TEST.
+
+    Files are relative to `root`, by default the source's `directory`; `resize` is a rule of
+    `transforms.RESIZES`, `prepare` as in `FileStore`. Raises InputError if there is no picture at all, or the
+    same class in two splits, which few-shot learning must not have.
+    """
+    table: list[ClassFiles] = []
+    split_classes: dict[str, range] = {}
+    home: dict[str, str] = {}
+    for split in SPLITS:
+        first = len(table)
+        table += classes.get(split, ())
+        split_classes[split] = range(first, len(table))
+        for found in table[first:]:
+            if home.setdefault(found.name, split) != split:
+                where = f"both {home[found.name]} and {split}"
+                raise InputError(f"{directory}: class {found.name!r} is in {where}")
+    if not any(found.files for found in table):
+        raise InputError(f"{directory}: no split has a picture")
+    spec = DatasetSpec(
+        name=name,
+        directory=directory,
+        split_classes=split_classes,
+        images_per_class=tuple(len(found.files) for found in table),
+        class_names=tuple(found.name for found in table),
+    )
+    store = FileStore(root or directory, name, [found.files for found in table], prepare)
+    return Source(spec, store, resize)
+
+
+def open_class_folders(directory: Path, name: str) -> Source:
+    """A domain of one's own: any directory with one folder of image files per class.
+
+    Classes and pictures go by sorted name; hidden names and other files are passed over, folders inside a
+    class folder are not searched. All classes are TEST unless `splits.json` beside them names those of TRAIN,
+    VALID and TEST, in lists under these keys, any of which may be left out: a class in no list is not used.
+
+    Raises InputError, naming file and field, for lists that are no such thing, name an unknown class or one
+    class twice, for a class without a picture, and for a directory without classes or that cannot be read.
+    """
+    folders = class_folders(directory)
+    splits = {"TEST": folders}
+    if os.path.lexists(directory / SPLITS_FILE):
+        splits = _read_splits(directory / SPLITS_FILE, folders)
+    return flat_source(
+        directory,
+        name,
+        {split: [class_files(directory, folder) for folder in splits[split]] for split in splits},
+        resize="shorter",
+    )
+
+
+def open_split_folders(directory: Path, name: str) -> Source:
+    """Folders train/, val/ and test/ of class folders; a split whose folder is not there has no classes.
+
+    Evaluation resizes as PMF does for CIFAR-FS and mini-ImageNet: to the very image size.
+    Raises InputError as `open_class_folders`, and if none of the three is there.
+    """
+    splits = {split: folder for split, folder in SPLIT_FOLDERS.items() if (directory / folder).is_dir()}
+    if not splits:
+        raise InputError(f"{directory}: none of the folders {', '.join(SPLIT_FOLDERS.values())} is there")
+    return flat_source(
+        directory,
+        name,
+        {split: classes_below(directory, folder) for split, folder in splits.items()},
+        resize="exact",
+    )
+
+
+def classes_below(root: Path, folder: str) -> list[ClassFiles]:
+    """The classes whose folders lie in `folder` of `root`, by sorted name. Raises InputError without any."""
+    return [class_files(root, f"{folder}/{name}") for name in class_folders(root / folder)]
+
+
+def class_folders(directory: Path) -> list[str]:
+    """The names of the folders in `directory`, sorted, without hidden ones. Raises InputError without any."""
+    folders = sorted(name for name in _listing(directory, os.DirEntry.is_dir) if not name.startswith("."))
+    if not folders:
+        raise InputError(f"{directory}: no folder in it, expected one folder of image files per class")
+    return folders
+
+
+def class_files(root: Path, folder: str) -> ClassFiles:
+    """The class whose image files lie in `folder` of `root`, sorted. Raises InputError without any."""
+    names = _listing(root / folder, os.DirEntry.is_file)
+    images = sorted(name for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
+    if not images:
+        expected = f"expected files that end in {', '.join(EXTENSIONS)}"
+        raise InputError(f"{root / folder}: no picture in this class folder, {expected}")
+    return ClassFiles(folder.rpartition("/")[2], tuple(f"{folder}/{image}" for image in images))
+
+
+def _read_splits(file: Path, folders: Sequence[str]) -> dict[str, list[str]]:
+    """The class folders of each split, sorted."""
+    given = _typed(str(file), _read_json(file), dict)
+    lists = _Object(str(file), {split: [] for split in SPLITS} | given)
+    lists.expect_keys(SPLITS)
+    known, home = frozenset(folders), {}
+    for split in SPLITS:
+        where = f"{file}: field {split!r}"
+        for folder in lists.strings(split):
+            if folder not in known:
+                raise InputError(f"{where}: there is no class folder {folder!r}; {nearest(folder, folders)}")
+            if folder in home:
+                raise InputError(f"{where}: {folder!r} is already in {home[folder]}")
+            home[folder] = split
+    return {split: sorted(folder for folder in home if home[folder] == split) for split in SPLITS}
+
+
+def _listing(directory: Path, wanted: Callable[[os.DirEntry], bool]) -> list[str]:
+    """The names of the wanted entries of `directory`, in no order."""
+    try:
+        with os.scandir(directory) as entries:
+            return [entry.name for entry in entries if wanted(entry)]
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be listed: {error.strerror}") from error
+
+
+def _file_names(directory: Path) -> set[str]:
+    """The files that can be found in `directory`, none if there is no such directory."""
+    try:
+        return set(_listing(directory, os.DirEntry.is_file))
+    except InputError:
+        return set()
+
+
+def _contents(path: Path) -> bytes:
+    try:
+        if not os.path.isfile(path):  # before opening: a pipe would keep us waiting for ever
+            raise DamagedRecord(f"{path}: no such file")
+        with path.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size > _LARGEST_FILE:
+                raise DamagedRecord(f"{path}: {size} bytes, pictures of at most {_LARGEST_FILE} are read")
+            return stream.read(_LARGEST_FILE)
+    except OSError as error:
+        raise DamagedRecord(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _is_record(data: bytes) -> bool:
+    """Whether the decoder of records takes `data`, going by its header."""
+    try:
+        Image.open(io.BytesIO(data), formats=RECORD_FORMATS).close()
+    except Exception:  # of whatever kind: decoding it in earnest says what is wrong
+        return False
+    return True
