@@ -24,9 +24,6 @@ import dataclasses
 import json
 import math
 import multiprocessing
-import os
-import platform
-import resource
 import statistics
 import sys
 import time
@@ -34,10 +31,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import harness
 import timm
 import torch
 import torch.nn.functional as F
 from baseline import Learner, Network, evaluate_episode, training_step
+from harness import MIB, digits, peak_resident, spread
 from timm.layers import PatchEmbed
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -61,7 +60,6 @@ LEVEL = Perturbation(epsilon=8, step_size=2, gamma=0.005)
 ROUTING = Routing(augment_probability=1.0)
 SETTINGS = TuneSettings(epochs=30, episodes_per_epoch=2000)
 
-MIB = 1 << 20
 ROW_SECONDS = 15  # repeat a row about that long, unless --repeats says how often
 MOST_REPEATS = 9
 
@@ -328,8 +326,7 @@ def peak_memory(device: str) -> float:
     """Greatest use by this process so far, in MiB."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / MIB
-    kilobytes = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobytes / MIB
+    return peak_resident()
 
 
 def synchronise(device: str) -> None:
@@ -488,15 +485,6 @@ class Forecast:
         return 1 + 1.5 * warm_up + turn * planned_repeats(workload, turn, self._repeats)
 
 
-def spread(values: list[float]) -> str:
-    """Median, least and greatest, to three digits."""
-    return f"{digits(statistics.median(values))} ({digits(min(values))}-{digits(max(values))})"
-
-
-def digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
 HEADING = (
     "| job | ours, s | baseline, s | baseline / ours | GEMM share | peak MiB | turns |\n"
     "| --- | --- | --- | --- | --- | --- | --- |"
@@ -543,26 +531,13 @@ def footnotes(workload: Workload, row: dict[str, Measured]) -> str:
 
 def environment(machine: Machine, device: str) -> dict[str, str | int]:
     """What the figures depend on besides this code."""
-    return {
-        "processor": cpu_name(),
-        "cores": os.cpu_count() or 0,
+    return harness.machine() | {
         "threads": machine.threads,
         "device": device,
         "precision": str(machine.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "timm": timm.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
     }
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def plan_of(arch: str, quick: bool) -> list[Workload]:

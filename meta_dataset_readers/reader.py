@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from meta_dataset_readers.episode import Episode, ImageOrigin
 from meta_dataset_readers.errors import DamagedRecord, InputError
 from meta_dataset_readers.layouts import open_source
 from meta_dataset_readers.sampling import EpisodeDescription, EpisodeSampling, check_sampling, sample_episode
 from meta_dataset_readers.store import Source
-from meta_dataset_readers.transforms import eval_transform, train_transform
+from meta_dataset_readers.transforms import eval_crop, planes, train_crop, unit_range
 
 
 class EpisodeReader(Dataset):
@@ -77,6 +77,10 @@ class EpisodeReader(Dataset):
 
     def episode(self, index: int) -> Episode:
         """Episode `index` >= 0, also beyond the length of this reader."""
+        return _in_unit_range(self.raw(index))
+
+    def raw(self, index: int) -> Episode:
+        """`episode` before its last step: images are uint8 in 0..255, a quarter of the size."""
         description = self.describe(index)
         _, choice, augmentation = self._generators(index)
         support, query, skipped = [], [], []
@@ -128,10 +132,10 @@ class EpisodeReader(Dataset):
                 self._raise_or_skip(error, skipped)
                 continue
             if self.augment:
-                pixels = train_transform(image, self.image_size, augmentation)
+                crop = train_crop(image, self.image_size, augmentation)
             else:
-                pixels = eval_transform(image, self.image_size, self.resize)
-            drawn.append(_Drawn(pixels, label, self.store.origin(class_id, chosen)))
+                crop = eval_crop(image, self.image_size, self.resize)
+            drawn.append(_Drawn(planes(crop), label, self.store.origin(class_id, chosen)))
         if len(drawn) < n_images:
             found = f"{len(drawn)} readable images of class {class_id}"
             raise InputError(f"{place}: {found}, an episode needs {n_images}")
@@ -143,9 +147,10 @@ class EpisodeReader(Dataset):
         skipped.append(str(error))
 
     def _stack(self, images: Sequence["_Drawn"]) -> Tensor:
-        if not images:
-            return torch.empty(0, 3, self.image_size, self.image_size)
-        return torch.stack([image.pixels for image in images])
+        stacked = np.empty((len(images), 3, self.image_size, self.image_size), np.uint8)
+        for place, image in zip(stacked, images, strict=True):
+            place[:] = image.pixels
+        return torch.from_numpy(stacked)
 
 
 class SourceMixture(Dataset):
@@ -163,10 +168,14 @@ class SourceMixture(Dataset):
         return self.n_episodes
 
     def __getitem__(self, index: int) -> Episode:
+        return _in_unit_range(self.raw(index))
+
+    def raw(self, index: int) -> Episode:
+        """The same with uint8 images, see `EpisodeReader.raw`."""
         if not 0 <= index < self.n_episodes:
             raise IndexError(f"episode {index} of {self.n_episodes}")
         rng = np.random.default_rng(_seed_sequence(self.seed, index, "source"))
-        return self.readers[rng.integers(0, len(self.readers))].episode(index)
+        return self.readers[rng.integers(0, len(self.readers))].raw(index)
 
 
 def episode_loader(dataset: Dataset, num_workers: int = 0) -> DataLoader:
@@ -176,7 +185,7 @@ def episode_loader(dataset: Dataset, num_workers: int = 0) -> DataLoader:
     generator is left alone (a DataLoader draws from it by default, which would make runs depend on resuming).
     """
     return _EpisodeLoader(
-        _ErrorsAsItems(dataset),
+        _Sendable(dataset),
         batch_size=None,
         generator=torch.Generator(),
         num_workers=num_workers,
@@ -192,8 +201,10 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class _ErrorsAsItems(Dataset):
-    """Hands an InputError over as an item: raised in a worker, torch would wrap it in a traceback."""
+class _Sendable(Dataset):
+    """What a worker sends of a data set: episodes with uint8 images where it can give them so, since shared
+    memory is dear; and an InputError as an item, since torch would wrap one that is raised in a traceback.
+    """
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -203,9 +214,23 @@ class _ErrorsAsItems(Dataset):
 
     def __getitem__(self, index: int) -> Episode | InputError:
         try:
-            return self.dataset[index]
+            return _raw(self.dataset, index)
         except InputError as error:
             return error
+
+
+def _raw(dataset: Dataset, index: int) -> Episode:
+    if isinstance(dataset, Subset):
+        return _raw(dataset.dataset, dataset.indices[index])
+    return dataset.raw(index) if hasattr(dataset, "raw") else dataset[index]
+
+
+def _in_unit_range(episode: Episode) -> Episode:
+    """The episode with float32 images in [0, 1], whatever they are now."""
+    if episode.support.dtype != torch.uint8:
+        return episode
+    support, query = unit_range(episode.support.numpy()), unit_range(episode.query.numpy())
+    return dataclasses.replace(episode, support=support, query=query)
 
 
 class _EpisodeLoader(DataLoader):
@@ -213,7 +238,7 @@ class _EpisodeLoader(DataLoader):
         for item in super().__iter__():
             if isinstance(item, InputError):
                 break
-            yield item
+            yield _in_unit_range(item)
         else:
             return
         self._iterator = None  # stops the workers: left to the garbage collector, they linger for seconds
@@ -222,7 +247,7 @@ class _EpisodeLoader(DataLoader):
 
 @dataclasses.dataclass(frozen=True)
 class _Drawn:
-    pixels: Tensor  # (3, H, W)
+    pixels: np.ndarray  # (3, H, W) uint8
     label: int  # within the episode
     origin: ImageOrigin
 

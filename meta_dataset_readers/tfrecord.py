@@ -10,6 +10,7 @@ for each read, so no number of classes can exhaust the open files of a process.
 
 import collections
 import dataclasses
+import io
 import os
 import struct
 from collections.abc import Iterable, Iterator
@@ -96,7 +97,7 @@ class RecordFile:
 
     def where(self, index: int) -> str:
         """`file: record i at byte b`, the beginning of every message about that record."""
-        return f"{self.path}: record {index} at byte {self.offsets[index]}"
+        return _where(self.path, index, self.offsets[index])
 
     def read(self, index: int) -> bytes:
         """The payload of record `index` (0-based), its checksum verified.
@@ -105,15 +106,15 @@ class RecordFile:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path}: record {index} of {len(self)}")
-        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        start, end = int(self.offsets[index]) + _HEADER.size, int(self.offsets[index + 1])
         try:
-            with self.path.open("rb") as file:
-                file.seek(start + _HEADER.size)
-                body = file.read(end - start - _HEADER.size)
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(start)
+                body = file.read(end - start)
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read: {error.strerror}") from error
         payload, footer = body[: -_FOOTER.size], body[-_FOOTER.size :]
-        if len(body) != end - start - _HEADER.size:
+        if len(body) != end - start:
             raise DamagedRecord(f"{self.where(index)}: the file has shrunk since it was opened")
         if footer != _FOOTER.pack(masked_crc(payload)):
             raise DamagedRecord(f"{self.where(index)}: wrong checksum of the payload")
@@ -137,7 +138,7 @@ def open_records(path: str | os.PathLike) -> RecordFile:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with path.open("rb", buffering=0) as file:
             offsets = np.fromiter(_record_offsets(path, file), dtype=np.uint64)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
@@ -151,42 +152,46 @@ class RecordFileCache:
     """
 
     def __init__(self, budget: int = 128 * 2**20):
-        self._budget = budget
+        self._budget, self._bytes = budget, 0
         self._files: collections.OrderedDict[Path, RecordFile] = collections.OrderedDict()
 
     def open(self, path: Path) -> RecordFile:
         """The records of the file at `path`, scanned now or remembered. Raises as `open_records`."""
         if path not in self._files:
             self._files[path] = open_records(path)
-            while len(self._files) > 1 and self._bytes() > self._budget:
-                self._files.popitem(last=False)
+            self._bytes += self._files[path].offsets.nbytes
+            while len(self._files) > 1 and self._bytes > self._budget:
+                _, forgotten = self._files.popitem(last=False)
+                self._bytes -= forgotten.offsets.nbytes
         self._files.move_to_end(path)
         return self._files[path]
 
-    def _bytes(self) -> int:
-        return sum(file.offsets.nbytes for file in self._files.values())
 
-
-def _record_offsets(path: Path, file) -> Iterator[int]:
+def _record_offsets(path: Path, file: io.FileIO) -> Iterator[int]:
+    """Where each record begins, and the size of the file, which is unbuffered: of most of it nothing is read."""
     size = os.fstat(file.fileno()).st_size
     offset = record = 0
     while offset < size:
         yield offset
-        where = f"{path}: record {record} at byte {offset}"
+        file.seek(offset)
         header = file.read(_HEADER.size)
         if len(header) < _HEADER.size:
-            raise InputError(f"{where}: the file ends after {len(header)} of {_HEADER.size} header bytes")
+            fault = f"the file ends after {len(header)} of {_HEADER.size} header bytes"
+            raise InputError(f"{_where(path, record, offset)}: {fault}")
         length, crc = _HEADER.unpack(header)
         if crc != masked_crc(header[: _LENGTH.size]):
-            raise InputError(f"{where}: wrong checksum of the record's length")
+            raise InputError(f"{_where(path, record, offset)}: wrong checksum of the record's length")
         left = size - offset - _HEADER.size - _FOOTER.size
         if length > left:
-            found = f"{max(left, 0)} are left in the file"
-            raise InputError(f"{where}: claims a payload of {length} bytes, {found}")
+            fault = f"claims a payload of {length} bytes, {max(left, 0)} are left in the file"
+            raise InputError(f"{_where(path, record, offset)}: {fault}")
         offset += _HEADER.size + length + _FOOTER.size
         record += 1
-        file.seek(offset)
     yield size
+
+
+def _where(path: Path, record: int, offset: int) -> str:
+    return f"{path}: record {record} at byte {offset}"
 
 
 # --- reading an Example ----------------------------------------------------------------------------------
@@ -202,28 +207,29 @@ def decode_example(payload: bytes) -> tuple[bytes, int]:
     `image` must hold exactly one bytes value and `label` exactly one int64 (packed or not); other
     features are ignored. Raises MalformedExample for anything else, whatever the bytes.
     """
-    features: dict[bytes, bytes] = {}
-    for example_field in _submessages(payload, 1):
+    features: dict[bytes, memoryview] = {}
+    # Views all the way down: the picture, which lies six messages deep, is copied once.
+    for example_field in _submessages(memoryview(payload), 1):
         for entry in _submessages(example_field, 1):
             key = b"".join(_submessages(entry, 1))
             if key in (b"image", b"label"):
                 if key in features:
                     raise MalformedExample(f"feature {key.decode()!r} occurs twice")
-                features[key] = b"".join(_submessages(entry, 2))
+                features[key] = _merged(_submessages(entry, 2))
     for key in (b"image", b"label"):
         if key not in features:
             raise MalformedExample(f"no feature {key.decode()!r}")
     return _one_image(features[b"image"]), _one_label(features[b"label"])
 
 
-def _one_image(feature: bytes) -> bytes:
+def _one_image(feature: memoryview) -> bytes:
     values = list(_submessages(_values(feature, "image", _BYTES_LIST, "bytes"), 1))
     if len(values) != 1:
         raise MalformedExample(f"feature 'image' holds {len(values)} values, expected 1")
-    return values[0]
+    return bytes(values[0])
 
 
-def _one_label(feature: bytes) -> int:
+def _one_label(feature: memoryview) -> int:
     values: list[int] = []
     for field, wire, value in _fields(_values(feature, "label", _INT64_LIST, "int64")):
         if field != 1:
@@ -239,16 +245,22 @@ def _one_label(feature: bytes) -> int:
     return values[0] - 2**64 if values[0] >= 2**63 else values[0]
 
 
-def _values(feature: bytes, name: str, kind: int, kind_name: str) -> bytes:
+def _values(feature: memoryview, name: str, kind: int, kind_name: str) -> memoryview:
     """The value list of a Feature, which must be of one kind only."""
     kinds = {field for field, _, _ in _fields(feature)}
     if kinds != {kind}:
         raise MalformedExample(f"feature {name!r} is not a list of {kind_name}")
-    return b"".join(_submessages(feature, kind))
+    return _merged(_submessages(feature, kind))
 
 
-def _submessages(message: bytes, wanted: int) -> Iterator[bytes]:
-    """The contents of every length-delimited field `wanted`, in order (concatenating them merges them)."""
+def _merged(messages: Iterable[memoryview]) -> memoryview:
+    """Several parts of one message as one: protobuf merges them by concatenation."""
+    parts = list(messages)
+    return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+
+
+def _submessages(message: memoryview, wanted: int) -> Iterator[memoryview]:
+    """The contents of every length-delimited field `wanted`, in order."""
     for field, wire, value in _fields(message):
         if field == wanted:
             if wire != _BYTES:
@@ -256,7 +268,7 @@ def _submessages(message: bytes, wanted: int) -> Iterator[bytes]:
             yield value
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int, bytes | int]]:
+def _fields(message: memoryview) -> Iterator[tuple[int, int, memoryview | int]]:
     """Every field of a protobuf message as (number, wire type, value); fixed-width values stay bytes."""
     position = 0
     while position < len(message):
@@ -280,14 +292,16 @@ def _fields(message: bytes) -> Iterator[tuple[int, int, bytes | int]]:
         position += length
 
 
-def _packed_varints(data: bytes) -> Iterator[int]:
+def _packed_varints(data: memoryview) -> Iterator[int]:
     position = 0
     while position < len(data):
         value, position = _read_varint(data, position)
         yield value
 
 
-def _read_varint(data: bytes, position: int) -> tuple[int, int]:
+def _read_varint(data: memoryview, position: int) -> tuple[int, int]:
+    if position < len(data) and data[position] < 0x80:  # one byte, as nearly all are
+        return data[position], position + 1
     value = 0
     for index, byte in enumerate(data[position : position + _LONGEST_VARINT]):
         value |= (byte & 0x7F) << 7 * index

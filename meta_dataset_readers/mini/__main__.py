@@ -1,20 +1,21 @@
 """The command `python -m meta_dataset_readers.mini`: options in, directory and a table out."""
 
 import argparse
-import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from meta_dataset_readers.command import Parser, available_cores
 from meta_dataset_readers.errors import exit_on_bad_input
 from meta_dataset_readers.mini.sheets import write_contact_sheets
 from meta_dataset_readers.mini.sources import OBJECTS_PER_CLASS, SOURCE_NAMES
 from meta_dataset_readers.mini.write import Settings, make_mini
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m meta_dataset_readers.mini",
-        description="Make Mini-Meta-Dataset: six small domains in the layout of Meta-Dataset.",
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        "meta_dataset_readers.mini",
+        "Make Mini-Meta-Dataset: six small domains in the layout of Meta-Dataset.",
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="directory to hold the sources"
@@ -29,7 +30,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--objects_per_class",
-        "--objects-per-class",
         type=int,
         default=OBJECTS_PER_CLASS,
         metavar="N",
@@ -47,20 +47,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--contact_sheets",
-        "--contact-sheets",
         action="store_true",
         help="also write DIR/contact_sheets/NAME.png, a row per class",
     )
-    return parser.parse_args(arguments)
-
-
-def available_cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return parser.parse(arguments)
 
 
 def main() -> None:
-    options = parse()
+    options = parse(sys.argv[1:])
     written = make_mini(
         options.out,
         settings=Settings(options.seed, options.objects_per_class),

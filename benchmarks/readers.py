@@ -1,0 +1,485 @@
+"""How fast episodes are read from disk, beside a straightforward reader and the limit set by decoding.
+
+    python benchmarks/readers.py --data FOLDER        1,000 classes x 100 pictures, about ten minutes
+    python benchmarks/readers.py --quick              a few seconds, to see that it works
+
+The pictures are made here, once for each FOLDER (6 GB in the full size): 500 x 375 px, smooth random fields
+with noise, JPEG of about 40 kB, a few hundred different ones dealt out to all classes. Ours reads them from
+Meta-Dataset's record files, exactly or with `fast_decode`; the baseline (`readers_baseline.py`) from one
+HDF5 file per class of pictures that its conversion has decoded and shrunk to 224 x 224 beforehand, so it
+neither decodes nor resizes as much: it pays with almost four times the disk space, and with other pixels.
+(Here its files share pictures among their groups, which keeps all of them in memory.)
+
+The limits are loops over pictures already in memory: PIL's decoding alone, and with what no exact reader can
+leave out either, PIL's resizing and cropping, in as many processes as the readers have workers.
+
+Readers and limits take turns, each turn in fresh processes: a reader hands over a few episodes first, then
+its time is taken from one episode's arrival to another's while its workers stay busy. Files are in the page
+cache where it is large enough. Rates are of all workers together: median of the turns, least and greatest.
+CPU time is that of the workers alone; "of decoding" compares medians with decoding alone, by rate (which
+counts what the receiving process takes from the workers' cores) and by CPU time (which does not). Peak memory
+is the resident set of the largest worker, libraries and shared memory included; open files are those below
+FOLDER that a worker still holds at the end of a turn.
+"""
+
+import argparse
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import harness
+import numpy as np
+import PIL
+import torch
+import torchvision
+from harness import MIB, digits, spread
+from PIL import Image, features
+from readers_baseline import H5Episodes, write_class
+from torch.utils.data import DataLoader
+
+from amt import options
+from meta_dataset_readers.errors import InputError, exit_on_bad_input
+from meta_dataset_readers.reader import EpisodeReader, episode_loader
+from meta_dataset_readers.sampling import EpisodeSampling
+from meta_dataset_readers.tfrecord import encode_example, write_records
+
+PROTOCOLS = {
+    "5-way 5-shot 10-query": EpisodeSampling(num_ways=5, num_support=5, num_query=10),
+    "variable way and shot": EpisodeSampling(),
+}
+OURS, FAST, BASELINE = "ours", "ours, fast_decode", "baseline"
+DECODING, RESIZING = "limit: decoding", "limit: decoding, resizing"
+WORKERS = (1, 2)
+LEAD = 2  # episodes that every worker hands over before its time is taken
+
+WIDTH, HEIGHT = 500, 375
+QUALITY, NOISE = 90, 2.8  # which make about 40 kB of such a picture
+DISTINCT = 300  # different pictures in all classes together
+DISTINCT_PER_FILE = 10  # different pictures in a file of the baseline
+BYTES_PER_IMAGE = 60_000  # on disk, both forms together
+RECORDS, ARRAYS = "records", "arrays"  # the two sources' directories
+
+
+class Plan(NamedTuple):
+    """What is read, and how long."""
+
+    root: Path  # of the sources
+    classes: int
+    images: int  # of each class
+    image_size: int
+    seconds: float  # a turn
+
+
+class Turn(NamedTuple):
+    """One turn of a reader or a limit; seconds add up over workers where they are CPU time."""
+
+    images: int
+    episodes: int
+    seconds: float
+    cpu_seconds: float
+    peak_memory: float  # MiB
+    open_files: int
+
+
+class Opening(NamedTuple):
+    """Seconds to open a source, and from then to its first episode."""
+
+    opening: float
+    first_episode: float
+
+
+# --- the sources -----------------------------------------------------------------------------------------
+
+
+def make_sources(folder: Path, classes: int, images: int) -> Path:
+    """Write both sources below `folder`, or find them there; the directory that holds them."""
+    root = folder / f"{classes}x{images}"
+    finished = root / RECORDS / "dataset_spec.json"
+    if finished.exists():
+        return root
+    needed, free = classes * images * BYTES_PER_IMAGE, shutil.disk_usage(_existing(folder)).free
+    if needed > free:
+        raise InputError(f"--data {folder}: {needed >> 20} MiB are needed, {free >> 20} MiB are free")
+    print(f"writing {classes} classes x {images} images below {root}", file=sys.stderr, flush=True)
+    for source in (RECORDS, ARRAYS):
+        (root / source).mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    pictures = [picture(rng) for _ in range(min(DISTINCT, classes * images))]
+    write_arrays(root / ARRAYS, [Image.open(io.BytesIO(data)) for data in pictures], classes, images)
+    dealt = itertools.cycle(pictures)
+    for class_id in range(classes):
+        payloads = (encode_example(next(dealt), class_id) for _ in range(images))
+        write_records(root / RECORDS / f"{class_id}.tfrecords", payloads)
+    spec = {
+        "name": RECORDS,
+        "classes_per_split": {"TRAIN": classes, "VALID": 0, "TEST": 0},
+        "images_per_class": {str(class_id): images for class_id in range(classes)},
+        "class_names": {str(class_id): f"class {class_id}" for class_id in range(classes)},
+        "path": "",
+        "file_pattern": "{}.tfrecords",
+        "__class__": "DatasetSpecification",
+    }
+    finished.write_text(json.dumps(spec))  # last: without it everything is written again
+    return root
+
+
+def write_arrays(directory: Path, pictures: list[Image.Image], classes: int, images: int) -> None:
+    """The baseline's files: a few are written, the others are copies."""
+    few = [pictures[k : k + DISTINCT_PER_FILE] for k in range(0, len(pictures), DISTINCT_PER_FILE)]
+    for class_id in range(classes):
+        path = directory / f"{class_id}.h5"
+        if class_id < len(few):
+            write_class(path, few[class_id], images)
+        else:
+            shutil.copyfile(directory / f"{class_id % len(few)}.h5", path)
+
+
+def picture(rng: np.random.Generator) -> bytes:
+    """A JPEG of smooth colours, details of every size, and a camera's noise."""
+    pixels = np.full((HEIGHT, WIDTH, 3), 128.0)
+    for cells in (4, 8, 16, 32, 64):
+        rows, columns = cells, cells * WIDTH // HEIGHT
+        shades = rng.normal(size=(rows, columns, 1)) + 0.3 * rng.normal(size=(rows, columns, 3))
+        for channel, layer in enumerate(np.moveaxis(shades.astype(np.float32), -1, 0)):
+            smooth = Image.fromarray(layer).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+            pixels[..., channel] += 40 / (cells / 4) ** 0.6 * np.asarray(smooth)
+    pixels += NOISE * rng.normal(size=(HEIGHT, WIDTH, 1))
+    encoded = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(encoded, "JPEG", quality=QUALITY)
+    return encoded.getvalue()
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or what exists of the path to it."""
+    return next(place for place in (folder, *folder.parents) if place.exists())
+
+
+# --- the readers -----------------------------------------------------------------------------------------
+
+
+def our_reader(plan: Plan, protocol: str, fast: bool = False) -> EpisodeReader:
+    return EpisodeReader(
+        plan.root,
+        RECORDS,
+        "TRAIN",
+        PROTOCOLS[protocol],
+        plan.image_size,
+        n_episodes=1_000_000,  # a turn takes as many as it has time for
+        fast_decode=fast,
+    )
+
+
+def baseline_reader(plan: Plan, protocol: str) -> H5Episodes:
+    describe = our_reader(plan, protocol).describe
+    return H5Episodes(plan.root / ARRAYS, describe, plan.image_size, 1_000_000)
+
+
+def loader_of(reader: str, plan: Plan, protocol: str, workers: int) -> DataLoader:
+    if reader == BASELINE:
+        return DataLoader(baseline_reader(plan, protocol), batch_size=None, num_workers=workers)
+    return episode_loader(our_reader(plan, protocol, reader == FAST), workers)
+
+
+def read_turn(reader: str, plan: Plan, protocol: str, workers: int) -> Turn:
+    """Read for as long as a turn takes, through `workers` processes."""
+    arriving = map(images_in, loader_of(reader, plan, protocol, workers))
+    for _ in range(LEAD * workers):
+        next(arriving)
+    processes = [Process(child.pid) for child in multiprocessing.active_children()]
+    spent, began = sum(process.cpu_seconds() for process in processes), time.perf_counter()
+    counts = list(until(began + plan.seconds, arriving))
+    return Turn(
+        images=sum(counts),
+        episodes=len(counts),
+        seconds=time.perf_counter() - began,
+        cpu_seconds=sum(process.cpu_seconds() for process in processes) - spent,
+        peak_memory=max(process.peak_resident() for process in processes),
+        open_files=max(process.open_files(plan.root) for process in processes),
+    )
+
+
+def images_in(episode: Any) -> int:
+    """Support and query images of an episode, ours or the baseline's."""
+    support, _, query, _ = (
+        episode
+        if isinstance(episode, (tuple, list))
+        else (
+            episode.support,
+            episode.support_labels,
+            episode.query,
+            episode.query_labels,
+        )
+    )
+    return len(support) + len(query)
+
+
+def until(end: float, items: Iterator[int]) -> Iterator[int]:
+    """At least one item, and more while there is time."""
+    for item in items:
+        yield item
+        if time.perf_counter() >= end:
+            return
+
+
+def open_turn(reader: str, plan: Plan, protocol: str) -> Opening:
+    began = time.perf_counter()
+    if reader == BASELINE:
+        opened = baseline_reader(plan, protocol)
+    else:
+        opened = our_reader(plan, protocol, reader == FAST)
+    done = time.perf_counter()
+    opened[0]
+    return Opening(done - began, time.perf_counter() - done)
+
+
+class Process:
+    """What Linux knows of a running process."""
+
+    def __init__(self, pid: int):
+        self._proc = Path(f"/proc/{pid}")
+
+    def cpu_seconds(self) -> float:
+        fields = (self._proc / "stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # user and system
+
+    def peak_resident(self) -> float:
+        lines = (self._proc / "status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 / MIB for line in lines if line.startswith("VmHWM:"))
+
+    def open_files(self, below: Path) -> int:
+        names = [os.readlink(link) for link in (self._proc / "fd").iterdir()]
+        return sum(name.startswith(f"{below.resolve()}{os.sep}") for name in names)
+
+
+# --- the limits ------------------------------------------------------------------------------------------
+
+
+def decode(data: bytes, _image_size: int) -> None:
+    Image.open(io.BytesIO(data)).load()
+
+
+def decode_and_resize(data: bytes, image_size: int) -> None:
+    shorter = image_size * 256 // 224
+    size = (shorter * WIDTH // HEIGHT, shorter)
+    resized = Image.open(io.BytesIO(data)).resize(size, Image.Resampling.BILINEAR)
+    left, top = (size[0] - image_size) // 2, (size[1] - image_size) // 2
+    resized.crop((left, top, left + image_size, top + image_size))
+
+
+LIMITS: dict[str, Callable[[bytes, int], None]] = {DECODING: decode, RESIZING: decode_and_resize}
+
+
+def limit_turn(limit: str, plan: Plan, protocol: str) -> Turn:
+    """One process's turn at the pictures of the source, an episode being as long as on average."""
+    reader, rng = our_reader(plan, protocol), np.random.default_rng(0)
+    places = zip(
+        rng.integers(plan.classes, size=DISTINCT), rng.integers(plan.images, size=DISTINCT), strict=True
+    )
+    pictures = [reader.store.encoded(int(class_id), int(index)) for class_id, index in places]
+    handle, images = LIMITS[limit], 0
+    spent, began = time.process_time(), time.perf_counter()
+    for data in until(began + plan.seconds, itertools.cycle(pictures)):
+        handle(data, plan.image_size)
+        images += 1
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - spent
+    return Turn(images, 0, seconds, cpu_seconds, harness.peak_resident(), 0)
+
+
+def together(turns: list[Turn]) -> Turn:
+    """Several processes' turns that went on at the same time."""
+    return Turn(
+        images=sum(turn.images for turn in turns),
+        episodes=0,
+        seconds=statistics.mean(turn.seconds for turn in turns),
+        cpu_seconds=sum(turn.cpu_seconds for turn in turns),
+        peak_memory=max(turn.peak_memory for turn in turns),
+        open_files=0,
+    )
+
+
+# --- measuring -------------------------------------------------------------------------------------------
+
+
+def in_fresh_processes(count: int, function: Callable, *arguments) -> list:
+    """What `function` returns in each of `count` new processes that run it at the same time.
+
+    They are forked, which spares them the import of torch; safe as long as this process computes nothing.
+    """
+    with ProcessPoolExecutor(count, multiprocessing.get_context("fork")) as pool:
+        return [job.result() for job in [pool.submit(function, *arguments) for _ in range(count)]]
+
+
+def take_turn(name: str, plan: Plan, protocol: str, workers: int) -> Turn:
+    if name in LIMITS:
+        return together(in_fresh_processes(workers, limit_turn, name, plan, protocol))
+    return in_fresh_processes(1, read_turn, name, plan, protocol, workers)[0]
+
+
+def pixel_difference(plan: Plan, protocol: str) -> dict[str, float]:
+    """By how much `fast_decode` changes an episode's images, in grey levels."""
+    exact, fast = (our_reader(plan, protocol, fast)[0].support for fast in (False, True))
+    difference = (exact - fast).abs().mul(255).round().numpy()
+    return {
+        "mean": float(difference.mean()),
+        "99.9 percentile": float(np.percentile(difference, 99.9)),
+        "greatest": float(difference.max()),
+    }
+
+
+# --- the tables ------------------------------------------------------------------------------------------
+
+HEADING = (
+    "| reader | workers | images/s | episodes/s | CPU ms per image | of decoding, by rate (by CPU) "
+    "| peak MiB | open files |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
+)
+OPENING_HEADING = "| reader | opening, ms | first episode, ms |\n| --- | --- | --- |"
+
+
+def rate(turn: Turn) -> float:
+    return turn.images / turn.seconds
+
+
+def cpu_per_image(turn: Turn) -> float:
+    """Milliseconds."""
+    return 1e3 * turn.cpu_seconds / turn.images
+
+
+def table(turns: dict[tuple[str, int], list[Turn]]) -> Iterator[str]:
+    """Lines under `HEADING`, by reader and workers."""
+    read = [turn for (name, _), found in turns.items() if name not in LIMITS for turn in found]
+    per_episode = sum(turn.images for turn in read) / sum(turn.episodes for turn in read)
+    for (name, workers), found in turns.items():
+        limit = turns[DECODING, workers]
+        by_rate = median(rate, found) / median(rate, limit)
+        by_cpu = median(cpu_per_image, limit) / median(cpu_per_image, found)
+        own = [turn.episodes / turn.seconds or rate(turn) / per_episode for turn in found]
+        cells = (
+            name,
+            str(workers),
+            spread([rate(turn) for turn in found]),
+            spread(own),
+            spread([cpu_per_image(turn) for turn in found]),
+            f"{100 * by_rate:.0f}% ({100 * by_cpu:.0f}%)",
+            digits(max(turn.peak_memory for turn in found)),
+            "-" if name in LIMITS else str(max(turn.open_files for turn in found)),
+        )
+        yield f"| {' | '.join(cells)} |"
+
+
+def median(figure: Callable[[Turn], float], turns: list[Turn]) -> float:
+    return statistics.median(figure(turn) for turn in turns)
+
+
+def environment() -> dict[str, str | int]:
+    """What the figures depend on besides this code."""
+    return harness.machine() | {
+        "pillow": PIL.__version__,
+        "libjpeg-turbo": features.version("libjpeg_turbo") or "no",
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "h5py": h5py.__version__,
+        "numpy": np.__version__,
+        "load before": f"{os.getloadavg()[0]:.2f}",
+    }
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line, checked. Raises InputError."""
+    parser = options.Parser("Time the reading of episodes beside a straightforward reader, and its limits.")
+    parser.formatter_class = argparse.HelpFormatter  # every default below is said in words
+    parser.add_argument(
+        "--data",
+        type=options.place,
+        metavar="FOLDER",
+        help="where the pictures are kept (default: a temporary folder)",
+    )
+    parser.add_argument("--classes", type=options.positive, help="of the source (default: 1000)")
+    parser.add_argument("--images", type=options.positive, help="of each class (default: 100)")
+    parser.add_argument(
+        "--image_size", type=options.positive, default=128, help="of an episode (default: 128)"
+    )
+    parser.add_argument("--turns", type=options.positive, help="of every reader (default: 5)")
+    parser.add_argument("--seconds", type=float, help="a turn (default: 5)")
+    parser.add_argument("--quick", action="store_true", help="a tiny source and one short turn by default")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to this file")
+    args = parser.parse(argv)
+    usual = (8, 20, 1, 0.2) if args.quick else (1000, 100, 5, 5.0)
+    for name, value in zip(("classes", "images", "turns", "seconds"), usual, strict=True):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.classes < 5 or args.images < 15:
+        raise InputError("--classes and --images: the episodes need at least 5 classes of 15 images")
+    if args.json and not args.json.resolve().parent.is_dir():
+        raise InputError(f"--json {args.json}: no such folder {args.json.resolve().parent}")
+    if not Path("/proc/self/status").exists():
+        raise InputError("memory and open files of workers are read from Linux's /proc, which is not there")
+    return args
+
+
+def main() -> int:
+    args = parse(sys.argv[1:])
+    about = environment()
+    print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
+    if args.data:
+        return compare(args, args.data, about)
+    with tempfile.TemporaryDirectory(prefix="amt_readers_") as folder:
+        return compare(args, Path(folder), about)
+
+
+def compare(args: argparse.Namespace, folder: Path, about: dict[str, str | int]) -> int:
+    torch.set_num_threads(1)  # inherited: no reader computes on more than its worker's core
+    root = make_sources(folder, args.classes, args.images)
+    plan = Plan(root, args.classes, args.images, args.image_size, args.seconds)
+    report: dict[str, Any] = {"environment": about, "plan": plan._asdict() | {"root": None}}
+
+    print(
+        f"\n{plan.classes} classes x {plan.images} images, episodes of {plan.image_size} px\n\n{OPENING_HEADING}"
+    )
+    protocol = next(iter(PROTOCOLS))
+    report["opening"] = {}
+    for name in (OURS, FAST, BASELINE):
+        found = [in_fresh_processes(1, open_turn, name, plan, protocol)[0] for _ in range(args.turns)]
+        cells = (spread([1e3 * figure for figure in figures]) for figures in zip(*found, strict=True))
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        report["opening"][name] = [turn._asdict() for turn in found]
+
+    report["rows"] = []
+    for protocol in PROTOCOLS:
+        turns = {(name, w): [] for w in WORKERS for name in (OURS, FAST, BASELINE, *LIMITS)}
+        for number in range(args.turns):
+            print(f"  {protocol}, turn {number + 1} of {args.turns}", file=sys.stderr, flush=True)
+            for (name, workers), found in turns.items():
+                found.append(take_turn(name, plan, protocol, workers))
+        print(f"\n{protocol}\n\n{HEADING}", *table(turns), sep="\n", flush=True)
+        report["rows"] += [
+            {
+                "protocol": protocol,
+                "reader": name,
+                "workers": workers,
+                "turns": [turn._asdict() for turn in found],
+            }
+            for (name, workers), found in turns.items()
+        ]
+
+    report["pixels"] = in_fresh_processes(1, pixel_difference, plan, next(iter(PROTOCOLS)))[0]
+    figures = ", ".join(f"{name} {digits(value)}" for name, value in report["pixels"].items())
+    print(f"\nfast_decode changes a pixel by, in grey levels of 255: {figures}.")
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_bad_input(main)

@@ -1,0 +1,314 @@
+"""The command `python -m meta_dataset_readers.check`: is a source complete, readable and as specified?
+
+    python -m meta_dataset_readers.check DATA_PATH [SOURCE ...]
+
+reads and decodes every picture; with --fast it looks at files, headers and counts only. One line says that a
+source is sound; otherwise each fault has a line of its own, and no fault hides the next. The exit code is 0
+where all sources are sound, 1 where one is not, 2 for a wrong command line.
+
+Works on any layout: knows of pictures only what an `ImageStore` promises.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import multiprocessing
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from tqdm import tqdm
+
+from meta_dataset_readers.command import Parser, available_cores, positive
+from meta_dataset_readers.domains import DOMAINS
+from meta_dataset_readers.errors import InputError, exit_on_bad_input, nearest
+from meta_dataset_readers.layouts import open_source, sources
+from meta_dataset_readers.packed import sound_records
+from meta_dataset_readers.spec import SPLITS, DatasetSpec
+from meta_dataset_readers.store import ImageStore, Source
+
+_SHOWN = 20  # faults of one source, unless all are asked for
+_BATCH = 512  # pictures that a process examines at a time
+_WORTH_PROCESSES = 5_000  # pictures; fewer are decoded before another process has started
+
+_Batch = list[tuple[int, Sequence[int]]]  # (class id, indices of pictures)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was found out about one source. It is sound if there are no faults; notes are none."""
+
+    name: str
+    contents: str  # what there is: classes, images, layout
+    n_faults: int = 0
+    faults: tuple[str, ...] = ()  # a line for each, or for the first of them
+    notes: tuple[str, ...] = ()
+
+    def lines(self, fast: bool) -> Iterator[str]:
+        """The report as it is printed; `fast` as it was given to `check`."""
+        if self.n_faults:
+            yield f"{self.name}: {self.n_faults} fault{'s'[: self.n_faults != 1]}"
+            yield from (f"  {line}" for line in self.faults)
+            if self.n_faults > len(self.faults):
+                yield f"  and {self.n_faults - len(self.faults)} more (--all shows them)"
+        else:
+            verdict = "complete by files and counts, no picture read" if fast else "complete and readable"
+            yield f"{self.name}: {verdict}: {self.contents}"
+        yield from (f"  note: {line}" for line in self.notes)
+
+
+class _Faults:
+    """Lines about faults: the first `most` are kept (None: all), every one is counted."""
+
+    def __init__(self, most: int | None):
+        self._most, self.kept, self.number = most, [], 0
+        self._last = ""
+
+    def add(self, line: str) -> None:
+        if line == self._last:  # a file that many classes share is at fault once
+            return
+        self._last = line
+        self.number += 1
+        if self._most is None or len(self.kept) < self._most:
+            self.kept.append(line)
+
+
+# --- the command -----------------------------------------------------------------------------------------
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        "meta_dataset_readers.check", "Say whether sources are complete and readable, or what is wrong."
+    )
+    parser.add_argument("data_path", type=Path, metavar="DATA_PATH", help="directory that holds the sources")
+    parser.add_argument("sources", nargs="*", metavar="SOURCE", help="name of one of them (default: all)")
+    parser.add_argument(
+        "--fast", action="store_true", help="look at files, headers and counts only, decode no picture"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=positive,
+        default=available_cores(),
+        metavar="N",
+        help="processes that decode (default: one per core)",
+    )
+    parser.add_argument(
+        "--all", action="store_true", help=f"show every fault, not only the first {_SHOWN} of a source"
+    )
+    return parser.parse(arguments)
+
+
+def main() -> int:
+    options = parse(sys.argv[1:])
+    most = None if options.all else _SHOWN
+    sound = True
+    with _processes(options.jobs) as pool:
+        for name in _names(options.data_path, options.sources):
+            report = check(options.data_path, name, fast=options.fast, most=most, pool=pool)
+            print(*report.lines(options.fast), sep="\n", flush=True)
+            sound &= not report.n_faults
+    return 0 if sound else 1
+
+
+def _names(root: Path, wanted: Sequence[str]) -> list[str]:
+    known = sources(root)
+    for name in wanted:
+        # A directory that is no source is one that has lost what it is known by: for `check` to say.
+        if name not in known and not (name and (root / name).is_dir()):
+            raise InputError(f"{root}: no source {name!r}; {nearest(name, known)}")
+    if not wanted and not known:
+        raise InputError(f"{root}: no source below it, expected a directory with one directory per source")
+    return list(dict.fromkeys(wanted or known))
+
+
+@contextlib.contextmanager
+def _processes(jobs: int) -> Iterator[Executor | None]:
+    """Where pictures are decoded: in other processes, started at the first use, or (None) in this one."""
+    if jobs == 1:
+        yield None
+        return
+    # Fresh interpreters: forking a program that already runs threads (torch does) can hang.
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, initializer=_leave_ctrl_c)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _leave_ctrl_c() -> None:
+    """Ctrl-C reaches every process of the group; that the command ends is for its parent to say."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# --- one source ------------------------------------------------------------------------------------------
+
+
+def check(
+    root: str | Path, name: str, *, fast: bool = False, most: int | None = None, pool: Executor | None = None
+) -> Report:
+    """Examine the source `name` below `root`, whatever is wrong with it.
+
+    `fast` leaves the pictures unread. At most `most` faults are reported in words (None: all). With a `pool`
+    of processes large sources are decoded there. Shows a progress bar if stderr is a terminal.
+    """
+    faults = _Faults(most)
+    try:
+        source = open_source(root, name)
+    except InputError as error:
+        faults.add(str(error))
+        return Report(name, "nothing that can be opened", faults.number, tuple(faults.kept))
+    spec, store = source.spec, source.store
+    absent = store.missing(range(len(spec.images_per_class)))
+    for file in absent:
+        faults.add(f"{spec.directory / file}: missing")
+    counts = _count(source, faults, fast)
+    if not fast:
+        elsewhere = {f"{name}/{file}" for file in absent}
+        wanted = {class_id: _present(store, class_id, count, elsewhere) for class_id, count in counts.items()}
+        with tqdm(total=sum(counts.values()), desc=name, unit="image", leave=False, disable=None) as bar:
+            for number, lines in _examined(root, name, store, wanted, pool):
+                for line in lines:
+                    faults.add(line)
+                bar.update(number)
+    contents = f"{len(spec.images_per_class)} classes, {sum(counts.values())} images"
+    layout = sources(root).get(name)  # None for a directory that its benchmark has another name for
+    if layout:
+        contents += f", {layout}"
+    return Report(name, contents, faults.number, tuple(faults.kept), tuple(_notes(name, source)))
+
+
+def _count(source: Source, faults: _Faults, fast: bool) -> dict[int, int]:
+    """The number of pictures of every class of which it can be told, compared with what is specified."""
+    spec, store, counts = source.spec, source.store, {}
+    classes = tqdm(spec.images_per_class, f"{spec.name}: counting", unit="class", leave=False, disable=None)
+    for class_id, claimed in enumerate(classes):
+        place, called = store.place(class_id), f"class {class_id} ({spec.class_name(class_id)!r})"
+        try:
+            there = counts[class_id] = store.count(class_id)
+        except InputError as error:
+            if not store.missing([class_id]):
+                faults.add(str(error) if fast else f"{error}{_rest(place)}")
+            continue
+        if there != claimed:
+            wrong = f"{claimed - there} missing" if there < claimed else f"{there - claimed} too many"
+            faults.add(f"{place}: {there} images of {called}, {spec.file.name} claims {claimed}: {wrong}")
+        elif there == 0:
+            faults.add(f"{place}: no image of {called}")
+    return counts
+
+
+def _rest(place: Path) -> str:
+    """What is still sound of a file of records that cannot be counted."""
+    if place.suffix != ".tfrecords":
+        return ""
+    try:
+        with place.open("rb") as file:
+            return f"; sound records before it: {sum(1 for _ in sound_records(file))}"
+    except OSError:
+        return ""
+
+
+def _present(store: ImageStore, class_id: int, count: int, absent: set[str]) -> Sequence[int]:
+    """The pictures of a class whose files are there."""
+    if not absent:
+        return range(count)
+    return [index for index in range(count) if store.origin(class_id, index).file not in absent]
+
+
+def _notes(name: str, source: Source) -> Iterator[str]:
+    """What is worth knowing about a source, but no fault of it."""
+    spec = source.spec
+    if spec.name != name:
+        yield f"{spec.file} says that the source is called {spec.name!r}"
+    strays = _strays(source)
+    if strays:
+        yield f"{len(strays)} files belong to no class, the first is {strays[0]}"
+    domain = next((one for key, one in DOMAINS.items() if name == key or name in one.directories), None)
+    classes, images = _sizes(spec), sum(spec.images_per_class)
+    if domain and domain.classes != classes:
+        published, here = ("/".join(map(str, sizes)) for sizes in (domain.classes, classes))
+        yield f"the published source has {published} classes in {'/'.join(SPLITS)}, this has {here}"
+    elif domain and domain.images not in (None, images):
+        yield f"the published source has {domain.images} images, this has {images}"
+
+
+def _sizes(spec: DatasetSpec) -> tuple[int, ...]:
+    return tuple(len(spec.classes(split)) for split in SPLITS)
+
+
+def _strays(source: Source) -> list[str]:
+    """Files that are named like those of a class, by a number, but of no class there is."""
+    places = {source.store.place(class_id) for class_id in range(len(source.spec.images_per_class))}
+    if not all(place.stem.isdecimal() and place.suffix for place in places):
+        return []
+    beside = {
+        file
+        for directory, suffix in {(place.parent, place.suffix) for place in places}
+        for file in directory.glob(f"*{suffix}")
+        if file.stem.isdecimal()
+    }
+    return sorted(file.name for file in beside - places)
+
+
+# --- its pictures ----------------------------------------------------------------------------------------
+
+
+def _examined(
+    root: str | Path,
+    name: str,
+    store: ImageStore,
+    wanted: Mapping[int, Sequence[int]],
+    pool: Executor | None,
+) -> Iterator[tuple[int, list[str]]]:
+    """Decode the `wanted` pictures of every class: by batch, how many, and a line for each at fault."""
+    if pool is None or sum(len(indices) for indices in wanted.values()) < _WORTH_PROCESSES:
+        yield from map(functools.partial(_examine, store), _batches(wanted))
+        return
+    try:
+        yield from pool.map(functools.partial(_examine_there, str(root), name), _batches(wanted))
+    except BrokenProcessPool as error:
+        died = "a process died while it decoded pictures, of too little memory or of a file that crashes it"
+        raise InputError(f"{name}: {died}; --jobs 1 shows how far it gets") from error
+
+
+def _batches(wanted: Mapping[int, Sequence[int]]) -> Iterator[_Batch]:
+    batch, size = [], 0
+    for class_id, indices in wanted.items():
+        for start in range(0, len(indices), _BATCH):
+            piece = indices[start : start + _BATCH]
+            batch.append((class_id, piece))
+            size += len(piece)
+            if size >= _BATCH:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _examine(store: ImageStore, batch: _Batch) -> tuple[int, list[str]]:
+    lines = []
+    for class_id, indices in batch:
+        for index in indices:
+            try:
+                store.image(class_id, index)
+            except InputError as error:
+                lines.append(str(error))
+    return sum(len(indices) for _, indices in batch), lines
+
+
+def _examine_there(root: str, name: str, batch: _Batch) -> tuple[int, list[str]]:
+    """In a process of the pool: opening is cheaper than sending what the store has learnt of its files."""
+    return _examine(_open_once(root, name).store, batch)
+
+
+_open_once = functools.lru_cache(maxsize=1)(open_source)
+
+
+if __name__ == "__main__":
+    exit_on_bad_input(main)
