@@ -65,7 +65,6 @@ ROWS = (
     Row("pool, uniform merging", "pool", ("--routing", "uniform")),
     Row("pool, best single adapter", "pool", (), "expert"),
     Row("pool, published merging (AMT)", "pool", ("--routing", "amt"), "routing"),
-    Row("pool, attacked routing (ours)", "pool", ("--routing", "attacked", "--top_k", "1"), "routing"),
 )
 
 
@@ -224,7 +223,7 @@ def main() -> None:
     parser.add_argument("--data_path", type=Path, default=Path("data/mini"))
     parser.add_argument("--recipe", type=Path, default=Path("recipes/mini_train.args"))
     parser.add_argument("--jobs", type=int, default=2, help="commands at a time")
-    parser.add_argument("--episodes", type=int, default=54, help="scored episodes per domain, seed and row")
+    parser.add_argument("--episodes", type=int, default=64, help="scored episodes per domain, seed and row")
     parser.add_argument("--choosing", type=int, default=12, help="VALID episodes that settings are chosen on")
     parser.add_argument("--steps", type=int, default=20, help="PGD steps of the scored attacks")
     parser.add_argument("--device", default="cpu")
