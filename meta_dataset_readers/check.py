@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from meta_dataset_readers.command import Parser, available_cores, positive
+from meta_dataset_readers.command import Parser, add_sources, available_cores, positive
 from meta_dataset_readers.domains import DOMAINS
 from meta_dataset_readers.errors import InputError, exit_on_bad_input, nearest
 from meta_dataset_readers.layouts import open_source, sources
@@ -34,9 +34,10 @@ from meta_dataset_readers.store import ImageStore, Source
 
 _SHOWN = 20  # faults of one source, unless all are asked for
 _BATCH = 512  # pictures that a process examines at a time
-_WORTH_PROCESSES = 5_000  # pictures; fewer are decoded before another process has started
+_WORTH_PROCESSES = 20_000  # pictures; fewer are decoded before another process has started
 
 _Batch = list[tuple[int, Sequence[int]]]  # (class id, indices of pictures)
+_Address = tuple[str, str, tuple[str, str] | None]  # the arguments of `open_source`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +86,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         "meta_dataset_readers.check", "Say whether sources are complete and readable, or what is wrong."
     )
-    parser.add_argument("data_path", type=Path, metavar="DATA_PATH", help="directory that holds the sources")
-    parser.add_argument("sources", nargs="*", metavar="SOURCE", help="name of one of them (default: all)")
+    add_sources(parser, "*", "name of a source below DATA_PATH (default: all of them)")
     parser.add_argument(
         "--fast", action="store_true", help="look at files, headers and counts only, decode no picture"
     )
@@ -105,11 +105,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main() -> int:
     options = parse(sys.argv[1:])
-    most = None if options.all else _SHOWN
+    how = {
+        "image_prefix": tuple(options.image_prefix) if options.image_prefix else None,
+        "fast": options.fast,
+        "most": None if options.all else _SHOWN,
+    }
     sound = True
     with _processes(options.jobs) as pool:
         for name in _names(options.data_path, options.sources):
-            report = check(options.data_path, name, fast=options.fast, most=most, pool=pool)
+            report = check(options.data_path, name, pool=pool, **how)
             print(*report.lines(options.fast), sep="\n", flush=True)
             sound &= not report.n_faults
     return 0 if sound else 1
@@ -150,16 +154,23 @@ def _leave_ctrl_c() -> None:
 
 
 def check(
-    root: str | Path, name: str, *, fast: bool = False, most: int | None = None, pool: Executor | None = None
+    root: str | Path,
+    name: str,
+    *,
+    image_prefix: tuple[str, str] | None = None,
+    fast: bool = False,
+    most: int | None = None,
+    pool: Executor | None = None,
 ) -> Report:
     """Examine the source `name` below `root`, whatever is wrong with it.
 
-    `fast` leaves the pictures unread. At most `most` faults are reported in words (None: all). With a `pool`
-    of processes large sources are decoded there. Shows a progress bar if stderr is a terminal.
+    `image_prefix` is that of `layouts.open_source`. `fast` leaves the pictures unread. At most `most` faults
+    are reported in words (None: all). With a `pool` of processes large sources are decoded there. Shows a
+    progress bar if stderr is a terminal.
     """
     faults = _Faults(most)
     try:
-        source = open_source(root, name)
+        source = open_source(root, name, image_prefix)
     except InputError as error:
         faults.add(str(error))
         return Report(name, "nothing that can be opened", faults.number, tuple(faults.kept))
@@ -172,7 +183,7 @@ def check(
         elsewhere = {f"{name}/{file}" for file in absent}
         wanted = {class_id: _present(store, class_id, count, elsewhere) for class_id, count in counts.items()}
         with tqdm(total=sum(counts.values()), desc=name, unit="image", leave=False, disable=None) as bar:
-            for number, lines in _examined(root, name, store, wanted, pool):
+            for number, lines in _examined(store, (str(root), name, image_prefix), wanted, pool):
                 for line in lines:
                     faults.add(line)
                 bar.update(number)
@@ -260,21 +271,23 @@ def _strays(source: Source) -> list[str]:
 
 
 def _examined(
-    root: str | Path,
-    name: str,
     store: ImageStore,
+    address: _Address,
     wanted: Mapping[int, Sequence[int]],
     pool: Executor | None,
 ) -> Iterator[tuple[int, list[str]]]:
-    """Decode the `wanted` pictures of every class: by batch, how many, and a line for each at fault."""
+    """Decode the `wanted` pictures of every class: by batch, how many, and a line for each at fault.
+
+    `address` is where other processes find the same store.
+    """
     if pool is None or sum(len(indices) for indices in wanted.values()) < _WORTH_PROCESSES:
         yield from map(functools.partial(_examine, store), _batches(wanted))
         return
     try:
-        yield from pool.map(functools.partial(_examine_there, str(root), name), _batches(wanted))
+        yield from pool.map(functools.partial(_examine_there, address), _batches(wanted))
     except BrokenProcessPool as error:
         died = "a process died while it decoded pictures, of too little memory or of a file that crashes it"
-        raise InputError(f"{name}: {died}; --jobs 1 shows how far it gets") from error
+        raise InputError(f"{address[1]}: {died}; --jobs 1 shows how far it gets") from error
 
 
 def _batches(wanted: Mapping[int, Sequence[int]]) -> Iterator[_Batch]:
@@ -302,9 +315,9 @@ def _examine(store: ImageStore, batch: _Batch) -> tuple[int, list[str]]:
     return sum(len(indices) for _, indices in batch), lines
 
 
-def _examine_there(root: str, name: str, batch: _Batch) -> tuple[int, list[str]]:
+def _examine_there(address: _Address, batch: _Batch) -> tuple[int, list[str]]:
     """In a process of the pool: opening is cheaper than sending what the store has learnt of its files."""
-    return _examine(_open_once(root, name).store, batch)
+    return _examine(_open_once(*address).store, batch)
 
 
 _open_once = functools.lru_cache(maxsize=1)(open_source)

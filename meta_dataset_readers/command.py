@@ -1,4 +1,5 @@
-"""What the commands of this package share: how a command line is read, and how much of the machine is ours.
+"""What the commands of this package share: how a command line is read, how sources are named on it, and how
+much of the machine is ours.
 
 Does not know what any command does.
 """
@@ -7,6 +8,7 @@ import argparse
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from meta_dataset_readers.errors import InputError
 
@@ -26,6 +28,20 @@ class Parser(argparse.ArgumentParser):
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parse `arguments`; an InputError says what is wrong with the first bad one."""
         return self.parse_args([_spelling(word) for word in arguments])
+
+
+def add_sources(parser: Parser, nargs: str, sources_help: str) -> None:
+    """The arguments that say which sources are meant: `data_path`, `sources`, and `image_prefix`, which is
+    None or a list of two, for `layouts.open_source`. `nargs` says how many sources there may be ("+" or "*").
+    """
+    parser.add_argument("data_path", type=Path, metavar="DATA_PATH", help="directory that holds the sources")
+    parser.add_argument("sources", nargs=nargs, metavar="SOURCE", help=sources_help)
+    parser.add_argument(
+        "--image_prefix",
+        nargs=2,
+        metavar=("OLD", "NEW"),
+        help="where the images of filelists written on another machine are (default: they are looked for)",
+    )
 
 
 def positive(text: str) -> int:

@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from meta_dataset_readers.command import Parser
+from meta_dataset_readers.command import Parser, add_sources
 from meta_dataset_readers.errors import DamagedRecord, InputError, exit_on_bad_input
 from meta_dataset_readers.layouts import open_source
 from meta_dataset_readers.packed import (
@@ -75,8 +75,7 @@ class Packed:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser("meta_dataset_readers.convert", "Pack sources: one record file per split, and an index.")
-    parser.add_argument("data_path", type=Path, metavar="DATA_PATH", help="directory that holds the sources")
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="name of a source below DATA_PATH")
+    add_sources(parser, "+", "name of a source below DATA_PATH")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="directory to hold the packed sources"
     )
@@ -90,7 +89,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main() -> None:
     options = parse(sys.argv[1:])
-    sources = {name: open_source(options.data_path, name) for name in options.sources}
+    prefix = tuple(options.image_prefix) if options.image_prefix else None
+    sources = {name: open_source(options.data_path, name, prefix) for name in options.sources}
     for name, packed in convert(sources, options.out, skip_bad_records=options.skip_bad_records):
         for note in packed.notes:
             print(f"{name}: {note}", file=sys.stderr)
@@ -104,25 +104,31 @@ def convert(
 ) -> Iterator[tuple[str, Packed]]:
     """Pack `sources`, by name, into directories of these names below `out`, one after the other.
 
-    With `skip_bad_records`, damaged pictures are left out, and a class that has another number of pictures
-    than its specification claims is packed as it is; otherwise either is an error. A source that is packed
-    there already is left alone, one whose packing was cut short is finished.
+    With `skip_bad_records`, damaged and missing pictures are left out, and a class that has another number
+    of pictures than its specification claims is packed as it is; otherwise either is an error. A source that
+    is packed there already is left alone, one whose packing was cut short is finished.
 
     Raises InputError for those, for a file that is missing or cannot be read, and, before anything is
     written, for an `out` inside a source, a directory in the way, and too little room.
     """
     for name, source in sources.items():
         _check_place(out / name, [other.spec.directory for other in sources.values()])
-        missing = source.store.missing(_classes(source.spec))
-        if missing:
-            directory = source.spec.directory
-            raise InputError(f"{directory}: {len(missing)} files are missing, the first is {missing[0]}")
+        # A picture that is missing can be left out; a file of a whole class cannot, which its store will say.
+        if not skip_bad_records and not _is_complete(out / name):
+            _check_files(source)
     _check_room(sources, out)
     for name, source in sources.items():
         if _is_complete(out / name):
             yield name, _found(out / name, name)
         else:
             yield name, _pack(source, name, out / name, skip_bad_records)
+
+
+def _check_files(source: Source) -> None:
+    missing = source.store.missing(_classes(source.spec))
+    if missing:
+        found = f"{len(missing)} files are missing, the first is {missing[0]}"
+        raise InputError(f"{source.spec.directory}: {found}")
 
 
 def _classes(spec: DatasetSpec) -> range:
@@ -259,7 +265,6 @@ class _Journal:
         if begun != plan:
             found = "was begun from another source, or this one has changed since"
             raise InputError(f"{path}: the copy {found}; delete {path.parent} to start anew")
-
         if self.left_out and not skip_bad_records:
             raise InputError(next(iter(self.left_out.values())))
 

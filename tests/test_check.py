@@ -1,8 +1,9 @@
-"""The check of sources: what is sound is called so, every damage is seen and named, and none hides the next."""
+"""The check of sources: what is sound is called so, all damage is seen and named, and none hides the next."""
 
 import concurrent.futures
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -12,25 +13,22 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from conftest import BENCHMARKS, flat_spec, jpeg, write_classes, write_spec
 from PIL import Image
 
 import meta_dataset_readers.check as checking
+import meta_dataset_readers.convert as conversion
 from meta_dataset_readers.check import check
 from meta_dataset_readers.convert import convert
 from meta_dataset_readers.domains import DOMAINS, Domain
 from meta_dataset_readers.episode import ImageOrigin
 from meta_dataset_readers.errors import DamagedRecord, InputError, exit_on_bad_input
-from meta_dataset_readers.layouts import sources
-from meta_dataset_readers.packed import open_packed
+from meta_dataset_readers.layouts import open_source, sources
 from meta_dataset_readers.spec import DatasetSpec, load_spec
-from meta_dataset_readers.store import ImageStore, RecordStore, Source
+from meta_dataset_readers.store import ImageStore, Source
 from meta_dataset_readers.tfrecord import encode_example, open_records, write_records
-from tests.conftest import flat_spec, jpeg, write_spec
 
-SAMPLES = Path(
-    os.environ.get("AMT_BENCHMARK_DATA", Path(__file__).parents[2] / "shared" / "data" / "benchmarks")
-)
-needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason=f"no sample data in {SAMPLES}")
+needs_samples = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason=f"no sample data in {BENCHMARKS}")
 
 
 def command(monkeypatch, capsys, *arguments):
@@ -122,7 +120,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_named_with_its_place(tiny_source, name):
-    """File, record and byte, once, and nothing else; what only decoding shows is not seen by the fast look."""
+    """File, record and byte, once, and nothing else; the fast look does not see what only decoding shows."""
     path = tiny_source() / "4.tfrecords"
     damage, line, seen_fast = DAMAGES[name]
     damage(path)
@@ -181,7 +179,7 @@ def test_a_sound_source_is_one_line(tiny_source, monkeypatch, capsys, kind):
     directory = tiny_source(kind, n_images=3)
     n_classes = len(load_spec(directory).images_per_class)
     code, said, errors = command(monkeypatch, capsys, directory.parent, "tiny")
-    counts = f"{n_classes} classes, {3 * n_classes} images, record layout"
+    counts = f"{n_classes} classes, {3 * n_classes} images, record files"
     assert (code, said, errors) == (0, [f"tiny: complete and readable: {counts}"], [])
     code, said, _ = command(monkeypatch, capsys, directory.parent, "--fast")
     assert (code, said) == (0, [f"tiny: complete by files and counts, no picture read: {counts}"])
@@ -194,14 +192,13 @@ def test_checking_changes_nothing(tiny_source):
     assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in directory.iterdir()} == before
 
 
-def test_a_packed_source_is_checked_like_any_other(tiny_source, tmp_path, monkeypatch):
+def test_a_packed_source_is_checked_like_any_other(tiny_source, tmp_path):
     """Sound, then with a damaged record, then with one split cut short and the offsets of another gone."""
     directory = tiny_source()
-    list(convert({"tiny": Source(load_spec(directory), RecordStore(directory, "tiny"))}, tmp_path / "out"))
-    monkeypatch.setattr(checking, "open_source", lambda root, name: open_packed(Path(root) / name, name))
+    list(convert({"tiny": open_source(directory.parent, "tiny")}, tmp_path / "out"))
     packed = tmp_path / "out" / "tiny"
     report = check(tmp_path / "out", "tiny")
-    assert (report.n_faults, report.contents) == (0, "11 classes, 88 images, packed layout")
+    assert (report.n_faults, report.contents) == (0, "11 classes, 88 images, packed")
 
     where = offset(packed / "TRAIN.tfrecords", 9)
     flip(packed / "TRAIN.tfrecords", where + 9)
@@ -268,7 +265,6 @@ def test_all_sources_are_checked_and_one_bad_one_decides(tiny_source, tmp_path, 
     (tmp_path / "b" / "3.tfrecords").unlink()
     (tmp_path / ".hidden").mkdir()
     (tmp_path / ".hidden" / "0.tfrecords").touch()
-    assert sources(tmp_path) == ["a", "b", "c"]
     code, said, _ = command(monkeypatch, capsys, tmp_path)
     assert code == 1 and [line.split(":")[0] for line in said if line[0] != " "] == ["a", "b", "c"]
     code, said, _ = command(monkeypatch, capsys, tmp_path, "c", "a", "c")
@@ -293,7 +289,7 @@ def test_a_wrong_command_line_is_one_line_and_exit_code_2(tiny_source, monkeypat
     assert (code, said, len(errors)) == (2, [], 1) and line in errors[0]
 
 
-# --- other processes -----------------------------------------------------------------------------------------
+# --- other processes -------------------------------------------------------------------------------------
 
 
 def test_processes_find_what_one_finds(tiny_source, monkeypatch):
@@ -309,15 +305,16 @@ def test_processes_find_what_one_finds(tiny_source, monkeypatch):
             assert check(directory.parent, "tiny", pool=pool) == expected
 
 
-def test_a_real_process_examines_pictures(tiny_source, monkeypatch):
-    """What it needs can be sent to a fresh interpreter, and comes back."""
+def test_what_a_process_is_sent_is_small_and_complete(tiny_source):
+    """A name, not what the store has learnt of its files; and what comes back can be sent as well."""
     directory = tiny_source(n_images=2)
     flip(directory / "1.tfrecords", offset(directory / "1.tfrecords", 1) + 40)
-    monkeypatch.setattr(checking, "_WORTH_PROCESSES", 0)
-    with checking._processes(2) as pool:
-        pool._max_workers = 1  # a second interpreter would show nothing more
-        report = check(directory.parent, "tiny", pool=pool)
-    assert report == check(directory.parent, "tiny") and report.n_faults == 1
+    address, batch = (str(directory.parent), "tiny", None), [(0, range(2)), (1, range(2))]
+    sent = pickle.dumps((checking._examine_there, address, batch))
+    assert len(sent) < 500
+    examine, *arguments = pickle.loads(sent)
+    number, lines = pickle.loads(pickle.dumps(examine(*arguments)))
+    assert number == 4 and tuple(lines) == check(directory.parent, "tiny").faults != ()
 
 
 def test_a_process_that_dies_is_one_line(tiny_source, monkeypatch):
@@ -358,67 +355,90 @@ class ListedStore(ImageStore):
         return [file for file in self.absent if int(file[0]) in class_ids]
 
 
+def test_a_folder_of_class_folders_is_checked_too(tmp_path, monkeypatch, capsys):
+    write_classes(tmp_path / "mine", cat=2, dog=1)
+    code, said, _ = command(monkeypatch, capsys, tmp_path)
+    assert (code, said) == (0, ["mine: complete and readable: 2 classes, 3 images, class folders"])
+    (tmp_path / "mine" / "cat" / "1.png").write_bytes(b"text")
+    code, said, _ = command(monkeypatch, capsys, tmp_path)
+    assert code == 1 and f"{tmp_path}/mine/cat/1.png: " in said[1]
+
+
+def test_filelists_of_another_machine_are_told_where_their_images_are(tmp_path, monkeypatch, capsys):
+    """--image_prefix, with dashes as well, for both commands; from a path that no search would find."""
+    write_classes(tmp_path / "elsewhere", cat=2)
+    images = [f"/their/disk/cat/{index}.png" for index in range(2)]
+    content = {"label_names": ["cat"], "image_names": images, "image_labels": [0, 0]}
+    (tmp_path / "data" / "cub").mkdir(parents=True)
+    (tmp_path / "data" / "cub" / "base.json").write_text(json.dumps(content))
+    for part in ("val", "novel"):
+        empty = {"label_names": ["cat"], "image_names": [], "image_labels": []}
+        (tmp_path / "data" / "cub" / f"{part}.json").write_text(json.dumps(empty))
+    assert command(monkeypatch, capsys, tmp_path / "data")[0] == 1
+    prefix = ("--image-prefix", "/their/disk", tmp_path / "elsewhere")
+    code, said, _ = command(monkeypatch, capsys, tmp_path / "data", "cub", *prefix)
+    assert code == 0 and said[0] == "cub: complete and readable: 1 classes, 2 images, filelists"
+    monkeypatch.setattr(
+        sys, "argv", ["convert", *map(str, (tmp_path / "data", "cub", "--out", tmp_path / "out", *prefix))]
+    )
+    conversion.main()
+    assert check(tmp_path / "out", "cub").contents == "1 classes, 2 images, packed"
+
+
 def test_a_listed_file_that_is_missing_is_said_once(tmp_path, monkeypatch):
     spec = DatasetSpec(
         "listed", tmp_path, {"TRAIN": range(2), "VALID": range(0), "TEST": range(0)}, (3, 3), "ab"
     )
     source = Source(spec, ListedStore(("0/2.jpg", "1/0.jpg")))
-    monkeypatch.setattr(checking, "open_source", lambda root, name: source)
+    monkeypatch.setattr(checking, "open_source", lambda *_address: source)
     expected = tuple(f"{tmp_path}/{file}: missing" for file in source.store.absent)
     assert check(tmp_path, "listed").faults == expected == check(tmp_path, "listed", fast=True).faults
 
 
-# --- the sample data -----------------------------------------------------------------------------------------
+# --- the sample data -------------------------------------------------------------------------------------
 
 
 @pytest.mark.benchmark_data
 @needs_samples
 def test_every_broken_sample_is_seen_and_the_intact_one_is_sound():
     """Damage to one class is told by its file, damage to the specification by the specification."""
-    cases = json.loads((SAMPLES / "broken" / "NOTES.json").read_text())
+    cases = json.loads((BENCHMARKS / "broken" / "NOTES.json").read_text())
     assert "intact" in cases
     for name, note in cases.items():
-        report = check(SAMPLES / "broken", name)
+        report = check(BENCHMARKS / "broken", name)
         assert bool(report.n_faults) == (name != "intact"), (name, note)
         of_class = re.match(r"class (\d+)(?:, record (\d+))?:", note)
         if of_class:
-            file = SAMPLES / "broken" / name / f"{of_class[1]}.tfrecords"
+            file = BENCHMARKS / "broken" / name / f"{of_class[1]}.tfrecords"
             assert all(line.startswith(f"{file}: ") for line in report.faults), note
             assert not of_class[2] or f"record {of_class[2]} at byte" in report.faults[0]
 
 
 @pytest.mark.benchmark_data
 @needs_samples
-def test_real_sources_are_sound_and_pack_to_sound_ones(tmp_path, monkeypatch):
+def test_real_sources_are_sound_and_pack_to_sound_ones(tmp_path):
     """Also each picture and specification after packing. A specification without files is no source."""
-    complete = [
-        name for name in sources(SAMPLES / "records") if any((SAMPLES / "records" / name).glob("*.tf*"))
-    ]
+    records = BENCHMARKS / "records"
+    complete = [name for name in sources(records) if any((records / name).glob("*.tfrecords"))]
     assert complete
     for name in complete:
-        report = check(SAMPLES / "records", name)
-        assert report.faults == ()
-        directory = SAMPLES / "records" / name
-        original = Source(load_spec(directory), RecordStore(directory, name))
+        assert check(records, name).faults == ()
+        original = open_source(records, name)
         list(convert({name: original}, tmp_path))
-        copy = open_packed(tmp_path / name, name)
+        copy = open_source(tmp_path, name)
         assert copy.spec.images_per_class == original.spec.images_per_class
         assert copy.spec.groups == original.spec.groups
         for class_id, count in enumerate(copy.spec.images_per_class):
             for index in range(count):
                 assert copy.store.encoded(class_id, index) == original.store.encoded(class_id, index)
-    monkeypatch.setattr(checking, "open_source", lambda root, name: open_packed(Path(root) / name, name))
-    for name in complete:
         assert check(tmp_path, name).faults == ()
 
 
 @pytest.mark.benchmark_data
 @needs_samples
-def test_broken_hdf5_samples_are_seen_and_the_intact_one_is_sound(tmp_path, monkeypatch):
-    """Each takes the place of the class it is labelled as; the specification claims what the intact one has."""
-    hdf5 = pytest.importorskip("meta_dataset_readers.hdf5")
-    monkeypatch.setattr(checking, "open_source", lambda root, name: hdf5.open_hdf5(Path(root) / name, name))
-    files = {file.stem: file for file in (SAMPLES / "broken_h5").glob("*.h5")}
+def test_broken_hdf5_samples_are_seen_and_the_intact_one_is_sound(tmp_path):
+    """Each takes the place of the class it is labelled as, which should have what the intact one has."""
+    files = {file.stem: file for file in (BENCHMARKS / "broken_h5").glob("*.h5")}
     with h5py.File(files["intact"]) as intact:
         class_id, n_images = int(intact["0"]["label"][0]), len(intact)
     for stem, file in files.items():

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from conftest import SPLITS, flat_spec, jpeg, write_classes, write_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -26,11 +28,13 @@ import meta_dataset_readers.convert as conversion
 from meta_dataset_readers.convert import convert
 from meta_dataset_readers.episode import ImageOrigin
 from meta_dataset_readers.errors import DamagedRecord, InputError, exit_on_bad_input
+from meta_dataset_readers.layouts import open_source
 from meta_dataset_readers.packed import open_packed
+from meta_dataset_readers.reader import EpisodeReader
+from meta_dataset_readers.sampling import EpisodeSampling
 from meta_dataset_readers.spec import DatasetSpec, load_spec
 from meta_dataset_readers.store import ImageStore, RecordStore, Source
 from meta_dataset_readers.tfrecord import encode_example, open_records, write_records
-from tests.conftest import SPLITS, flat_spec, jpeg, write_spec
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -140,6 +144,20 @@ def test_hierarchies_keep_their_specification(tiny_source, tmp_path, kind):
     spec, copy = load_spec(directory), open_packed(packed, "tiny").spec
     assert (copy.ontology, copy.groups, copy.class_names) == (spec.ontology, spec.groups, spec.class_names)
     assert (packed / "dataset_spec.json").read_bytes() == (directory / "dataset_spec.json").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["flat", "bilevel", "dag"])
+def test_episodes_are_those_of_the_original(tiny_source, tmp_path, kind):
+    """To the bit; only the origin of the images tells the difference."""
+    directory = tiny_source(kind)
+    pack(directory, tmp_path / "out")
+    roots, sampling = (directory.parent, tmp_path / "out"), EpisodeSampling(max_num_query=2)
+    one, other = (EpisodeReader(root, "tiny", "TEST", sampling, 16, n_episodes=3) for root in roots)
+    for index in range(3):
+        assert torch.equal(one[index].support, other[index].support)
+        assert torch.equal(one[index].query, other[index].query)
+        assert one[index].class_ids == other[index].class_ids
+        assert {origin.file for origin in other[index].query_origin} == {"tiny/TEST.tfrecords"}
 
 
 class PixelStore(ImageStore):
@@ -287,6 +305,17 @@ def test_a_run_that_stopped_at_a_bad_record_can_go_on_without_it(source, tmp_pat
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
 
 
+def test_a_missing_picture_of_a_list_can_be_left_out(tmp_path):
+    directory = write_classes(tmp_path / "data" / "mine", cat=2, dog=3)
+    sources = {"mine": open_source(directory.parent, "mine")}
+    (directory / "dog" / "1.png").unlink()
+    with pytest.raises(InputError, match=r"1 files are missing, the first is dog/1\.png"):
+        list(convert(sources, tmp_path / "out"))
+    ((_, packed),) = convert(sources, tmp_path / "out", skip_bad_records=True)
+    assert open_packed(packed.directory, "mine").spec.images_per_class == (2, 2)
+    assert len(packed.notes) == 1 and "dog/1.png: no such file" in packed.notes[0]
+
+
 def test_a_broken_file_is_no_bad_record(source, tmp_path):
     """Nobody can say how much would be left out."""
     with (source / "3.tfrecords").open("ab") as file:
@@ -295,6 +324,8 @@ def test_a_broken_file_is_no_bad_record(source, tmp_path):
         pack(source, tmp_path / "out", skip_bad_records=True)
     (source / "3.tfrecords").unlink()
     with pytest.raises(InputError, match=r"1 files are missing, the first is 3\.tfrecords"):
+        pack(source, tmp_path / "out")
+    with pytest.raises(InputError, match=r"3\.tfrecords: cannot be read"):
         pack(source, tmp_path / "out", skip_bad_records=True)
     assert not (tmp_path / "out").exists()
 
@@ -441,7 +472,7 @@ def test_a_disk_that_does_not_keep_what_was_written_is_noticed(source, tmp_path,
 
 def test_a_complete_source_is_left_alone(source, packed, tmp_path, monkeypatch):
     before = {file: file.stat().st_mtime_ns for file in packed.iterdir()}
-    (source / "0.tfrecords").write_bytes(b"")  # not even looked at
+    (source / "0.tfrecords").unlink()  # not even looked at
     monkeypatch.setattr(RecordStore, "encoded", None)
     again = pack(source, tmp_path / "out")
     assert not again.fresh and (again.classes, again.images) == (4, 11)
