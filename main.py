@@ -42,12 +42,12 @@ def main() -> int:
     open_source = partial(EpisodeReader, **options.reading(args, backbone.image_size))
     training = [
         open_source(source=source, split="TRAIN", n_episodes=total, augment=True)
-        for source in args.base_sources
+        for source in options.training_sources(args)
     ]
     episodes = SourceMixture(training, total, args.seed)
     validation = [
         open_source(source=source, split="VALID", n_episodes=args.nValEpisode)
-        for source in args.val_sources or args.base_sources
+        for source in args.val_sources or options.training_sources(args)
         if args.nValEpisode
     ]
     tuner, history = resumed(args, backbone, settings) if args.resume else fresh(args, backbone, settings)
@@ -87,9 +87,10 @@ def main() -> int:
 def protocol(args: argparse.Namespace, backbone: Backbone) -> dict:
     """What a run's weights depend on besides its settings and levels, as plain JSON values."""
     found = {
-        "base_sources": args.base_sources,
+        "base_sources": options.training_sources(args),
         "image_size": backbone.image_size,
         "autocast": str(backbone.autocast),
+        "augmented": ["support", "query"],
         **dataclasses.asdict(options.sampling(args)),
     }
     return json.loads(json.dumps(found))

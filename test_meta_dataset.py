@@ -51,7 +51,7 @@ def main() -> int:
     open_source = partial(EpisodeReader, **options.reading(args, backbone.image_size))
     readers = [
         open_source(source=source, split=args.split, n_episodes=args.nTestEpisode)
-        for source in args.test_sources
+        for source in options.test_sources(args)
     ]
     attacks = options.attacks(args)
     predict, merging = predictor(args, backbone, open_source)
@@ -109,6 +109,10 @@ def predictor(
     saved = checkpoint.load(args.resume)
     checkpoint.check_architecture(args.resume, saved.pool, backbone.weights, backbone.arch)
     pool = saved.pool.to(backbone.device)
+    if args.deploy == "vanilla" and len(pool) > 1:
+        raise InputError(
+            f"--deploy vanilla takes a single adapter, {args.resume} holds {len(pool)}: merge-vanilla"
+        )
     trims = tuple(args.trim)
     check_trims((*trims, *args.trim_candidates), pool)
     about = {"epsilons": [level.epsilon for level in pool.levels]}

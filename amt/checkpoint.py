@@ -1,33 +1,33 @@
-"""Checkpoints on disk: our own format, and the names of the published one.
+"""Checkpoints on disk: our own format; those of the published code are read through amt/published.py.
 
 Ours is a single safetensors file, replaced atomically, whose header carries one JSON text: kind, arch,
 levels, settings, command, versions, seed, scores. The same JSON is written beside it for people to read.
-Nothing here ever unpickles. Knows no model definitions.
+Knows no model definitions.
 """
 
 import dataclasses
 import json
 import os
 import platform
-import re
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy
-import safetensors
 import timm
 import torch
 from safetensors.torch import save as serialise
 from torch import Tensor
 
+from amt import published, weight_files
 from amt.lora import LoRAPool
 from amt.meta_tune import TuneSettings
 from amt.perturb import Perturbation
 from meta_dataset_readers.errors import InputError
 
 FORMAT = 1
+HEADER = "amt"  # the field of a safetensors header that makes a file ours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     }
     text = json.dumps(about, indent=1)
 
-    replace_file(path, lambda part: part.write_bytes(serialise(tensors, metadata={"amt": text})))
+    replace_file(path, lambda part: part.write_bytes(serialise(tensors, metadata={HEADER: text})))
     replace_file(path.with_suffix(".json"), lambda part: part.write_text(text + "\n"))
 
 
@@ -99,21 +99,27 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint written by `save`.
+    """Read a checkpoint written by `save`, or one of the published code (see `published.read_pool`).
 
     Raises:
-        InputError: the file is missing, is none of ours, or its tensors do not form a pool.
+        InputError: the file is missing, is no checkpoint, or its tensors do not form a pool.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("amt")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a checkpoint, expected safetensors ({error})") from error
-    if text is None:
-        raise InputError(f"{path}: safetensors without the field 'amt' in its header; not a pool of LoRAs")
+    return parse(path, weight_files.read(path, "checkpoint"))
+
+
+def parse(path: Path, content: weight_files.Content) -> Checkpoint:
+    """The checkpoint in a file's contents; `path` is for errors, see `load`."""
+    if HEADER in content.header:
+        return _parse_own(path, content.data, content.header[HEADER])
+    if published.find_state(content.data) is None:
+        raise InputError(
+            f"{path}: holds no LoRAs, so it is not a pool; weights of a backbone are named by "
+            "--pretrained_checkpoint"
+        )
+    return Checkpoint(*published.read_pool(path, content.data))
+
+
+def _parse_own(path: Path, tensors: dict[str, Tensor], text: str) -> Checkpoint:
     try:
         about = json.loads(text)
         if about["format"] != FORMAT:
@@ -147,6 +153,8 @@ def _assemble(path: Path, tensors: dict[str, Tensor], levels: tuple, about: dict
     for name in adapted:
         check_factors(path, name, residual[name], A[name], B[name], len(levels))
     for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise InputError(f"{path}: tensor {name} is {tensor.dtype}, expected a floating-point type")
         if not torch.isfinite(tensor).all():
             raise InputError(f"{path}: tensor {name} holds values that are not finite")
     pool = LoRAPool(residual, A, B, head["scale"], head["bias"], levels)
@@ -177,6 +185,16 @@ def check_architecture(path: Path, pool: LoRAPool, weights: dict[str, Tensor], a
             raise InputError(f"{path}: tensor {name} is {shapes[0]}, but --arch {arch} has it {shapes[1]}")
 
 
+def require_levels(path: Path, found: Checkpoint) -> None:
+    """Raise an `InputError` if nobody knows what the LoRAs of a published pool were trained for."""
+    if found.about.get("levels_from") == "nowhere":
+        values = " ".join(f"E{p}" for p in range(len(found.pool)))
+        raise InputError(
+            f"{path}: does not say the levels of its LoRAs; give them, one for each: "
+            f"python -m amt pool {path} --epsilon {values} --out POOL.safetensors"
+        )
+
+
 def check_resumable(
     path: Path,
     saved: Checkpoint,
@@ -186,6 +204,11 @@ def check_resumable(
     protocol: dict,
 ) -> None:
     """Raise an `InputError` unless `saved` is an unfinished run of these very settings and `protocol`."""
+    if "published" in saved.about:
+        raise InputError(
+            f"{path}: a checkpoint of the published code, whose training cannot be continued exactly; "
+            "expected a last.safetensors of ours"
+        )
     if "tuner" not in saved.about:
         raise InputError(f"{path}: holds no optimiser state; continue from a last.safetensors")
     for name, kind in {"tuner": dict, "settings": dict, "protocol": dict, "history": list}.items():
@@ -199,39 +222,3 @@ def check_resumable(
     for name, value in asked.items():
         if found.get(name) != value:
             raise InputError(f"{path}: was trained with {name} {found.get(name)!r}, not {value!r}")
-
-
-_PUBLISHED_FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>\d+))?")
-
-
-def pool_from_published(state: dict[str, Tensor], levels: tuple[Perturbation, ...]) -> LoRAPool:
-    """A pool from a state dict of the published code: one LoRA (`backbone.`) or several (`backbone.model.`).
-
-    Published factors are (g * r, in) and (out, r); ours carry the groups g as an axis. Which level each
-    LoRA was trained for is not in the file, so `levels` says it, one per LoRA.
-
-    Raises:
-        ValueError: as many LoRAs as levels were not found.
-    """
-    prefix = "backbone.model." if any(name.startswith("backbone.model.") for name in state) else "backbone."
-    residual: dict[str, Tensor] = {}
-    factors: dict[tuple[str, str], dict[int, Tensor]] = {}
-    for name, tensor in state.items():
-        match = _PUBLISHED_FACTOR.fullmatch(name.removeprefix(prefix))
-        if match:
-            key = f"{match['layer']}.weight", match["side"]
-            factors.setdefault(key, {})[int(match["adapter"] or 0)] = tensor
-        elif name.startswith(prefix):
-            residual[name.removeprefix(prefix)] = tensor
-    A, B = {}, {}
-    for (name, side), found in factors.items():
-        if sorted(found) != list(range(len(levels))):
-            raise ValueError(f"{name} has LoRAs {sorted(found)}, expected {len(levels)} of them")
-        stacked = torch.stack([found[p] for p in range(len(levels))])
-        groups = 3 if name.endswith("qkv.weight") else 1
-        if side == "A":
-            A[name] = stacked.reshape(len(levels), groups, -1, stacked.shape[-1])
-        else:
-            B[name] = stacked.reshape(len(levels), groups, -1, stacked.shape[-1])
-    scale, bias = (state[name].reshape(1).repeat(len(levels)) for name in ("scale_cls", "bias"))
-    return LoRAPool(residual, A, B, scale, bias, levels)

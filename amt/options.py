@@ -9,6 +9,7 @@ import argparse
 import math
 import re
 import shlex
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +22,21 @@ from amt.lora import Trim
 from amt.merge import Routing
 from amt.meta_tune import METHODS, TuneSettings
 from amt.perturb import STARTS, Perturbation
+from amt.published_flags import is_published, n_values, reasons
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.sampling import EpisodeSampling
 
 POOL_EPSILONS = (8.0, 6.0, 0.1, 0.01)
+TRAINING_SOURCES = (
+    *("aircraft", "cu_birds", "dtd", "fungi"),
+    *("ilsvrc_2012", "omniglot", "quickdraw", "vgg_flower"),
+)
+TEST_SOURCES = (
+    *("traffic_sign", "mscoco", "ilsvrc_2012", "omniglot", "aircraft"),
+    *("cu_birds", "dtd", "quickdraw", "fungi", "vgg_flower"),
+)
+CDFSL_QUERIES = 15  # per class, in the benchmark's own evaluation
+FOLDER_DATASETS = {"cifar_fs": "cifar_fs", "cifar_fs_elite": "cifar_fs", "mini_imagenet": "mini_imagenet"}
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -58,6 +70,32 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse flags; an `InputError` says what is wrong with the first bad one."""
         return self.parse_args([spelling(word) for word in argv])
+
+    def add_published(self) -> None:
+        """Accept every flag of the published scripts that has no meaning here, as the last of all flags."""
+        group = self.add_argument_group("accepted from published command lines, without effect")
+        for name, reason in reasons().items():
+            if f"--{name}" not in self._option_string_actions:
+                group.add_argument(
+                    f"--{name}",
+                    nargs=n_values(name),
+                    action=WithoutEffect,
+                    default=argparse.SUPPRESS,
+                    help=reason,
+                )
+
+    def _get_option_tuples(self, option_string: str) -> list:
+        """What an abbreviation may stand for: of several flags the published one, if that is one."""
+        found = super()._get_option_tuples(option_string)
+        published = [match for match in found if is_published(match[1].lstrip("-"))]
+        return published if len(published) == 1 else found
+
+
+class WithoutEffect(argparse.Action):
+    """Takes the values of a flag and says that they change nothing."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        print(f"note: {option_string} has no effect: {self.help}", file=sys.stderr)
 
 
 def spelling(word: str) -> str:
@@ -95,6 +133,13 @@ def amount(text: str) -> float:
     return value
 
 
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no fraction, expected 0 to 1")
+    return value
+
+
 def trim(text: str) -> Trim:
     """NAME:BLOCK:KEEP, as in qkv:-1:0.5."""
     try:
@@ -107,10 +152,24 @@ def trim(text: str) -> Trim:
     return found
 
 
-def _common(parser: Parser, sources: str, split_help: str) -> None:
+def _common(parser: Parser, sources: str, default: Sequence[str], split_help: str) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--data_path", type=place, required=True, help="folder with one folder per source")
-    data.add_argument(f"--{sources}", nargs="+", required=True, metavar="SOURCE", help=split_help)
+    data.add_argument(
+        f"--{sources}", nargs="+", metavar="SOURCE", help=f"{split_help} (default: {' '.join(default)})"
+    )
+    data.add_argument(
+        "--dataset",
+        choices=["meta_dataset", *FOLDER_DATASETS],
+        default="meta_dataset",
+        help="the others stand for that source, with episodes by --nClsEpisode, --nSupport and --nQuery",
+    )
+    data.add_argument(
+        "--image_prefix",
+        nargs=2,
+        metavar=("OLD", "NEW"),
+        help="where the images of filelists written on another machine are (default: they are looked for)",
+    )
     data.add_argument("--image_size", type=positive, help="side in pixels (default: the backbone's)")
     data.add_argument("--num_workers", type=natural, default=1, help="processes that prepare episodes")
     data.add_argument(
@@ -139,12 +198,30 @@ def _common(parser: Parser, sources: str, split_help: str) -> None:
     episodes.add_argument(
         "--min_examples_in_class", type=natural, default=0, help="leave smaller classes out"
     )
+    episodes.add_argument("--min_log_weight", type=float, default=math.log(0.5), help="when shots vary")
+    episodes.add_argument("--max_log_weight", type=float, default=math.log(2), help="when shots vary")
+    for kind, what in (("dag", "below one node of ImageNet's graph"), ("bilevel", "of one alphabet")):
+        episodes.add_argument(
+            f"--ignore_{kind}_ontology", action="store_true", help=f"classes need not be {what}"
+        )
+    episodes.add_argument(
+        "--ignore_hierarchy_probability", type=fraction, default=0.0, help="share of episodes that ignore it"
+    )
+    episodes.add_argument("--nClsEpisode", type=positive, default=5, help="ways with another --dataset")
+    episodes.add_argument("--nSupport", type=positive, default=1, help="shots with another --dataset")
+    episodes.add_argument("--nQuery", type=positive, default=15, help="queries with another --dataset")
 
     model = parser.add_argument_group("model")
-    model.add_argument("--pretrained_checkpoint", type=place, help="safetensors file of backbone weights")
+    model.add_argument(
+        "--pretrained_checkpoint",
+        "--pretrained_weights",
+        type=place,
+        help="backbone weights, safetensors or an official .pth (default: shipped, or from timm's hub)",
+    )
+    model.add_argument("--no_pretrain", action="store_true", help="start from random weights")
 
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    machine.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto: cuda if there is one")
     machine.add_argument(
         "--threads",
         type=positive,
@@ -159,11 +236,12 @@ def _common(parser: Parser, sources: str, split_help: str) -> None:
 def training_parser() -> Parser:
     """The flags of main.py."""
     parser = Parser("Meta-tune a pool of LoRAs, one per robustness level, under dual perturbation.")
-    _common(parser, "base_sources", "sources whose TRAIN classes are trained on, drawn uniformly")
+    _common(parser, "base_sources", TRAINING_SOURCES, "sources to train on, drawn uniformly")
     parser.add_argument("--arch", default="dino_small_patch16_amt", help="backbone, for example vit_mini_amt")
     parser.add_argument("--rank", type=positive, default=8, help="rank of every LoRA")
     parser.add_argument("--output_dir", type=place, required=True, help="where checkpoints and logs go")
     parser.add_argument("--resume", type=place, help="a last.safetensors to continue exactly")
+    parser.add_argument("--eval", action="store_true", help="refused: test_meta_dataset.py evaluates")
 
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=positive, default=30)
@@ -173,6 +251,7 @@ def training_parser() -> Parser:
     training.add_argument("--warmup_lr", type=amount, default=1e-6, help="rate the warm-up starts from")
     training.add_argument("--min_lr", type=amount, default=1e-6, help="rate the cosine ends at")
     training.add_argument("--momentum", type=amount, default=0.9)
+    training.add_argument("--sched", choices=["cosine"], default="cosine", help="schedule of the rate")
     training.add_argument("--clip_grad", type=amount, help="largest gradient norm of a level (ours)")
     training.add_argument("--val_sources", nargs="+", metavar="SOURCE", help="default: the base sources")
     training.add_argument(
@@ -180,7 +259,12 @@ def training_parser() -> Parser:
     )
 
     levels = parser.add_argument_group("perturbation")
-    levels.add_argument("--pgd_method", choices=METHODS, default="adsv", help="standard: plain meta-tuning")
+    levels.add_argument(
+        "--pgd_method",
+        choices=METHODS,
+        default="adsv",
+        help="standard: plain meta-tuning, without an adversary (the published default, presumably a slip)",
+    )
     levels.add_argument(
         "--epsilon",
         type=amount,
@@ -213,15 +297,30 @@ def training_parser() -> Parser:
     levels.add_argument(
         "--epsilon_warmup", type=natural, default=0, help="episodes over which epsilon grows from 0 (ours)"
     )
+    parser.add_published()
     return parser
 
 
 def testing_parser() -> Parser:
     """The flags of test_meta_dataset.py."""
     parser = Parser("Evaluate a pool per domain: route, merge, trim, classify; clean and under attack.")
-    _common(parser, "test_sources", "domains to evaluate on, one after another")
+    _common(parser, "test_sources", TEST_SOURCES, "domains to evaluate on, one after another")
+    parser.add_argument(
+        "--cdfsl_domains",
+        nargs="+",
+        metavar="SOURCE",
+        help="domains of BSCD-FSL and fine-grained ones instead, --test_n_way --n_shot with 15 queries",
+    )
+    parser.add_argument("--test_n_way", type=positive, default=5, help="ways with --cdfsl_domains")
+    parser.add_argument("--n_shot", type=positive, default=5, help="shots with --cdfsl_domains")
     parser.add_argument("--arch", required=True, help="backbone, for example vit_mini_amt_merge")
     parser.add_argument("--resume", type=place, help="checkpoint of the pool; none: the pretrained network")
+    parser.add_argument("--eval", action="store_true", help="what this script does anyway")
+    parser.add_argument(
+        "--deploy",
+        choices=["vanilla", "merge-vanilla"],
+        help="vanilla: at most one adapter; merge-vanilla: a pool (default: whatever --resume holds)",
+    )
     parser.add_argument("--output_dir", type=place, required=True, help="where results.json and pictures go")
     parser.add_argument("--nTestEpisode", type=positive, default=600, help="episodes per domain")
     parser.add_argument("--split", choices=["TRAIN", "VALID", "TEST"], default="TEST")
@@ -255,7 +354,7 @@ def testing_parser() -> Parser:
     merging.add_argument("--blend_beta", type=amount, default=1.0, help="sharpness of the scores")
     merging.add_argument("--blend_gamma", type=amount, default=0.6, help="balance of intra and inter")
     merging.add_argument("--top_k", type=positive, default=2, help="adapters that share the weight")
-    merging.add_argument("--aug_prob", type=amount, default=0.9, help="chance of augmenting the support")
+    merging.add_argument("--aug_prob", type=fraction, default=0.9, help="chance of augmenting the support")
     merging.add_argument(
         "--trim",
         type=trim,
@@ -273,6 +372,7 @@ def testing_parser() -> Parser:
     merging.add_argument(
         "--trim_candidates", type=trim, nargs="+", default=[], help="trimmings that --select_on may choose"
     )
+    parser.add_published()
     return parser
 
 
@@ -284,7 +384,9 @@ def check_training(args: argparse.Namespace) -> None:
             f"--pyramid_grids has {len(args.pyramid_grids)} values and --pyramid_scalars "
             f"{len(args.pyramid_scalars)}, expected as many"
         )
-    _check_distinct("base_sources", args.base_sources)
+    if args.eval:
+        raise InputError("--eval: main.py trains; test_meta_dataset.py evaluates")
+    _check_distinct("base_sources", args.base_sources or ())
     _check_distinct("val_sources", args.val_sources or ())
     _check_episodes(args)
 
@@ -298,22 +400,25 @@ def check_testing(args: argparse.Namespace) -> None:
     needy = [*given, *(flag for flag in ("trim", "trim_candidates") if getattr(args, flag))]
     if args.resume is None and needy:
         raise InputError(f"--{needy[0]} needs a pool; name its checkpoint with --resume")
+    if args.deploy == "merge-vanilla" and args.resume is None:
+        raise InputError("--deploy merge-vanilla needs a pool; name its checkpoint with --resume")
     if args.select_on and (given or args.routing == "uniform" or args.resume is None):
         raise InputError(
             "--select_on chooses the settings of a router; it needs --resume and a scoring --routing"
         )
     if args.trim_candidates and not args.select_on:
         raise InputError("--trim_candidates are for --select_on SOURCE to choose from")
-    if args.split == "VALID" and args.select_on in args.test_sources:
+    if args.cdfsl_domains and args.test_sources:
+        raise InputError("--cdfsl_domains and --test_sources exclude each other")
+    sources = test_sources(args)
+    if args.split == "VALID" and args.select_on in sources:
         raise InputError(
             f"--select_on {args.select_on} would choose on the very VALID episodes it then scores"
         )
     if args.coefficients is not None and abs(sum(args.coefficients) - 1) > 1e-4:
         raise InputError(f"--coefficients sum to {sum(args.coefficients):g}, expected 1")
-    if args.aug_prob > 1:
-        raise InputError(f"--aug_prob is {args.aug_prob:g}, expected a probability")
     _check_distinct("epsilon", args.epsilon)
-    _check_distinct("test_sources", args.test_sources)
+    _check_distinct("test_sources", sources)
     _check_episodes(args)
 
 
@@ -348,19 +453,47 @@ def autocast(args: argparse.Namespace) -> torch.dtype | None:
     return torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
 
 
+def training_sources(args: argparse.Namespace) -> tuple[str, ...]:
+    """The sources that main.py trains on."""
+    return tuple(args.base_sources or _folder_source(args) or TRAINING_SOURCES)
+
+
+def test_sources(args: argparse.Namespace) -> tuple[str, ...]:
+    """The domains that test_meta_dataset.py evaluates on."""
+    return tuple(args.cdfsl_domains or args.test_sources or _folder_source(args) or TEST_SOURCES)
+
+
+def _folder_source(args: argparse.Namespace) -> list[str]:
+    return [FOLDER_DATASETS[args.dataset]] if args.dataset in FOLDER_DATASETS else []
+
+
 def sampling(args: argparse.Namespace) -> EpisodeSampling:
     """How episodes are drawn."""
-    shots = args.num_support
+    if args.dataset in FOLDER_DATASETS:
+        fixed = args.nClsEpisode, [args.nSupport], args.nQuery
+    elif vars(args).get("cdfsl_domains"):
+        fixed = args.test_n_way, [args.n_shot], CDFSL_QUERIES
+    else:
+        fixed = None, None, None
+    ways, shots, queries = (
+        default if given is None else given
+        for given, default in zip((args.num_ways, args.num_support, args.num_query), fixed, strict=True)
+    )
     return EpisodeSampling(
-        num_ways=args.num_ways,
+        num_ways=ways,
         num_support=None if shots is None else shots[0] if len(shots) == 1 else tuple(shots),
-        num_query=args.num_query,
+        num_query=queries,
         min_ways=args.min_ways,
         max_ways_upper_bound=args.max_ways_upper_bound,
         max_num_query=args.max_num_query,
         max_support_set_size=args.max_support_set_size,
         max_support_size_contrib_per_class=args.max_support_size_contrib_per_class,
         min_examples_in_class=args.min_examples_in_class,
+        min_log_weight=args.min_log_weight,
+        max_log_weight=args.max_log_weight,
+        ignore_dag_ontology=args.ignore_dag_ontology,
+        ignore_bilevel_ontology=args.ignore_bilevel_ontology,
+        ignore_hierarchy_probability=args.ignore_hierarchy_probability,
     )
 
 
@@ -378,6 +511,7 @@ def reading(args: argparse.Namespace, image_size: int) -> dict:
         "image_size": image_size,
         "seed": args.seed,
         "skip_bad_records": args.skip_bad_records,
+        "image_prefix": tuple(args.image_prefix) if args.image_prefix else None,
     }
 
 
@@ -403,7 +537,7 @@ def tune_settings(args: argparse.Namespace) -> TuneSettings:
     """How long and how fast to train."""
     return TuneSettings(
         epochs=args.epochs,
-        episodes_per_epoch=args.nEpisode * len(args.base_sources),
+        episodes_per_epoch=args.nEpisode * len(training_sources(args)),
         lr=args.lr,
         warmup_epochs=args.warmup_epochs,
         warmup_lr=args.warmup_lr,

@@ -6,23 +6,25 @@
 The pictures are made here, once for each FOLDER (6 GB in the full size): 500 x 375 px, smooth random fields
 with noise, JPEG of about 40 kB, a few hundred different ones dealt out to all classes. Ours reads them from
 Meta-Dataset's record files, exactly or with `fast_decode`; the baseline (`readers_baseline.py`) from one
-HDF5 file per class of pictures that its conversion has decoded and shrunk to 224 x 224 beforehand, so it
-neither decodes nor resizes as much: it pays with almost four times the disk space, and with other pixels.
-(Here its files share pictures among their groups, which keeps all of them in memory.)
+HDF5 file per class of pictures that its conversion has decoded and shrunk to 224 x 224 beforehand: it has
+nothing to decode and less to resize, and pays with almost four times the disk space and with other pixels.
+Ours reads these files, too. (Here their groups share pictures, which keeps all of them in memory.)
 
-The limits are loops over pictures already in memory: PIL's decoding alone, and with what no exact reader can
-leave out either, PIL's resizing and cropping, in as many processes as the readers have workers.
+The limits are loops over pictures already in memory, in as many processes as the readers have workers: PIL's
+decoding alone, and with what no exact reader can leave out either, PIL's resizing and cropping.
 
-Readers and limits take turns, each turn in fresh processes: a reader hands over a few episodes first, then
-its time is taken from one episode's arrival to another's while its workers stay busy. Files are in the page
-cache where it is large enough. Rates are of all workers together: median of the turns, least and greatest.
-CPU time is that of the workers alone; "of decoding" compares medians with decoding alone, by rate (which
-counts what the receiving process takes from the workers' cores) and by CPU time (which does not). Peak memory
-is the resident set of the largest worker, libraries and shared memory included; open files are those below
-FOLDER that a worker still holds at the end of a turn.
+Readers and limits take turns, each turn in fresh processes: a reader meets every class once (for which there
+is a table of its own) and hands over a few episodes, then its time is taken from one episode's arrival to
+another's while its workers stay busy. Files are in the page cache where it is large enough. Rates are of all
+workers together: median of the turns, least and greatest. CPU time is that of the workers alone. "Of
+decoding" compares each turn with decoding's, by rate (where the receiving process takes its part of the
+cores) and by CPU time (where it does not); it is the median of the turns. Peak memory is the resident set of
+the largest worker, libraries and shared memory included; open files are those below FOLDER that a worker has
+at the end of a turn.
 """
 
 import argparse
+import contextlib
 import io
 import itertools
 import json
@@ -33,7 +35,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,26 +49,33 @@ import torchvision
 from harness import MIB, digits, spread
 from PIL import Image, features
 from readers_baseline import H5Episodes, write_class
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from amt import options
+from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError, exit_on_bad_input
 from meta_dataset_readers.reader import EpisodeReader, episode_loader
 from meta_dataset_readers.sampling import EpisodeSampling
+from meta_dataset_readers.spec import SPEC_FILE
 from meta_dataset_readers.tfrecord import encode_example, write_records
+from meta_dataset_readers.transforms import eval_crop
 
 PROTOCOLS = {
     "5-way 5-shot 10-query": EpisodeSampling(num_ways=5, num_support=5, num_query=10),
     "variable way and shot": EpisodeSampling(),
 }
-OURS, FAST, BASELINE = "ours", "ours, fast_decode", "baseline"
+OURS, FAST, OURS_H5, BASELINE = "ours", "ours, fast_decode", "ours, HDF5 files", "baseline, HDF5 files"
+READERS = (OURS, FAST, OURS_H5, BASELINE)
 DECODING, RESIZING = "limit: decoding", "limit: decoding, resizing"
-WORKERS = (1, 2)
+ENDLESS = 1_000_000  # episodes; a turn takes as many as it has time for
 LEAD = 2  # episodes that every worker hands over before its time is taken
 
-WIDTH, HEIGHT = 500, 375
+USUAL = {"classes": 1000, "images": 100, "image_size": 128, "workers": [1, 2], "turns": 5, "seconds": 5.0}
+USUAL_QUICK = {"classes": 6, "images": 20, "image_size": 32, "workers": [1], "turns": 1, "seconds": 0.05}
+SIZE, QUICK_SIZE = (500, 375), (160, 120)  # of a picture, in pixels
 QUALITY, NOISE = 90, 2.8  # which make about 40 kB of such a picture
-DISTINCT = 300  # different pictures in all classes together
+DISTINCT = 300  # different pictures in all classes together, but not more than of three classes
 DISTINCT_PER_FILE = 10  # different pictures in a file of the baseline
 BYTES_PER_IMAGE = 60_000  # on disk, both forms together
 RECORDS, ARRAYS = "records", "arrays"  # the two sources' directories
@@ -94,20 +103,20 @@ class Turn(NamedTuple):
 
 
 class Opening(NamedTuple):
-    """Seconds to open a source, and from then to its first episode."""
+    """Seconds to open a source, from then to its first episode, and to meet every class once."""
 
     opening: float
     first_episode: float
+    every_class: float
 
 
 # --- the sources -----------------------------------------------------------------------------------------
 
 
-def make_sources(folder: Path, classes: int, images: int) -> Path:
+def make_sources(folder: Path, classes: int, images: int, size: tuple[int, int] = SIZE) -> Path:
     """Write both sources below `folder`, or find them there; the directory that holds them."""
-    root = folder / f"{classes}x{images}"
-    finished = root / RECORDS / "dataset_spec.json"
-    if finished.exists():
+    root = folder / f"{classes}x{images}x{size[0]}x{size[1]}"
+    if (root / RECORDS / SPEC_FILE).exists():
         return root
     needed, free = classes * images * BYTES_PER_IMAGE, shutil.disk_usage(_existing(folder)).free
     if needed > free:
@@ -116,7 +125,7 @@ def make_sources(folder: Path, classes: int, images: int) -> Path:
     for source in (RECORDS, ARRAYS):
         (root / source).mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    pictures = [picture(rng) for _ in range(min(DISTINCT, classes * images))]
+    pictures = [picture(*size, rng) for _ in range(min(DISTINCT, 3 * images))]
     write_arrays(root / ARRAYS, [Image.open(io.BytesIO(data)) for data in pictures], classes, images)
     dealt = itertools.cycle(pictures)
     for class_id in range(classes):
@@ -131,7 +140,8 @@ def make_sources(folder: Path, classes: int, images: int) -> Path:
         "file_pattern": "{}.tfrecords",
         "__class__": "DatasetSpecification",
     }
-    finished.write_text(json.dumps(spec))  # last: without it everything is written again
+    for source in (ARRAYS, RECORDS):
+        (root / source / SPEC_FILE).write_text(json.dumps(spec))  # last: without it all is written again
     return root
 
 
@@ -146,16 +156,16 @@ def write_arrays(directory: Path, pictures: list[Image.Image], classes: int, ima
             shutil.copyfile(directory / f"{class_id % len(few)}.h5", path)
 
 
-def picture(rng: np.random.Generator) -> bytes:
+def picture(width: int, height: int, rng: np.random.Generator) -> bytes:
     """A JPEG of smooth colours, details of every size, and a camera's noise."""
-    pixels = np.full((HEIGHT, WIDTH, 3), 128.0)
+    pixels = np.full((height, width, 3), 128.0)
     for cells in (4, 8, 16, 32, 64):
-        rows, columns = cells, cells * WIDTH // HEIGHT
+        rows, columns = cells, cells * width // height
         shades = rng.normal(size=(rows, columns, 1)) + 0.3 * rng.normal(size=(rows, columns, 3))
         for channel, layer in enumerate(np.moveaxis(shades.astype(np.float32), -1, 0)):
-            smooth = Image.fromarray(layer).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+            smooth = Image.fromarray(layer).resize((width, height), Image.Resampling.BICUBIC)
             pixels[..., channel] += 40 / (cells / 4) ** 0.6 * np.asarray(smooth)
-    pixels += NOISE * rng.normal(size=(HEIGHT, WIDTH, 1))
+    pixels += NOISE * rng.normal(size=(height, width, 1))
     encoded = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(encoded, "JPEG", quality=QUALITY)
     return encoded.getvalue()
@@ -169,32 +179,31 @@ def _existing(folder: Path) -> Path:
 # --- the readers -----------------------------------------------------------------------------------------
 
 
-def our_reader(plan: Plan, protocol: str, fast: bool = False) -> EpisodeReader:
+def open_reader(name: str, plan: Plan, protocol: str) -> EpisodeReader | H5Episodes:
+    if name == BASELINE:
+        return H5Episodes(plan.root / ARRAYS, PROTOCOLS[protocol], plan.image_size, ENDLESS)
     return EpisodeReader(
         plan.root,
-        RECORDS,
+        ARRAYS if name == OURS_H5 else RECORDS,
         "TRAIN",
         PROTOCOLS[protocol],
         plan.image_size,
-        n_episodes=1_000_000,  # a turn takes as many as it has time for
-        fast_decode=fast,
+        n_episodes=ENDLESS,
+        fast_decode=name == FAST,
     )
 
 
-def baseline_reader(plan: Plan, protocol: str) -> H5Episodes:
-    describe = our_reader(plan, protocol).describe
-    return H5Episodes(plan.root / ARRAYS, describe, plan.image_size, 1_000_000)
+def loader_of(reader: EpisodeReader | H5Episodes, workers: int) -> DataLoader:
+    if isinstance(reader, H5Episodes):
+        return DataLoader(reader, batch_size=None, num_workers=workers)
+    return episode_loader(reader, workers)
 
 
-def loader_of(reader: str, plan: Plan, protocol: str, workers: int) -> DataLoader:
-    if reader == BASELINE:
-        return DataLoader(baseline_reader(plan, protocol), batch_size=None, num_workers=workers)
-    return episode_loader(our_reader(plan, protocol, reader == FAST), workers)
-
-
-def read_turn(reader: str, plan: Plan, protocol: str, workers: int) -> Turn:
-    """Read for as long as a turn takes, through `workers` processes."""
-    arriving = map(images_in, loader_of(reader, plan, protocol, workers))
+def read_turn(name: str, plan: Plan, protocol: str, workers: int) -> Turn:
+    """Read for as long as a turn takes, through `workers` processes that know every class already."""
+    reader = open_reader(name, plan, protocol)
+    meet_every_class(reader, plan)
+    arriving = map(images_in, loader_of(reader, workers))
     for _ in range(LEAD * workers):
         next(arriving)
     processes = [Process(child.pid) for child in multiprocessing.active_children()]
@@ -210,18 +219,21 @@ def read_turn(reader: str, plan: Plan, protocol: str, workers: int) -> Turn:
     )
 
 
-def images_in(episode: Any) -> int:
+def meet_every_class(reader: EpisodeReader | H5Episodes, plan: Plan) -> None:
+    """Have done, as after many episodes, what a reader does when it comes upon a class for the first time:
+    ours finds the records of its file, the baseline opens it."""
+    for class_id in range(plan.classes):
+        if isinstance(reader, EpisodeReader):
+            reader.store.count(class_id)
+        else:
+            reader.file(class_id)
+
+
+def images_in(episode: Episode | list[Tensor]) -> int:
     """Support and query images of an episode, ours or the baseline's."""
-    support, _, query, _ = (
-        episode
-        if isinstance(episode, (tuple, list))
-        else (
-            episode.support,
-            episode.support_labels,
-            episode.query,
-            episode.query_labels,
-        )
-    )
+    if isinstance(episode, Episode):
+        return len(episode.support) + len(episode.query)
+    support, _, query, _ = episode
     return len(support) + len(query)
 
 
@@ -233,15 +245,14 @@ def until(end: float, items: Iterator[int]) -> Iterator[int]:
             return
 
 
-def open_turn(reader: str, plan: Plan, protocol: str) -> Opening:
+def open_turn(name: str, plan: Plan, protocol: str) -> Opening:
     began = time.perf_counter()
-    if reader == BASELINE:
-        opened = baseline_reader(plan, protocol)
-    else:
-        opened = our_reader(plan, protocol, reader == FAST)
-    done = time.perf_counter()
-    opened[0]
-    return Opening(done - began, time.perf_counter() - done)
+    reader = open_reader(name, plan, protocol)
+    opened = time.perf_counter()
+    reader[0]
+    read = time.perf_counter()
+    meet_every_class(reader, plan)
+    return Opening(opened - began, read - opened, time.perf_counter() - read)
 
 
 class Process:
@@ -259,7 +270,10 @@ class Process:
         return next(int(line.split()[1]) * 1024 / MIB for line in lines if line.startswith("VmHWM:"))
 
     def open_files(self, below: Path) -> int:
-        names = [os.readlink(link) for link in (self._proc / "fd").iterdir()]
+        names = []
+        for link in (self._proc / "fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # it has been closed by now
+                names.append(os.readlink(link))
         return sum(name.startswith(f"{below.resolve()}{os.sep}") for name in names)
 
 
@@ -271,23 +285,19 @@ def decode(data: bytes, _image_size: int) -> None:
 
 
 def decode_and_resize(data: bytes, image_size: int) -> None:
-    shorter = image_size * 256 // 224
-    size = (shorter * WIDTH // HEIGHT, shorter)
-    resized = Image.open(io.BytesIO(data)).resize(size, Image.Resampling.BILINEAR)
-    left, top = (size[0] - image_size) // 2, (size[1] - image_size) // 2
-    resized.crop((left, top, left + image_size, top + image_size))
+    eval_crop(Image.open(io.BytesIO(data)), image_size)
 
 
 LIMITS: dict[str, Callable[[bytes, int], None]] = {DECODING: decode, RESIZING: decode_and_resize}
 
 
 def limit_turn(limit: str, plan: Plan, protocol: str) -> Turn:
-    """One process's turn at the pictures of the source, an episode being as long as on average."""
-    reader, rng = our_reader(plan, protocol), np.random.default_rng(0)
+    """One process's turn at the pictures of the source."""
+    store, rng = open_reader(OURS, plan, protocol).store, np.random.default_rng(0)
     places = zip(
         rng.integers(plan.classes, size=DISTINCT), rng.integers(plan.images, size=DISTINCT), strict=True
     )
-    pictures = [reader.store.encoded(int(class_id), int(index)) for class_id, index in places]
+    pictures = [store.encoded(int(class_id), int(index)) for class_id, index in places]
     handle, images = LIMITS[limit], 0
     spent, began = time.process_time(), time.perf_counter()
     for data in until(began + plan.seconds, itertools.cycle(pictures)):
@@ -321,15 +331,31 @@ def in_fresh_processes(count: int, function: Callable, *arguments) -> list:
         return [job.result() for job in [pool.submit(function, *arguments) for _ in range(count)]]
 
 
-def take_turn(name: str, plan: Plan, protocol: str, workers: int) -> Turn:
-    if name in LIMITS:
-        return together(in_fresh_processes(workers, limit_turn, name, plan, protocol))
-    return in_fresh_processes(1, read_turn, name, plan, protocol, workers)[0]
+def take_turn(function: Callable, *arguments) -> Any:
+    """What `function` returns in a new process."""
+    return in_fresh_processes(1, function, *arguments)[0]
+
+
+def compare_readers(
+    plan: Plan, protocol: str, workers: Sequence[int], n_turns: int
+) -> dict[tuple[str, int], list[Turn]]:
+    """The turns of all readers and limits, by name and number of workers."""
+    turns: dict[tuple[str, int], list[Turn]] = {}
+    for number in range(n_turns):
+        print(f"  {protocol}, turn {number + 1} of {n_turns}", file=sys.stderr, flush=True)
+        for count in workers:
+            for name in READERS:
+                turn = take_turn(read_turn, name, plan, protocol, count)
+                turns.setdefault((name, count), []).append(turn)
+            for name in LIMITS:
+                turn = together(in_fresh_processes(count, limit_turn, name, plan, protocol))
+                turns.setdefault((name, count), []).append(turn)
+    return turns
 
 
 def pixel_difference(plan: Plan, protocol: str) -> dict[str, float]:
     """By how much `fast_decode` changes an episode's images, in grey levels."""
-    exact, fast = (our_reader(plan, protocol, fast)[0].support for fast in (False, True))
+    exact, fast = (open_reader(name, plan, protocol)[0].support for name in (OURS, FAST))
     difference = (exact - fast).abs().mul(255).round().numpy()
     return {
         "mean": float(difference.mean()),
@@ -344,7 +370,9 @@ HEADING = (
     "| reader | workers | images/s | episodes/s | CPU ms per image | of decoding, by rate (by CPU) "
     "| peak MiB | open files |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
 )
-OPENING_HEADING = "| reader | opening, ms | first episode, ms |\n| --- | --- | --- |"
+OPENING_HEADING = (
+    "| reader | opening, ms | first episode, ms | every class once, ms |\n| --- | --- | --- | --- |"
+)
 
 
 def rate(turn: Turn) -> float:
@@ -356,14 +384,20 @@ def cpu_per_image(turn: Turn) -> float:
     return 1e3 * turn.cpu_seconds / turn.images
 
 
+def opening_row(name: str, found: list[Opening]) -> str:
+    """A line under `OPENING_HEADING`."""
+    milliseconds = (spread([1e3 * seconds for seconds in column]) for column in zip(*found, strict=True))
+    return f"| {name} | {' | '.join(milliseconds)} |"
+
+
 def table(turns: dict[tuple[str, int], list[Turn]]) -> Iterator[str]:
     """Lines under `HEADING`, by reader and workers."""
     read = [turn for (name, _), found in turns.items() if name not in LIMITS for turn in found]
     per_episode = sum(turn.images for turn in read) / sum(turn.episodes for turn in read)
     for (name, workers), found in turns.items():
-        limit = turns[DECODING, workers]
-        by_rate = median(rate, found) / median(rate, limit)
-        by_cpu = median(cpu_per_image, limit) / median(cpu_per_image, found)
+        pairs = list(zip(found, turns[DECODING, workers], strict=True))
+        by_rate = statistics.median(rate(turn) / rate(limit) for turn, limit in pairs)
+        by_cpu = statistics.median(cpu_per_image(limit) / cpu_per_image(turn) for turn, limit in pairs)
         own = [turn.episodes / turn.seconds or rate(turn) / per_episode for turn in found]
         cells = (
             name,
@@ -376,10 +410,6 @@ def table(turns: dict[tuple[str, int], list[Turn]]) -> Iterator[str]:
             "-" if name in LIMITS else str(max(turn.open_files for turn in found)),
         )
         yield f"| {' | '.join(cells)} |"
-
-
-def median(figure: Callable[[Turn], float], turns: list[Turn]) -> float:
-    return statistics.median(figure(turn) for turn in turns)
 
 
 def environment() -> dict[str, str | int]:
@@ -403,20 +433,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--data",
         type=options.place,
         metavar="FOLDER",
-        help="where the pictures are kept (default: a temporary folder)",
+        help="where the pictures are kept (default: a temporary folder, removed afterwards)",
     )
     parser.add_argument("--classes", type=options.positive, help="of the source (default: 1000)")
     parser.add_argument("--images", type=options.positive, help="of each class (default: 100)")
+    parser.add_argument("--image_size", type=options.positive, help="of an episode (default: 128)")
     parser.add_argument(
-        "--image_size", type=options.positive, default=128, help="of an episode (default: 128)"
+        "--workers", type=options.positive, nargs="+", metavar="N", help="processes (default: 1 2; quick: 1)"
     )
     parser.add_argument("--turns", type=options.positive, help="of every reader (default: 5)")
     parser.add_argument("--seconds", type=float, help="a turn (default: 5)")
-    parser.add_argument("--quick", action="store_true", help="a tiny source and one short turn by default")
+    parser.add_argument("--quick", action="store_true", help="tiny pictures, few of them, and one short turn")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to this file")
     args = parser.parse(argv)
-    usual = (8, 20, 1, 0.2) if args.quick else (1000, 100, 5, 5.0)
-    for name, value in zip(("classes", "images", "turns", "seconds"), usual, strict=True):
+    usual = USUAL_QUICK if args.quick else USUAL
+    for name, value in usual.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.classes < 5 or args.images < 15:
@@ -440,45 +471,36 @@ def main() -> int:
 
 def compare(args: argparse.Namespace, folder: Path, about: dict[str, str | int]) -> int:
     torch.set_num_threads(1)  # inherited: no reader computes on more than its worker's core
-    root = make_sources(folder, args.classes, args.images)
+    root = make_sources(folder, args.classes, args.images, QUICK_SIZE if args.quick else SIZE)
     plan = Plan(root, args.classes, args.images, args.image_size, args.seconds)
-    report: dict[str, Any] = {"environment": about, "plan": plan._asdict() | {"root": None}}
-
-    print(
-        f"\n{plan.classes} classes x {plan.images} images, episodes of {plan.image_size} px\n\n{OPENING_HEADING}"
-    )
-    protocol = next(iter(PROTOCOLS))
-    report["opening"] = {}
-    for name in (OURS, FAST, BASELINE):
-        found = [in_fresh_processes(1, open_turn, name, plan, protocol)[0] for _ in range(args.turns)]
-        cells = (spread([1e3 * figure for figure in figures]) for figures in zip(*found, strict=True))
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
-        report["opening"][name] = [turn._asdict() for turn in found]
-
-    report["rows"] = []
+    first = next(iter(PROTOCOLS))
+    print(f"\n{plan.classes} classes x {plan.images} images, episodes of {plan.image_size} px")
+    print(f"\n{OPENING_HEADING}")
+    openings = {}
+    for name in READERS:
+        openings[name] = [take_turn(open_turn, name, plan, first) for _ in range(args.turns)]
+        print(opening_row(name, openings[name]), flush=True)
+    rows = []
     for protocol in PROTOCOLS:
-        turns = {(name, w): [] for w in WORKERS for name in (OURS, FAST, BASELINE, *LIMITS)}
-        for number in range(args.turns):
-            print(f"  {protocol}, turn {number + 1} of {args.turns}", file=sys.stderr, flush=True)
-            for (name, workers), found in turns.items():
-                found.append(take_turn(name, plan, protocol, workers))
+        turns = compare_readers(plan, protocol, args.workers, args.turns)
         print(f"\n{protocol}\n\n{HEADING}", *table(turns), sep="\n", flush=True)
-        report["rows"] += [
-            {
-                "protocol": protocol,
-                "reader": name,
-                "workers": workers,
-                "turns": [turn._asdict() for turn in found],
-            }
+        rows += [
+            {"protocol": protocol, "reader": name, "workers": workers, "turns": as_dicts(found)}
             for (name, workers), found in turns.items()
         ]
-
-    report["pixels"] = in_fresh_processes(1, pixel_difference, plan, next(iter(PROTOCOLS)))[0]
-    figures = ", ".join(f"{name} {digits(value)}" for name, value in report["pixels"].items())
+    pixels = take_turn(pixel_difference, plan, first)
+    figures = ", ".join(f"{name} {digits(value)}" for name, value in pixels.items())
     print(f"\nfast_decode changes a pixel by, in grey levels of 255: {figures}.")
     if args.json:
+        opening = {name: as_dicts(found) for name, found in openings.items()}
+        report = {"environment": about, "opening": opening, "rows": rows, "pixels": pixels}
+        report["plan"] = {name: value for name, value in plan._asdict().items() if name != "root"}
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0
+
+
+def as_dicts(tuples: Sequence[NamedTuple]) -> list[dict[str, float]]:
+    return [one._asdict() for one in tuples]
 
 
 if __name__ == "__main__":

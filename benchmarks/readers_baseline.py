@@ -2,11 +2,10 @@
 
 One HDF5 file per class, opened when first needed and never closed; in it a group "0", "1", ... per image,
 which holds the decoded picture (PMF's conversion: at most 224 x 224 pixels, whatever the aspect ratio); PIL,
-and torchvision's transforms one by one. Which classes an episode has, and how many images of each, is given:
-that is no part of reading.
+and torchvision's transforms one by one. Which classes an episode has, and how many images of each, is drawn
+by the package that it is compared with: that is no part of reading.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -17,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
 
-from meta_dataset_readers.sampling import EpisodeDescription
+from meta_dataset_readers.sampling import EpisodeSampling, sample_episode
+from meta_dataset_readers.spec import load_spec
 
 MOST_SIDE = 224  # pictures with both sides at least that long are stored as 224 x 224
 
@@ -42,19 +42,13 @@ def converted(picture: Image.Image) -> Image.Image:
 
 
 class H5Episodes(Dataset):
-    """Episode i, of the classes and sizes `describe(i)`, as support, its labels, query and its labels.
+    """Episodes of the TRAIN split as (support, its labels, query, its labels).
 
     Images are float32 (N, 3, image_size, image_size) in [0, 1], labels int64 (N,).
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        describe: Callable[[int], EpisodeDescription],
-        image_size: int,
-        n_episodes: int,
-    ):
-        self.directory, self.describe, self.n_episodes = directory, describe, n_episodes
+    def __init__(self, directory: Path, sampling: EpisodeSampling, image_size: int, n_episodes: int):
+        self.spec, self.sampling, self.n_episodes = load_spec(directory), sampling, n_episodes
         self.files: dict[int, h5py.File] = {}
         self.transform = transforms.Compose(
             [
@@ -69,7 +63,7 @@ class H5Episodes(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rng = np.random.default_rng(index)
-        description = self.describe(index)
+        description = sample_episode(self.spec, "TRAIN", self.sampling, rng)
         support, support_labels, query, query_labels = [], [], [], []
         for label, (class_id, shots) in enumerate(zip(description.class_ids, description.shots, strict=True)):
             file = self.file(class_id)
@@ -88,5 +82,5 @@ class H5Episodes(Dataset):
 
     def file(self, class_id: int) -> h5py.File:
         if class_id not in self.files:
-            self.files[class_id] = h5py.File(self.directory / f"{class_id}.h5", "r")
+            self.files[class_id] = h5py.File(self.spec.directory / f"{class_id}.h5", "r")
         return self.files[class_id]

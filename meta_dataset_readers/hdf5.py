@@ -17,10 +17,13 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+from h5py.h5d import DatasetID
+from h5py.h5g import GroupID
 from PIL import Image
 
 from meta_dataset_readers.episode import ImageOrigin
 from meta_dataset_readers.errors import DamagedRecord, InputError
+from meta_dataset_readers.hdf5_guard import MalformedHdf5, check_object, check_root
 from meta_dataset_readers.spec import load_spec
 from meta_dataset_readers.store import ImageStore, Source
 from meta_dataset_readers.transforms import UnreadableImage, check_size
@@ -30,10 +33,6 @@ _MOST_OPEN = 4
 _DEFLATE = h5py.h5z.FILTER_DEFLATE
 _FILTERS = {h5py.h5z.FILTER_SHUFFLE, _DEFLATE}  # those of gzip; others cannot be made safe from outside
 _SMALL_CHUNK = 2**20  # bytes; a chunk may exceed the data of a dataset that was made to grow, but not by more
-
-
-class MalformedHdf5(ValueError):
-    """What the file holds is not what it should; the message says what is wrong."""
 
 
 # --- PMF's layout ----------------------------------------------------------------------------------------
@@ -73,7 +72,7 @@ class Hdf5Store(ImageStore):
             raise IndexError(f"{path}: record {index} of {self.count(class_id)}")
         file = self._files.open(path)
         with blamed_on(f"{path}: record {index}"):
-            record = group_in(file, str(index))
+            record = group_in(file.id, str(index))
             if has_member(record, "label"):
                 _check_label(record, class_id)
             dataset = dataset_in(record, "image", np.uint8, ("height", "width", 3))
@@ -91,7 +90,7 @@ class Hdf5Store(ImageStore):
         return self._directory / f"{class_id}.h5"
 
 
-def _check_label(record: h5py.Group, class_id: int) -> None:
+def _check_label(record: GroupID, class_id: int) -> None:
     label = read_whole(dataset_in(record, "label", np.integer, (1,), ())).item()
     if label != class_id:
         raise MalformedHdf5(f"label {label} in the file of class {class_id}")
@@ -133,12 +132,21 @@ def _open(path: Path) -> h5py.File:
             raise InputError(f"{path}: no such file")
         if path.stat().st_size == 0:
             raise InputError(f"{path}: the file is empty, expected HDF5")
-        # Network file systems may refuse locks. What is read is read once: a cache of chunks is in vain.
-        return h5py.File(path, "r", locking=False, rdcc_nbytes=0)
+        check_root(path)
+        try:
+            return _open_locked(path, None)
+        except OSError:  # network file systems may refuse locks
+            return _open_locked(path, False)
     except InputError:
         raise
+    except MalformedHdf5 as error:
+        raise InputError(f"{path}: cannot be opened as HDF5: {error}") from error
     except Exception as error:  # whatever libhdf5 makes of foreign bytes
         raise InputError(f"{path}: cannot be opened as HDF5: {_reason(error)}") from error
+
+
+def _open_locked(path: Path, locking: bool | None) -> h5py.File:
+    return h5py.File(path, "r", locking=locking, rdcc_nbytes=0)  # nothing is read twice: no cache of chunks
 
 
 def count_records(file: h5py.File) -> int:
@@ -173,25 +181,28 @@ def _reason(error: Exception) -> str:
     return bracketed[1] if bracketed else text or type(error).__name__
 
 
-def has_member(group: h5py.Group, name: str) -> bool:
+# From here on h5py's lower level: its upper one takes four times as long, and shows less of what it does.
+
+
+def has_member(group: GroupID, name: str) -> bool:
     """Whether `group` has a member of this name, wherever it may lead."""
-    return group.id.links.exists(name.encode())
+    return group.links.exists(name.encode())
 
 
-def group_in(parent: h5py.Group, name: str) -> h5py.Group:
+def group_in(parent: GroupID, name: str) -> GroupID:
     """The member `name` of `parent`, which must be a group. Raises MalformedHdf5 otherwise."""
-    return _member(parent, name, h5py.Group, "group")
+    return _member(parent, name, GroupID, "group")
 
 
 def dataset_in(
-    group: h5py.Group, name: str, kind: type[np.generic], *shapes: tuple[int | str, ...]
-) -> h5py.Dataset:
+    group: GroupID, name: str, kind: type[np.generic], *shapes: tuple[int | str, ...]
+) -> DatasetID:
     """The member `name` of `group`: a dataset of this kind and one of these shapes (a word is any length).
 
     Raises MalformedHdf5 otherwise, and if its values lie in another file; none of them is read.
     """
-    dataset = _member(group, name, h5py.Dataset, "dataset")
-    properties = dataset.id.get_create_plist()
+    dataset = _member(group, name, DatasetID, "dataset")
+    properties = dataset.get_create_plist()
     # Before asking for the shape: that of a virtual dataset may be looked up in the other file.
     if properties.get_layout() == h5py.h5d.VIRTUAL or properties.get_external_count():
         raise MalformedHdf5(f"dataset {name!r} keeps its values in other files, which are not read")
@@ -209,72 +220,74 @@ def _fits(found: tuple[int, ...], shape: tuple[int | str, ...]) -> bool:
     return all(isinstance(want, str) or have == want for have, want in zip(found, shape, strict=True))
 
 
-def _member(parent: h5py.Group, name: str, kind: type, kind_name: str) -> h5py.Group | h5py.Dataset:
+def _member(parent: GroupID, name: str, kind: type, kind_name: str) -> GroupID | DatasetID:
     if not has_member(parent, name):
         raise MalformedHdf5(f"no {kind_name} {name!r}")
-    # Looked at before it is followed: a link may lead into any file of this machine.
-    if parent.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
+    # Looked at before it is followed: a link may lead into any file of this machine, or nowhere for ever.
+    link = parent.links.get_info(name.encode())
+    if link.type != h5py.h5l.TYPE_HARD:
         raise MalformedHdf5(f"{name!r} is a link to somewhere else, expected a {kind_name}")
-    member = parent[name]
+    check_object(h5py.h5f.get_name(parent), link.u)
+    member = h5py.h5o.open(parent, name.encode())
     if not isinstance(member, kind):
         raise MalformedHdf5(f"{name!r} is no {kind_name}")
     return member
 
 
-def read_whole(dataset: h5py.Dataset) -> np.ndarray:
+def size_in_bytes(dataset: DatasetID) -> int:
+    """What the values of `dataset` take in memory."""
+    return math.prod(dataset.shape) * dataset.dtype.itemsize
+
+
+def read_whole(dataset: DatasetID) -> np.ndarray:
     """All values of `dataset`, whose shape the caller has checked to be no larger than it will bear.
 
     The values must really be there, where HDF5 would make up zeros. Raises MalformedHdf5 if they are not, or
     are compressed in another way than by gzip, and whatever h5py raises.
     """
-    n_bytes = size_in_bytes(dataset)
-    if n_bytes == 0:
-        return np.empty(dataset.shape, dataset.dtype)
-    file_size = os.path.getsize(dataset.file.filename)
-    if dataset.chunks is not None:
+    n_bytes, file_size = size_in_bytes(dataset), os.path.getsize(h5py.h5f.get_name(dataset))
+    if n_bytes and dataset.get_create_plist().get_layout() == h5py.h5d.CHUNKED:
         _check_chunks(dataset, n_bytes, file_size)
-    else:
-        stored, offset = dataset.id.get_storage_size(), dataset.id.get_offset() or 0
+    elif n_bytes:
+        stored, offset = dataset.get_storage_size(), dataset.get_offset() or 0
         if stored < n_bytes or offset + n_bytes > file_size:
             raise MalformedHdf5(f"dataset {_name(dataset)} takes {n_bytes} bytes, which are not in the file")
-    return np.asarray(dataset[()])
+    values = np.empty(dataset.shape, dataset.dtype)
+    if n_bytes:
+        dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
+    return values
 
 
-def size_in_bytes(dataset: h5py.Dataset) -> int:
-    """What the values of `dataset` take in memory (h5py's own figure overflows for absurd shapes)."""
-    return math.prod(dataset.shape) * dataset.dtype.itemsize
-
-
-def _check_chunks(dataset: h5py.Dataset, n_bytes: int, file_size: int) -> None:
+def _check_chunks(dataset: DatasetID, n_bytes: int, file_size: int) -> None:
     """Make sure that every chunk is there and, when inflated, as long as a chunk must be.
 
     HDF5 takes an absent chunk for zeros, inflates one for as long as its stream goes on, and has been seen to
     crash on one that is too short.
     """
-    properties = dataset.id.get_create_plist()
+    properties = dataset.get_create_plist()
     filters = [properties.get_filter(position)[0] for position in range(properties.get_nfilters())]
     if len(set(filters)) < len(filters) or not set(filters) <= _FILTERS:
         remedy = "only gzip is read; h5repack -f GZIP=4 changes that"
         raise MalformedHdf5(f"dataset {_name(dataset)} is stored by HDF5's filters {filters}, {remedy}")
-    chunk_bytes = math.prod(dataset.chunks) * dataset.dtype.itemsize
+    shape, chunk_shape = dataset.shape, properties.get_chunk()
+    chunk_bytes = math.prod(chunk_shape) * dataset.dtype.itemsize
     if chunk_bytes > max(n_bytes, _SMALL_CHUNK):
         raise MalformedHdf5(f"dataset {_name(dataset)} of {n_bytes} bytes has chunks of {chunk_bytes}")
     chunks = []
-    dataset.id.chunk_iter(chunks.append)
-    sides = zip(dataset.shape, dataset.chunks, strict=True)
-    expected = math.prod(-(-length // side) for length, side in sides)
+    dataset.chunk_iter(chunks.append)
+    expected = math.prod(-(-length // side) for length, side in zip(shape, chunk_shape, strict=True))
     inside = all(chunk.byte_offset + chunk.size <= file_size for chunk in chunks)
     if len(chunks) != expected or not inside:
         raise MalformedHdf5(f"dataset {_name(dataset)} has {expected} chunks, which are not all in the file")
     for chunk in chunks:
         found = chunk.size
         if _DEFLATE in filters and not chunk.filter_mask >> filters.index(_DEFLATE) & 1:
-            _, packed = dataset.id.read_direct_chunk(chunk.chunk_offset)
+            _, packed = dataset.read_direct_chunk(chunk.chunk_offset)
             found = len(zlib.decompressobj().decompress(packed, chunk_bytes + 1))
         if found != chunk_bytes:
             wrong = f"more than {chunk_bytes}" if found > chunk_bytes else f"{found} of {chunk_bytes}"
             raise MalformedHdf5(f"dataset {_name(dataset)}: a chunk holds {wrong} bytes")
 
 
-def _name(dataset: h5py.Dataset) -> str:
-    return repr(dataset.name.rpartition("/")[2])
+def _name(dataset: DatasetID) -> str:
+    return repr(h5py.h5i.get_name(dataset).decode().rpartition("/")[2])

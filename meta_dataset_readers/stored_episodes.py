@@ -17,9 +17,9 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
+from h5py.h5g import GroupID
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -28,7 +28,6 @@ from meta_dataset_readers.errors import DamagedRecord, InputError, nearest
 from meta_dataset_readers.folders import SPLIT_FOLDERS, FileStore
 from meta_dataset_readers.hdf5 import (
     Hdf5Files,
-    MalformedHdf5,
     blamed_on,
     count_records,
     dataset_in,
@@ -36,9 +35,10 @@ from meta_dataset_readers.hdf5 import (
     read_whole,
     size_in_bytes,
 )
+from meta_dataset_readers.hdf5_guard import SIGNATURE, MalformedHdf5
 from meta_dataset_readers.reader import EpisodeReader
 from meta_dataset_readers.spec import _Object, _read_json, _typed
-from meta_dataset_readers.store import decoded
+from meta_dataset_readers.store import ImageStore, decoded
 from meta_dataset_readers.tfrecord import encode_example, open_records, write_records
 from meta_dataset_readers.transforms import RESIZES, eval_transform
 
@@ -73,17 +73,18 @@ def open_episodes(path: str | Path, image_size: int) -> "StoredEpisodes":
         return DumpedEpisodes(path, image_size)
     if not path.is_file():
         raise InputError(f"{path}: no such file or directory, expected stored episodes")
-    if h5py.is_hdf5(path):
+    head = _head(path)
+    if head.startswith(SIGNATURE):
         return NormalisedEpisodes(path, image_size)
-    if _begins_as_list(path):
+    if head.lstrip().startswith(b"["):
         return ListedEpisodes(path, image_size)
     raise InputError(f"{path}: neither HDF5 nor a JSON list, expected stored episodes")
 
 
-def _begins_as_list(path: Path) -> bool:
+def _head(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            return file.read(64).lstrip().startswith(b"[")
+            return file.read(64)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -154,12 +155,12 @@ class NormalisedEpisodes(StoredEpisodes):
         )
 
     @contextlib.contextmanager
-    def _record(self, index: int) -> Iterator[h5py.Group]:
+    def _record(self, index: int) -> Iterator[GroupID]:
         file = self._files.open(self._path)
         with blamed_on(f"{self._path}: episode {index}"):
-            yield group_in(file, str(index))
+            yield group_in(file.id, str(index))
 
-    def _images(self, record: h5py.Group, images: str, labels: str) -> tuple[Tensor, np.ndarray]:
+    def _images(self, record: GroupID, images: str, labels: str) -> tuple[Tensor, np.ndarray]:
         """Images (n, 3, S, S) in [0, 1] and labels (n,)."""
         size = self._image_size
         dataset = dataset_in(record, images, np.float32, ("images", 3, size, size))
@@ -290,7 +291,7 @@ def dump_episode(folder: str | Path, number: int, episode: Episode, reader: Epis
             write_records(
                 folder / name,
                 (
-                    encode_example(reader.store.encoded(episode.class_ids[label], origin.record), label)
+                    encode_example(_encoded(reader.store, episode.class_ids[label], origin), label)
                     for label, origin in zip(labels, origins, strict=True)
                 ),
             )
@@ -299,6 +300,14 @@ def dump_episode(folder: str | Path, number: int, episode: Episode, reader: Epis
         _write_text(folder / COUNTS_FILE, _json(by_label))
     except OSError as error:
         raise InputError(f"{folder}: episode {number} cannot be written: {error.strerror}") from error
+
+
+def _encoded(store: ImageStore, class_id: int, origin: ImageOrigin) -> bytes:
+    """The picture that `store` says comes from `origin`."""
+    index = origin.record - store.origin(class_id, 0).record  # the records of a class follow one another
+    if store.origin(class_id, index) != origin:
+        raise ValueError(f"{origin} is not a picture of class {class_id} of this source")
+    return store.encoded(class_id, index)
 
 
 def _claim(folder: Path, stem: str, description: str, counts: dict[str, tuple[int, ...]]) -> None:

@@ -157,18 +157,20 @@ class RecordFileCache:
 
     def open(self, path: Path) -> RecordFile:
         """The records of the file at `path`, scanned now or remembered. Raises as `open_records`."""
-        if path not in self._files:
-            self._files[path] = open_records(path)
-            self._bytes += self._files[path].offsets.nbytes
+        file = self._files.get(path)
+        if file is None:
+            file = self._files[path] = open_records(path)
+            self._bytes += file.offsets.nbytes
             while len(self._files) > 1 and self._bytes > self._budget:
                 _, forgotten = self._files.popitem(last=False)
                 self._bytes -= forgotten.offsets.nbytes
-        self._files.move_to_end(path)
-        return self._files[path]
+        else:
+            self._files.move_to_end(path)
+        return file
 
 
 def _record_offsets(path: Path, file: io.FileIO) -> Iterator[int]:
-    """Where each record begins, and the size of the file, which is unbuffered: of most of it nothing is read."""
+    """Where each record begins, and the size of the file. A buffer would read much more than the headers."""
     size = os.fstat(file.fileno()).st_size
     offset = record = 0
     while offset < size:

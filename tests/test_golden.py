@@ -5,7 +5,6 @@ read from its index or its arrays, so any set of the same kind can be put there.
 Frobenius distances.
 """
 
-import argparse
 import copy
 import dataclasses
 import itertools
@@ -18,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_backbone import write_official
 from torch import Tensor
 
 from amt import merge, meta_tune
-from amt.backbone import Arch, Backbone, build_network, features, resize_positions
-from amt.checkpoint import check_architecture, pool_from_published
+from amt.backbone import Arch, Backbone, build_network, features, read_weights, resize_positions
+from amt.checkpoint import Checkpoint, check_architecture, load, save
 from amt.evaluate import prototype_classifier
 from amt.lora import LoRAPool, Trim, split_principal, trim_singular_values, truncate
 from amt.losses import kl_sum, robust_loss
@@ -38,6 +38,7 @@ from amt.perturb import (
     pyramid_step,
 )
 from amt.protonet import cosine_logits, prototypes
+from amt.published import pool_from_published, published_shapes
 from meta_dataset_readers.episode import Episode
 
 FOLDER = os.environ.get("AMT_GOLDEN", Path(__file__).resolve().parents[2] / "shared" / "golden")
@@ -144,9 +145,13 @@ class Model:
 
 
 def model_of(state: dict[str, Tensor], heads: int) -> Model:
-    """The model whose published state dict this is; all sizes but the number of heads are in the state."""
+    """The model whose published state dict this is."""
     adapters = {int(found[1]) for name in state if (found := re.search(r"lora_A\.(\d+)$", name))}
-    pool = pool_from_published(state, (ANY_LEVEL,) * max(len(adapters), 1))
+    return model_around(pool_from_published(state, (ANY_LEVEL,) * max(len(adapters), 1)), heads)
+
+
+def model_around(pool: LoRAPool, heads: int) -> Model:
+    """The model of a pool, which tells all sizes but the number of heads."""
     dim, _, patch, _ = pool.residual["patch_embed.proj.weight"].shape
     side = patch * round((pool.residual["pos_embed"].shape[1] - 1) ** 0.5)
     hidden = len(pool.residual["blocks.0.mlp.fc1.weight"])
@@ -925,30 +930,29 @@ def test_trimmed_logits(several):
 # checkpoints
 
 
-def read_published(name: str) -> dict[str, Tensor]:
-    """The state dict of a published checkpoint; unpickles nothing but the harmless types that it holds."""
-    harmless = [
-        argparse.Namespace,
-        np.dtype,
-        type(np.dtype(np.float64)),
-        (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
-        (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
-    ]
-    with torch.serialization.safe_globals(harmless):
-        return torch.load(ROOT / name, map_location="cpu", weights_only=True)["model"]
+@pytest.fixture(scope="module")
+def heads() -> int:
+    return INDEX["meta"]["config"]["heads"]
 
 
-def test_training_checkpoint():
+@pytest.mark.parametrize("safe", [False, True], ids=["as_published", "converted"])
+def test_training_checkpoint(heads, safe, tmp_path):
+    """A file as main.py writes it, and what `python -m amt checkpoint --convert` makes of it: same logits."""
+    saved = loaded("train_ckpt.pth", tmp_path if safe else None)
+    model = model_around(saved.pool, heads)
     data, episode = arrays("ckpt_logits.npz"), arrays("c_protonet.npz")
-    model = model_of(read_published("train_ckpt.pth"), INDEX["meta"]["config"]["heads"])
     episode = Episode(pixels(episode["sx_u8"]), episode["sy"], pixels(episode["x_u8"]), episode["y"])
     assert_close(merged_logits(model, (1.0,), episode), data["train_logits"], 3e-6)
+    assert len(saved.pool) == 1 and saved.about["levels_from"] == "the arguments"
 
 
-def test_pool_checkpoint():
+@pytest.mark.parametrize("safe", [False, True], ids=["as_published", "converted"])
+def test_pool_checkpoint(heads, safe, tmp_path):
     """The pool's file routes and classifies like the numbers recorded of it."""
     merged, data = arrays("g_merge.npz"), arrays("ckpt_logits.npz")
-    model = model_of(read_published("pool_ckpt.pth"), INDEX["meta"]["config"]["heads"])
+    saved = loaded("pool_ckpt.pth", tmp_path if safe else None)
+    assert len(saved.pool) == INDEX["meta"]["config"]["pool"]
+    model = model_around(saved.pool, heads)
     equal = re.search(r"equals g_merge (\S+)/logits", meaning("ckpt_logits.npz", "pool_logits"))
     case = equal[1] if equal else first_unaugmented()[1]
     episode = routed_episode(merged, case.split("/")[0])
@@ -957,3 +961,47 @@ def test_pool_checkpoint():
         model.backbone, model.pool, episode.support, episode.support_labels, torch.Generator(), routing
     )
     assert_close(merged_logits(model, coefficients, episode), data["pool_logits"], 3e-6)
+
+
+def loaded(name: str, folder: Path | None) -> Checkpoint:
+    """A recorded file as `checkpoint.load` reads it, by way of one of our files if there is a `folder`."""
+    saved = load(ROOT / name)
+    if folder is None:
+        return saved
+    save(folder / "converted.safetensors", saved)
+    return load(folder / "converted.safetensors")
+
+
+def test_tables_of_keys():
+    """The recorded lists of every published tensor: the names, their order, and their shapes."""
+    files = sorted(ROOT.glob("keys_*.tsv"))
+    assert files
+    for file in files:
+        lines = (line.split("\t") for line in file.read_text().splitlines()[1:])
+        table = {name: tuple(map(int, shape.split("x"))) for name, shape, *_ in lines}
+        prefix = "backbone.model." if any(".model." in name for name in table) else "backbone."
+        blocks = {name.split("blocks.")[1].split(".")[0] for name in table if "blocks." in name}
+        adapters = sum(name.startswith(f"{prefix}blocks.0.attn.proj.lora_A") for name in table)
+        dim, _, patch, _ = table[f"{prefix}patch_embed.proj.weight"]
+        found = published_shapes(
+            patch=patch,
+            dim=dim,
+            depth=len(blocks),
+            hidden=table[f"{prefix}blocks.0.mlp.fc1.weight"][0],
+            tokens=table[f"{prefix}pos_embed"][1],
+            rank=next(shape for name, shape in table.items() if "proj.lora_A" in name)[0],
+            adapters=adapters if prefix == "backbone.model." else None,
+        )
+        assert list(found.items()) == list(table.items()), file
+
+
+@pytest.mark.parametrize("form", ["plain", "dino_full", "ibot", "deit", "safetensors"])
+def test_backbone_features_from_every_official_format(single, form, tmp_path):
+    """The recorded network's weights, written as each project publishes them, give the recorded features."""
+    weights = single.pool.merge([1.0])
+    path = write_official(tmp_path / "weights.pth", form, weights)
+    found = read_weights(path, single.backbone.network)
+    data = arrays("b_backbone.npz")
+    for size in (name.removeprefix("feat_") for name in data if name.startswith("feat_")):
+        images = pixels(data[f"x_{size}_u8"])
+        assert_close(features(single.backbone, found, images), data[f"feat_{size}"], 3e-6, size)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module may import modules of the layers before its own, and none of its own.
 LAYERS = (
+    ("weight_files", "published_flags", "interop_learn2learn"),  # foreign formats
     ("backbone", "perturb", "protonet", "losses"),  # one piece of mathematics each
     ("lora",),
     ("meta_tune", "merge"),
@@ -31,7 +32,7 @@ ONLY = {
 OF_THE_READERS = {"meta_dataset_readers.episode", "meta_dataset_readers.errors"}
 MORE_OF_THE_READERS = {"options": {"meta_dataset_readers.sampling"}}
 
-SCRIPTS = {"main", "test_meta_dataset", "studies", "benchmarks", "tests"}
+SCRIPTS = {"main", "test_meta_dataset", "studies", "benchmarks", "tools", "tests"}
 
 
 def modules(package: str) -> list[str]:

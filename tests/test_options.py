@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from amt import options
 from amt.evaluate import PGD
 from amt.lora import Trim
+from amt.published_flags import is_published
 from meta_dataset_readers.errors import InputError
 
 TRAIN = ["--data_path", "data", "--base_sources", "a", "--output_dir", "out", "--arch", "vit_mini_amt"]
@@ -62,7 +63,7 @@ def test_spelling_changes_dashes_of_the_name_alone(name, value):
 
 def test_unambiguous_abbreviations_are_understood_and_others_refused():
     assert training("--attack-it", "3").attack_iters == 3
-    assert "ambiguous" in complaint(training, "--epsilon_", "1", "--warm", "3")
+    assert "ambiguous" in complaint(training, "--max_s", "1")
 
 
 def test_help_can_be_printed(capsys):
@@ -156,6 +157,102 @@ def test_the_views_of_the_two_routers():
     assert (attacked.view, attacked.top_k, attacked.beta) == ("attacked", 1, 10.0)
 
 
+# --- the published command lines -------------------------------------------------------------------------
+
+# Every flag of the published scripts, which share one parser, each with a value it takes there.
+PUBLISHED = """
+    --batch-size 1; --num_classes 1000; --epochs 100; --fp16; --output_dir out; --save_every_epoch True
+    --device cuda:0; --seed 3; --data-path data; --pretrained-checkpoint-path .; --dataset meta_dataset
+    --nClsEpisode 5; --nSupport 1; --nQuery 15; --nValEpisode 120; --nEpisode 2000; --nTestEpisode 600
+    --image_size 128; --base_sources aircraft dtd; --val_sources aircraft; --test_sources mscoco dtd
+    --shuffle True; --train_transforms jitter to_tensor; --test_transforms resize; --num_ways 5
+    --num_support 5; --num_query 15; --min_ways 5; --max_ways_upper_bound 5; --max_num_query 10
+    --max_support_set_size 500; --max_support_size_contrib_per_class 1; --min_examples_in_class 0
+    --min_log_weight -0.69; --max_log_weight 0.69; --ignore_bilevel_ontology; --ignore_dag_ontology
+    --ignore_hierarchy_probability 0.5; --test_n_way 5; --n_shot 5; --cdfsl_domains EuroSAT ISIC
+    --arch dino_small_patch16_amt; --patch_size 16; --pretrained_weights file.pth; --checkpoint_key teacher
+    --unused_params; --no-pretrain; --deploy merge-vanilla; --num_adapters 1; --ada_steps 40; --ada_lr 0.05
+    --ada_wd 0; --aug_prob 0.9; --aug_types color translation; --img-size 224; --blend_beta 1.0
+    --blend_gamma 0.6; --specified_expert 0 1; --drop 0; --drop-path 0.1; --model-ema; --no-model-ema
+    --model-ema-decay 0.9; --model-ema-force-cpu; --opt adamw; --opt-eps 1e-8; --opt-betas 0.9 0.99
+    --clip-grad 1; --momentum 0.9; --weight-decay 0.05; --sched cosine; --lr 5e-5; --lr-scale
+    --lr-noise 0.1 0.2; --lr-noise-pct 0.67; --lr-noise-std 1; --warmup-lr 1e-6; --min-lr 1e-6
+    --decay-epochs 30; --warmup-epochs 5; --cooldown-epochs 10; --patience-epochs 10; --decay-rate 0.1
+    --dr 0.1; --color-jitter 0.4; --aa rand-m9-mstd0.5-inc1; --use_aa; --smoothing 0
+    --train-interpolation bicubic; --repeated-aug; --reprob 0.25; --remode pixel; --recount 1; --resplit
+    --mixup 0; --cutmix 0; --cutmix-minmax 0.1 0.2; --mixup-prob 1; --mixup-switch-prob 0.5
+    --mixup-mode batch; --teacher-model regnety_160; --teacher-path file; --distillation-type none
+    --distillation-alpha 0.5; --distillation-tau 1; --resume file.pth; --start_epoch 0; --dist-eval
+    --num_workers 10; --pin-mem; --no-pin-mem; --logger; --world_size 1; --dist_url env://
+    --pgd_method adsv; --attack_norm linf-pgd; --epsilon 8; --alpha 2; --attack_iters 10
+    --delta_init random2; --beta 6; --eval_restarts 1; --eval_iters 20
+"""
+
+
+@pytest.mark.parametrize(
+    "words", [part.split() for line in PUBLISHED.splitlines() for part in line.split(";") if part.strip()]
+)
+def test_every_published_flag_is_accepted_and_a_dead_one_says_so(words, capsys):
+    name = words[0].lstrip("-").replace("-", "_")
+    assert is_published(name)
+    for make, base in ((options.training_parser, TRAIN), (options.testing_parser, TEST)):
+        live = f"--{name}" in make()._option_string_actions and name in vars(make().parse([*base, *words]))
+        make().parse([*base, *words])
+        said = capsys.readouterr().err
+        alias = name in ("pretrained_weights",)
+        assert live or alias or f"--{name} has no effect: " in said
+        assert not live or said == ""
+
+
+def test_the_papers_command_lines_are_understood(tmp_path):
+    """Those of its README, with the placeholders filled in."""
+    line = (
+        "--dataset meta_dataset --data-path path_to_data_files --base_sources ilsvrc_2012 "
+        "--arch dino_small_patch16_amt --output experiment_name --fp16 --device cuda:0"
+    )
+    args = options.training_parser().parse(line.split())
+    options.check_training(args)
+    assert (args.output_dir, args.data_path) == (Path("experiment_name"), Path("path_to_data_files"))
+    assert options.training_sources(args) == ("ilsvrc_2012",) and args.pgd_method == "adsv"
+    assert len(options.levels(args)) == 4 and options.autocast(args) is torch.float16
+    line = (
+        "--dataset meta_dataset --data-path path_to_data_files --arch dino_small_patch16_amt_merge "
+        "--deploy merge-vanilla --output experiment_name --resume checkpoint.pth --device cuda:0 "
+        "--test_sources traffic_sign"
+    )
+    args = options.testing_parser().parse(line.split())
+    options.check_testing(args)
+    assert options.test_sources(args) == ("traffic_sign",) and args.resume == Path("checkpoint.pth")
+
+
+def test_a_published_abbreviation_stays_one_beside_flags_of_ours():
+    assert training("--eps", "4").epsilon == [4.0]  # and not ours, --epsilon_warmup
+    assert training("--output", "there").output_dir == Path("there")
+    assert "ambiguous" in complaint(training, "--warm", "3")  # as there: --warmup-lr, --warmup-epochs
+
+
+def test_the_benchmarks_own_protocol_for_its_domains():
+    args = evaluation("--cdfsl_domains", "EuroSAT", "cub", "--n_shot", "20", base=TEST[:2] + TEST[4:])
+    assert options.test_sources(args) == ("EuroSAT", "cub")
+    sampling = options.sampling(args)
+    assert (sampling.num_ways, sampling.num_support, sampling.num_query) == (5, 20, 15)
+    assert "exclude" in complaint(evaluation, "--cdfsl_domains", "EuroSAT")
+
+
+def test_another_dataset_brings_its_source_and_protocol():
+    without_sources = TRAIN[:2] + TRAIN[4:]
+    args = options.training_parser().parse([*without_sources, "--dataset", "cifar_fs", "--nSupport", "5"])
+    assert options.training_sources(args) == ("cifar_fs",)
+    sampling = options.sampling(args)
+    assert (sampling.num_ways, sampling.num_support, sampling.num_query) == (5, 5, 15)
+
+
+def test_without_sources_the_published_ones_are_meant():
+    training_args = options.training_parser().parse(TRAIN[:2] + TRAIN[4:])
+    testing_args = options.testing_parser().parse(TEST[:2] + TEST[4:])
+    assert len(options.training_sources(training_args)) == 8 and len(options.test_sources(testing_args)) == 10
+
+
 # --- what is refused -------------------------------------------------------------------------------------
 
 
@@ -172,6 +269,7 @@ def test_an_epsilon_that_is_no_amount_is_refused(parse, value):
         (["--rank", "0"], ["--rank", "at least 1"]),
         (["--epochs", "2.5"], ["--epochs", "2.5"]),
         (["--lr", "-1"], ["--lr", "-1"]),
+        (["--eval"], ["--eval", "test_meta_dataset.py"]),
         (["--seed", "-1"], ["--seed", "negative"]),
         (["--pgd_method", "fgsm"], ["fgsm", "adsv", "standard"]),
         (["--pyramid_grids", "4", "0"], ["--pyramid_grids", "2", "3"]),

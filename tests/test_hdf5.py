@@ -1,0 +1,475 @@
+"""PMF's HDF5 files: pictures are read back exactly, few files stay open, and no damage is taken for data."""
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import re
+import shutil
+import zlib
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from conftest import BENCHMARKS, flat_spec, write_spec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from meta_dataset_readers.episode import ImageOrigin
+from meta_dataset_readers.errors import DamagedRecord, InputError
+from meta_dataset_readers.hdf5 import Hdf5Store, open_hdf5
+from meta_dataset_readers.reader import EpisodeReader, episode_loader
+from meta_dataset_readers.sampling import EpisodeSampling
+
+CLASS_ID = 2
+SHAPE = (6, 7, 3)
+
+
+def pixels(class_id, index, shape=SHAPE):
+    return np.random.default_rng([class_id, index]).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_class(path, class_id=CLASS_ID, n_images=12, **storage):
+    """A class file as PMF's converter writes it, or with the datasets stored in another way."""
+    path.parent.mkdir(exist_ok=True, parents=True)
+    with h5py.File(path, "w") as file:
+        for index in range(n_images):
+            group = file.create_group(str(index))
+            group.create_dataset("id", data=1000 * index)
+            group.create_dataset("image", data=pixels(class_id, index), **storage)
+            group.create_dataset("label", data=np.array([class_id], np.int32))
+    return path
+
+
+def write_source(root, n_classes, n_images):
+    directory = write_spec(root / "tiny", flat_spec("tiny", (n_classes, 0, 0), [n_images] * n_classes))
+    for class_id in range(n_classes):
+        write_class(directory / f"{class_id}.h5", class_id, n_images)
+    return directory
+
+
+@pytest.fixture
+def class_file(tmp_path):
+    return write_class(tmp_path / f"{CLASS_ID}.h5")
+
+
+def store_of(path):
+    return Hdf5Store(path.parent, "tiny")
+
+
+def replace(record, name, value, **options):
+    del record[name]
+    return record.create_dataset(name, data=value, **options)
+
+
+# --- what is there ---------------------------------------------------------------------------------------
+
+
+def test_pictures_are_read_back_in_any_order(class_file):
+    """Also beyond the tenth: HDF5 lists the groups as 0, 1, 10, 11, 2."""
+    store = store_of(class_file)
+    assert store.count(CLASS_ID) == 12
+    for index in (11, 2, 10, 0):
+        image = store.image(CLASS_ID, index)
+        assert image.mode == "RGB" and image.size == (7, 6)
+        np.testing.assert_array_equal(store.read(CLASS_ID, index), pixels(CLASS_ID, index))
+        encoded = Image.open(io.BytesIO(store.encoded(CLASS_ID, index)))
+        np.testing.assert_array_equal(np.asarray(encoded), pixels(CLASS_ID, index))
+        assert store.origin(CLASS_ID, index) == ImageOrigin(f"tiny/{CLASS_ID}.h5", index)
+    for index in (-1, 12):
+        with pytest.raises(IndexError):
+            store.image(CLASS_ID, index)
+
+
+def test_opening_a_source_opens_no_class_file(tmp_path):
+    """There is none to open, and `missing` says so."""
+    source = open_hdf5(write_spec(tmp_path / "tiny", flat_spec("tiny", (2, 0, 1), [1, 2, 3])), "tiny")
+    assert source.spec.images_per_class == (1, 2, 3) and source.resize == "shorter"
+    write_class(tmp_path / "tiny" / "1.h5", 1, 2)
+    assert source.store.missing(range(3)) == ["0.h5", "2.h5"]
+    assert source.store.place(1) == tmp_path / "tiny" / "1.h5"
+
+
+@pytest.mark.parametrize(
+    "storage",
+    [
+        {"chunks": (4, 4, 3)},
+        {"compression": "gzip"},
+        {"chunks": (5, 7, 1), "compression": "gzip", "shuffle": True},
+        {"chunks": (32, 32, 3), "maxshape": (None, None, 3), "compression": "gzip"},
+    ],
+)
+def test_chunks_and_gzip_make_no_difference(tmp_path, storage):
+    """PMF writes neither, but h5repack does, and a file of pixels is five times the size of its JPEGs."""
+    store = store_of(write_class(tmp_path / f"{CLASS_ID}.h5", n_images=2, **storage))
+    for index in range(2):
+        np.testing.assert_array_equal(store.read(CLASS_ID, index), pixels(CLASS_ID, index))
+
+
+def test_id_and_label_may_be_absent_and_a_label_may_be_a_scalar(class_file):
+    with h5py.File(class_file, "r+") as file:
+        del file["0/id"], file["0/label"]
+        replace(file["1"], "label", np.int64(CLASS_ID))
+    store = store_of(class_file)
+    for index in (0, 1):
+        np.testing.assert_array_equal(store.read(CLASS_ID, index), pixels(CLASS_ID, index))
+
+
+# --- open files ------------------------------------------------------------------------------------------
+
+
+def open_class_files():
+    """The class files that this process has open, by their descriptors."""
+    found = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        try:
+            found.append(os.readlink(descriptor))
+        except OSError:  # the descriptor of the listing itself
+            continue
+    return [target for target in found if target.endswith(".h5")]
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc to count open files in")
+
+
+@needs_proc
+def test_few_files_stay_open_however_many_classes_are_read(tmp_path):
+    source = open_hdf5(write_source(tmp_path, 20, 2), "tiny")
+    for class_id in [*range(20), *range(20)]:
+        np.testing.assert_array_equal(source.store.read(class_id, 1), pixels(class_id, 1))
+        assert len(open_class_files()) <= 4
+
+
+@needs_proc
+def test_damaged_files_are_not_left_open(tmp_path):
+    for class_id in range(20):
+        path = write_class(tmp_path / f"{class_id}.h5", class_id, 2)
+        with h5py.File(path, "r+") as file:
+            del file["1/image"]
+        if class_id % 2:
+            path.write_bytes(path.read_bytes()[:-100])
+    store = Hdf5Store(tmp_path, "tiny")
+    for class_id in range(20):
+        with pytest.raises(InputError):
+            store.image(class_id, 1)
+        assert len(open_class_files()) <= 4
+
+
+def _read_in_child(store, answers):
+    inherited = len(open_class_files())
+    images = [store.read(class_id, 0) for class_id in range(3)]
+    answers.put((inherited, images, len(open_class_files())))
+
+
+@needs_proc
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this system")
+def test_a_forked_process_opens_its_own_files(tmp_path):
+    store = open_hdf5(write_source(tmp_path, 3, 1), "tiny").store
+    for class_id in range(3):
+        store.read(class_id, 0)
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    child = context.Process(target=_read_in_child, args=(store, answers))
+    child.start()
+    inherited, images, held = answers.get()
+    child.join()
+    assert inherited == held == 3, "those of the parent are closed, its own opened"
+    for class_id in range(3):
+        np.testing.assert_array_equal(images[class_id], pixels(class_id, 0))
+        np.testing.assert_array_equal(store.read(class_id, 0), pixels(class_id, 0))
+
+
+def test_a_store_in_use_can_be_pickled(class_file):
+    store = store_of(class_file)
+    store.read(CLASS_ID, 0)
+    copy = pickle.loads(pickle.dumps(store))
+    np.testing.assert_array_equal(copy.read(CLASS_ID, 3), pixels(CLASS_ID, 3))
+
+
+def test_episodes_are_the_same_with_workers(tmp_path):
+    """The parent has read before: what it holds open must not reach the workers."""
+    write_source(tmp_path, 6, 4)
+    sampling = EpisodeSampling(num_ways=5, num_support=1, num_query=2)
+    reader = EpisodeReader(tmp_path, "tiny", "TRAIN", sampling, 8, n_episodes=4)
+    alone = [reader[index] for index in range(4)]
+    for one, other in zip(alone, episode_loader(reader, num_workers=2), strict=True):
+        assert one.support.equal(other.support) and one.query.equal(other.query)
+        assert one.query_origin == other.query_origin
+
+
+# --- damage ----------------------------------------------------------------------------------------------
+
+
+def fails_as_a_whole(path, match):
+    """Whatever is asked of the file, one line names it."""
+    store = store_of(path)
+    for call in (store.count, lambda class_id: store.image(class_id, 0)):
+        with pytest.raises(InputError, match=match) as error:
+            call(CLASS_ID)
+        assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+        assert not isinstance(error.value, DamagedRecord)
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (b"", "the file is empty"),
+        (b"<html>404 Not Found</html>" * 100, "cannot be opened as HDF5: file signature not found"),
+        (b"\x89HDF\r\n\x1a\n", "cannot be opened as HDF5: "),
+        (b"\x89HDF\r\n\x1a\n" + b"\xff" * 500, "cannot be opened as HDF5: "),
+    ],
+)
+def test_other_files_are_refused(class_file, data, match):
+    class_file.write_bytes(data)
+    fails_as_a_whole(class_file, match)
+
+
+def test_a_file_that_was_cut_off_is_refused(class_file):
+    whole = class_file.read_bytes()
+    for length in (len(whole) - 1, len(whole) // 2, 100):
+        class_file.write_bytes(whole[:length])
+        fails_as_a_whole(class_file, "truncated")
+
+
+def test_what_is_no_file_is_refused(class_file):
+    class_file.unlink()
+    fails_as_a_whole(class_file, "no such file")
+    class_file.mkdir()
+    fails_as_a_whole(class_file, "no such file")
+    class_file.rmdir()
+    os.mkfifo(class_file)  # which nobody will ever write to
+    fails_as_a_whole(class_file, "no such file")
+
+
+@pytest.mark.parametrize(("name", "missing"), [("3", "3"), ("0", "0"), ("11", "11")])
+def test_a_gap_in_the_records_is_named(class_file, name, missing):
+    with h5py.File(class_file, "r+") as file:
+        file.move(name, "12")
+    fails_as_a_whole(class_file, f"12 records, but no '{missing}'; expected '0' to '11'")
+
+
+def test_a_member_that_is_no_record_is_seen(class_file):
+    with h5py.File(class_file, "r+") as file:
+        file.create_group("readme")
+    fails_as_a_whole(class_file, "13 records, but no '12'")
+
+
+def unallocated(shape, dtype=np.uint8, **options):
+    def write(record):
+        del record["image"]
+        record.create_dataset("image", shape, dtype, **options)
+
+    return write
+
+
+def image_of(value, **options):
+    return lambda record: replace(record, "image", value, **options)
+
+
+def label_of(value):
+    return lambda record: replace(record, "label", value)
+
+
+def link_to(link, name="image"):
+    def write(record):
+        outside = Path(record.file.filename).with_name("outside.h5")
+        shutil.copy(record.file.filename, outside)
+        del record[name]
+        record[name] = link(str(outside), f"/1/{name}")
+
+    return write
+
+
+def without(name):
+    def write(record):
+        del record[name]
+
+    return write
+
+
+def stored_elsewhere(record):
+    outside = Path(record.file.filename).with_name("outside.raw")
+    outside.write_bytes(bytes(np.prod(SHAPE)))
+    del record["image"]
+    record.create_dataset("image", SHAPE, np.uint8, external=[(str(outside), 0, h5py.h5f.UNLIMITED)])
+
+
+def virtual(record):
+    outside = Path(record.file.filename).with_name("outside.h5")
+    write_class(outside)
+    layout = h5py.VirtualLayout(SHAPE, np.uint8)
+    layout[...] = h5py.VirtualSource(str(outside), "0/image", SHAPE)
+    del record["image"]
+    record.create_virtual_dataset("image", layout)
+
+
+def chunk_of(data):
+    """One chunk whose compressed stream is `data`, whatever its length."""
+
+    def write(record):
+        dataset = unallocated(SHAPE, chunks=SHAPE, compression="gzip")(record) or record["image"]
+        dataset.id.write_direct_chunk((0, 0, 0), data)
+
+    return write
+
+
+def group_as_image(record):
+    del record["image"]
+    record.create_group("image")
+
+
+N_BYTES = int(np.prod(SHAPE))
+DAMAGE = {
+    "no image": (without("image"), "no dataset 'image'"),
+    "float": (image_of(np.zeros(SHAPE, np.float32)), r"'image' is float32 \(6, 7, 3\), expected uint8"),
+    "16 bit": (image_of(np.zeros(SHAPE, np.uint16)), r"'image' is uint16"),
+    "signed": (image_of(np.zeros(SHAPE, np.int8)), r"'image' is int8"),
+    "text": (image_of("a picture"), r"'image' is object \(\), expected uint8"),
+    "nothing": (image_of(h5py.Empty("u1")), r"'image' is uint8 None, expected"),
+    "grey": (image_of(np.zeros((6, 7), np.uint8)), r"'image' is uint8 \(6, 7\), expected .*width, 3\)"),
+    "alpha": (image_of(np.zeros((6, 7, 4), np.uint8)), r"'image' is uint8 \(6, 7, 4\)"),
+    "no pixels": (unallocated((0, 7, 3)), "an image of 7 x 0 pixels"),
+    "enormous": (unallocated((10**6, 10**6, 3)), "an image of 1000000 x 1000000 pixels"),
+    "beyond counting": (
+        unallocated((2**40, 2**20, 3), chunks=(1, 1, 3)),
+        "an image of 1048576 x 1099511627776",
+    ),
+    "elongated": (unallocated((1, 101, 3)), "sides of at most 100:1"),
+    "never written": (unallocated(SHAPE), "takes 126 bytes, which are not in the file"),
+    "chunks never written": (unallocated(SHAPE, chunks=(3, 7, 3)), "2 chunks, which are not all in the file"),
+    "gzip bomb": (chunk_of(zlib.compress(bytes(2**22))), f"a chunk holds more than {N_BYTES} bytes"),
+    "short gzip": (chunk_of(zlib.compress(bytes(5))), f"a chunk holds 5 of {N_BYTES} bytes"),
+    "no gzip": (chunk_of(b"no gzip"), "cannot be read: "),
+    "huge chunks": (
+        unallocated(SHAPE, chunks=(2**12, 2**12, 3), maxshape=(None, None, 3)),
+        "of 126 bytes has chunks of 50331648",
+    ),
+    "LZF": (image_of(pixels(0, 0), compression="lzf"), "only gzip is read"),
+    "checksum filter": (image_of(pixels(0, 0), fletcher32=True), "only gzip is read"),
+    "external link": (link_to(h5py.ExternalLink), "'image' is a link to somewhere else"),
+    "soft link": (link_to(lambda _, path: h5py.SoftLink(path)), "'image' is a link to somewhere else"),
+    "raw file": (stored_elsewhere, "keeps its values in other files"),
+    "virtual": (virtual, "keeps its values in other files"),
+    "group": (group_as_image, "'image' is no dataset"),
+    "wrong label": (label_of(np.array([CLASS_ID + 1], np.int32)), "label 3 in the file of class 2"),
+    "two labels": (
+        label_of(np.array([CLASS_ID] * 2)),
+        r"'label' is int64 \(2,\), expected integer \(1\) or \(\)",
+    ),
+    "fractional label": (label_of(np.array([2.0])), "'label' is float64"),
+    "linked label": (link_to(h5py.ExternalLink, "label"), "'label' is a link to somewhere else"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_record_is_named_and_its_neighbours_are_sound(class_file, case):
+    damage, match = DAMAGE[case]
+    with h5py.File(class_file, "r+") as file:
+        damage(file["1"])
+    store = store_of(class_file)
+    assert store.count(CLASS_ID) == 12
+    with pytest.raises(DamagedRecord, match=match) as error:
+        store.image(CLASS_ID, 1)
+    assert re.match(rf"{re.escape(str(class_file))}: record 1: [^\n]+$", str(error.value))
+    np.testing.assert_array_equal(store.read(CLASS_ID, 2), pixels(CLASS_ID, 2))
+
+
+@pytest.mark.parametrize(
+    ("record", "match"),
+    [
+        (lambda file: h5py.ExternalLink("outside.h5", "/0"), "'1' is a link to somewhere else"),
+        (lambda file: h5py.SoftLink("/0"), "'1' is a link to somewhere else"),
+        (lambda file: np.zeros(SHAPE, np.uint8), "'1' is no group"),
+    ],
+)
+def test_a_record_must_be_a_group_of_this_very_file(class_file, record, match):
+    write_class(class_file.with_name("outside.h5"))
+    with h5py.File(class_file, "r+") as file:
+        del file["1"]
+        file["1"] = record(file)
+    with pytest.raises(DamagedRecord, match=f"record 1: {match}"):
+        store_of(class_file).image(CLASS_ID, 1)
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory):
+    """The bytes of a valid file, and where they mean something: most are padding."""
+    path = write_class(tmp_path_factory.mktemp("small") / f"{CLASS_ID}.h5", n_images=2)
+    data = path.read_bytes()
+    return path, data, [at for at in range(len(data)) if any(data[max(at - 3, 0) : at + 4])]
+
+
+@settings(max_examples=60)
+@given(choice=st.data())
+def test_whatever_the_bytes_a_picture_or_one_line_comes_out(small_file, choice):
+    path, data, places = small_file
+    changed = bytearray(data)
+    for _ in range(choice.draw(st.integers(1, 3))):
+        at = choice.draw(st.sampled_from(places))
+        new = choice.draw(
+            st.sampled_from([b"\0", b"\xff", b"\0" * 8, b"\xff" * 8]) | st.binary(min_size=1, max_size=8)
+        )
+        changed[at : at + len(new)] = new
+    path.unlink(missing_ok=True)  # the last example may still have it open
+    path.write_bytes(changed)
+    store = store_of(path)
+    try:
+        for index in range(min(store.count(CLASS_ID), 3)):
+            try:
+                assert store.image(CLASS_ID, index).mode == "RGB"
+            except DamagedRecord as error:
+                assert str(error).startswith(f"{path}: record {index}: ") and "\n" not in str(error)
+    except InputError as error:
+        assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+
+
+# --- files by PMF's own converter ------------------------------------------------------------------------
+
+samples = pytest.mark.skipif(not (BENCHMARKS / "h5").is_dir(), reason="no h5 in AMT_BENCHMARK_DATA")
+
+
+@pytest.mark.benchmark_data
+@samples
+def test_every_picture_of_the_sample_files_is_what_its_converter_wrote():
+    expected = json.loads((BENCHMARKS / "expect" / "h5_bscd_fwt.json").read_text())
+    for name, classes in expected["h5_class_files"]["sources"].items():
+        source = open_hdf5(BENCHMARKS / "h5" / name, name)
+        assert not source.store.missing(int(class_id) for class_id in classes)
+        for class_id, records in classes.items():
+            assert source.store.count(int(class_id)) == len(records)
+            assert source.spec.images_per_class[int(class_id)] == len(records)
+            for index, (_, shape, _, digest, *_) in enumerate(records):
+                image = source.store.read(int(class_id), index)
+                assert list(image.shape) == shape
+                assert hashlib.sha256(image.tobytes()).hexdigest().startswith(digest)
+
+
+@pytest.mark.benchmark_data
+@pytest.mark.skipif(not (BENCHMARKS / "broken_h5").is_dir(), reason="no broken_h5 in AMT_BENCHMARK_DATA")
+@pytest.mark.parametrize("file", sorted((BENCHMARKS / "broken_h5").glob("*.h5")), ids=lambda file: file.stem)
+def test_the_damage_of_the_sample_files_is_seen(file, tmp_path):
+    """Sound is the intact file, and of the others each record whose image has the right type and shape."""
+    account = json.loads((BENCHMARKS / "expect" / "broken_h5.json").read_text())[file.name]
+    with h5py.File(file.with_name("intact.h5")) as intact:
+        class_id = int(intact["0/label"][0])
+    store = Hdf5Store(tmp_path, "tiny")
+    shutil.copy(file, store.place(class_id))
+    if not isinstance(account, dict) or set(account) != {str(index) for index in range(len(account))}:
+        with pytest.raises(InputError, match=re.escape(str(store.place(class_id)))):
+            store.count(class_id)
+        return
+    assert store.count(class_id) == len(account)
+    with h5py.File(file) as opened:
+        images = [opened[str(index)].get("image") for index in range(len(account))]
+        sound = [image is not None and (image.dtype, image.shape[2:]) == (np.uint8, (3,)) for image in images]
+    for index in range(len(account)):
+        if sound[index]:
+            store.image(class_id, index)
+        else:
+            with pytest.raises(DamagedRecord, match=f"record {index}: .*'image'"):
+                store.image(class_id, index)
+    assert all(sound) == (file.stem == "intact")
