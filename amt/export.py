@@ -41,6 +41,7 @@ from meta_dataset_readers.errors import InputError
 FORMATS = ("timm", "peft", "onnx", "torch", "published")
 METADATA = "amt_export"  # the field that describes an exported file, as JSON
 
+_ENDINGS = {"timm": ".safetensors", "torch": ".pt2"}  # by which timm and torch know what they read
 _SELF_CONTAINED = ("onnx", "torch")  # formats that normalise pixels themselves, and classify
 
 _ONNX_PACKAGES = ("onnx", "onnxscript")
@@ -174,6 +175,8 @@ def check_place(path: Path, to: str) -> None:
             raise InputError(f"{path}: is there already, expected a new or an empty folder for the adapter")
     elif path.is_dir():
         raise InputError(f"{path}: is a folder, expected the name of a file")
+    elif not path.name.endswith(ending := _ENDINGS.get(to, "")):
+        raise InputError(f"{path}: expected a name that ends in {ending}, as {to} reads no other")
 
 
 # timm
@@ -616,11 +619,13 @@ def _save_peft(path: Path, network: MergedNetwork, pool: LoRAPool, about: dict) 
     if network.trims:
         raise InputError("a trimmed network is no low-rank change of the pretrained one: PEFT cannot hold it")
     config, tensors = peft_adapter(network.backbone, pool, network.coefficients)
-    table = network.weights.get("pos_embed")
-    resized = _at_image_size(network.backbone, network.weights).get("pos_embed") is not table
-    pretrained_size = _whole_patches(network.backbone)
-    if resized:
-        pretrained_size = math.isqrt(table.shape[1] - 1) * network.backbone.patch_size
+    backbone, table = network.backbone, network.weights.get("pos_embed")
+    positions = _at_image_size(backbone, network.weights).get("pos_embed")
+    resized = positions is not table
+    tokens_per_side = (
+        math.isqrt(table.shape[1] - 1) if resized else backbone.image_size // backbone.patch_size
+    )
+    pretrained_size = tokens_per_side * backbone.patch_size
     text = _readme(
         network,
         about,
@@ -633,7 +638,6 @@ def _save_peft(path: Path, network: MergedNetwork, pool: LoRAPool, about: dict) 
         "README.txt": text.encode(),
     }
     if resized:
-        positions = _at_image_size(network.backbone, network.weights)["pos_embed"]
         files["positions.safetensors"] = serialise({"pos_embed": positions.contiguous()})
     if network.prototypes is not None:
         files["prototypes.safetensors"] = _prototypes_bytes(network, about)

@@ -13,6 +13,7 @@ import pickle
 import pickletools
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -104,7 +105,7 @@ def _kind(path: Path, start: bytes) -> str:
         return "zip"
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _LARGEST_HEADER:
         return "safetensors"
-    if start[:1] == b"\x80" and start[1] <= pickle.HIGHEST_PROTOCOL:
+    if start[:1] == b"\x80" and start[1:2] <= bytes([pickle.HIGHEST_PROTOCOL]):
         return "pickle"
     shown = start.lstrip()[:40].splitlines()[0].decode("latin-1") if start.strip() else ""
     if start.lstrip().startswith(b"<"):
@@ -119,8 +120,8 @@ def _read_safetensors(path: Path) -> Content:
         with safetensors.safe_open(path, framework="pt") as file:
             data = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return Content("safetensors", data, file.metadata() or {})
-    except (safetensors.SafetensorError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: truncated or damaged safetensors file ({error})") from error
+    except (safetensors.SafetensorError, AttributeError, TypeError, ValueError) as error:  # types it lacks
+        raise InputError(f"{path}: truncated or damaged safetensors file ({_first_line(error)})") from error
 
 
 def _check_archive(path: Path) -> None:
@@ -146,8 +147,10 @@ def _check_archive(path: Path) -> None:
             if damaged is not None:
                 raise InputError(f"{path}: damaged, the checksum of its entry {damaged!r} is wrong")
             names = _names_in_pickle(path, io.BytesIO(archive.read(pickles[0])))
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, struct.error) as error:
-        raise InputError(f"{path}: truncated or damaged torch file ({error})") from error
+    except InputError:
+        raise
+    except Exception as error:  # zipfile raises almost anything over a damaged archive
+        raise InputError(f"{path}: truncated or damaged torch file ({_first_line(error)})") from error
     if not names <= _HARMLESS:
         _refuse(path, "a torch file", names)
 
@@ -175,13 +178,18 @@ def _names_in_pickle(path: Path, stream: BinaryIO) -> set[str]:
             elif isinstance(argument, str):
                 texts.append(argument)
     except Exception as error:  # whatever a damaged stream leads the parser to
-        raise InputError(f"{path}: truncated or damaged pickle ({error})") from error
+        raise InputError(f"{path}: truncated or damaged pickle ({_first_line(error)})") from error
     return names
 
 
 def _modern(module: str, name: str) -> str:
     """A dotted name as this Python has it; pickles of protocol 2 use Python 2's modules."""
-    return f"{ {'__builtin__': 'builtins', 'copy_reg': 'copyreg'}.get(module, module) }.{name}"
+    return printable(f"{ {'__builtin__': 'builtins', 'copy_reg': 'copyreg'}.get(module, module) }.{name}")
+
+
+def printable(name: str) -> str:
+    """A name out of a file as it may be shown: on one line, and without power over a terminal."""
+    return name.encode("unicode_escape").decode("ascii")
 
 
 def _refuse_pickle(path: Path) -> NoReturn:
@@ -227,7 +235,8 @@ def _read_torch(path: Path) -> object:
         (_numpy_scalar, "numpy._core.multiarray.scalar"),
     ]
     try:
-        with path.open("rb") as file, torch.serialization.safe_globals(stand_ins):
+        with path.open("rb") as file, torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a damaged file is told of once, as an error
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can bring torch's reader to raise anything
         raise InputError(f"{path}: damaged torch file ({_first_line(error)})") from error
@@ -282,7 +291,7 @@ def check_fit(
         if names
     ]
     faults += [
-        f"tensor {name} has shape {tuple(found[name].shape)}, expected {tuple(shape)}"
+        f"tensor {printable(name)} has shape {tuple(found[name].shape)}, expected {tuple(shape)}"
         for name, shape in shapes.items()
         if name in found and tuple(found[name].shape) != tuple(shape)
     ]
@@ -294,10 +303,11 @@ def check_fit(
 
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return ", ".join(names[:10]) + more
+    return ", ".join(map(printable, names[:10])) + more
 
 
 def _sound(path: Path | str, name: str, tensor: Tensor) -> Tensor:
+    name = printable(name)
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in _EXACT_IN_FLOAT32:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise InputError(f"{path}: tensor {name} is {kind}, expected float32 (or float16, bfloat16)")

@@ -28,9 +28,9 @@ from meta_dataset_readers.command import Parser, add_sources, available_cores, p
 from meta_dataset_readers.domains import DOMAINS
 from meta_dataset_readers.errors import InputError, exit_on_bad_input, nearest
 from meta_dataset_readers.layouts import open_source, sources
-from meta_dataset_readers.packed import sound_records
 from meta_dataset_readers.spec import SPLITS, DatasetSpec
 from meta_dataset_readers.store import ImageStore, Source
+from meta_dataset_readers.tfrecord import sound_records
 
 _SHOWN = 20  # faults of one source, unless all are asked for
 _BATCH = 512  # pictures that a process examines at a time

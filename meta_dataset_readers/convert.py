@@ -35,23 +35,26 @@ from meta_dataset_readers.layouts import open_source
 from meta_dataset_readers.packed import (
     FORMAT,
     INDEX_FILE,
+    JOURNAL_FILE,
     OFFSETS_DTYPE,
     Index,
     PackedStore,
     SplitFile,
     class_checksums,
-    frame,
     offsets_file,
     open_packed,
     record_file,
-    sound_records,
 )
 from meta_dataset_readers.spec import DAG, FILE_PATTERN, SPEC_FILE, SPLITS, DatasetSpec, load_spec
 from meta_dataset_readers.store import ImageStore, Source
-from meta_dataset_readers.tfrecord import MalformedExample, decode_example, encode_example
+from meta_dataset_readers.tfrecord import (
+    MalformedExample,
+    decode_example,
+    encode_example,
+    frame,
+    sound_records,
+)
 from meta_dataset_readers.transforms import UnreadableImage, decode_image
-
-JOURNAL_FILE = "unfinished.jsonl"
 
 _SAMPLED = 200  # pictures of a source whose size is looked at to tell how much room its copy needs
 _PER_RECORD = 80  # bytes that a record and its offset take beside the picture, rounded up

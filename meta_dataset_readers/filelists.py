@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.folders import ClassFiles, flat_source
-from meta_dataset_readers.spec import _Object, _read_json
+from meta_dataset_readers.json_fields import Fields, read_json
 from meta_dataset_readers.store import Source
 
 FILELISTS = {"TRAIN": "base.json", "VALID": "val.json", "TEST": "novel.json"}
@@ -61,7 +61,7 @@ class _Filelist(NamedTuple):
 
 
 def _read_list(file: Path) -> _Filelist:
-    fields = _Object(str(file), _read_json(file))
+    fields = Fields(str(file), read_json(file))
     label_names, image_names = fields.strings("label_names"), fields.strings("image_names")
     labels = fields.get("image_labels", list)
     if len(labels) != len(image_names):

@@ -18,9 +18,10 @@ from PIL import Image
 
 from meta_dataset_readers.episode import ImageOrigin
 from meta_dataset_readers.errors import DamagedRecord, InputError, nearest
-from meta_dataset_readers.spec import SPLITS, DatasetSpec, _Object, _read_json, _typed
-from meta_dataset_readers.store import ImageStore, Source
-from meta_dataset_readers.transforms import FILE_FORMATS, RECORD_FORMATS, UnreadableImage, decode_image
+from meta_dataset_readers.json_fields import Fields, read_json, typed
+from meta_dataset_readers.spec import SPLITS, DatasetSpec
+from meta_dataset_readers.store import ImageStore, Source, decoded
+from meta_dataset_readers.transforms import FILE_FORMATS, RECORD_FORMATS
 
 SPLITS_FILE = "splits.json"
 SPLIT_FOLDERS = {"TRAIN": "train", "VALID": "val", "TEST": "test"}
@@ -51,10 +52,7 @@ class FileStore(ImageStore):
 
     def image(self, class_id: int, index: int) -> Image.Image:
         path = self._path(class_id, index)
-        try:
-            return decode_image(_contents(path), FILE_FORMATS, self._prepare)
-        except UnreadableImage as error:
-            raise DamagedRecord(f"{path}: {error}") from error
+        return decoded(_contents(path), str(path), FILE_FORMATS, self._prepare)
 
     def encoded(self, class_id: int, index: int) -> bytes:
         data = _contents(self._path(class_id, index))
@@ -190,8 +188,8 @@ def class_files(root: Path, folder: str) -> ClassFiles:
 
 def _read_splits(file: Path, folders: Sequence[str]) -> dict[str, list[str]]:
     """The class folders of each split, sorted."""
-    given = _typed(str(file), _read_json(file), dict)
-    lists = _Object(str(file), {split: [] for split in SPLITS} | given)
+    given = typed(str(file), read_json(file), dict)
+    lists = Fields(str(file), {split: [] for split in SPLITS} | given)
     lists.expect_keys(SPLITS)
     known, home = frozenset(folders), {}
     for split in SPLITS:

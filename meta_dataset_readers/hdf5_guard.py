@@ -1,9 +1,12 @@
-"""The one kind of damage in an HDF5 file that libhdf5 must not be shown.
+"""The two kinds of damage in an HDF5 file that libhdf5 must not be shown.
 
 A group of the classic format keeps the names of its members in a local heap, and the heap a list of what is
 free in it. Where this list leads back to itself, libhdf5 (seen in 1.14.4 and 2.0.0) follows it for ever and
-takes more memory at every step: one changed byte is enough. So the list is walked here first. All else that
-is wrong with a file libhdf5 reports by itself. Knows the file format just as far as it takes to find a heap.
+takes more memory at every step: one changed byte is enough. So the list is walked here first. And it believes
+a length in what the driver of a file in several parts has to say, which a file of one part never has. All
+else that is wrong with a file libhdf5 was seen to report by itself.
+
+Knows the file format just as far as it takes to find these two.
 """
 
 import os
@@ -15,9 +18,10 @@ SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 _LONGEST_SUPERBLOCK = 128
 _WIDTHS = {0: 13, 1: 13, 2: 9, 3: 9}  # superblock version -> where it has the widths of offsets and lengths
-_ROOT_ENTRY = {0: 56, 1: 60}  # superblock version -> where the symbol table entry of the root group begins
+_CLASSIC = {0: 48, 1: 52}  # classic superblock version -> where it has what _ROOT describes
+_ROOT = struct.Struct("<Q8xQI12xQ")  # addresses of driver and header, kind of the entry, address of the heap
 _ROOT_HEADER = 36  # where later superblocks have the address of the root group's object header
-_ENTRY = struct.Struct("<8xQI12xQ")  # address of the header, kind of the entry, address of the heap
+_NOWHERE = 2**64 - 1
 _CACHED = 1  # the kind of an entry that repeats the address of the group's heap
 
 _HEADER = struct.Struct("<BxHII4x")  # of an object: version, messages, references, bytes in its first block
@@ -34,8 +38,8 @@ class MalformedHdf5(ValueError):
 
 
 def check_root(path: str | os.PathLike) -> None:
-    """Raises MalformedHdf5 if merely opening the file at `path` would never end, or if it does not begin as
-    HDF5 files do that count in 64 bit; OSError for a file that cannot be read."""
+    """Raises MalformedHdf5 if the file at `path` could not be opened in reasonable time and space, or if it
+    does not begin as HDF5 files of one part do that count in 64 bit; OSError if it cannot be read."""
     with open(path, "rb", buffering=0) as file:
         head = file.read(_LONGEST_SUPERBLOCK).ljust(_LONGEST_SUPERBLOCK, b"\0")
         if not head.startswith(SIGNATURE):
@@ -46,17 +50,20 @@ def check_root(path: str | os.PathLike) -> None:
         widths = tuple(head[_WIDTHS[version] :][:2])
         if widths != (8, 8):
             raise MalformedHdf5(f"offsets and lengths of {widths} bytes, 8 are read")
-        if version not in _ROOT_ENTRY:
+        if version not in _CLASSIC:
             _check_object(file, int.from_bytes(head[_ROOT_HEADER:][:8], "little"))
             return
-        header, cached, heap = _ENTRY.unpack_from(head, _ROOT_ENTRY[version])
-        if cached == _CACHED:
+        driver, header, kind, heap = _ROOT.unpack_from(head, _CLASSIC[version])
+        if driver != _NOWHERE:
+            raise MalformedHdf5("one part of a file in several parts, which are not read")
+        if kind == _CACHED:
             _check_heap(file, heap)
         _check_object(file, header)
 
 
 def check_object(path: str | bytes | os.PathLike, address: int) -> None:
-    """Raises MalformedHdf5 if opening the object whose header is at `address` would never end."""
+    """Raises MalformedHdf5 if opening the object whose header is at `address` would never end; OSError if
+    the file cannot be read."""
     with open(path, "rb", buffering=0) as file:
         _check_object(file, address)
 

@@ -14,7 +14,7 @@ from meta_dataset_readers.errors import InputError, nearest
 from meta_dataset_readers.filelists import FILELISTS, open_filelists
 from meta_dataset_readers.folders import SPLIT_FOLDERS, open_class_folders, open_split_folders
 from meta_dataset_readers.hdf5 import open_hdf5
-from meta_dataset_readers.packed import INDEX_FILE, open_packed
+from meta_dataset_readers.packed import INDEX_FILE, JOURNAL_FILE, open_packed
 from meta_dataset_readers.spec import SPEC_FILE
 from meta_dataset_readers.store import Source, open_records
 
@@ -90,9 +90,22 @@ def _holds(*patterns: str) -> Callable[[Path], bool]:
     return lambda directory: any(next(directory.glob(pattern), None) for pattern in patterns)
 
 
+def _no_source(what: str) -> Callable[[Path, str], Source]:
+    def refuse(directory: Path, _name: str) -> Source:
+        raise InputError(f"{directory}: {what}")
+
+    return refuse
+
+
 # In the order they are tried: a packed source keeps its specification, one may have record files beside
 # those of PMF (and record files have checksums), and any directory could be one of class folders.
 LAYOUTS = (
+    Layout("unfinished copy", _holds(JOURNAL_FILE), _no_source("an unfinished copy; run `convert` again")),
+    Layout(
+        "dumped episodes",
+        _holds("images_per_class.json"),
+        _no_source("episodes, not a source; `stored_episodes.open_episodes` reads them"),
+    ),
     Layout("packed", _holds(INDEX_FILE), open_packed),
     Layout("record files", _holds("*.tfrecords"), open_records),
     Layout("HDF5 files", _holds("[0-9]*.h5"), open_hdf5),

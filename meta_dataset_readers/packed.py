@@ -15,11 +15,9 @@ record (its checksums, label and picture) whenever it is read. Does not know how
 """
 
 import itertools
-import os
-import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -27,17 +25,16 @@ from PIL import Image
 
 from meta_dataset_readers.episode import ImageOrigin
 from meta_dataset_readers.errors import DamagedRecord, InputError, nearest
-from meta_dataset_readers.spec import SPLITS, DatasetSpec, _Object, _read_json, load_spec
+from meta_dataset_readers.json_fields import Fields, read_json
+from meta_dataset_readers.spec import SPLITS, DatasetSpec, load_spec
 from meta_dataset_readers.store import ImageStore, Source, decoded
-from meta_dataset_readers.tfrecord import RecordFile, masked_crc
+from meta_dataset_readers.tfrecord import RecordFile
 from meta_dataset_readers.transforms import RESIZES
 
 FORMAT = 1  # raised whenever files of the old format would be misread
 INDEX_FILE = "packed.json"
+JOURNAL_FILE = "unfinished.jsonl"  # what `convert` has decided so far, until the index is written
 OFFSETS_DTYPE = np.dtype("<u8")
-
-_HEADER = 12  # bytes of a record before its payload: length, checksum of the length
-_FOOTER = 4  # and after it: checksum of the payload
 
 
 def record_file(directory: Path, split: str) -> Path:
@@ -48,55 +45,6 @@ def record_file(directory: Path, split: str) -> Path:
 def offsets_file(directory: Path, split: str) -> Path:
     """The file that says where the records of `split` begin."""
     return directory / f"{split}.offsets.npy"
-
-
-# --- framing ---------------------------------------------------------------------------------------------
-
-
-def frame(payload: bytes) -> bytes:
-    """`payload` as a TFRecord: length, its checksum, the payload, its checksum."""
-    return _header(len(payload)) + payload + struct.pack("<I", masked_crc(payload))
-
-
-def _header(length: int) -> bytes:
-    packed = struct.pack("<Q", length)
-    return packed + struct.pack("<I", masked_crc(packed))
-
-
-def sound_records(file: BinaryIO) -> Iterator[bytes]:
-    """The payloads of the records of `file`, from where it stands to its end or to the first record that is
-    incomplete or has a wrong checksum, whichever comes first."""
-    left = os.fstat(file.fileno()).st_size - file.tell()
-    while left >= _HEADER + _FOOTER:
-        header = file.read(_HEADER)
-        length = int.from_bytes(header[:8], "little")
-        if header != _header(length) or length > left - _HEADER - _FOOTER:
-            return
-        record = header + file.read(length + _FOOTER)
-        payload = record[_HEADER:-_FOOTER]
-        if record != frame(payload):
-            return
-        yield payload
-        left -= len(record)
-
-
-class _IndexedFile(RecordFile):
-    """A record file whose offsets were not found in itself, so that its framing is checked as well."""
-
-    def read(self, index: int) -> bytes:
-        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
-        try:
-            with self.path.open("rb") as file:
-                file.seek(start)
-                record = file.read(end - start)
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be read: {error.strerror}") from error
-        payload = record[_HEADER:-_FOOTER]
-        if record[:_HEADER] != _header(len(payload)):
-            raise DamagedRecord(f"{self.where(index)}: wrong length or wrong checksum of the length")
-        if record != frame(payload):
-            raise DamagedRecord(f"{self.where(index)}: wrong checksum of the payload")
-        return payload
 
 
 # --- the index -------------------------------------------------------------------------------------------
@@ -151,7 +99,7 @@ def _checksum(offsets: np.ndarray) -> int:
 
 def _load_index(directory: Path, spec: DatasetSpec) -> Index:
     file = directory / INDEX_FILE
-    index = _Object(str(file), _read_json(file))
+    index = Fields(str(file), read_json(file))
     version = index.count("format")
     if version != FORMAT:
         raise InputError(f"{file}: field 'format': found {version}, expected {FORMAT}; pack the source again")
@@ -183,7 +131,7 @@ def _load_index(directory: Path, spec: DatasetSpec) -> Index:
     )
 
 
-def _split_file(entry: _Object) -> SplitFile:
+def _split_file(entry: Fields) -> SplitFile:
     return SplitFile(entry.count("records"), entry.count("bytes"), entry.get("sha256", str))
 
 
@@ -288,7 +236,7 @@ def _open_split(directory: Path, split: str, entry: SplitFile) -> RecordFile:
     if offsets[0] != 0 or offsets[-1] != size:
         found = f"records from byte {offsets[0]} to {offsets[-1]}"
         raise InputError(f"{offsets_file(directory, split)}: {found}, expected from 0 to {size}")
-    return _IndexedFile(path, offsets)
+    return RecordFile(path, offsets)
 
 
 def _map_offsets(path: Path, records: int) -> np.ndarray:

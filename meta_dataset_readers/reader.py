@@ -42,11 +42,12 @@ class EpisodeReader(Dataset):
     training transform (PMF's protocol), otherwise both through the evaluation transform. A damaged record
     raises InputError; with `skip_bad_records` another unused image of its class takes its place and the
     episode's `skipped` says so (also where a file holds another number of records than the specification
-    claims). With `fast_decode`, JPEGs of at least twice the image size are decoded at a reduced scale: photographs
-    change by 1 to 3 grey levels on average, one pixel in a hundred by 5 to 20.
+    claims). With `fast_decode`, JPEGs of at least twice the image size are decoded at a reduced scale:
+    photographs change by 1 to 3 grey levels on average, one pixel in a hundred by 5 to 20.
 
     Opening reads the specification and the names of the files beside it, no image; `image_prefix` as in
-    `layouts.open_source`. Raises InputError for a path, source or split that is not there, a missing record file, and settings the source cannot satisfy.
+    `layouts.open_source`. Raises InputError for a path, source or split that is not there, a missing file,
+    and settings the source cannot satisfy.
     """
 
     def __init__(

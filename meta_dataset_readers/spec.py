@@ -7,21 +7,19 @@ record files, and ignores the `path` a specification carries: it is the converte
 
 import dataclasses
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
 from meta_dataset_readers.errors import InputError, nearest
 from meta_dataset_readers.hierarchy import ClassGroup, GraphError, Node, graph_groups
+from meta_dataset_readers.json_fields import Fields, read_json
 
 SPLITS = ("TRAIN", "VALID", "TEST")
 SPEC_FILE = "dataset_spec.json"
 FILE_PATTERN = "{}.tfrecords"
 BILEVEL, DAG = "bilevel", "dag"
 
-_LARGEST_FILE = 64 * 2**20  # bytes; the largest real specification has less than one million
 _KINDS = ("DatasetSpecification", "BiLevelDatasetSpecification", "HierarchicalDatasetSpecification")
-_JSON_NAMES = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +58,9 @@ def load_spec(directory: str | Path) -> DatasetSpec:
     `{}.tfrecords`, images counted by pool, a graph with dangling links, cycles or nodes given twice.
     """
     file = Path(directory) / SPEC_FILE
-    spec = _Object(str(file), _read_json(file))
+    if not file.exists() and file.with_suffix(".pkl").exists():
+        raise InputError(f"{file}: no such file; dataset_spec.pkl is not read, convert the source again")
+    spec = Fields(str(file), read_json(file))
     kind = spec.get("__class__", str)
     if kind not in _KINDS:
         raise InputError(f"{file}: field '__class__': unknown kind {kind!r}; {nearest(kind, _KINDS)}")
@@ -74,12 +74,12 @@ def load_spec(directory: str | Path) -> DatasetSpec:
 # --- the three kinds; each returns the fields of DatasetSpec that differ -----------------------------------
 
 
-def _flat(spec: "_Object") -> dict[str, Any]:
+def _flat(spec: "Fields") -> dict[str, Any]:
     sizes = spec.object("classes_per_split").counts(SPLITS)
     return {"split_classes": dict(zip(SPLITS, _blocks(sizes), strict=True)), **_class_table(spec, sum(sizes))}
 
 
-def _bilevel(spec: "_Object") -> dict[str, Any]:
+def _bilevel(spec: "Fields") -> dict[str, Any]:
     superclasses = spec.object("superclasses_per_split").counts(SPLITS)
     n_superclasses = sum(superclasses)
     sizes = spec.object("classes_per_superclass").by_id(n_superclasses, int)
@@ -95,7 +95,7 @@ def _bilevel(spec: "_Object") -> dict[str, Any]:
     return {"split_classes": split_classes, "ontology": BILEVEL, "groups": split_groups, **table}
 
 
-def _hierarchical(spec: "_Object") -> dict[str, Any]:
+def _hierarchical(spec: "Fields") -> dict[str, Any]:
     subgraphs = spec.object("split_subgraphs")
     subgraphs.expect_keys(SPLITS)
     nodes = {split: _nodes(subgraphs, split) for split in SPLITS}
@@ -139,16 +139,16 @@ def _hierarchical(spec: "_Object") -> dict[str, Any]:
     }
 
 
-def _nodes(subgraphs: "_Object", split: str) -> tuple[Node, ...]:
+def _nodes(subgraphs: "Fields", split: str) -> tuple[Node, ...]:
     nodes = []
     for index, entry in enumerate(subgraphs.get(split, list)):
-        node = _Object(f"{subgraphs.where}[{split}][{index}]", entry)
+        node = Fields(f"{subgraphs.where}[{split}][{index}]", entry)
         children, parents = node.strings("children_ids"), node.strings("parents_ids")
         nodes.append(Node(node.get("wn_id", str), node.get("words", str), children, parents))
     return tuple(nodes)
 
 
-def _class_table(spec: "_Object", n_classes: int) -> dict[str, Any]:
+def _class_table(spec: "Fields", n_classes: int) -> dict[str, Any]:
     return {
         "images_per_class": spec.object("images_per_class").by_id(n_classes, int),
         "class_names": spec.object("class_names").by_id(n_classes, str),
@@ -158,83 +158,3 @@ def _class_table(spec: "_Object", n_classes: int) -> dict[str, Any]:
 def _blocks(sizes) -> list[range]:
     """Consecutive ranges of the given sizes, starting at 0."""
     return [range(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
-
-
-# --- JSON that is not believed -----------------------------------------------------------------------------
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        with file.open("rb") as stream:
-            text = stream.read(_LARGEST_FILE + 1)
-    except FileNotFoundError as error:
-        pickled = file.with_suffix(".pkl").exists()
-        hint = "; dataset_spec.pkl is not read, convert the source again" if pickled else ""
-        raise InputError(f"{file}: no such file{hint}") from error
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from error
-    if len(text) > _LARGEST_FILE:
-        raise InputError(f"{file}: larger than {_LARGEST_FILE} bytes, not a dataset specification")
-    try:
-        return json.loads(text, object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:  # not UTF-8 or not JSON; nested beyond reason
-        raise InputError(f"{file}: not valid JSON: {error}") from error
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
-    return result
-
-
-class _Object:
-    """A JSON object whose entries are checked as they are taken; `where` names it in messages."""
-
-    def __init__(self, where: str, value: Any):
-        self.where = where
-        self._value: dict[str, Any] = _typed(where, value, dict)
-
-    def get(self, key: str, kind: type) -> Any:
-        if key not in self._value:
-            raise InputError(f"{self.where}: field {key!r} is missing")
-        return _typed(f"{self.where}: field {key!r}", self._value[key], kind)
-
-    def object(self, key: str) -> "_Object":
-        return _Object(f"{self.where}: field {key!r}", self.get(key, dict))
-
-    def count(self, key: str) -> int:
-        if isinstance(self._value.get(key), dict):
-            raise InputError(f"{self.where}: field {key!r}: images counted by pool are not supported")
-        value = self.get(key, int)
-        if value < 0:
-            raise InputError(f"{self.where}: field {key!r}: expected a count, found {value}")
-        return value
-
-    def strings(self, key: str) -> tuple[str, ...]:
-        where = f"{self.where}: field {key!r}"
-        return tuple(_typed(where, entry, str) for entry in self.get(key, list))
-
-    def expect_keys(self, keys) -> None:
-        unknown = self._value.keys() - set(keys)
-        if unknown:
-            raise InputError(f"{self.where}: unknown key {min(unknown)!r}; {nearest(min(unknown), keys)}")
-
-    def counts(self, keys) -> tuple[int, ...]:
-        self.expect_keys(keys)
-        return tuple(self.count(key) for key in keys)
-
-    def by_id(self, size: int, kind: type) -> tuple:
-        """The values of the keys "0".."size-1", which must be all the keys there are."""
-        if len(self._value) != size:
-            raise InputError(f"{self.where}: {len(self._value)} entries, {size} expected from the splits")
-        take = self.count if kind is int else lambda key: self.get(key, kind)
-        return tuple(take(str(number)) for number in range(size))
-
-
-def _typed(where: str, value: Any, kind: type) -> Any:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        found = "a boolean" if isinstance(value, bool) else _JSON_NAMES.get(type(value), type(value).__name__)
-        raise InputError(f"{where}: expected {_JSON_NAMES[kind]}, found {found}")
-    return value

@@ -36,8 +36,8 @@ from meta_dataset_readers.hdf5 import (
     size_in_bytes,
 )
 from meta_dataset_readers.hdf5_guard import SIGNATURE, MalformedHdf5
+from meta_dataset_readers.json_fields import Fields, read_json, typed
 from meta_dataset_readers.reader import EpisodeReader
-from meta_dataset_readers.spec import _Object, _read_json, _typed
 from meta_dataset_readers.store import ImageStore, decoded
 from meta_dataset_readers.tfrecord import encode_example, open_records, write_records
 from meta_dataset_readers.transforms import RESIZES, eval_transform
@@ -346,7 +346,7 @@ class _Description:
 
 
 def _read_description(file: Path, n_support: int, n_query: int, ways: int) -> _Description:
-    given = _Object(str(file), _read_json(file))
+    given = Fields(str(file), read_json(file))
     resize = given.get("resize", str)
     if resize not in RESIZES:
         raise InputError(f"{file}: field 'resize': unknown rule {resize!r}; {nearest(resize, RESIZES)}")
@@ -355,7 +355,7 @@ def _read_description(file: Path, n_support: int, n_query: int, ways: int) -> _D
         source=given.get("source", str),
         index=given.count("index"),
         resize=resize,
-        class_ids=tuple(_typed(f"{file}: field 'class_ids'", class_id, int) for class_id in ids),
+        class_ids=tuple(typed(f"{file}: field 'class_ids'", class_id, int) for class_id in ids),
         class_names=given.strings("class_names"),
         support_origin=_origins(given, "support_origin"),
         query_origin=_origins(given, "query_origin"),
@@ -369,9 +369,9 @@ def _read_description(file: Path, n_support: int, n_query: int, ways: int) -> _D
     return description
 
 
-def _origins(given: _Object, field: str) -> tuple[ImageOrigin, ...]:
+def _origins(given: Fields, field: str) -> tuple[ImageOrigin, ...]:
     entries = [
-        _Object(f"{given.where}: field {field!r}[{index}]", entry)
+        Fields(f"{given.where}: field {field!r}[{index}]", entry)
         for index, entry in enumerate(given.get(field, list))
     ]
     return tuple(ImageOrigin(entry.get("file", str), entry.count("record")) for entry in entries)
@@ -380,15 +380,15 @@ def _origins(given: _Object, field: str) -> tuple[ImageOrigin, ...]:
 def _read_counts(folder: Path) -> dict[str, tuple[int, ...]]:
     """The images of label 0, 1, ... in each record file of `folder`, by the file's name."""
     file = folder / COUNTS_FILE
-    given = _typed(str(file), _read_json(file), dict)
+    given = typed(str(file), read_json(file), dict)
     counts = {}
     for name, by_label in given.items():
         where = f"{file}: field {name!r:.80}"
         if not _RECORDS.fullmatch(name):
             expected = f"expected record files such as {_record_files('episode-0000')[0]}"
             raise InputError(f"{where}: unknown name, {expected}")
-        labels = _typed(where, by_label, dict)
-        counts[name] = _Object(where, labels).by_id(len(labels), int)
+        labels = typed(where, by_label, dict)
+        counts[name] = Fields(where, labels).by_id(len(labels), int)
     return counts
 
 
@@ -432,7 +432,7 @@ class ListedEpisodes(StoredEpisodes):
 
     def __init__(self, path: Path, image_size: int):
         self._path, self._image_size = path, image_size
-        entries = _typed(str(path), _read_json(path), list)
+        entries = typed(str(path), read_json(path), list)
         self._episodes = [_read_listed(f"{path}: episode {i}", entry) for i, entry in enumerate(entries)]
         super().__init__(len(self._episodes))
         if not self._episodes:
@@ -473,7 +473,7 @@ _Paths = tuple[tuple[str, ...], ...]  # by label
 
 
 def _read_listed(where: str, entry) -> tuple[_Paths, _Paths]:
-    given = _Object(where, entry)
+    given = Fields(where, entry)
     given.expect_keys(("Support", "Query"))
     support, query = (
         tuple(
@@ -489,7 +489,7 @@ def _read_listed(where: str, entry) -> tuple[_Paths, _Paths]:
 
 
 def _paths(where: str, given) -> tuple[str, ...]:
-    paths = tuple(_typed(where, path, str) for path in _typed(where, given, list))
+    paths = tuple(typed(where, path, str) for path in typed(where, given, list))
     for path in paths:
         if not path or path.startswith("/") or ".." in path.split("/") or _NO_FILE_NAME.search(path):
             expected = f"expected a path below {SPLIT_FOLDERS['VALID']}/ that does not lead outside"

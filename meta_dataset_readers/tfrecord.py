@@ -15,6 +15,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import google_crc32c
 import numpy as np
@@ -66,17 +67,23 @@ def encode_example(image: bytes, label: int) -> bytes:
     return _message(1, label_entry + image_entry)
 
 
+def frame(payload: bytes) -> bytes:
+    """`payload` as a record: length, its checksum, the payload, its checksum."""
+    return _header(len(payload)) + payload + _FOOTER.pack(masked_crc(payload))
+
+
+def _header(length: int) -> bytes:
+    packed = _LENGTH.pack(length)
+    return packed + _FOOTER.pack(masked_crc(packed))
+
+
 def write_records(path: str | os.PathLike, payloads: Iterable[bytes]) -> None:
     """Write `payloads`, one record each, to `path`: the whole file appears at once or not at all."""
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with unfinished.open("wb") as file:
-            for payload in payloads:
-                length = _LENGTH.pack(len(payload))
-                file.write(length + _FOOTER.pack(masked_crc(length)))
-                file.write(payload)
-                file.write(_FOOTER.pack(masked_crc(payload)))
+            file.writelines(map(frame, payloads))
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -100,23 +107,25 @@ class RecordFile:
         return _where(self.path, index, self.offsets[index])
 
     def read(self, index: int) -> bytes:
-        """The payload of record `index` (0-based), its checksum verified.
+        """The payload of record `index` (0-based), its length and checksums verified.
 
-        Raises DamagedRecord for a wrong checksum, InputError for a file that cannot be opened.
+        Raises DamagedRecord for a wrong one, InputError for a file that cannot be opened.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path}: record {index} of {len(self)}")
-        start, end = int(self.offsets[index]) + _HEADER.size, int(self.offsets[index + 1])
+        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(start)
-                body = file.read(end - start)
+                record = file.read(end - start)
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read: {error.strerror}") from error
-        payload, footer = body[: -_FOOTER.size], body[-_FOOTER.size :]
-        if len(body) != end - start:
+        if len(record) != end - start:
             raise DamagedRecord(f"{self.where(index)}: the file has shrunk since it was opened")
-        if footer != _FOOTER.pack(masked_crc(payload)):
+        header, payload = record[: _HEADER.size], record[_HEADER.size : -_FOOTER.size]
+        if header != _header(len(payload)):
+            raise DamagedRecord(f"{self.where(index)}: wrong length or wrong checksum of the length")
+        if record[-_FOOTER.size :] != _FOOTER.pack(masked_crc(payload)):
             raise DamagedRecord(f"{self.where(index)}: wrong checksum of the payload")
         return payload
 
@@ -143,6 +152,22 @@ def open_records(path: str | os.PathLike) -> RecordFile:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     return RecordFile(path, offsets.astype(np.min_scalar_type(offsets[-1])))
+
+
+def sound_records(file: BinaryIO) -> Iterator[bytes]:
+    """The payloads of the records of `file`, from where it stands to its end or to the first record that is
+    incomplete or has a wrong checksum, whichever comes first."""
+    left = os.fstat(file.fileno()).st_size - file.tell()
+    while left >= _HEADER.size + _FOOTER.size:
+        header = file.read(_HEADER.size)
+        length = int.from_bytes(header[: _LENGTH.size], "little")
+        if header != _header(length) or length > left - _HEADER.size - _FOOTER.size:
+            return
+        payload, footer = file.read(length), file.read(_FOOTER.size)
+        if footer != _FOOTER.pack(masked_crc(payload)):
+            return
+        yield payload
+        left -= _HEADER.size + length + _FOOTER.size
 
 
 class RecordFileCache:

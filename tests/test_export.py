@@ -159,7 +159,8 @@ def test_networks_of_timms_own_at_another_size(to, tmp_path, monkeypatch):
     backbone = Backbone("timm:test_vit", network, 104)
     pool = pool_of(backbone)
     merged = merged_network(backbone, pool, MIXED)
-    written = export.save(tmp_path / "net", to, merged, pool)
+    name = {"timm": "net.safetensors", "peft": "net", "torch": "net.pt2"}[to]
+    written = export.save(tmp_path / name, to, merged, pool)
     readme = next(file for file in written if file.name.endswith("README.txt")).read_text()
     seen = images(side=104)
     ready = seen if to == "torch" else backbone.normalise(seen)[..., :96, :96]
@@ -480,7 +481,7 @@ def test_a_published_training_is_one_network(mini, tmp_path):
 )
 def test_faults_are_one_line(flags, message, mini, tmp_path):
     words = flags.replace("NOWHERE", str(tmp_path / "nowhere")).split()
-    found = complaint(mini, *words, "--out", tmp_path / "out")
+    found = complaint(mini, *words, "--out", tmp_path / ("adapter" if "peft" in words else "net.safetensors"))
     assert message in found.replace(str(mini), "POOL").replace(str(tmp_path / "nowhere"), "NOWHERE")
     assert list(tmp_path.iterdir()) == []
 
@@ -489,16 +490,18 @@ def test_places_that_cannot_be_written_are_one_line(mini, tmp_path):
     (tmp_path / "file").write_text("")
     assert "is a folder" in complaint(mini, "--to", "timm", "--adapter", 0, "--out", tmp_path)
     assert "a new or an empty folder" in complaint(mini, "--to", "peft", "--adapter", 0, "--out", tmp_path)
-    for to in ("timm", "peft", "published"):
-        assert "cannot be written" in complaint(
-            mini, "--to", to, "--adapter", 0, "--out", tmp_path / "file" / "out"
-        )
+    for to, name in (("timm", "a.safetensors"), ("peft", "a"), ("published", "a.pth")):
+        place = tmp_path / "file" / name
+        assert "cannot be written" in complaint(mini, "--to", to, "--adapter", 0, "--out", place)
+    for to, ending in (("timm", ".safetensors"), ("torch", ".pt2")):
+        place = tmp_path / "net.pth"
+        assert f"ends in {ending}" in complaint(mini, "--to", to, "--adapter", 0, "--out", place)
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_support_folder_that_is_no_support_set_is_one_line(mini, folder, tmp_path, monkeypatch):
     def refused(place: Path) -> str:
-        return complaint(mini, "--to", "timm", "--support", place, "--out", tmp_path / "net")
+        return complaint(mini, "--to", "timm", "--support", place, "--out", tmp_path / "net.safetensors")
 
     (tmp_path / "images" / "empty").mkdir(parents=True)
     assert "no picture in this class folder" in refused(tmp_path / "images")
@@ -511,5 +514,7 @@ def test_a_support_folder_that_is_no_support_set_is_one_line(mini, folder, tmp_p
 
 def test_a_pool_without_an_architecture_needs_one(pool, tmp_path):
     export.save_published(tmp_path / "amt.pth", pool)
-    found = complaint(tmp_path / "amt.pth", "--to", "timm", "--adapter", 0, "--out", tmp_path / "net")
+    found = complaint(
+        tmp_path / "amt.pth", "--to", "timm", "--adapter", 0, "--out", tmp_path / "net.safetensors"
+    )
     assert "does not say its architecture; name it by --arch" in found

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shutil
+import struct
 import zlib
 from pathlib import Path
 
@@ -243,6 +244,90 @@ def test_what_is_no_file_is_refused(class_file):
     class_file.rmdir()
     os.mkfifo(class_file)  # which nobody will ever write to
     fails_as_a_whole(class_file, "no such file")
+
+
+def heaps(path):
+    """Where the local heaps of the groups in a file begin, the root's first, and what the file holds."""
+    data = bytearray(path.read_bytes())
+    return [found.start() for found in re.finditer(b"HEAP", data)], data
+
+
+def make_endless(data, heap):
+    """The first free block of the heap becomes its own successor: one byte of difference."""
+    _, free, address = struct.unpack_from("<QQQ", data, heap + 8)
+    assert struct.unpack_from("<Q", data, address + free) == (1,), "the last one"
+    struct.pack_into("<Q", data, address + free, free)
+
+
+def test_a_file_that_libhdf5_would_never_finish_opening_is_refused(class_file):
+    places, data = heaps(class_file)
+    make_endless(data, places[0])
+    class_file.write_bytes(data)
+    fails_as_a_whole(class_file, "the local heap at byte .* has an endless list of free space")
+
+
+def test_a_record_that_libhdf5_would_never_finish_opening_is_named(class_file):
+    places, data = heaps(class_file)
+    make_endless(data, places[2])
+    class_file.write_bytes(data)
+    store = store_of(class_file)
+    with pytest.raises(DamagedRecord, match=f"{class_file}: record 1: the local heap at byte {places[2]}"):
+        store.image(CLASS_ID, 1)
+    np.testing.assert_array_equal(store.read(CLASS_ID, 0), pixels(CLASS_ID, 0))
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "match"),
+    [
+        (8, 9, "superblock of version 9"),
+        (13, 4, r"offsets and lengths of \(4, 8\) bytes, 8 are read"),
+        (48, 96, "one part of a file in several parts"),  # its length would be taken from what is no length
+    ],
+)
+def test_another_kind_of_hdf5_file_is_refused(class_file, at, value, match):
+    data = bytearray(class_file.read_bytes())
+    data[at] = value
+    class_file.write_bytes(data)
+    fails_as_a_whole(class_file, f"cannot be opened as HDF5: {match}")
+
+
+@pytest.mark.parametrize("version", ["v108", "v110", "latest"])
+def test_files_in_the_later_formats_are_read(tmp_path, version):
+    """PMF's are in the first one, as h5py still writes it."""
+    path = tmp_path / f"{CLASS_ID}.h5"
+    with h5py.File(path, "w", libver=version) as file:
+        for index in range(20):
+            file[f"{index}/image"] = pixels(CLASS_ID, index)
+            file[f"{index}"].attrs["note"] = "x" * 1000
+    store = store_of(path)
+    assert store.count(CLASS_ID) == 20
+    np.testing.assert_array_equal(store.read(CLASS_ID, 19), pixels(CLASS_ID, 19))
+
+
+def test_attributes_do_not_matter(class_file):
+    """They make object headers go on in further blocks."""
+    with h5py.File(class_file, "r+") as file:
+        for name in ("/", "0", "0/image"):
+            for number in range(50):
+                file[name].attrs[f"note {number}"] = "x" * 500
+    np.testing.assert_array_equal(store_of(class_file).read(CLASS_ID, 0), pixels(CLASS_ID, 0))
+
+
+def test_an_endless_list_is_found_behind_attributes(class_file):
+    with h5py.File(class_file, "r+") as file:
+        for number in range(50):
+            file["11"].attrs[f"note {number}"] = "x" * 500
+    places, data = heaps(class_file)
+    make_endless(data, places[-1])
+    class_file.write_bytes(data)
+    with pytest.raises(DamagedRecord, match="record 11: the local heap"):
+        store_of(class_file).image(CLASS_ID, 11)
+
+
+def test_a_file_may_be_open_elsewhere_in_the_process(class_file):
+    for locking in (None, False):
+        with h5py.File(class_file, "r", locking=locking):
+            np.testing.assert_array_equal(store_of(class_file).read(CLASS_ID, 0), pixels(CLASS_ID, 0))
 
 
 @pytest.mark.parametrize(("name", "missing"), [("3", "3"), ("0", "0"), ("11", "11")])

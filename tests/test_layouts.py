@@ -131,6 +131,15 @@ def test_what_is_no_source_is_refused_in_one_line(tmp_path):
     fails(r"no source '\.\./mine'", lambda: open_source(tmp_path / "empty", "../mine"))
 
 
+def test_what_is_not_yet_a_source_or_none_at_all_is_said_to_be_so(tmp_path):
+    for name, mark in (("half", "unfinished.jsonl"), ("dump", "images_per_class.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / mark).write_text("{}")
+    assert sources(tmp_path) == {"dump": "dumped episodes", "half": "unfinished copy"}
+    fails("run `convert` again", lambda: open_source(tmp_path, "half"))
+    fails("episodes, not a source", lambda: open_source(tmp_path, "dump"))
+
+
 def test_the_table_knows_every_published_domain():
     meta_dataset = {
         *("ilsvrc_2012", "omniglot", "aircraft", "cu_birds", "dtd", "quickdraw", "fungi", "vgg_flower"),

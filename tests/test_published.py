@@ -204,6 +204,7 @@ def test_copies_of_weights_in_a_used_model_are_noted_and_left_out(network, tmp_p
         (lambda s, k: s.pop(k("patch_embed.proj.weight")), ["lacks", "patch_embed.proj.weight"]),
         (lambda s, k: s.pop(k("blocks.0.mlp.fc1.weight")), ["lacks", "blocks.0.mlp.fc1.weight"]),
         (lambda s, k: s.update({"head.weight": torch.ones(2)}), ["unexpected", "head.weight"]),
+        (lambda s, k: s.update({"a\n\x1b[31m": torch.ones(2)}), ["unexpected", r"a\n\x1b[31m"]),
         (lambda s, k: s.update({k("blocks.0.ori_weight"): torch.ones(2)}), ["unexpected", "ori_weight"]),
         (lambda s, k: s.update({k("blocks.7.norm1.bias"): torch.ones(24)}), ["lacks", "blocks.2", "more"]),
         (lambda s, k: s.update({k("blocks.999.x"): torch.ones(24)}), ["block 999", "in all"]),
@@ -314,6 +315,7 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, list[str]]]:
     convert = "--convert OUT.safetensors --trust"
     files: dict[str, tuple[bytes, list[str]]] = {
         "empty": (b"", ["empty"]),
+        "byte": (b"\x80", ["damaged pickle"]),
         "html": (b"<!DOCTYPE html>\n<html>not found</html>", ["starts with '<!DOCTYPE html', a web page"]),
         "xml": (b"\n <?xml version='1.0'?><Error/>", ["starts with '<?xml version=", "a web page"]),
         "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", ["a Git LFS pointer"]),
@@ -398,7 +400,19 @@ def bad(tmp_path_factory) -> dict[str, tuple[Path, list[str]]]:
 
 
 BAD = (
-    *("empty", "html", "xml", "lfs", "text", "cut_short", "cut_early", "flipped", "missing", "folder"),
+    *(
+        "empty",
+        "byte",
+        "html",
+        "xml",
+        "lfs",
+        "text",
+        "cut_short",
+        "cut_early",
+        "flipped",
+        "missing",
+        "folder",
+    ),
     *("bare_pickle", "bare_pickle_2", "cut_pickle", "runs", "runs_4", "old", "old_runs", "foreign", "path"),
     *("network", "list", "nothing", "script", "huge", "long", "bomb", "twice", "photos"),
     *("safetensors_cut", "safetensors_cut_early", "safetensors_huge"),
@@ -435,26 +449,32 @@ def test_a_name_says_nothing_about_a_files_kind(network, tmp_path):
     assert same(checkpoint.load(tmp_path / "a.safetensors").pool, checkpoint.load(tmp_path / "b.pth").pool)
 
 
-@settings(max_examples=60)
-@given(data=st.data(), kind=st.sampled_from(["torch", "safetensors"]))
+@settings(max_examples=100)
+@given(data=st.data(), kind=st.sampled_from(["torch", "pickle", "safetensors"]))
 def test_no_damage_ends_otherwise_than_in_a_line(data, kind, tmp_path_factory):
-    """Any cut and any changed bytes: the file is refused, or still read; there is no other error."""
-    state = as_published(_small(), single=True)
-    stream = io.BytesIO()
-    if kind == "torch":
-        torch.save({"model": state, "args": argparse.Namespace(epsilon=np.float64(8))}, stream)
-        content = bytearray(stream.getvalue())
-    else:
-        path = tmp_path_factory.getbasetemp() / "whole.safetensors"
-        save_file(state, path)
-        content = bytearray(path.read_bytes())
-    for _ in range(data.draw(st.integers(0, 3), label="changes")):
-        # Half of the changes hit the parts that describe the rest.
-        place = data.draw(st.integers(0, len(content) - 1) | st.integers(0, 2000), label="place")
-        content[place % len(content)] = data.draw(st.integers(0, 255), label="byte")
-    content = content[: data.draw(st.just(len(content)) | st.integers(0, len(content)), label="length")]
+    """Any cut and any changed bytes: the file is refused, or still read; there is no other error.
+
+    Of kind "pickle" only the pickle inside is damaged, and the archive around it is sound.
+    """
     path = tmp_path_factory.getbasetemp() / "damaged"
-    path.write_bytes(content)
+    state = as_published(_small(), single=True)
+
+    def damaged(content: bytes) -> bytes:
+        content = bytearray(content)
+        for _ in range(data.draw(st.integers(0, 3), label="changes")):
+            # Many of the changes are to hit the beginning, which describes the rest.
+            place = data.draw(st.integers(0, len(content) - 1) | st.integers(0, 2000), label="place")
+            content[place % len(content)] = data.draw(st.integers(0, 255), label="byte")
+        return bytes(content[: data.draw(st.just(None) | st.integers(0, len(content)), label="length")])
+
+    if kind == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"model": state, "args": argparse.Namespace(epsilon=np.float64(8))}, path)
+    if kind == "pickle":
+        zipped(path, lambda name, entry: damaged(entry) if name.endswith("data.pkl") else entry)
+    else:
+        path.write_bytes(damaged(path.read_bytes()))
     try:
         checkpoint.load(path)
     except InputError as error:

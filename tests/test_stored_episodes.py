@@ -99,7 +99,7 @@ def test_the_number_of_episodes_is_that_of_the_file(tmp_path):
     """Eleven, in the order 0, 1, 2 where HDF5 lists 0, 1, 10."""
     episodes = open_episodes(write_normalised(tmp_path / "val_ep120.h5", 11), SIZE)
     assert len(episodes) == 11
-    assert (episodes[2].support[0] * 255 - grey_levels(2, 0, 5)[0]).abs().max() < 1e-4
+    assert (episodes[2].support * 255 - torch.from_numpy(grey_levels(2, 0, 5))).abs().max() < 1e-4
 
 
 def test_another_byte_order_and_narrow_labels_make_no_difference(normalised_file):
@@ -195,22 +195,25 @@ def test_an_episode_without_query_images_is_an_episode(normalised_file):
     assert episode.query.shape == (0, 3, SIZE, SIZE) and len(episode.query_labels) == 0
 
 
-def test_hdf5_files_without_episodes_are_refused(normalised_file):
+def test_hdf5_files_without_episodes_are_refused(normalised_file, tmp_path):
     with h5py.File(normalised_file, "r+") as file:
         file.move("1", "3")
     fails("3 records, but no '1'", lambda: open_episodes(normalised_file, SIZE))
-    h5py.File(normalised_file, "w").close()
-    fails(f"{normalised_file}: no episode", lambda: open_episodes(normalised_file, SIZE))
-    with h5py.File(normalised_file, "w") as file:
+    nothing, pictures = tmp_path / "nothing.h5", tmp_path / "pictures.h5"
+    h5py.File(nothing, "w").close()
+    fails(f"{nothing}: no episode in this file", lambda: open_episodes(nothing, SIZE))
+    with h5py.File(pictures, "w") as file:
         file["0/image"] = np.zeros((SIZE, SIZE, 3), np.uint8)
-    fails(f"{normalised_file}: episode 0: no dataset 'sx'", lambda: open_episodes(normalised_file, SIZE))
+    fails(f"{pictures}: episode 0: no dataset 'sx'", lambda: open_episodes(pictures, SIZE))
 
 
 # --- Meta-Dataset's dumped episodes ----------------------------------------------------------------------
 
 
 def write_part(folder, name, labels):
-    write_records(folder / name, (encode_example(jpeg(label, k), label) for k, label in enumerate(labels)))
+    write_records(
+        folder / name, (encode_example(jpeg(abs(label), k), label) for k, label in enumerate(labels))
+    )
     return {str(label): labels.count(label) for label in sorted(set(labels))}
 
 
@@ -436,10 +439,19 @@ def test_an_episode_of_meta_dataset_is_never_overwritten(reader, dumped_folder, 
     match = "episode-0010-train.tfrecords: belongs to another episode"
     fails(match, lambda: dump_episode(dumped_folder, 10, reader[0], reader))
     assert content(dumped_folder) == before
+
+
+def test_dumping_beside_other_episodes_leaves_them_alone(reader, dumped_folder):
+    before, listed = content(dumped_folder), json.loads((dumped_folder / "images_per_class.json").read_text())
     dump_episode(dumped_folder, 3, reader[0], reader)
-    assert {name: data for name, data in content(dumped_folder).items() if name in before and listed} == {
-        name: data for name, data in before.items() if name != "images_per_class.json" and listed
-    } | ({"images_per_class.json": content(dumped_folder)["images_per_class.json"]} if listed else {})
+    after = content(dumped_folder)
+    assert all(after[name] == before[name] for name in before if name != "images_per_class.json")
+    assert json.loads(after["images_per_class.json"]).items() >= listed.items()
+    episodes = open_episodes(dumped_folder, SIZE)
+    assert [episodes[position].index for position in range(3)] == [0, 0, 10], (
+        "episode 0 of the reader is third"
+    )
+    assert_same(episodes[1], reader[0])
 
 
 def test_an_interrupted_dump_is_no_episode_until_it_is_completed(reader, tmp_path, monkeypatch):

@@ -101,7 +101,7 @@ def describe_weights(path: Path, content: Content) -> tuple[Weights, Lines]:
     if not {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= weights.keys():
         raise InputError(
             f"{path}: neither a pool of LoRAs nor the weights of a vision transformer; "
-            f"it holds {', '.join(list(state)[:3])} and the like"
+            f"it holds {', '.join(map(weight_files.printable, list(state)[:3]))} and the like"
         )
     sound = weight_files.check_fit(path, weights, {name: tuple(t.shape) for name, t in weights.items()})
     left_out = Counter(part for name in state if (part := pretraining_only(name)))
