@@ -37,6 +37,7 @@ def main() -> int:
         find_device(args.device),
         options.autocast(args),
         args.image_size,
+        pretrained=not args.no_pretrain,
     )
     total = settings.epochs * settings.episodes_per_epoch
     open_source = partial(EpisodeReader, **options.reading(args, backbone.image_size))

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 
 from tqdm import tqdm
@@ -29,7 +29,7 @@ from amt.evaluate import (
     pretrained_predictor,
     summarise,
 )
-from amt.lora import LoRAPool, Trim
+from amt.lora import LoRAPool
 from amt.merge import Coefficients, average_of, route, uniform
 from amt.select import select
 from meta_dataset_readers.errors import InputError, exit_on_bad_input
@@ -47,6 +47,7 @@ def main() -> int:
         find_device(args.device),
         options.autocast(args),
         args.image_size,
+        pretrained=args.resume is None and not args.no_pretrain,
     )
     open_source = partial(EpisodeReader, **options.reading(args, backbone.image_size))
     readers = [
@@ -114,7 +115,7 @@ def predictor(
             f"--deploy vanilla takes a single adapter, {args.resume} holds {len(pool)}: merge-vanilla"
         )
     trims = tuple(args.trim)
-    check_trims((*trims, *args.trim_candidates), pool)
+    options.check_trims((*trims, *args.trim_candidates), pool)
     about = {"epsilons": [level.epsilon for level in pool.levels]}
     coefficients = fixed_coefficients(args, pool)
     if coefficients is not None:
@@ -152,17 +153,6 @@ def predictor(
         about["how"] += " (the last one chosen there, too)" if len(trims) > len(args.trim) else " as given"
     about["trims"] = [dataclasses.asdict(trim) for trim in trims]
     return merged_predictor(backbone, pool, choose, trims, args.seed), about
-
-
-def check_trims(trims: Iterable[Trim], pool: LoRAPool) -> None:
-    """Raise an `InputError` unless every trimming selects some layers, and such as carry adapters."""
-    for trim in trims:
-        selected = {name for name in pool.residual if trim.selects(name)}
-        if not selected or not selected <= pool.A.keys():
-            raise InputError(
-                f"--trim {trim.layer}:{trim.block}:{trim.keep:g}: no such layer with adapters; "
-                "expected for example qkv, proj, fc1 or fc2, and the number of a block or -1 for all"
-            )
 
 
 def fixed_coefficients(args: argparse.Namespace, pool: LoRAPool) -> Coefficients | None:

@@ -6,6 +6,7 @@ knows the last). The network is an untouched timm model that is never written to
 of `features`.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -280,6 +281,7 @@ def load_backbone(
     device: torch.device | str = "cpu",
     autocast: torch.dtype | None = None,
     image_size: int | None = None,
+    pretrained: bool = True,
 ) -> Backbone:
     """The backbone called `name`, with its pretrained weights.
 
@@ -291,17 +293,21 @@ def load_backbone(
         device: where the network lives.
         autocast: see `Backbone`.
         image_size: side in pixels that episodes are read at; None for the architecture's own.
+        pretrained: False for random weights, always the same: where a checkpoint brings all of them.
 
     Raises:
         InputError: unknown name, no weights to be had, weights that do not fit, or images too small.
     """
-    backbone, origin = untrained(base_arch(name))
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        backbone, origin = untrained(base_arch(name))
     if image_size is not None and image_size < backbone.patch_size:
         raise InputError(
             f"--image_size is {image_size}, expected at least a patch of {backbone.patch_size} px"
         )
-    path = weights or find_weights(backbone.arch, origin)
-    backbone.network.load_state_dict(read_weights(path, backbone.network))
+    if pretrained:
+        path = weights or find_weights(backbone.arch, origin)
+        backbone.network.load_state_dict(read_weights(path, backbone.network))
     return dataclasses.replace(
         backbone,
         network=backbone.network.to(device),
@@ -405,13 +411,22 @@ def read_weights(path: Path, network: nn.Module) -> Weights:
     state = unwrap(path, content.data)[1]
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     if network.dynamic_img_size and _TIMM_CONVERTS & state.keys():
-        state = sys.modules[type(network).__module__].checkpoint_filter_fn(state, network)
+        state = _as_timm_converts(path, state, network)
     state = {name: tensor for name, tensor in state.items() if name in shapes or not pretraining_only(name)}
     return weight_files.check_fit(path, state, shapes)
 
 
 # Names by which the official files of DINOv2 and DINOv3 are known.
 _TIMM_CONVERTS = {"register_tokens", "storage_tokens"}
+
+
+def _as_timm_converts(path: Path, state: Weights, network: nn.Module) -> Weights:
+    convert = sys.modules[type(network).__module__].checkpoint_filter_fn
+    try:
+        with contextlib.redirect_stdout(None):  # it prints of every bias that a network does without
+            return convert(state, network)
+    except Exception as error:  # of a file that only looks like what timm knows
+        raise InputError(f"{path}: timm cannot convert it for this network ({error!r})") from error
 
 
 def matching_archs(weights: Mapping[str, Tensor]) -> list[str]:

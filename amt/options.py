@@ -11,14 +11,14 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 from amt.backbone import base_arch
 from amt.evaluate import PGD
-from amt.lora import Trim
+from amt.lora import LoRAPool, Trim
 from amt.merge import Routing
 from amt.meta_tune import METHODS, TuneSettings
 from amt.perturb import STARTS, Perturbation
@@ -69,7 +69,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse flags; an `InputError` says what is wrong with the first bad one."""
-        return self.parse_args([spelling(word) for word in argv])
+        args = self.parse_args([spelling(word) for word in argv])
+        for flag, reason in vars(args).pop("without_effect", {}).items():
+            print(f"note: {flag} has no effect: {reason}", file=sys.stderr)
+        return args
 
     def add_published(self) -> None:
         """Accept every flag of the published scripts that has no meaning here, as the last of all flags."""
@@ -92,10 +95,11 @@ class Parser(argparse.ArgumentParser):
 
 
 class WithoutEffect(argparse.Action):
-    """Takes the values of a flag and says that they change nothing."""
+    """Takes the values of a flag and remembers only that it was given."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
-        print(f"note: {option_string} has no effect: {self.help}", file=sys.stderr)
+        given = vars(namespace).setdefault("without_effect", {})
+        given[option_string] = self.help
 
 
 def spelling(word: str) -> str:
@@ -420,6 +424,17 @@ def check_testing(args: argparse.Namespace) -> None:
     _check_distinct("epsilon", args.epsilon)
     _check_distinct("test_sources", sources)
     _check_episodes(args)
+
+
+def check_trims(trims: Iterable[Trim], pool: LoRAPool) -> None:
+    """Raise an `InputError` unless every trimming selects some layers, and such as carry adapters."""
+    for trim in trims:
+        selected = {name for name in pool.residual if trim.selects(name)}
+        if not selected or not selected <= pool.A.keys():
+            raise InputError(
+                f"--trim {trim.layer}:{trim.block}:{trim.keep:g}: no such layer with adapters; "
+                "expected for example qkv, proj, fc1 or fc2, and the number of a block or -1 for all"
+            )
 
 
 def check_output(folder: Path) -> None:

@@ -278,7 +278,7 @@ def dump_episode(folder: str | Path, number: int, episode: Episode, reader: Epis
     if episode.source != reader.source or not episode.class_ids:
         raise ValueError(f"an episode of {episode.source!r} is not one of a reader of {reader.source!r}")
     described = _Description.of(episode, reader.resize)
-    text = _json({"split": reader.split, "seed": reader.seed, **described.as_json()})
+    text = _json({"split": reader.split, "seed": reader.seed, **dataclasses.asdict(described)})
     parts = (
         (episode.support_labels.tolist(), episode.support_origin),
         (episode.query_labels.tolist(), episode.query_origin),
@@ -340,9 +340,6 @@ class _Description:
     def of(cls, episode: Episode, resize: str) -> "_Description":
         shared = {field.name for field in dataclasses.fields(cls)} - {"resize"}
         return cls(resize=resize, **{name: getattr(episode, name) for name in shared})
-
-    def as_json(self) -> dict:
-        return dataclasses.asdict(self)
 
 
 def _read_description(file: Path, n_support: int, n_query: int, ways: int) -> _Description:

@@ -187,6 +187,9 @@ def test_official_dinov2_and_dinov3_files_are_converted_as_timm_does(tmp_path):
     torch.save(official, tmp_path / "dinov2.pth")
     found = read_weights(tmp_path / "dinov2.pth", vit)
     assert all(torch.allclose(found[name], tensor) for name, tensor in weights.items())
+    torch.save({"register_tokens": torch.ones(1, 4, 32), "mask_token": torch.ones(1, 32)}, tmp_path / "half")
+    with pytest.raises(InputError, match="half: timm cannot convert it"):
+        read_weights(tmp_path / "half", vit)
 
     eva = freeze(
         Eva(

@@ -442,7 +442,7 @@ def test_ctrl_c_before_there_is_anything_to_save_ends_without_a_traceback(world,
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(EpisodeReader, "episode", interrupted)
+    monkeypatch.setattr(EpisodeReader, "raw", interrupted)
     for ended in (
         command("main", *world.train(tmp_path / "a")),
         command("test_meta_dataset", *world.test(tmp_path / "b", "--num_workers", 0)),
@@ -542,13 +542,13 @@ def test_the_flags_decide_the_merging_and_the_results_say_so(
 
 def test_settings_are_selected_on_the_valid_split_alone(world, trained, tmp_path, monkeypatch):
     read = []
-    draw = EpisodeReader.episode
+    draw = EpisodeReader.raw
 
     def noted(self, index):
         read.append((self.source, self.split))
         return draw(self, index)
 
-    monkeypatch.setattr(EpisodeReader, "episode", noted)
+    monkeypatch.setattr(EpisodeReader, "raw", noted)
     flags = ("--select_on", "tiny", "--nSelectEpisode", 2, "--trim_candidates", "fc1:0:0.5", "--epsilon", 8)
     _, results = evaluated(world, trained, tmp_path, *flags)
     assert read == [("tiny", "VALID")] * 2 + [("tiny", "TEST")] * 2
@@ -710,9 +710,9 @@ def test_what_a_source_or_a_network_cannot_give_is_refused(world, tmp_path, scri
     [
         ("missing", ["no such weights file"]),
         ("folder", ["no such weights file"]),
-        ("html", ["not a safetensors file"]),
-        ("empty", ["not a safetensors file"]),
-        ("truncated_weights", ["not a safetensors file"]),
+        ("html", ["a web page, not weights"]),
+        ("empty", ["the file is empty"]),
+        ("truncated_weights", ["truncated or damaged"]),
         ("other_weights", ["has shape", "expected"]),
         ("other_pool", ["tensor"]),
     ],
@@ -728,9 +728,9 @@ def test_a_file_without_the_backbones_weights_is_refused(world, files, tmp_path,
     [
         ("missing", ["no such checkpoint"]),
         ("folder", ["no such checkpoint"]),
-        ("html", ["not a checkpoint"]),
-        ("empty", ["not a checkpoint"]),
-        ("truncated_pool", ["not a checkpoint"]),
+        ("html", ["a web page, not weights"]),
+        ("empty", ["the file is empty"]),
+        ("truncated_pool", ["truncated or damaged"]),
         ("weights", ["not a pool"]),
         ("other_pool", ["tensor", "--arch vit_mini"]),
     ],

@@ -2,8 +2,8 @@
 
     entry scripts -> amt -> meta_dataset_readers.{episode, errors}
 
-Inside amt the layers below; `python -m amt` and its commands are entry scripts, too. Everything else is a rule
-of one line.
+Inside amt the layers below; `python -m amt` and its commands are entry scripts, too. Everything else is a
+rule of one line.
 """
 
 import ast
@@ -18,9 +18,9 @@ LAYERS = (
     ("weight_files", "published_flags", "interop_learn2learn"),  # foreign formats
     ("backbone", "perturb", "protonet", "losses"),  # one piece of mathematics each
     ("lora",),
-    ("meta_tune", "merge"),
+    ("meta_tune", "merge", "published"),
     ("evaluate", "checkpoint"),
-    ("select", "report", "journal", "options"),  # what commands are made of
+    ("select", "report", "journal", "options", "export"),  # what commands are made of
 )
 # Where the layers would be too generous: all that these may import of amt.
 ONLY = {

@@ -323,8 +323,8 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, list[str]]]:
         "cut_short": (data[:-30], ["truncated or damaged torch file"]),
         "cut_early": (data[:100], ["truncated or damaged torch file"]),
         "flipped": (data[:numbers] + b"\x55" + data[numbers + 1 :], ["damaged", "checksum", "data/0"]),
-        "bare_pickle": (pickle.dumps(Runs(folder / "ran")), ["a bare pickle", "posix.mkdir", convert]),
-        "bare_pickle_2": (pickle.dumps(Runs(folder / "ran"), 2), ["a bare pickle", "posix.mkdir", convert]),
+        "bare_pickle": (pickle.dumps(Runs(folder / "ran")), ["a bare pickle", "mkdir", convert]),
+        "bare_pickle_2": (pickle.dumps(Runs(folder / "ran"), 2), ["a bare pickle", "mkdir", convert]),
         "cut_pickle": (pickle.dumps(Runs(folder / "ran"))[:-5], ["truncated or damaged pickle"]),
         "safetensors_cut": (_safetensors()[:-2], ["truncated or damaged safetensors"]),
         "safetensors_cut_early": (_safetensors()[:20], ["truncated or damaged safetensors"]),
@@ -340,7 +340,7 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, list[str]]]:
         (folder / f"{name}.pth").write_bytes(content)
         found[name] = folder / f"{name}.pth", words
     for name, content, words in (
-        ("runs", {"model": Runs(folder / "ran")}, ["posix.mkdir", convert]),
+        ("runs", {"model": Runs(folder / "ran")}, ["mkdir", convert]),
         ("foreign", {"model": Legacy()}, ["test_published.Legacy", convert]),
         ("path", {"out": Path("x")}, ["pathlib", convert]),
         ("network", torch.nn.Linear(1, 1), ["torch.nn.modules.linear.Linear", convert]),
@@ -353,9 +353,9 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, list[str]]]:
     torch.save({"a": torch.ones(2)}, folder / "old.pth", **old)
     found["old"] = folder / "old.pth", ["old format (before version 1.6)", convert]
     torch.save({"a": Runs(folder / "ran")}, folder / "old_runs.pth", **old)
-    found["old_runs"] = folder / "old_runs.pth", ["old format", "posix.mkdir", convert]
+    found["old_runs"] = folder / "old_runs.pth", ["old format", "mkdir", convert]
     torch.save({"a": Runs(folder / "ran")}, folder / "runs_4.pth", pickle_protocol=4)
-    found["runs_4"] = folder / "runs_4.pth", ["posix.mkdir", convert]
+    found["runs_4"] = folder / "runs_4.pth", ["mkdir", convert]
     torch.jit.save(torch.jit.script(torch.nn.ReLU()), folder / "script.pth")
     found["script"] = folder / "script.pth", ["a TorchScript program"]
     for name, change, words in (
@@ -683,7 +683,7 @@ def test_a_published_pool_is_evaluated_by_the_usual_command(tiny_source, tmp_pat
         *("main", *common, "--arch", "vit_mini_amt", "--resume", theirs, "--rank", 2),
         *("--base_sources", directory.name, "--nValEpisode", 0, "--output_dir", tmp_path / "out"),
     )
-    assert ended.code == 2 and re.fullmatch("error: .*published code.*\n", ended.err)
+    assert ended.code == 2 and re.match("error: .*published code", ended.err.splitlines()[-1])
 
 
 def test_features_of_a_published_pool_are_those_of_ours(network, tmp_path):

@@ -140,13 +140,7 @@ def check_pool(args: argparse.Namespace, pool: LoRAPool) -> None:
             f"{args.pool} holds {len(pool)} adapters, --to {args.to} takes one network: "
             "choose by --adapter P, --coefficients C ..., or --support FOLDER"
         )
-    for each in args.trim:
-        selected = {name for name in pool.residual if each.selects(name)}
-        if not selected or not selected <= pool.A.keys():
-            raise InputError(
-                f"--trim {each.layer}:{each.block}:{each.keep:g}: no such layer with adapters; "
-                "expected for example qkv, proj, fc1 or fc2, and the number of a block or -1 for all"
-            )
+    options.check_trims(args.trim, pool)
 
 
 def backbone_of(args: argparse.Namespace, about: dict) -> Backbone:
