@@ -23,6 +23,7 @@ from amt.lora import principal_pool
 from amt.meta_tune import NonFiniteLoss, Tuner, TuneSettings, meta_tune
 from meta_dataset_readers.errors import InputError, exit_on_bad_input
 from meta_dataset_readers.reader import EpisodeReader, SourceMixture, episode_loader
+from meta_dataset_readers.stored_episodes import open_episodes
 
 
 def main() -> int:
@@ -46,7 +47,7 @@ def main() -> int:
         for source in options.training_sources(args)
     ]
     episodes = SourceMixture(training, total, args.seed)
-    validation = [
+    validation = [open_episodes(path, backbone.image_size) for path in args.val_episodes] or [
         open_source(source=source, split="VALID", n_episodes=args.nValEpisode)
         for source in args.val_sources or options.training_sources(args)
         if args.nValEpisode

@@ -34,6 +34,7 @@ from amt.merge import Coefficients, average_of, route, uniform
 from amt.select import select
 from meta_dataset_readers.errors import InputError, exit_on_bad_input
 from meta_dataset_readers.reader import EpisodeReader, episode_loader
+from meta_dataset_readers.stored_episodes import dump_episode
 
 
 def main() -> int:
@@ -64,6 +65,8 @@ def main() -> int:
             rows[each.source] = []
             for episode in episode_loader(each, args.num_workers):
                 skipped += len(episode.skipped)
+                if args.dump is not None:
+                    dump_episode(args.dump / each.source, episode.index, episode, each)
                 rows[each.source] += evaluate(predict, [episode.to(backbone.device)], attacks, args.seed)
                 progress.update()
 

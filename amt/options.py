@@ -259,6 +259,14 @@ def training_parser() -> Parser:
     training.add_argument("--clip_grad", type=amount, help="largest gradient norm of a level (ours)")
     training.add_argument("--val_sources", nargs="+", metavar="SOURCE", help="default: the base sources")
     training.add_argument(
+        "--val_episodes",
+        type=place,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="stored episodes to validate on instead, such as PMF's val_ep120_img128.h5",
+    )
+    training.add_argument(
         "--nValEpisode", type=natural, default=120, help="fixed episodes per source; 0: none"
     )
 
@@ -328,6 +336,9 @@ def testing_parser() -> Parser:
     parser.add_argument("--output_dir", type=place, required=True, help="where results.json and pictures go")
     parser.add_argument("--nTestEpisode", type=positive, default=600, help="episodes per domain")
     parser.add_argument("--split", choices=["TRAIN", "VALID", "TEST"], default="TEST")
+    parser.add_argument(
+        "--dump", type=place, metavar="DIR", help="also write every episode there, in Meta-Dataset's format"
+    )
 
     attack = parser.add_argument_group("attack")
     attack.add_argument(

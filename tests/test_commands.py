@@ -34,6 +34,7 @@ from amt.perturb import Perturbation
 from meta_dataset_readers.errors import exit_on_bad_input
 from meta_dataset_readers.reader import EpisodeReader, SourceMixture
 from meta_dataset_readers.sampling import EpisodeSampling
+from meta_dataset_readers.stored_episodes import open_episodes
 from meta_dataset_readers.tfrecord import encode_example, open_records, write_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -506,6 +507,21 @@ def test_evaluation_end_to_end_in_a_process_of_its_own(world, trained, tmp_path)
     with Image.open(tmp_path / "out" / "accuracy.png") as image:
         image.load()
         assert image.format == "PNG" and len(image.convert("RGB").getcolors(1 << 24)) > 10
+
+
+def test_the_evaluated_episodes_can_be_written_out_and_validated_on(world, trained, tmp_path):
+    """In Meta-Dataset's format, with where every image came from; they come back as they were."""
+    evaluated(world, trained, tmp_path / "out", "--dump", tmp_path / "dump")
+    stored = open_episodes(tmp_path / "dump" / "tiny", 32)
+    sampling = EpisodeSampling(num_ways=5, num_support=1, num_query=1)
+    read = EpisodeReader(world.data, "tiny", "TEST", sampling, 32, n_episodes=2)
+    assert len(stored) == 2
+    for back, episode in zip(stored, read, strict=True):
+        assert torch.equal(back.query, episode.query) and back.query_origin == episode.query_origin
+    flags = ("--val_episodes", tmp_path / "dump" / "tiny", "--epochs", 1)
+    ended = command("main", *world.train(tmp_path / "run", *flags))
+    assert ended.code == 0, ended.err
+    assert len(about(tmp_path / "run" / "last.safetensors")["history"][0]["validation"]) == 2
 
 
 def test_evaluation_is_repeatable(world, trained, tmp_path):
