@@ -119,7 +119,10 @@ def predictor(
         )
     trims = tuple(args.trim)
     options.check_trims((*trims, *args.trim_candidates), pool)
-    about = {"epsilons": [level.epsilon for level in pool.levels]}
+    for note in saved.about.get("notes", ()):
+        print(f"note: {args.resume}: {note}")
+    known = saved.about.get("levels_from") != "nowhere"
+    about = {"epsilons": [level.epsilon for level in pool.levels] if known else "unknown"}
     coefficients = fixed_coefficients(args, pool)
     if coefficients is not None:
         shown = ", ".join(f"{c:.3g}" for c in coefficients)

@@ -22,11 +22,11 @@ from amt.lora import LoRAPool, Trim
 from amt.merge import Routing
 from amt.meta_tune import METHODS, TuneSettings
 from amt.perturb import STARTS, Perturbation
+from amt.published import POOL_EPSILONS
 from amt.published_flags import is_published, n_values, reasons
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.sampling import EpisodeSampling
 
-POOL_EPSILONS = (8.0, 6.0, 0.1, 0.01)
 TRAINING_SOURCES = (
     *("aircraft", "cu_birds", "dtd", "fungi"),
     *("ilsvrc_2012", "omniglot", "quickdraw", "vgg_flower"),
@@ -76,6 +76,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_published(self) -> None:
         """Accept every flag of the published scripts that has no meaning here, as the last of all flags."""
+        self.usage = "%(prog)s [@FILE ...] --data_path DIR --output_dir DIR [flags]"  # not all 130 of them
         group = self.add_argument_group("accepted from published command lines, without effect")
         for name, reason in reasons().items():
             if f"--{name}" not in self._option_string_actions:
@@ -84,6 +85,7 @@ class Parser(argparse.ArgumentParser):
                     nargs=n_values(name),
                     action=WithoutEffect,
                     default=argparse.SUPPRESS,
+                    metavar="X" if n_values(name) else None,
                     help=reason,
                 )
 
@@ -326,7 +328,9 @@ def testing_parser() -> Parser:
     parser.add_argument("--test_n_way", type=positive, default=5, help="ways with --cdfsl_domains")
     parser.add_argument("--n_shot", type=positive, default=5, help="shots with --cdfsl_domains")
     parser.add_argument("--arch", required=True, help="backbone, for example vit_mini_amt_merge")
-    parser.add_argument("--resume", type=place, help="checkpoint of the pool; none: the pretrained network")
+    parser.add_argument(
+        "--resume", type=place, help="checkpoint, ours or a published .pth; none: the pretrained network"
+    )
     parser.add_argument("--eval", action="store_true", help="what this script does anyway")
     parser.add_argument(
         "--deploy",
