@@ -1,7 +1,7 @@
 """`python -m amt COMMAND ...`: what is done with checkpoints and runs besides training and testing them.
 
-    python -m amt                       list the commands
-    python -m amt COMMAND --help        explain one
+python -m amt                       list the commands
+python -m amt COMMAND --help        explain one
 """
 
 import importlib

@@ -185,9 +185,7 @@ def _groups_in_use(
     if settings.num_ways is not None:
         return ()
     if spec.ontology == DAG and not settings.ignore_dag_ontology:
-        groups = eligible_groups(
-            spec.groups[split], kept, settings.min_ways, settings.max_leaves_below_node
-        )
+        groups = eligible_groups(spec.groups[split], kept, settings.min_ways, settings.max_leaves_below_node)
         if not groups:
             raise InputError(
                 f"{where}: no node of the class graph has {settings.min_ways} (min_ways) or more classes to "

@@ -244,9 +244,7 @@ def test_what_is_not_there_is_refused_when_opening(tiny_source, change, complain
 def test_missing_record_files_are_counted_when_opening(tiny_source):
     directory = tiny_source()
     (directory / "3.tfrecords").unlink()
-    with pytest.raises(
-        InputError, match=r"1 of the 6 files of TRAIN are missing, the first is 3.tfrecords"
-    ):
+    with pytest.raises(InputError, match=r"1 of the 6 files of TRAIN are missing, the first is 3.tfrecords"):
         reader(directory)
     reader(directory, split="TEST")
 
