@@ -15,6 +15,7 @@ ones (support). Knows no files, no validation and no command line.
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -300,6 +301,7 @@ def stream(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed)
 
 
+@functools.cache  # a scheduler is built for the answer, which is the same for a whole epoch
 def learning_rate(settings: TuneSettings, epoch: int) -> float:
     """The rate of a whole epoch: linear from `warmup_lr`, then a cosine over all epochs to `min_lr`."""
     schedule = CosineLRScheduler(

@@ -183,8 +183,9 @@ def _reduced(data: bytes, region: Callable[[int, int], _Box], image_size: int) -
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its scale if the region still has that many pixels in both
     directions: libjpeg then leaves out the finest cosines of each block. Photographs change by 1 to 3 grey
-    levels of 255 on average, one pixel in a hundred by 5 to 20, white noise by 6 and 20. At full scale a value
-    changes by 1 now and then, but resizing looks beyond the edge of a random crop, as it otherwise does not.
+    levels of 255 on average, one pixel in a hundred by 5 to 20, white noise by 6 and 20. At full scale a
+    value changes by 1 now and then; but resizing looks beyond the edge of a random crop, which it otherwise
+    does not.
     """
     with _opened(data, RECORD_FORMATS) as image:
         width, height = image.size
