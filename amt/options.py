@@ -315,6 +315,25 @@ def training_parser() -> Parser:
     return parser
 
 
+def add_merging(group: argparse._ArgumentGroup) -> None:
+    """The flags that say how a pool becomes one network, wherever that is done."""
+    group.add_argument(
+        "--coefficients", type=amount, nargs="+", metavar="C", help="one number per adapter, summing to 1"
+    )
+    group.add_argument("--blend_beta", type=amount, default=1.0, help="sharpness of the scores")
+    group.add_argument("--blend_gamma", type=amount, default=0.6, help="balance of intra and inter")
+    group.add_argument("--top_k", type=positive, default=2, help="adapters that share the weight")
+    group.add_argument("--aug_prob", type=fraction, default=0.9, help="chance of augmenting the support")
+    group.add_argument(
+        "--trim",
+        type=trim,
+        nargs="+",
+        default=[],
+        metavar="NAME:BLOCK:KEEP",
+        help="keep a fraction of the singular values of these layers; block -1 for all",
+    )
+
+
 def testing_parser() -> Parser:
     """The flags of test_meta_dataset.py."""
     parser = Parser("Evaluate a pool per domain: route, merge, trim, classify; clean and under attack.")
@@ -367,21 +386,7 @@ def testing_parser() -> Parser:
     merging.add_argument(
         "--specified_expert", type=natural, nargs="+", metavar="P", help="plain average of these adapters"
     )
-    merging.add_argument(
-        "--coefficients", type=amount, nargs="+", metavar="C", help="one number per adapter, summing to 1"
-    )
-    merging.add_argument("--blend_beta", type=amount, default=1.0, help="sharpness of the scores")
-    merging.add_argument("--blend_gamma", type=amount, default=0.6, help="balance of intra and inter")
-    merging.add_argument("--top_k", type=positive, default=2, help="adapters that share the weight")
-    merging.add_argument("--aug_prob", type=fraction, default=0.9, help="chance of augmenting the support")
-    merging.add_argument(
-        "--trim",
-        type=trim,
-        nargs="+",
-        default=[],
-        metavar="NAME:BLOCK:KEEP",
-        help="keep a fraction of the singular values of these layers; block -1 for all",
-    )
+    add_merging(merging)
     merging.add_argument(
         "--select_on",
         metavar="SOURCE",

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -81,10 +81,6 @@ class Hdf5Store(ImageStore):
 
     def origin(self, class_id: int, index: int) -> ImageOrigin:
         return ImageOrigin(f"{self._name}/{self.place(class_id).name}", index)
-
-    def missing(self, class_ids: Iterable[int]) -> list[str]:
-        present = {file.name for file in self._directory.iterdir()}
-        return [name for name in (self.place(class_id).name for class_id in class_ids) if name not in present]
 
     def place(self, class_id: int) -> Path:
         return self._directory / f"{class_id}.h5"

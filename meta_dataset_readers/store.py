@@ -49,9 +49,14 @@ class ImageStore(ABC):
     def place(self, class_id: int) -> Path:
         """The file or directory that holds the class, for messages."""
 
-    @abstractmethod
     def missing(self, class_ids: Iterable[int]) -> list[str]:
-        """The names of files that these classes need and that are not there; opens none of them."""
+        """The names of files that these classes need and that are not there; opens none of them.
+
+        Here for a file per class; a listing of their directory is cheaper than asking for thousands of files.
+        """
+        places = [self.place(class_id) for class_id in class_ids]
+        present = {file for directory in {place.parent for place in places} for file in directory.iterdir()}
+        return [place.name for place in places if place not in present]
 
     def read(self, class_id: int, index: int) -> np.ndarray:
         """The pixels of a picture: uint8, (H, W, 3), RGB. Raises as `image`."""
@@ -107,10 +112,6 @@ class RecordStore(ImageStore):
 
     def origin(self, class_id: int, index: int) -> ImageOrigin:
         return ImageOrigin(f"{self._name}/{self.place(class_id).name}", index)
-
-    def missing(self, class_ids: Iterable[int]) -> list[str]:
-        present = {file.name for file in self._directory.iterdir()}
-        return [name for name in (self.place(class_id).name for class_id in class_ids) if name not in present]
 
     def place(self, class_id: int) -> Path:
         return self._directory / f"{class_id}.tfrecords"

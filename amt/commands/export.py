@@ -24,9 +24,9 @@ from amt import checkpoint, export, options
 from amt.backbone import Backbone, base_arch, load_backbone, untrained
 from amt.export import FORMATS, Support
 from amt.lora import LoRAPool
-from amt.merge import Coefficients, Routing, average_of, route
+from amt.merge import Coefficients, average_of, route
 from amt.meta_tune import stream
-from amt.options import Parser, amount, fraction, natural, place, positive, trim
+from amt.options import Parser, natural, place, positive
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.folders import FileStore, class_files, class_folders
 from meta_dataset_readers.transforms import eval_transform
@@ -54,33 +54,14 @@ def parser() -> Parser:
     which = parser.add_argument_group("which network")
     which.add_argument("--adapter", type=natural, metavar="P", help="this adapter alone")
     which.add_argument(
-        "--coefficients", type=amount, nargs="+", metavar="C", help="one number per adapter, summing to 1"
-    )
-    which.add_argument(
         "--support",
         type=place,
         metavar="FOLDER",
         help="images in one folder per class: write prototypes, and decide the coefficients if not given",
     )
-    which.add_argument(
-        "--trim",
-        type=trim,
-        nargs="+",
-        default=[],
-        metavar="NAME:BLOCK:KEEP",
-        help="keep a fraction of the singular values of these layers; block -1 for all",
-    )
-
-    default = Routing()
-    routing = parser.add_argument_group("how --support decides, as in test_meta_dataset.py")
-    routing.add_argument("--routing", choices=["amt", "attacked"], default="amt")
-    routing.add_argument("--blend_beta", type=amount, default=default.beta, help="sharpness of the scores")
-    routing.add_argument("--blend_gamma", type=amount, default=default.gamma, help="intra against inter")
-    routing.add_argument("--top_k", type=positive, default=default.top_k, help="adapters that share")
-    routing.add_argument(
-        "--aug_prob", type=fraction, default=default.augment_probability, help="chance of augmenting"
-    )
-    routing.add_argument("--seed", type=natural, default=0, help="of the augmentation or the attack")
+    which.add_argument("--routing", choices=["amt", "attacked"], default="amt", help="how --support decides")
+    options.add_merging(which)
+    which.add_argument("--seed", type=natural, default=0, help="of the augmentation or the attack")
     return parser
 
 
