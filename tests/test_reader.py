@@ -1,5 +1,6 @@
 """Episodes from files: pure, disjoint, honest about damage."""
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -10,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import jpeg
+from conftest import flat_spec, jpeg, write_spec
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import meta_dataset_readers
 from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.layouts import open_source
 from meta_dataset_readers.reader import EpisodeReader, SourceMixture, episode_loader
 from meta_dataset_readers.sampling import EpisodeSampling
 from meta_dataset_readers.tfrecord import DamagedRecord, encode_example, open_records, write_records
@@ -377,3 +381,41 @@ def test_a_mixture_draws_sources_evenly_and_purely(tiny_source):
 def test_workers_mix_sources_as_one_process_does(tiny_source):
     mixture = SourceMixture([reader(tiny_source(name=name)) for name in ("a", "b")], n_episodes=4)
     assert all(same(a, mixture[i]) for i, a in enumerate(episode_loader(mixture, 1)))
+
+
+# --- any damage at all -----------------------------------------------------------------------------------
+
+
+def pictures(directory) -> dict[tuple[int, int], bytes]:
+    """What can be read of a source, damage passed over; InputError if it cannot be opened."""
+    source = open_source(directory.parent, directory.name)
+    found = {}
+    for class_id in range(len(source.spec.images_per_class)):
+        with contextlib.suppress(InputError):
+            for index in range(source.store.count(class_id)):
+                with contextlib.suppress(DamagedRecord):
+                    found[class_id, index] = source.store.encoded(class_id, index)
+    return found
+
+
+@settings(max_examples=80)
+@given(data=st.data())
+def test_no_changed_byte_of_a_record_file_gives_a_wrong_picture(tmp_path_factory, data):
+    """One byte is changed, or the end cut off: the record is refused, all others are as they were."""
+    directory = tmp_path_factory.mktemp("data") / "tiny"
+    write_spec(directory, flat_spec("tiny", (0, 0, 2), [3, 3]))
+    for class_id in range(2):
+        payloads = [encode_example(jpeg(class_id, record), class_id) for record in range(3)]
+        write_records(directory / f"{class_id}.tfrecords", payloads)
+    sound = pictures(directory)
+    assert len(sound) == 6
+    file = directory / "1.tfrecords"
+    content = bytearray(file.read_bytes())
+    position = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        content[position] ^= data.draw(st.integers(1, 255))
+    else:
+        del content[position:]
+    file.write_bytes(content)
+    found = pictures(directory)
+    assert found.items() < sound.items() and all((0, index) in found for index in range(3))
