@@ -90,7 +90,8 @@ class EpisodeReader(Dataset):
 
     def describe(self, index: int) -> EpisodeDescription:
         """The classes, shots and queries of episode `index`; no record file is opened."""
-        return sample_episode(self.spec, self.split, self.sampling, self._generators(index)[0])
+        first = index - index % self.sampling.episode_description_switch_frequency
+        return sample_episode(self.spec, self.split, self.sampling, self._generators(first)[0])
 
     def episode(self, index: int) -> Episode:
         """Episode `index` >= 0, also beyond the length of this reader."""

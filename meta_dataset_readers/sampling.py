@@ -44,6 +44,8 @@ class EpisodeSampling:
     ignore_dag_ontology: bool = False
     ignore_bilevel_ontology: bool = False
     ignore_hierarchy_probability: float = 0.0
+    use_all_classes: bool = False  # every class of the split, in the order of its ids; nothing is drawn
+    episode_description_switch_frequency: int = 1  # so many episodes in a row share classes and sizes
 
     def __post_init__(self) -> None:
         lo, hi = self.support_range or (1, 1)
@@ -58,10 +60,13 @@ class EpisodeSampling:
             "max_support_size_contrib_per_class": (self.max_support_size_contrib_per_class, 1),
             "min_examples_in_class": (self.min_examples_in_class, 0),
             "max_leaves_below_node": (self.max_leaves_below_node, self.min_ways),
+            "episode_description_switch_frequency": (self.episode_description_switch_frequency, 1),
         }
         for name, (value, least) in bounds.items():
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}, expected at least {least}")
+        if self.use_all_classes and self.num_ways is not None:
+            raise InputError(f"use_all_classes leaves nothing to num_ways, which is {self.num_ways}")
         if lo > hi:
             raise InputError(f"num_support is {self.num_support}, expected a pair (lo, hi) with lo <= hi")
         if not -math.inf < self.min_log_weight <= self.max_log_weight < math.inf:
@@ -105,7 +110,7 @@ def sample_episode(
     For each class, shots + queries is at most its number of images in the specification.
     """
     pools = _class_pools(spec, split, settings)
-    class_ids = _draw_classes(pools, spec.ontology, settings, rng)
+    class_ids = pools.kept if settings.use_all_classes else _draw_classes(pools, spec.ontology, settings, rng)
     sizes = np.array([spec.images_per_class[class_id] for class_id in class_ids])
     if settings.support_range is not None:
         lo, hi = settings.support_range
@@ -172,6 +177,8 @@ def _check_class_sizes(where: str, spec: DatasetSpec, pools: _ClassPools, settin
 def _check_support_size(where: str, pools: _ClassPools, settings: EpisodeSampling) -> None:
     largest = max(len(class_ids) for class_ids in pools.drawable())
     most_ways = settings.num_ways or min(settings.max_ways_upper_bound, largest)
+    if settings.use_all_classes:
+        most_ways = largest
     if settings.support_range is None and most_ways > settings.max_support_set_size:
         raise InputError(
             f"{where}: episodes of up to {most_ways} ways need a support image of each class, "
@@ -182,7 +189,7 @@ def _check_support_size(where: str, pools: _ClassPools, settings: EpisodeSamplin
 def _groups_in_use(
     where: str, spec: DatasetSpec, split: str, kept: Sequence[int], settings: EpisodeSampling
 ) -> tuple[ClassGroup, ...]:
-    if settings.num_ways is not None:
+    if settings.num_ways is not None or settings.use_all_classes:
         return ()
     if spec.ontology == DAG and not settings.ignore_dag_ontology:
         groups = eligible_groups(spec.groups[split], kept, settings.min_ways, settings.max_leaves_below_node)

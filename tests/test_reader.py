@@ -1,6 +1,7 @@
 """Episodes from files: pure, disjoint, honest about damage."""
 
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import pickle
@@ -100,6 +101,17 @@ def test_every_image_is_equally_likely_in_support_and_query(tiny_source):
         records = [o.record for e in episodes for o in getattr(e, origins)]
         counts = np.bincount(records, minlength=8)
         assert (abs(counts - 250) < 5 * np.sqrt(250)).all()
+
+
+def test_a_description_can_be_kept_for_several_episodes_with_fresh_images(tiny_source):
+    directory = tiny_source(n_images=20)
+    kept = EpisodeSampling(num_ways=3, num_support=2, num_query=3, episode_description_switch_frequency=3)
+    drawn = reader(directory, kept, n_episodes=6)
+    described = [drawn.describe(i) for i in range(6)]
+    assert described[0] == described[1] == described[2] != described[3] == described[4] == described[5]
+    assert len({drawn[i].support_origin for i in range(3)}) == 3
+    every = dataclasses.replace(kept, episode_description_switch_frequency=1)
+    assert same(drawn[3], reader(directory, every, n_episodes=6)[3])
 
 
 def test_an_episode_without_queries_is_legal(tiny_source):

@@ -147,6 +147,16 @@ def test_500_and_100_bound_the_support_set_and_not_a_class():
     assert max(shots) > 100
 
 
+def test_all_classes_of_a_split_can_be_asked_for_in_their_order():
+    spec = flat([20] * 60, before=3)
+    episode = draw(spec, EpisodeSampling(use_all_classes=True, max_support_set_size=500))
+    assert episode.class_ids == tuple(range(3, 63))
+    with pytest.raises(InputError, match="use_all_classes"):
+        EpisodeSampling(use_all_classes=True, num_ways=5)
+    with pytest.raises(InputError, match="60 ways"):
+        check_sampling(spec, "TEST", EpisodeSampling(use_all_classes=True, max_support_set_size=50))
+
+
 def test_larger_classes_get_more_shots():
     sampling = EpisodeSampling(min_log_weight=0.0, max_log_weight=0.0)
     spec = flat([20, 40, 60, 80, 100])
