@@ -118,9 +118,10 @@ def compactness(cosines: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def blend(intra: Tensor, inter: Tensor, routing: Routing) -> Coefficients:
     """Coefficients from the scores (P,), (P,): exponential weights of the top k, normalised."""
     score = (routing.gamma * intra - (1 - routing.gamma) * inter).double()
-    top = score.topk(min(routing.top_k, len(score)))
+    # Of equal scores (one shot, gamma 1) the first count; topk would leave that open.
+    values, order = (each[: routing.top_k] for each in score.sort(descending=True, stable=True))
     # exp(beta * score - beta) over its sum is a softmax, which does not underflow at a large beta.
-    shares = torch.zeros_like(score).scatter(0, top.indices, (routing.beta * top.values).softmax(0))
+    shares = torch.zeros_like(score).scatter(0, order, (routing.beta * values).softmax(0))
     return tuple(shares.tolist())
 
 

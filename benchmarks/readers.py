@@ -14,13 +14,13 @@ The limits are loops over pictures already in memory, in as many processes as th
 decoding alone, and with what no exact reader can leave out either, PIL's resizing and cropping.
 
 Readers and limits take turns, each turn in fresh processes: a reader meets every class once (for which there
-is a table of its own) and hands over a few episodes, then its time is taken from one episode's arrival to
-another's while its workers stay busy. Files are in the page cache where it is large enough. Rates are of all
-workers together: median of the turns, least and greatest. CPU time is that of the workers alone. "Of
-decoding" compares each turn with decoding's, by rate (where the receiving process takes its part of the
-cores) and by CPU time (where it does not); it is the median of the turns. Peak memory is the resident set of
-the largest worker, libraries and shared memory included; open files are those below FOLDER that a worker has
-at the end of a turn.
+is a table of its own), then hands over as many episodes as have a few thousand images for every worker. Files
+are in the page cache where it is large enough. Rates are of all workers together: median of the turns, least
+and greatest. They count what it takes to start the workers, and that these wait for one another at the end:
+episodes arrive in order, and vary tenfold in size. CPU time is that of the workers alone. "Of decoding"
+compares each turn with decoding's, by rate and by CPU time; it is the median of the turns. Peak memory is the
+resident set of the largest worker, libraries and shared memory included; open files are those below FOLDER
+that a worker has at the end of a turn.
 """
 
 import argparse
@@ -56,7 +56,7 @@ from amt import options
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError, exit_on_bad_input
 from meta_dataset_readers.reader import EpisodeReader, episode_loader
-from meta_dataset_readers.sampling import EpisodeSampling
+from meta_dataset_readers.sampling import EpisodeDescription, EpisodeSampling
 from meta_dataset_readers.spec import SPEC_FILE
 from meta_dataset_readers.tfrecord import encode_example, write_records
 from meta_dataset_readers.transforms import eval_crop
@@ -68,11 +68,16 @@ PROTOCOLS = {
 OURS, FAST, OURS_H5, BASELINE = "ours", "ours, fast_decode", "ours, HDF5 files", "baseline, HDF5 files"
 READERS = (OURS, FAST, OURS_H5, BASELINE)
 DECODING, RESIZING = "limit: decoding", "limit: decoding, resizing"
-ENDLESS = 1_000_000  # episodes; a turn takes as many as it has time for
-LEAD = 2  # episodes that every worker hands over before its time is taken
 
-USUAL = {"classes": 1000, "images": 100, "image_size": 128, "workers": [1, 2], "turns": 5, "seconds": 5.0}
-USUAL_QUICK = {"classes": 6, "images": 20, "image_size": 32, "workers": [1], "turns": 1, "seconds": 0.05}
+USUAL = {
+    "classes": 1000,
+    "images": 100,
+    "image_size": 128,
+    "workers": [1, 2],
+    "turns": 3,
+    "turn_images": 4000,
+}
+USUAL_QUICK = {"classes": 6, "images": 20, "image_size": 32, "workers": [1], "turns": 1, "turn_images": 100}
 SIZE, QUICK_SIZE = (500, 375), (160, 120)  # of a picture, in pixels
 QUALITY, NOISE = 90, 2.8  # which make about 40 kB of such a picture
 DISTINCT = 300  # different pictures in all classes together, but not more than of three classes
@@ -82,13 +87,13 @@ RECORDS, ARRAYS = "records", "arrays"  # the two sources' directories
 
 
 class Plan(NamedTuple):
-    """What is read, and how long."""
+    """What is read, and how much of it."""
 
     root: Path  # of the sources
     classes: int
     images: int  # of each class
     image_size: int
-    seconds: float  # a turn
+    turn_images: int  # read in a turn, by each worker
 
 
 class Turn(NamedTuple):
@@ -181,14 +186,14 @@ def _existing(folder: Path) -> Path:
 
 def open_reader(name: str, plan: Plan, protocol: str) -> EpisodeReader | H5Episodes:
     if name == BASELINE:
-        return H5Episodes(plan.root / ARRAYS, PROTOCOLS[protocol], plan.image_size, ENDLESS)
+        return H5Episodes(plan.root / ARRAYS, PROTOCOLS[protocol], plan.image_size, n_episodes=1)
     return EpisodeReader(
         plan.root,
         ARRAYS if name == OURS_H5 else RECORDS,
         "TRAIN",
         PROTOCOLS[protocol],
         plan.image_size,
-        n_episodes=ENDLESS,
+        n_episodes=1,
         fast_decode=name == FAST,
     )
 
@@ -200,23 +205,33 @@ def loader_of(reader: EpisodeReader | H5Episodes, workers: int) -> DataLoader:
 
 
 def read_turn(name: str, plan: Plan, protocol: str, workers: int) -> Turn:
-    """Read for as long as a turn takes, through `workers` processes that know every class already."""
+    """Read one turn's episodes through `workers` processes that know every class already."""
     reader = open_reader(name, plan, protocol)
     meet_every_class(reader, plan)
-    arriving = map(images_in, loader_of(reader, workers))
-    for _ in range(LEAD * workers):
-        next(arriving)
+    reader.n_episodes = episodes_with(reader, workers * plan.turn_images)
+    began = time.perf_counter()
+    arriving = iter(loader_of(reader, workers))
+    images = sum(images_in(next(arriving)) for _ in range(reader.n_episodes))
+    seconds = time.perf_counter() - began
     processes = [Process(child.pid) for child in multiprocessing.active_children()]
-    spent, began = sum(process.cpu_seconds() for process in processes), time.perf_counter()
-    counts = list(until(began + plan.seconds, arriving))
     return Turn(
-        images=sum(counts),
-        episodes=len(counts),
-        seconds=time.perf_counter() - began,
-        cpu_seconds=sum(process.cpu_seconds() for process in processes) - spent,
+        images=images,
+        episodes=reader.n_episodes,
+        seconds=seconds,
+        cpu_seconds=sum(process.cpu_seconds() for process in processes),
         peak_memory=max(process.peak_resident() for process in processes),
         open_files=max(process.open_files(plan.root) for process in processes),
     )
+
+
+def episodes_with(reader: EpisodeReader | H5Episodes, images: int) -> int:
+    """How many of the reader's first episodes it takes to have that many images."""
+    sizes = (size(reader.describe(index)) for index in itertools.count())
+    return 1 + next(n for n, total in enumerate(itertools.accumulate(sizes)) if total >= images)
+
+
+def size(description: EpisodeDescription) -> int:
+    return sum(description.shots) + len(description.shots) * description.queries
 
 
 def meet_every_class(reader: EpisodeReader | H5Episodes, plan: Plan) -> None:
@@ -235,14 +250,6 @@ def images_in(episode: Episode | list[Tensor]) -> int:
         return len(episode.support) + len(episode.query)
     support, _, query, _ = episode
     return len(support) + len(query)
-
-
-def until(end: float, items: Iterator[int]) -> Iterator[int]:
-    """At least one item, and more while there is time."""
-    for item in items:
-        yield item
-        if time.perf_counter() >= end:
-            return
 
 
 def open_turn(name: str, plan: Plan, protocol: str) -> Opening:
@@ -298,13 +305,12 @@ def limit_turn(limit: str, plan: Plan, protocol: str) -> Turn:
         rng.integers(plan.classes, size=DISTINCT), rng.integers(plan.images, size=DISTINCT), strict=True
     )
     pictures = [store.encoded(int(class_id), int(index)) for class_id, index in places]
-    handle, images = LIMITS[limit], 0
+    handle = LIMITS[limit]
     spent, began = time.process_time(), time.perf_counter()
-    for data in until(began + plan.seconds, itertools.cycle(pictures)):
+    for data in itertools.islice(itertools.cycle(pictures), plan.turn_images):
         handle(data, plan.image_size)
-        images += 1
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - spent
-    return Turn(images, 0, seconds, cpu_seconds, harness.peak_resident(), 0)
+    return Turn(plan.turn_images, 0, seconds, cpu_seconds, harness.peak_resident(), 0)
 
 
 def together(turns: list[Turn]) -> Turn:
@@ -441,8 +447,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=options.positive, nargs="+", metavar="N", help="processes (default: 1 2; quick: 1)"
     )
-    parser.add_argument("--turns", type=options.positive, help="of every reader (default: 5)")
-    parser.add_argument("--seconds", type=float, help="a turn (default: 5)")
+    parser.add_argument("--turns", type=options.positive, help="of every reader (default: 3)")
+    parser.add_argument(
+        "--turn_images", type=options.positive, help="read in a turn, by each worker (default: 4000)"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny pictures, few of them, and one short turn")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to this file")
     args = parser.parse(argv)
@@ -472,7 +480,7 @@ def main() -> int:
 def compare(args: argparse.Namespace, folder: Path, about: dict[str, str | int]) -> int:
     torch.set_num_threads(1)  # inherited: no reader computes on more than its worker's core
     root = make_sources(folder, args.classes, args.images, QUICK_SIZE if args.quick else SIZE)
-    plan = Plan(root, args.classes, args.images, args.image_size, args.seconds)
+    plan = Plan(root, args.classes, args.images, args.image_size, args.turn_images)
     first = next(iter(PROTOCOLS))
     print(f"\n{plan.classes} classes x {plan.images} images, episodes of {plan.image_size} px")
     print(f"\n{OPENING_HEADING}")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
 
-from meta_dataset_readers.sampling import EpisodeSampling, sample_episode
+from meta_dataset_readers.sampling import EpisodeDescription, EpisodeSampling, sample_episode
 from meta_dataset_readers.spec import load_spec
 
 MOST_SIDE = 224  # pictures with both sides at least that long are stored as 224 x 224
@@ -61,9 +61,11 @@ class H5Episodes(Dataset):
     def __len__(self) -> int:
         return self.n_episodes
 
+    def describe(self, index: int) -> EpisodeDescription:
+        return sample_episode(self.spec, "TRAIN", self.sampling, np.random.default_rng(index))
+
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rng = np.random.default_rng(index)
-        description = sample_episode(self.spec, "TRAIN", self.sampling, rng)
+        description, rng = self.describe(index), np.random.default_rng([index, 1])
         support, support_labels, query, query_labels = [], [], [], []
         for label, (class_id, shots) in enumerate(zip(description.class_ids, description.shots, strict=True)):
             file = self.file(class_id)

@@ -74,7 +74,7 @@ def test_pictures_are_of_the_size_and_weight_that_are_promised():
 
 
 def test_every_reader_hands_over_whole_episodes_of_its_source(sources):
-    plan = readers.Plan(sources, 5, 15, 16, 0.0)
+    plan = readers.Plan(sources, 5, 15, 16, 75)
     for name in readers.READERS:
         for protocol, sampling in readers.PROTOCOLS.items():
             episode = readers.open_reader(name, plan, protocol)[0]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import moved_apart, patterned_episode, random_backbone
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -446,6 +446,7 @@ def test_routing_is_shown_the_support_only(backbone, pool, episode):
 
 
 @few
+@example(scores=[(0.0, 0.0)] * 4, beta=0.0, gamma=0.0, top_k=1)
 @given(
     scores=st.lists(st.tuples(st.floats(-1, 1), st.floats(-1, 1)), min_size=1, max_size=6),
     beta=st.floats(0, 200),
