@@ -19,7 +19,7 @@ from amt import checkpoint, options
 from amt.backbone import Backbone, find_device, load_backbone
 from amt.evaluate import validate
 from amt.journal import Interrupts, Journal
-from amt.lora import principal_pool
+from amt.lora import LoRAPool, principal_pool
 from amt.meta_tune import NonFiniteLoss, Tuner, TuneSettings, meta_tune
 from meta_dataset_readers.errors import InputError, exit_on_bad_input
 from meta_dataset_readers.reader import EpisodeReader, SourceMixture, episode_loader
@@ -53,16 +53,20 @@ def main() -> int:
         if args.nValEpisode
     ]
     tuner, history = resumed(args, backbone, settings) if args.resume else fresh(args, backbone, settings)
-    fixed = [episode.to(backbone.device) for each in validation for episode in episode_loader(each)]
-    score = partial(validate, backbone, episodes=fixed, robust=settings.method == "adsv")
+
+    def score(pool: LoRAPool) -> list[dict[str, float]]:
+        """Validate on the same episodes each time, read anew: together they would fill the memory."""
+        fixed = (episode for each in validation for episode in episode_loader(each, args.num_workers))
+        on_device = (episode.to(backbone.device) for episode in journal.watch(fixed))
+        return validate(backbone, pool, on_device, robust=settings.method == "adsv")
+
     journal = Journal(
         args.output_dir,
         about={"arch": backbone.arch, "protocol": protocol(args, backbone), **checkpoint.provenance()},
-        validate=score if fixed else None,
+        validate=score if validation else None,
         total=total,
         done=tuner.episodes_done,
         history=history,
-        skipped=sum(len(episode.skipped) for episode in fixed),
     )
     coming = episode_loader(Subset(episodes, range(tuner.episodes_done, total)), args.num_workers)
     if args.delta_init == "zero" and settings.method == "adsv":
@@ -78,7 +82,7 @@ def main() -> int:
             raise InputError(f"{error}; {kept}") from error
         saved = journal.save(tuner)
     if journal.skipped:
-        print(f"{journal.skipped} damaged records were passed over")
+        print(f"{len(journal.skipped)} damaged records were passed over")
     if interrupts.pending() and not tuner.finished:
         print(f"stopped after {tuner.episodes_done} of {total} episodes; continue with --resume {saved}")
         return 128 + interrupts.caught

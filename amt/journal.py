@@ -31,9 +31,8 @@ class Journal:
         history: what an earlier part of the run noted, see `Checkpoint.about`.
         total: episodes in the whole run.
         done: episodes done already.
-        skipped: damaged records passed over already.
 
-    `skipped` counts on from there, and `saved` is the last checkpoint written, if any.
+    `skipped` has a line for each damaged record that was passed over, `saved` is the last checkpoint written.
     """
 
     def __init__(
@@ -44,22 +43,21 @@ class Journal:
         total: int,
         done: int = 0,
         history: Sequence[dict] = (),
-        skipped: int = 0,
     ):
         self.folder = folder
         self.about = about
         self.validate = validate
         self.history = list(history)
-        self.skipped = skipped
+        self.skipped: set[str] = set()
         self.saved: Path | None = None
         self._records: list[list[StepRecord]] = []
         self._board = SummaryWriter(folder / "tensorboard", purge_step=done + 1)
         self._progress = tqdm(total=total, initial=done, unit="episode", desc="meta-tuning", smoothing=0.05)
 
     def watch(self, episodes: Iterable[Episode]) -> Iterator[Episode]:
-        """The same episodes, while the damaged records that were passed over are counted."""
+        """The same episodes, while the damaged records that were passed over are noted."""
         for episode in episodes:
-            self.skipped += len(episode.skipped)
+            self.skipped.update(episode.skipped)
             yield episode
 
     def on_step(self, tuner: Tuner, records: list[StepRecord]) -> None:

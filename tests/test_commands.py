@@ -845,7 +845,7 @@ def test_training_passes_over_damaged_records_and_counts_them(world, tmp_path):
         return EpisodeReader(world.data, "damaged", split, sampling, 32, **options)
 
     episodes = [*SourceMixture([reader("TRAIN", 4)], 4), *reader("VALID", 2)]
-    expected = sum(len(episode.skipped) for episode in episodes)
+    expected = len({line for episode in episodes for line in episode.skipped})  # validated on twice
     assert expected > 0 and f"{expected} damaged records were passed over" in ended.out
 
 
