@@ -1,194 +1,202 @@
-"""Few-shot evaluation, clean and under attack: a row per episode, and its summary.
+"""Few-shot evaluation, clean and under attack: a row per episode.
 
-The attack is fully adaptive and white-box: it differentiates through the very network that classifies the
-query, which is fixed once the support set has been seen. Prints nothing and chooses no setting.
+The attacks are fully adaptive and white-box: they differentiate through the very network that classifies the
+query, which is fixed once the support set has been seen (or is attacked with it). Prints nothing and chooses
+no setting.
 """
 
 import dataclasses
-import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from amt.backbone import Backbone, Weights, features
-from amt.lora import LoRAPool, Trim, trim_singular_values
-from amt.merge import Coefficients
+from amt.attacks import NORMS, Attack, attack_queries, attack_support
+from amt.backbone import Backbone
+from amt.lora import LoRAPool
 from amt.meta_tune import stream
-from amt.perturb import pgd
-from amt.protonet import cosine_logits, prototypes
+from amt.predict import CHUNK, Predictor, Task, merged_predictor
+from amt.statistics import summarise
 from meta_dataset_readers.episode import Episode
 
-Logits = Callable[[Tensor], Tensor]
-Chooser = Callable[[Tensor, Tensor, torch.Generator], Coefficients]
 
-
-@dataclasses.dataclass(frozen=True)
-class PGD:
-    """An attack of evaluation: L-infinity PGD in pixels; epsilon and step_size in 1/255 of their range."""
-
-    epsilon: float
-    step_size: float
-    steps: int
-
-    @property
-    def name(self) -> str:
-        """For example `pgd20@8`: 20 steps within 8/255."""
-        return f"pgd{self.steps}@{self.epsilon:g}"
-
-
-class Task(NamedTuple):
-    """A classifier for one task: images (n, 3, H, W) -> logits (n, N), and the coefficients behind it."""
-
-    logits: Logits
-    coefficients: Coefficients
-
-
-Predictor = Callable[[Episode], Task]
-
-
-def prototype_classifier(
-    backbone: Backbone,
-    weights: Weights,
-    support: Tensor,
-    labels: Tensor,
-    scale: Tensor | float = 1.0,
-    bias: Tensor | float = 0.0,
-) -> Logits:
-    """A classifier by cosine to the support's prototypes under `weights`."""
-    with torch.no_grad():
-        centres = prototypes(features(backbone, weights, support), labels, int(labels.max()) + 1)
-    return lambda images: cosine_logits(features(backbone, weights, images), centres, scale, bias)
-
-
-def pretrained_predictor(backbone: Backbone) -> Predictor:
-    """The pretrained network as it is, with prototypes; no coefficients."""
-
-    def predict(episode: Episode) -> Task:
-        logits = prototype_classifier(
-            backbone, backbone.weights, episode.support, episode.support_labels, scale=10.0
-        )
-        return Task(logits, ())
-
-    return predict
-
-
-def merged_predictor(
-    backbone: Backbone, pool: LoRAPool, choose: Chooser, trims: Sequence[Trim] = (), seed: int = 0
-) -> Predictor:
-    """For every task: coefficients from the support set, merge, trim, prototypes.
+class Measurement(NamedTuple):
+    """One episode's result.
 
     Args:
-        choose: (support, labels, generator) -> coefficients; it is shown no query.
-        trims: see `trim_singular_values`.
-        seed: decides, with the episode's index, the generator that `choose` is given.
+        row: plain values for JSON: what the episode was, an accuracy in [0, 1] per column, coefficients.
+        task: the classifier.
+        standing: by column, which queries are classified correctly (Q,) bool.
+        attacked: by column of an attack on queries at its largest radius, the query images (Q, 3, H, W) as
+            it left them; those that were wrong before are unchanged.
     """
 
-    def predict(episode: Episode) -> Task:
-        support, labels = episode.support, episode.support_labels
-        coefficients = choose(support, labels, stream(seed, episode.index, 1))
-        weights = trim_singular_values(pool.merge(coefficients), trims)
-        scale, bias = pool.head(coefficients)
-        return Task(prototype_classifier(backbone, weights, support, labels, scale, bias), coefficients)
-
-    return predict
+    row: dict
+    task: Task
+    standing: dict[str, Tensor]
+    attacked: dict[str, Tensor]
 
 
-def evaluate(
-    predict: Predictor, episodes: Iterable[Episode], attacks: Sequence[PGD] = (), seed: int = 0
-) -> Iterator[dict]:
-    """Yield a row per episode: what it was, `clean` and one accuracy in [0, 1] per attack, coefficients.
+def measure(
+    predict: Predictor,
+    episode: Episode,
+    attacks: Sequence[Attack] = (),
+    seed: int = 0,
+    surrogate: Predictor | None = None,
+) -> Measurement:
+    """Classify one episode's queries, clean and under every attack at every radius.
 
     An image counts as robust at epsilon if it is classified correctly clean, under that attack, and under
-    every attack listed with a smaller epsilon, whose result lies within the larger ball as well.
+    the same attack at every smaller epsilon, whose images lie within the larger ball as well: so each radius
+    only has to be tried on what the smaller ones left. With several attacks the columns `union@epsilon` hold
+    the worst case per image over those of one norm on the queries, and, where norms or targets differ,
+    `union` that over all.
 
     Args:
         predict: sees the episode's support set; the attacks see what it returns, and the query labels.
-        episodes: on the device of the network.
-        attacks: any number, each with an epsilon of its own.
+        episode: on the device of the network.
+        attacks: any number, of different names.
         seed: decides, with the episode's index, the attacks' random starts.
+        surrogate: makes the network that "transfer" attacks.
     """
+    began = time.perf_counter()
+    task = predict(episode)
+    labels = episode.query_labels
+    with torch.no_grad():
+        logits = torch.cat([task.logits(part) for part in episode.query.split(CHUNK)])
+        correct = logits.argmax(1) == labels
+    fitted = time.perf_counter()
+    standing, attacked, variants = {"clean": correct}, {}, {}
+    transfer = any(attack.kind == "transfer" for attack in attacks)
+    other = surrogate(episode).logits if transfer else None
+    for attack in attacks:
+        left, images = correct, episode.query
+        for epsilon, column in zip(attack.epsilons, attack.columns, strict=True):
+            generator = stream(seed, episode.index, 2)
+            if attack.kind == "support":
+                left = _under_poison(predict, episode, attack, epsilon, correct, left, generator)
+            else:
+                left, images = left.clone(), images.clone()
+                for which in left.nonzero().squeeze(1).split(CHUNK):
+                    found = attack_queries(
+                        attack,
+                        epsilon,
+                        task.logits,
+                        episode.query[which],
+                        labels[which],
+                        episode.n_way,
+                        generator,
+                        other,
+                    )
+                    left[which], images[which] = ~found.fooled, found.images
+                    if found.variant:
+                        variants[column] = found.variant
+            standing[column] = left
+        if attack.kind != "support":
+            attacked[column] = images
+    standing |= _unions(attacks, standing)
+    row = {
+        "source": episode.source,
+        "index": episode.index,
+        "ways": episode.n_way,
+        "support": len(episode.support),
+        "queries": len(labels),
+        **{column: float(right.double().mean()) for column, right in standing.items()},
+        "coefficients": [float(c) for c in task.coefficients],
+        "fit_seconds": round(fitted - began, 4),
+        "seconds": round(time.perf_counter() - began, 4),
+        **({"variants": variants} if variants else {}),
+    }
+    return Measurement(row, task, standing, attacked)
+
+
+def _under_poison(predict, episode, attack, epsilon, correct, left, generator) -> Tensor:
+    """Which queries (Q,) bool are right clean and under the more harmful of two moves of the support: the one
+    found here, and the one within a smaller radius that left `left`."""
+    which = correct.nonzero().squeeze(1)
+    found = attack_support(
+        attack,
+        epsilon,
+        lambda support: predict(dataclasses.replace(episode, support=support.detach())).refit(support),
+        episode.support,
+        episode.query[which],
+        episode.query_labels[which],
+        generator,
+    )
+    harmed = correct.clone()
+    harmed[which] = ~found.fooled
+    return harmed if harmed.sum() < left.sum() else left
+
+
+def _unions(attacks: Sequence[Attack], standing: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The worst case per image over several attacks, by the column it is reported in."""
+    unions = {}
+    for norm in NORMS:
+        group = [attack for attack in attacks if attack.norm == norm and attack.kind != "support"]
+        if len(group) < 2:
+            continue
+        for epsilon in sorted({epsilon for attack in group for epsilon in attack.epsilons}):
+            within = [
+                standing[attack.column(radius)]
+                for attack in group
+                for radius in attack.epsilons
+                if radius <= epsilon
+            ]
+            unions[union_column(norm, epsilon)] = torch.stack(within).all(0)
+    if len({(attack.norm, attack.kind == "support") for attack in attacks}) > 1:
+        unions["union"] = torch.stack(list(standing.values())).all(0)
+    return unions
+
+
+def union_column(norm: str, epsilon: float) -> str:
+    """The name of the worst case over attacks of one norm, for example `union@8`."""
+    return f"union{'' if norm == 'linf' else f'-{norm}'}@{epsilon:g}"
+
+
+def columns(attacks: Sequence[Attack]) -> tuple[str, ...]:
+    """All accuracies that `measure` gives, in order."""
+    one = torch.ones(1, dtype=torch.bool)
+    standing = {"clean": one} | {column: one for attack in attacks for column in attack.columns}
+    return (*standing, *_unions(attacks, standing))
+
+
+def evaluate(
+    predict: Predictor,
+    episodes: Iterable[Episode],
+    attacks: Sequence[Attack] = (),
+    seed: int = 0,
+    surrogate: Predictor | None = None,
+) -> Iterator[dict]:
+    """Yield the row of every episode, see `measure`."""
     for episode in episodes:
-        began = time.perf_counter()
-        task = predict(episode)
-        with torch.no_grad():
-            clean = task.logits(episode.query)
-        standing = (clean.argmax(1) == episode.query_labels).nonzero().squeeze(1)
-        row = {
-            "source": episode.source,
-            "index": episode.index,
-            "ways": episode.n_way,
-            "support": len(episode.support),
-            "queries": len(episode.query),
-            "clean": len(standing) / len(episode.query),
-        }
-        for attack in sorted(attacks, key=lambda attack: attack.epsilon):
-            _, fooled = pgd(
-                task.logits,
-                episode.query[standing],
-                episode.query_labels[standing],
-                epsilon=attack.epsilon,
-                step_size=attack.step_size,
-                steps=attack.steps,
-                generator=stream(seed, episode.index, 2),
-            )
-            standing = standing[~fooled]
-            row[attack.name] = len(standing) / len(episode.query)
-        row["coefficients"] = list(task.coefficients)
-        row["seconds"] = round(time.perf_counter() - began, 4)
-        yield row
-
-
-class Summary(NamedTuple):
-    """Mean over episodes in per cent, half-width of its 95% interval in points, number of episodes."""
-
-    mean: float
-    interval: float
-    n: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.1f} +- {self.interval:.1f}"
-
-
-def summarise(rows: Sequence[dict], column: str) -> Summary:
-    """Mean and 1.96 standard errors of one column over episodes; a single episode has an infinite interval.
-
-    Raises:
-        ValueError: there is no row.
-    """
-    values = [100 * row[column] for row in rows]
-    if not values:
-        raise ValueError(f"no row to summarise {column!r} over")
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("inf")
-    return Summary(statistics.fmean(values), 1.96 * error, len(values))
-
-
-def average_summary(summaries: Sequence[Summary]) -> Summary:
-    """The unweighted average of independent domains, with the interval that follows from theirs."""
-    mean = statistics.fmean(summary.mean for summary in summaries)
-    interval = sum(summary.interval**2 for summary in summaries) ** 0.5 / len(summaries)
-    return Summary(mean, interval, sum(summary.n for summary in summaries))
+        yield measure(predict, episode, attacks, seed, surrogate).row
 
 
 def validate(
     backbone: Backbone, pool: LoRAPool, episodes: Iterable[Episode], robust: bool, seed: int = 0
 ) -> list[dict[str, float]]:
-    """Accuracy in per cent of every adapter alone: `clean`, and `robust` at its own epsilon if asked for.
+    """Accuracy in per cent of every adapter alone: `clean`, and `robust` under PGD at its own epsilon and
+    with its own steps if asked for; of an adapter trained at epsilon 0 the two are the same.
 
     The episodes are gone through once, and none is kept: those of Meta-Dataset fill gigabytes.
     """
-    attacks = [PGD(level.epsilon, level.step_size, level.steps) for level in pool.levels]
+    attacks = [
+        [Attack("pgd", (level.epsilon,), steps=level.steps, step_size=level.step_size)]
+        if robust and level.epsilon > 0
+        else []
+        for level in pool.levels
+    ]
     predictors = [merged_predictor(backbone, pool[p], lambda *_: (1.0,)) for p in range(len(pool))]
     rows: list[list[dict]] = [[] for _ in attacks]
     for episode in episodes:
         for found, predict, attack in zip(rows, predictors, attacks, strict=True):
-            found += evaluate(predict, [episode], [attack] if robust else [], seed)
+            found += evaluate(predict, [episode], attack, seed)
     scores = []
     for found, attack in zip(rows, attacks, strict=True):
         score = {"clean": summarise(found, "clean").mean}
         if robust:
-            score["robust"] = summarise(found, attack.name).mean
+            score["robust"] = summarise(found, attack[0].columns[0] if attack else "clean").mean
         scores.append(score)
     return scores

@@ -162,6 +162,47 @@ def pyramid_attack(
     return apply_pyramid(images, deltas, level.scalars, space).detach()
 
 
+@dataclasses.dataclass(frozen=True)
+class Ball:
+    """The images within epsilon of given ones, in the valid range: the threat model of evaluation.
+
+    Args:
+        norm: "linf" or "l2", over all values of one image.
+        epsilon: radius in pixel units, where black is 0 and white is 1.
+    """
+
+    norm: str
+    epsilon: float
+
+    def start(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """A uniformly random point of each image's ball, clipped to the valid range."""
+        if self.norm == "linf":
+            noise = 2 * torch.rand(images.shape, generator=generator) - 1
+        else:
+            direction = torch.randn(images.shape, generator=generator)
+            radius = torch.rand(len(images), 1, 1, 1, generator=generator) ** (1 / images[0].numel())
+            noise = direction * (radius / _length(direction))
+        return self.project(images + noise.to(images) * self.epsilon, images)
+
+    def project(self, points: Tensor, images: Tensor) -> Tensor:
+        """The valid points of the balls around `images` that are next to `points`."""
+        if self.norm == "linf":
+            lower, upper = (images - self.epsilon).clamp(min=0), (images + self.epsilon).clamp(max=1)
+            return torch.minimum(torch.maximum(points, lower), upper)
+        move = points - images
+        # Clipping to the valid range moves every value towards the image, so it stays within the ball.
+        return (images + move * (self.epsilon / _length(move)).clamp(max=1)).clamp(0, 1)
+
+    def ascend(self, points: Tensor, gradient: Tensor, step: float) -> Tensor:
+        """`points` moved by `step` in the direction of steepest ascent in this norm, not yet projected."""
+        direction = gradient.sign() if self.norm == "linf" else gradient / _length(gradient)
+        return points + step * direction
+
+
+def _length(images: Tensor) -> Tensor:
+    return images.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
+
+
 def pgd(
     logits_of: Callable[[Tensor], Tensor],
     images: Tensor,
@@ -171,12 +212,15 @@ def pgd(
     step_size: float,
     steps: int,
     generator: torch.Generator,
+    norm: str = "linf",
+    loss_of: Callable[[Tensor, Tensor], Tensor] | None = None,
+    stop_when_fooled: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """L-infinity PGD on the cross-entropy (Madry et al. 2018), the attack of evaluation.
+    """Projected gradient ascent from a random start (Madry et al. 2018), the attack of evaluation.
 
-    Starts at a uniformly random point of the ball and stops working on an image as soon as it is
-    misclassified, at any of the steps + 1 points looked at. That makes the attack at least as strong as
-    judging the last point only, and far cheaper on networks that break easily.
+    Stops working on an image as soon as it is misclassified, at any of the steps + 1 points looked at. That
+    makes the attack at least as strong as judging the last point only, and far cheaper on networks that
+    break easily.
 
     Args:
         logits_of: (n, 3, H, W) in [0, 1] -> (n, N), differentiable; called on subsets of the images.
@@ -185,17 +229,20 @@ def pgd(
         epsilon, step_size: in 1/255 of the pixel range; epsilon 0 returns the images.
         steps: number of gradient steps.
         generator: a CPU generator for the start.
+        norm: "linf" or "l2", of the perturbation of one image.
+        loss_of: logits (n, N) of some of the images, and which they are (n,) int64 -> (n,), what is to be
+            increased; None for the cross-entropy.
+        stop_when_fooled: False goes on to the last step with every image, for images that are to fool
+            another network.
 
     Returns:
         Attacked images (Q, 3, H, W) in [0, 1] within epsilon, and whether each is misclassified (Q,) bool.
     """
-    epsilon, step_size = epsilon / 255, step_size / 255
-    lower, upper = (images - epsilon).clamp(min=0), (images + epsilon).clamp(max=1)
-    noise = torch.rand(images.shape, generator=generator).to(images)
-    attacked = torch.minimum(torch.maximum(images + (2 * noise - 1) * epsilon, lower), upper)
+    ball, step_size = Ball(norm, epsilon / 255), step_size / 255
+    attacked = ball.start(images, generator)
     fooled = torch.zeros_like(labels, dtype=torch.bool)
+    active = torch.arange(len(images), device=images.device)
     for step in range(steps + 1):
-        active = (~fooled).nonzero().squeeze(1)
         if len(active) == 0:
             break
         points = attacked[active].requires_grad_(step < steps)
@@ -203,13 +250,19 @@ def pgd(
             logits = logits_of(points)
         wrong = logits.argmax(1) != labels[active]
         fooled[active] = wrong
-        if step == steps or wrong.all():
+        if step == steps:
             break
-        loss = F.cross_entropy(logits, labels[active], reduction="sum")
+        moving = ~wrong if stop_when_fooled else torch.ones_like(wrong)
+        if not moving.any():
+            break
+        if loss_of is None:
+            loss = F.cross_entropy(logits, labels[active], reduction="sum")
+        else:
+            loss = loss_of(logits, active).sum()
         (gradient,) = torch.autograd.grad(loss * _PGD_LOSS_SCALE, points)
-        moving = active[~wrong]
-        moved = attacked[moving] + step_size * gradient[~wrong].sign()
-        attacked[moving] = torch.minimum(torch.maximum(moved, lower[moving]), upper[moving])
+        active = active[moving]
+        moved = ball.ascend(attacked[active], gradient[moving], step_size)
+        attacked[active] = ball.project(moved, images[active])
     return attacked, fooled
 
 

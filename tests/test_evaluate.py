@@ -10,24 +10,17 @@ from conftest import moved_apart, patterned_episode, random_backbone
 from hypothesis import given
 from hypothesis import strategies as st
 
+from amt.attacks import Attack
 from amt.backbone import Arch, Backbone
-from amt.evaluate import (
-    PGD,
-    Summary,
-    Task,
-    average_summary,
-    evaluate,
-    merged_predictor,
-    pretrained_predictor,
-    summarise,
-    validate,
-)
+from amt.evaluate import columns, evaluate, measure, validate
 from amt.lora import LoRAPool, principal_pool
 from amt.perturb import Perturbation
+from amt.predict import Task, merged_predictor, pretrained_predictor
+from amt.statistics import summarise
 from meta_dataset_readers.episode import Episode
 
 ARCH = Arch(patch_size=4, dim=12, depth=2, heads=2, pretrained_size=8, image_size=8, mlp_ratio=2.0)
-ATTACKS = (PGD(1, 0.25, 4), PGD(4, 1, 4), PGD(16, 4, 4))
+ATTACKS = (Attack("pgd", (1, 4, 16), steps=4),)
 
 
 # --- a classifier whose margins are known ----------------------------------------------------------------
@@ -58,7 +51,9 @@ class Halves:
 
 
 def rows_of(classifier, episodes, attacks=(), seed: int = 0) -> list[dict]:
-    return list(evaluate(lambda _episode: Task(classifier, ()), episodes, attacks, seed))
+    return list(
+        evaluate(lambda _episode: Task(classifier, lambda _: classifier, ()), episodes, attacks, seed)
+    )
 
 
 MARGINS = [-3.0, 0.5, 1.5, 2.5, 4.5, 9.0]
@@ -69,7 +64,7 @@ MARGINS = [-3.0, 0.5, 1.5, 2.5, 4.5, 9.0]
 )
 def test_an_image_falls_exactly_when_epsilon_exceeds_its_margin(epsilon, standing):
     halves = Halves()
-    (row,) = rows_of(halves, [halves.episode(MARGINS)], [PGD(epsilon, epsilon / 4, 10)])
+    (row,) = rows_of(halves, [halves.episode(MARGINS)], [Attack("pgd", (epsilon,), steps=10)])
     assert row["clean"] == 5 / 6
     assert row[f"pgd10@{epsilon:g}"] == pytest.approx(standing / 6)
 
@@ -77,12 +72,12 @@ def test_an_image_falls_exactly_when_epsilon_exceeds_its_margin(epsilon, standin
 @given(st.lists(st.floats(-20, 20).map(lambda m: m + 0.05 * math.copysign(1, m)), min_size=1, max_size=12))
 def test_the_curve_over_epsilon_is_the_distribution_of_margins(margins):
     halves = Halves(side=4)
-    attacks = [PGD(epsilon, epsilon / 4, 10) for epsilon in (1, 3, 6, 12)]
-    margins = [m for m in margins if all(abs(m - attack.epsilon) > 0.02 for attack in attacks)] or [2.0]
-    (row,) = rows_of(halves, [halves.episode(margins)], attacks)
+    attack = Attack("pgd", (1, 3, 6, 12), steps=10)
+    margins = [m for m in margins if all(abs(m - epsilon) > 0.02 for epsilon in attack.epsilons)] or [2.0]
+    (row,) = rows_of(halves, [halves.episode(margins)], [attack])
     assert row["clean"] == pytest.approx(sum(m > 0 for m in margins) / len(margins))
-    for attack in attacks:
-        assert row[attack.name] == pytest.approx(sum(m > attack.epsilon for m in margins) / len(margins))
+    for epsilon in attack.epsilons:
+        assert row[attack.column(epsilon)] == pytest.approx(sum(m > epsilon for m in margins) / len(margins))
 
 
 def test_an_attack_stays_in_its_ball_and_in_the_range_of_pixels():
@@ -90,7 +85,7 @@ def test_an_attack_stays_in_its_ball_and_in_the_range_of_pixels():
     episode = halves.episode([1.0, 2.0])
     extreme = ((episode.query - 0.5) * 80 + 0.5).clamp(0, 1)  # the second is black and white
     episode = dataclasses.replace(episode, query=extreme)
-    rows_of(halves, [episode], [PGD(8, 4, 6)])
+    rows_of(halves, [episode], [Attack("pgd", (8,), steps=6, step_size=4)])
     for images in halves.seen:
         assert images.min() >= 0 and images.max() <= 1
         distances = (images[:, None] - episode.query[None]).abs().amax((2, 3, 4))
@@ -104,13 +99,29 @@ def test_the_attack_does_not_touch_what_is_wrong_already():
 
 
 def test_what_a_small_ball_breaks_is_broken_in_a_large_one():
-    """Even where the attack with the larger epsilon is too weak to find it."""
-    halves = Halves(side=20)  # so many pixels that no random start is an attack
-    strong, weak = PGD(2, 0.5, 10), PGD(16, 0.001, 1)
-    (row,) = rows_of(halves, [halves.episode([1.0, 12.0])], [weak, strong])
-    assert row[strong.name] == 0.5 and row[weak.name] == 0.5
-    (alone,) = rows_of(halves, [halves.episode([1.0, 12.0])], [weak])
-    assert alone[weak.name] == 1.0
+    """Even where the attack takes steps that are too large to find it there: it is not tried again."""
+    halves = Halves()
+    episode = halves.episode([1.0, 12.0])
+    (row,) = rows_of(halves, [episode], [Attack("pgd", (2, 11), steps=10)])
+    assert (row["pgd10@2"], row["pgd10@11"]) == (0.5, 0.5)
+    tried = [len(images) for images in halves.seen]
+    assert tried[-11:] == [1] * 11  # at 11 only what was left at 2
+
+
+def test_the_union_is_the_worst_case_per_image():
+    """Per image, not per episode; at each radius what any attack of that norm did up to there."""
+    halves = Halves()
+    weak, strong = Attack("pgd", (2, 11), steps=1, step_size=0.001), Attack("apgd", (4,), steps=20)
+    other = Attack("pgd", (60,), "l2", steps=10)
+    measured = measure(
+        lambda _: Task(halves, lambda _: halves, ()), halves.episode(MARGINS), [weak, strong, other]
+    )
+    row, standing = measured.row, measured.standing
+    assert row["union@2"] == row["pgd1@2"] and row["union@4"] == row["apgd20-ce@4"] == pytest.approx(2 / 6)
+    assert row["union@11"] == row["union@4"] < row["pgd1@11"]
+    both = standing["union@11"] & standing["pgd10-l2@60"]
+    assert torch.equal(standing["union"], both) and "union-l2@60" not in row
+    assert list(standing) == list(columns([weak, strong, other]))
 
 
 # --- rows ------------------------------------------------------------------------------------------------
@@ -132,7 +143,7 @@ def pool(backbone) -> LoRAPool:
 
 
 def untimed(rows) -> list[dict]:
-    return [{**row, "seconds": None} for row in rows]
+    return [{**row, "seconds": None, "fit_seconds": None} for row in rows]
 
 
 def test_a_row_per_episode_says_what_it_was(backbone, pool):
@@ -141,7 +152,9 @@ def test_a_row_per_episode_says_what_it_was(backbone, pool):
     found = list(evaluate(predict, episodes, ATTACKS))
     shapes = [(row["source"], row["index"], row["ways"], row["support"], row["queries"]) for row in found]
     assert shapes == [("tiny", 3, 3, 6, 12), ("tiny", 4, 5, 5, 10)]
-    assert all(row["coefficients"] == [0.25, 0.75] and row["seconds"] >= 0 for row in found)
+    assert all(
+        row["coefficients"] == [0.25, 0.75] and row["seconds"] >= row["fit_seconds"] >= 0 for row in found
+    )
 
 
 def test_accuracy_never_rises_with_epsilon(backbone, pool):
@@ -181,7 +194,7 @@ def test_another_seed_or_episode_starts_the_attack_elsewhere():
 
     def start(seed: int, index: int) -> torch.Tensor:
         halves.seen.clear()
-        rows_of(halves, [halves.episode([9.0], index)], [PGD(1, 0.25, 1)], seed)
+        rows_of(halves, [halves.episode([9.0], index)], [Attack("pgd", (1,), steps=1, step_size=0.25)], seed)
         return halves.seen[1]
 
     assert torch.equal(start(0, 0), start(0, 0))
@@ -220,46 +233,15 @@ def test_validation_scores_every_adapter_alone_at_its_own_level(backbone, pool):
     episodes = [make_episode(0), make_episode(1)]
     found = validate(backbone, pool, episodes, robust=True, seed=5)
     assert [set(score) for score in found] == [{"clean", "robust"}] * 2
-    for p, (attack, share) in enumerate(((PGD(8, 2, 3), (1.0, 0.0)), (PGD(1, 0.25, 3), (0.0, 1.0)))):
+    for p, (attack, share) in enumerate(
+        (
+            (Attack("pgd", (8,), steps=3, step_size=2), (1.0, 0.0)),
+            (Attack("pgd", (1,), steps=3, step_size=0.25), (0.0, 1.0)),
+        )
+    ):
         predict = merged_predictor(backbone, pool, lambda *_, share=share: share)
         rows = list(evaluate(predict, episodes, [attack], seed=5))
         assert found[p]["clean"] == pytest.approx(summarise(rows, "clean").mean)
-        assert found[p]["robust"] == pytest.approx(summarise(rows, attack.name).mean)
+        assert found[p]["robust"] == pytest.approx(summarise(rows, attack.columns[0]).mean)
     plain = validate(backbone, pool, episodes, robust=False)
     assert plain == [{"clean": score["clean"]} for score in found]
-
-
-# --- summaries -------------------------------------------------------------------------------------------
-
-
-def test_a_summary_by_hand():
-    """Per cent 100, 50, 0, 50: mean 50, deviation sqrt(5000 / 3) = 40.825, its error 20.412, times 1.96."""
-    summary = summarise([{"clean": value} for value in (1.0, 0.5, 0.0, 0.5)], "clean")
-    assert summary.mean == 50 and summary.n == 4
-    assert summary.interval == pytest.approx(40.0083, abs=1e-4)
-    assert str(summary) == "50.0 +- 40.0"
-
-
-def test_equal_rows_have_no_spread_and_a_single_one_an_unknown_spread():
-    assert summarise([{"x": 0.8}] * 5, "x") == Summary(pytest.approx(80), pytest.approx(0), 5)
-    assert summarise([{"x": 0.8}], "x") == Summary(80, math.inf, 1)
-
-
-def test_nothing_cannot_be_summarised():
-    with pytest.raises(ValueError, match="'x'"):
-        summarise([], "x")
-
-
-def test_domains_are_averaged_with_equal_weight():
-    """Independent errors add as squares: sqrt(3^2 + 4^2) / 2 = 2.5."""
-    average = average_summary([Summary(40, 3, 10), Summary(60, 4, 1000)])
-    assert average == Summary(50, 2.5, 1010)
-    assert average_summary([Summary(40, 3, 10)]) == Summary(40, 3, 10)
-
-
-@given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 50)), min_size=1, max_size=6))
-def test_an_average_lies_between_and_is_no_less_certain(domains):
-    average = average_summary([Summary(mean, interval, 5) for mean, interval in domains])
-    means, intervals = zip(*domains, strict=True)
-    assert min(means) - 1e-9 <= average.mean <= max(means) + 1e-9
-    assert average.interval <= max(intervals) + 1e-9

@@ -1,0 +1,109 @@
+"""Means over episodes with their 95% intervals, paired differences, and the averages that papers print.
+
+Works on rows of results, dictionaries with an accuracy in [0, 1] per column; knows nothing of how they came
+about. An interval is given twice: mean +- 1.96 standard errors, as the papers have it, and by the bootstrap,
+which stays within 0 and 100 and follows the skew of accuracies near them.
+"""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+BOOTSTRAP_SAMPLES = 2000
+
+
+class Summary(NamedTuple):
+    """Mean over episodes in per cent (or a difference, in points), and its 95% interval.
+
+    Args:
+        mean: in per cent.
+        interval: half-width of the normal interval, 1.96 standard errors, in points; infinite for n = 1.
+        n: number of episodes.
+        low, high: the ends of the bootstrap interval, in per cent; the mean itself for n = 1.
+    """
+
+    mean: float
+    interval: float
+    n: int
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} +- {self.interval:.1f}"
+
+
+def summarise(rows: Sequence[Mapping], column: str) -> Summary:
+    """Mean and intervals of one column over episodes.
+
+    Raises:
+        ValueError: there is no row.
+    """
+    if not rows:
+        raise ValueError(f"no row to summarise {column!r} over")
+    return _summary([100 * row[column] for row in rows])
+
+
+def average_summary(summaries: Sequence[Summary]) -> Summary:
+    """The unweighted average of independent domains, with the intervals that follow from theirs.
+
+    The ends of its bootstrap interval are those distances from the mean that independent errors add up to.
+    """
+    count = len(summaries)
+    mean = statistics.fmean(summary.mean for summary in summaries)
+    interval = sum(summary.interval**2 for summary in summaries) ** 0.5 / count
+    below = sum((summary.mean - summary.low) ** 2 for summary in summaries) ** 0.5 / count
+    above = sum((summary.high - summary.mean) ** 2 for summary in summaries) ** 0.5 / count
+    return Summary(mean, interval, sum(s.n for s in summaries), mean - below, mean + above)
+
+
+def paired_difference(ours: Sequence[Mapping], theirs: Sequence[Mapping], column: str) -> Summary:
+    """Mean of ours - theirs over the episodes, which are the same ones in the same order, in points.
+
+    Raises:
+        ValueError: there is no row, or the episodes differ.
+    """
+    if not ours or [row["index"] for row in ours] != [row["index"] for row in theirs]:
+        raise ValueError("a paired difference needs the same episodes, and at least one")
+    return _summary([100 * (a[column] - b[column]) for a, b in zip(ours, theirs, strict=True)])
+
+
+def groups(
+    sources: Sequence[str], trained_on: Iterable[str] = (), benchmarks: Mapping[str, str] | None = None
+) -> dict[str, tuple[str, ...]]:
+    """The domains behind each average that is printed under a table, by the average's name.
+
+    "average" is over all; the others follow where they say something else: "without ImageNet", "in-domain"
+    and "out-of-domain", and one for each benchmark.
+
+    Args:
+        sources: the domains evaluated on.
+        trained_on: the sources of meta-training; empty if nobody knows, or there was none.
+        benchmarks: the collection each known domain belongs to.
+    """
+    sources, seen, benchmarks = tuple(sources), set(trained_on), benchmarks or {}
+    candidates = {
+        "average": sources,
+        "without ImageNet": tuple(s for s in sources if s != "ilsvrc_2012"),
+        "in-domain": tuple(s for s in sources if s in seen),
+        "out-of-domain": tuple(s for s in sources if s not in seen) if seen else (),
+    }
+    for name in dict.fromkeys(benchmarks[s] for s in sources if s in benchmarks):
+        candidates[name] = tuple(s for s in sources if benchmarks.get(s) == name)
+    found: dict[str, tuple[str, ...]] = {}
+    for name, members in candidates.items():
+        if members and members not in found.values():
+            found[name] = members
+    return found
+
+
+def _summary(values: Sequence[float]) -> Summary:
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return Summary(mean, float("inf"), 1, mean, mean)
+    error = statistics.stdev(values) / len(values) ** 0.5
+    # A generator of its own for every call: an interval must not depend on what was summarised before it.
+    picks = np.random.default_rng(0).integers(len(values), size=(BOOTSTRAP_SAMPLES, len(values)))
+    low, high = np.percentile(np.asarray(values)[picks].mean(1), (2.5, 97.5))
+    return Summary(mean, 1.96 * error, len(values), float(low), float(high))
