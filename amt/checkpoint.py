@@ -1,8 +1,8 @@
 """Checkpoints on disk: our own format; those of the published code are read through amt/published.py.
 
-Ours is a single safetensors file, replaced atomically, whose header carries one JSON text: kind, arch,
-levels, settings, command, versions, seed, scores. The same JSON is written beside it for people to read.
-Knows no model definitions.
+Ours is a single safetensors file, replaced atomically, whose header carries one JSON text: how the pool was
+tuned, arch, levels, settings, command, versions, seed, scores. The same JSON is written beside it for people
+to read. Knows no model definitions.
 """
 
 import dataclasses
@@ -21,13 +21,19 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from amt import published, weight_files
+from amt.full_pool import FullPool
 from amt.lora import LoRAPool
 from amt.meta_tune import TuneSettings
 from amt.perturb import Perturbation
+from amt.pool import Pool
+from amt.version import commit
+from amt.weight_files import Weights
 from meta_dataset_readers.errors import InputError
 
 FORMAT = 1
 HEADER = "amt"  # the field of a safetensors header that makes a file ours
+
+Levels = tuple[Perturbation, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +46,16 @@ class Checkpoint:
         momentum: the optimisers' buffers of an unfinished training, else empty.
     """
 
-    pool: LoRAPool
+    pool: Pool
     about: dict
     momentum: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 def provenance() -> dict:
-    """Command and versions, for whoever wants to reproduce a file."""
+    """Command, commit and versions, for whoever wants to reproduce a file."""
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -65,13 +72,15 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         InputError: the place cannot be written to; what was there stays as it was.
     """
     pool = checkpoint.pool
-    tensors = {f"residual/{name}": tensor for name, tensor in pool.residual.items()}
-    tensors |= {f"factors/{name}": tensor for name, tensor in pool.factors.items()}
+    tensors = {f"factors/{name}": tensor for name, tensor in pool.factors.items()}
+    if isinstance(pool, LoRAPool):
+        tensors |= {f"residual/{name}": tensor for name, tensor in pool.residual.items()}
     tensors |= {"head/scale": pool.scale, "head/bias": pool.bias}
     tensors |= {f"momentum/{name}": tensor for name, tensor in checkpoint.momentum.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     about = {
         "format": FORMAT,
+        "tune": pool.tune,
         "levels": [dataclasses.asdict(level) for level in pool.levels],
         **checkpoint.about,
     }
@@ -129,22 +138,35 @@ def _parse_own(path: Path, tensors: dict[str, Tensor], text: str) -> Checkpoint:
             for level in about.pop("levels")
         )
         about.pop("format")
+        tune = about.pop("tune", LoRAPool.tune)  # older files hold LoRAs and do not say so
+        if not levels or tune not in _KINDS:
+            raise ValueError(f"{len(levels)} levels, tuned {tune!r}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged header field 'amt' ({error!r})") from error
-    return _assemble(path, tensors, levels, about)
+    return _assemble(path, tensors, tune, levels, about)
 
 
-def _assemble(path: Path, tensors: dict[str, Tensor], levels: tuple, about: dict) -> Checkpoint:
-    rooms: dict[str, dict[str, Tensor]] = {"residual": {}, "factors": {}, "head": {}, "momentum": {}}
+def _assemble(path: Path, tensors: Weights, tune: str, levels: Levels, about: dict) -> Checkpoint:
+    rooms: dict[str, Weights] = {"residual": {}, "factors": {}, "head": {}, "momentum": {}}
     for name, tensor in tensors.items():
         room, _, rest = name.partition("/")
         if room not in rooms:
             raise InputError(f"{path}: unexpected tensor {name!r}")
         rooms[room][rest] = tensor
-    factors, head, residual = rooms["factors"], rooms["head"], rooms["residual"]
+    head = rooms["head"]
     for name in ("scale", "bias"):
         if name not in head or tuple(head[name].shape) != (len(levels),):
             raise InputError(f"{path}: tensor head/{name} is missing or not of shape ({len(levels)},)")
+    pool = _KINDS[tune](path, rooms["residual"], rooms["factors"], head, levels)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise InputError(f"{path}: tensor {name} is {tensor.dtype}, expected a floating-point type")
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{path}: tensor {name} holds values that are not finite")
+    return Checkpoint(pool, about, rooms["momentum"])
+
+
+def _lora_pool(path: Path, residual: Weights, factors: Weights, head: Weights, levels: Levels) -> LoRAPool:
     adapted = [name for name in residual if f"{name}.lora_A" in factors]
     A = {name: factors[f"{name}.lora_A"] for name in adapted}
     B = {name: factors.get(f"{name}.lora_B") for name in adapted}
@@ -152,13 +174,22 @@ def _assemble(path: Path, tensors: dict[str, Tensor], levels: tuple, about: dict
         raise InputError(f"{path}: the factors do not belong to the weights beside them")
     for name in adapted:
         check_factors(path, name, residual[name], A[name], B[name], len(levels))
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise InputError(f"{path}: tensor {name} is {tensor.dtype}, expected a floating-point type")
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"{path}: tensor {name} holds values that are not finite")
-    pool = LoRAPool(residual, A, B, head["scale"], head["bias"], levels)
-    return Checkpoint(pool, about, rooms["momentum"])
+    return LoRAPool(residual, A, B, head["scale"], head["bias"], levels)
+
+
+def _full_pool(path: Path, residual: Weights, factors: Weights, head: Weights, levels: Levels) -> FullPool:
+    if not factors or residual:
+        raise InputError(f"{path}: holds no complete weights, which are expected as factors/NAME alone")
+    for name, weight in factors.items():
+        if weight.ndim < 1 or len(weight) != len(levels):
+            raise InputError(
+                f"{path}: tensor factors/{name} has shape {tuple(weight.shape)}, "
+                f"expected one weight for each of {len(levels)} levels"
+            )
+    return FullPool(factors, head["scale"], head["bias"], levels)
+
+
+_KINDS = {LoRAPool.tune: _lora_pool, FullPool.tune: _full_pool}
 
 
 def check_factors(path: Path, name: str, weight: Tensor, A: Tensor, B: Tensor | None, adapters: int) -> None:
@@ -176,13 +207,14 @@ def check_factors(path: Path, name: str, weight: Tensor, A: Tensor, B: Tensor | 
     )
 
 
-def check_architecture(path: Path, pool: LoRAPool, weights: dict[str, Tensor], arch: str) -> None:
-    """Raise an `InputError` unless the pool's residual has the names and shapes of the backbone's weights."""
-    for name in sorted(weights.keys() | pool.residual.keys()):
-        found, expected = pool.residual.get(name), weights.get(name)
-        if found is None or expected is None or found.shape != expected.shape:
-            shapes = ["absent" if t is None else str(tuple(t.shape)) for t in (found, expected)]
-            raise InputError(f"{path}: tensor {name} is {shapes[0]}, but --arch {arch} has it {shapes[1]}")
+def check_architecture(path: Path, pool: Pool, weights: Weights, arch: str) -> None:
+    """Raise an `InputError` unless the pool merges to the names and shapes of the backbone's weights."""
+    shapes = pool.shapes
+    for name in sorted(weights.keys() | shapes.keys()):
+        found = shapes.get(name, "absent")
+        expected = tuple(weights[name].shape) if name in weights else "absent"
+        if found != expected:
+            raise InputError(f"{path}: tensor {name} is {found}, but --arch {arch} has it {expected}")
 
 
 def require_levels(path: Path, found: Checkpoint) -> None:
@@ -199,11 +231,15 @@ def check_resumable(
     path: Path,
     saved: Checkpoint,
     settings: TuneSettings,
-    levels: tuple[Perturbation, ...],
-    rank: int,
+    levels: Levels,
+    tuned: dict,
     protocol: dict,
 ) -> None:
-    """Raise an `InputError` unless `saved` is an unfinished run of these very settings and `protocol`."""
+    """Raise an `InputError` unless `saved` is an unfinished run of these very settings and `protocol`.
+
+    Args:
+        tuned: `tune` and `rank` of the pool that the flags ask for.
+    """
     if "published" in saved.about:
         raise InputError(
             f"{path}: a checkpoint of the published code, whose training cannot be continued exactly; "
@@ -216,9 +252,10 @@ def check_resumable(
             raise InputError(f"{path}: damaged header field 'amt': {name} is missing or no {kind.__name__}")
     if saved.about.get("finished"):
         raise InputError(f"{path}: this run is finished, nothing is left to resume")
-    asked = protocol | dataclasses.asdict(settings) | {"levels": levels, "rank": rank}
+    asked = tuned | protocol | dataclasses.asdict(settings) | {"levels": levels}
+    pool = saved.pool
     found = saved.about["protocol"] | saved.about["settings"]
-    found |= {"levels": saved.pool.levels, "rank": saved.pool.rank}
+    found |= {"tune": pool.tune, "rank": pool.rank, "levels": pool.levels}
     for name, value in asked.items():
         if found.get(name) != value:
             raise InputError(f"{path}: was trained with {name} {found.get(name)!r}, not {value!r}")

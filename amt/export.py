@@ -33,6 +33,7 @@ from amt.backbone import TIMM, Backbone, features, resize_positions
 from amt.checkpoint import provenance, replace_file
 from amt.lora import LoRAPool, Trim, trim_singular_values
 from amt.merge import Coefficients
+from amt.pool import Pool
 from amt.protonet import cosine_logits, prototypes
 from amt.published import published_shapes
 from amt.weight_files import Weights
@@ -90,7 +91,7 @@ class MergedNetwork:
 
 def merged_network(
     backbone: Backbone,
-    pool: LoRAPool,
+    pool: Pool,
     coefficients: Sequence[float],
     trims: Sequence[Trim] = (),
     support: Support | None = None,
@@ -116,7 +117,7 @@ def merged_network(
     return MergedNetwork(backbone, weights, shares, tuple(trims), scale, bias, classes, centres)
 
 
-def save(path: Path, to: str, network: MergedNetwork, pool: LoRAPool) -> list[Path]:
+def save(path: Path, to: str, network: MergedNetwork, pool: Pool) -> list[Path]:
     """Write `network` in the format `to` ("timm", "peft", "onnx" or "torch") with all that belongs to it.
 
     Beside a file PATH lie PATH.README.txt and, if the network has prototypes, PATH.prototypes.safetensors; a
@@ -146,7 +147,7 @@ def save(path: Path, to: str, network: MergedNetwork, pool: LoRAPool) -> list[Pa
     return _save_beside(path, content, network, about)
 
 
-def save_published(path: Path, pool: LoRAPool, adapter: int | None = None) -> list[Path]:
+def save_published(path: Path, pool: Pool, adapter: int | None = None) -> list[Path]:
     """Write `published_state` as the published code does, under the key `model`, with a README.txt beside it.
 
     Returns:
@@ -162,6 +163,14 @@ def save_published(path: Path, pool: LoRAPool, adapter: int | None = None) -> li
     readme = path.with_name(f"{path.name}.README.txt")
     replace_file(readme, lambda part: part.write_text(_published_readme(path, pool, adapter)))
     return [path, readme]
+
+
+def check_kind(pool: Pool, to: str, where: str = "the pool") -> None:
+    """Raise an `InputError`, which begins with `where`, if this kind of pool has no place in the format."""
+    if to in ("peft", "published") and not isinstance(pool, LoRAPool):
+        raise InputError(
+            f"{where} holds complete networks, and --to {to} takes LoRAs only; expected timm, onnx or torch"
+        )
 
 
 def check_place(path: Path, to: str) -> None:
@@ -243,7 +252,7 @@ def _at_image_size(backbone: Backbone, weights: Weights) -> Weights:
 # PEFT
 
 
-def peft_adapter(backbone: Backbone, pool: LoRAPool, coefficients: Sequence[float]) -> tuple[dict, Weights]:
+def peft_adapter(backbone: Backbone, pool: Pool, coefficients: Sequence[float]) -> tuple[dict, Weights]:
     """An adapter that makes the pretrained network into the merged one: PEFT's config and tensors.
 
     PEFT adds to the pretrained W, our factors to the residual W_res = W - B_0 A_0 that all adapters share. So
@@ -262,9 +271,10 @@ def peft_adapter(backbone: Backbone, pool: LoRAPool, coefficients: Sequence[floa
         What adapter_config.json holds, and the tensors of adapter_model.safetensors, float32.
 
     Raises:
-        InputError: the pool was not trained from these pretrained weights.
+        InputError: the pool is none of LoRAs, or was not trained from these pretrained weights.
         ValueError: another number of coefficients than adapters.
     """
+    check_kind(pool, "peft")
     chosen = [(p, float(c)) for p, c in zip(range(len(pool)), coefficients, strict=True) if c != 0]
     pretrained, tensors, ranks = backbone.weights, {}, {}
     for name, weight in pretrained.items():
@@ -397,7 +407,7 @@ def onnx_model(network: MergedNetwork) -> bytes:
 # The published layouts
 
 
-def published_state(pool: LoRAPool, adapter: int | None = None) -> Weights:
+def published_state(pool: Pool, adapter: int | None = None) -> Weights:
     """The state dict of the published code: of a pool, or with `adapter` that of a training of one LoRA.
 
     The published layouts have one scale and one bias: a pool gets the mean over its adapters. No prediction
@@ -405,8 +415,10 @@ def published_state(pool: LoRAPool, adapter: int | None = None) -> Weights:
     `published.pool_from_published` is exact.
 
     Raises:
-        InputError: the pool's network or its adapted layers are not those of the published code.
+        InputError: the pool is none of LoRAs, or its network or its adapted layers are not those of the
+            published code.
     """
+    check_kind(pool, "published")
     weights = pool.residual
     try:
         dim, _, patch, _ = weights["patch_embed.proj.weight"].shape
@@ -479,12 +491,12 @@ def _readme(network: MergedNetwork, about: dict, loading: Sequence[str], prototy
     if inside and task:
         output += f" and logits (N, {len(network.classes)})"
     lines = [
-        f"A network of the kind {about['arch']}, merged from a pool of adversarially meta-tuned LoRAs.",
+        f"A network of the kind {about['arch']}, merged from a meta-tuned pool.",
         "",
         f"input         float32 (N, 3, {seen}, {seen}), {about['input']}",
         f"mean, std     {_numbers(about['mean'])}; {_numbers(about['std'])}{' (applied inside)' * inside}",
         f"output        {output}",
-        f"coefficients  {_numbers(about['coefficients'])} (one for each LoRA of the pool)",
+        f"coefficients  {_numbers(about['coefficients'])} (one for each member of the pool)",
         f"scale, bias   {_numbers([about['scale'], about['bias']])}",
     ]
     if network.trims:
@@ -615,7 +627,7 @@ def _save_beside(path: Path, content: bytes, network: MergedNetwork, about: dict
     return list(files)
 
 
-def _save_peft(path: Path, network: MergedNetwork, pool: LoRAPool, about: dict) -> list[Path]:
+def _save_peft(path: Path, network: MergedNetwork, pool: Pool, about: dict) -> list[Path]:
     if network.trims:
         raise InputError("a trimmed network is no low-rank change of the pretrained one: PEFT cannot hold it")
     config, tensors = peft_adapter(network.backbone, pool, network.coefficients)

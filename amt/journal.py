@@ -13,11 +13,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from amt import checkpoint
-from amt.lora import LoRAPool
 from amt.meta_tune import StepRecord, Tuner, collapsed
+from amt.pool import Pool
 from meta_dataset_readers.episode import Episode
 
-Validate = Callable[[LoRAPool], list[dict[str, float]]]
+Validate = Callable[[Pool], list[dict[str, float]]]
 
 
 class Journal:

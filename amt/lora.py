@@ -17,14 +17,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from amt.backbone import Weights
 from amt.perturb import Perturbation
+from amt.pool import Pool, joined_heads, untrained_head
+from amt.weight_files import Weights
 
 VIT_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 @dataclasses.dataclass(frozen=True)
-class LoRAPool:
+class LoRAPool(Pool):
     """P low-rank adapters over one shared residual, with the classifier head each was trained with.
 
     Args:
@@ -41,26 +42,19 @@ class LoRAPool:
     bias: Tensor
     levels: tuple[Perturbation, ...]
 
-    def __len__(self) -> int:
-        return len(self.scale)
-
-    def __getitem__(self, adapter: int) -> "LoRAPool":
-        """Adapter `adapter` alone: a pool of size one that shares the residual."""
-        if not 0 <= adapter < len(self):
-            raise IndexError(f"adapter {adapter} of a pool of {len(self)}")
-        one = slice(adapter, adapter + 1)
-        return dataclasses.replace(
-            self,
-            A={name: factor[one] for name, factor in self.A.items()},
-            B={name: factor[one] for name, factor in self.B.items()},
-            scale=self.scale[one],
-            bias=self.bias[one],
-            levels=self.levels[one],
-        )
+    tune = "lora"
 
     @property
     def rank(self) -> int:
         return next(iter(self.A.values())).shape[2]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(weight.shape) for name, weight in self.residual.items()}
+
+    @property
+    def adapted(self) -> frozenset[str]:
+        return frozenset(self.A)
 
     @property
     def factors(self) -> dict[str, Tensor]:
@@ -72,7 +66,6 @@ class LoRAPool:
         return named
 
     def with_factors(self, factors: dict[str, Tensor]) -> "LoRAPool":
-        """The same pool with other factors, named as in `factors`."""
         return dataclasses.replace(
             self,
             A={name: factors[f"{name}.lora_A"] for name in self.A},
@@ -80,8 +73,6 @@ class LoRAPool:
         )
 
     def to(self, device) -> "LoRAPool":
-        """The same pool with every tensor on `device`."""
-
         def move(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: tensor.to(device) for name, tensor in tensors.items()}
 
@@ -94,57 +85,41 @@ class LoRAPool:
             bias=self.bias.to(device),
         )
 
-    def merge(self, coefficients: Sequence[float]) -> Weights:
-        """Complete weights W_res + sum_p c_p B_p A_p; a gradient reaches every factor with c_p != 0.
+    def _part(self, members: slice) -> "LoRAPool":
+        return dataclasses.replace(
+            self,
+            A={name: factor[members] for name, factor in self.A.items()},
+            B={name: factor[members] for name, factor in self.B.items()},
+            scale=self.scale[members],
+            bias=self.bias[members],
+            levels=self.levels[members],
+        )
 
-        Args:
-            coefficients: P numbers that sum to 1: only then does an untrained pool give back the
-                pretrained network.
-
-        Raises:
-            ValueError: another number of coefficients, or a sum other than 1.
-        """
-        coefficients = [float(c) for c in coefficients]
-        if len(coefficients) != len(self):
-            raise ValueError(f"{len(coefficients)} coefficients for a pool of {len(self)} adapters")
-        if not abs(sum(coefficients) - 1) <= 1e-4:  # so that NaN is refused as well
-            raise ValueError(f"coefficients sum to {sum(coefficients):.6g}, expected 1")
-        chosen = [p for p, c in enumerate(coefficients) if c != 0]
-        shares = [coefficients[p] for p in chosen]
+    def _mixture(self, shares: dict[int, float]) -> Weights:
+        """W_res + sum_p c_p B_p A_p."""
         return self.residual | {
-            name: weight + _mixture(self.A[name], self.B[name], chosen, shares).reshape(weight.shape)
+            name: weight + _product(self.A[name], self.B[name], shares).reshape(weight.shape)
             for name, weight in self.residual.items()
             if name in self.A
         }
 
-    def head(self, coefficients: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """The merged head: logit scale and bias, two scalars."""
-        shares = self.scale.new_tensor([float(c) for c in coefficients])
-        return shares @ self.scale, shares @ self.bias
-
-    @staticmethod
-    def concat(pools: Sequence["LoRAPool"]) -> "LoRAPool":
-        """One pool of all adapters of `pools`, in order.
-
-        Raises:
-            ValueError: the pools do not share one residual (to float32 rounding of its SVD), or differ in
-            rank or in the layers they adapt.
-        """
-        first = pools[0]
+    def _joined(self, pools: Sequence["LoRAPool"]) -> "LoRAPool":
+        """Raises a ValueError unless they share one residual (to float32 rounding of its SVD), the rank and
+        the layers they adapt."""
         for pool in pools[1:]:
-            for name in first.residual.keys() | pool.residual.keys():
-                mine, other = first.residual.get(name), pool.residual.get(name)
+            if pool.rank != self.rank:
+                raise ValueError(f"the LoRAs of one have rank {self.rank}, those of another rank {pool.rank}")
+            for name in self.residual.keys() | pool.residual.keys():
+                mine, other = self.residual.get(name), pool.residual.get(name)
                 if mine is not other and not _equal_up_to_rounding(mine, other):
                     raise ValueError(f"residuals differ at {name}: not adapters of one pretrained network")
-            if pool.rank != first.rank or pool.A.keys() != first.A.keys():
-                raise ValueError("the pools differ in rank or in the layers they adapt")
+            if pool.A.keys() != self.A.keys():
+                raise ValueError("the pools differ in the layers they adapt")
         return dataclasses.replace(
-            first,
-            A={name: torch.cat([pool.A[name] for pool in pools]) for name in first.A},
-            B={name: torch.cat([pool.B[name] for pool in pools]) for name in first.B},
-            scale=torch.cat([pool.scale for pool in pools]),
-            bias=torch.cat([pool.bias for pool in pools]),
-            levels=tuple(level for pool in pools for level in pool.levels),
+            self,
+            A={name: torch.cat([pool.A[name] for pool in pools]) for name in self.A},
+            B={name: torch.cat([pool.B[name] for pool in pools]) for name in self.B},
+            **joined_heads(pools),
         )
 
 
@@ -154,10 +129,10 @@ def _equal_up_to_rounding(one: Tensor | None, other: Tensor | None) -> bool:
     return torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-def _mixture(A: Tensor, B: Tensor, chosen: Sequence[int], shares: Sequence[float]) -> Tensor:
-    """sum_p c_p B_p A_p over the chosen adapters as one product of rank len(chosen) * r."""
-    wide_A = torch.cat([A[p] for p in chosen], dim=1)
-    wide_B = torch.cat([share * B[p] for p, share in zip(chosen, shares, strict=True)], dim=2)
+def _product(A: Tensor, B: Tensor, shares: dict[int, float]) -> Tensor:
+    """sum_p c_p B_p A_p over the k adapters of `shares` as one product of rank k r."""
+    wide_A = torch.cat([A[p] for p in shares], dim=1)
+    wide_B = torch.cat([share * B[p] for p, share in shares.items()], dim=2)
     return wide_B @ wide_A
 
 
@@ -211,8 +186,8 @@ def principal_pool(
         residual[name], one_A, one_B = split_principal(weights[name], rank, groups)
         A[name] = one_A.repeat(len(levels), 1, 1, 1)
         B[name] = one_B.repeat(len(levels), 1, 1, 1)
-    head = next(iter(weights.values())).new_ones(len(levels))
-    return LoRAPool(residual, A, B, 10 * head, 0 * head, tuple(levels))
+    scale, bias = untrained_head(next(iter(weights.values())), len(levels))
+    return LoRAPool(residual, A, B, scale, bias, tuple(levels))
 
 
 @dataclasses.dataclass(frozen=True)

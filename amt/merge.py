@@ -6,24 +6,28 @@ The published rule scores every adapter by how compact it makes the support clas
     inter_p = mean_c mean_{i in c} 1/(N-1) sum_{c' != c} cos(i, prototype_c')
     u_p     = exp(beta * (gamma * intra_p - (1 - gamma) * inter_p) - beta)
 
-and shares the weight among the top k adapters in proportion to u (AMT, section 3.4). No query image and no
-query label can be seen from here: `route` is not given any.
+and shares the weight among the top k adapters in proportion to u (AMT, section 3.4). There i is a clean
+support image, augmented; ours is to attack it as well, which asks the same of an adapter under attack. No
+query image and no query label can be seen from here: `route` is not given any.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amt.backbone import Backbone, features
-from amt.lora import LoRAPool
+from amt.backbone import Backbone, Weights, features
 from amt.perturb import Perturbation, pyramid_attack, pyramid_start
+from amt.pool import Pool
 from amt.protonet import cosine_logits, prototypes
 
 Coefficients = tuple[float, ...]
 
-VIEWS = ("augmented", "attacked")
+AUGMENTATIONS = ("color", "translation")
+
+CHUNK = 64  # images in one pass: a support set of Meta-Dataset has up to 500, and an attack's graph is large
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,24 +38,29 @@ class Routing:
         beta, gamma: sharpness and balance, as in the module's docstring (the published blend_beta and
             blend_gamma).
         top_k: how many adapters share the weight.
-        view: what is compared with the prototypes: "augmented" support images, as published, or "attacked"
-            ones, a variant of ours that scores robust compactness.
-        augment_probability: chance that the augmented view is augmented at all; 0 compares the support
-            with itself.
-        attack: for the attacked view, how the support is attacked.
+        augment_probability: chance that the support images compared with the prototypes are augmented at
+            all, where they are not attacked.
+        epsilon: the knob from clean to robust, in 1/255 of the pixel range. 0: the published scores. Above:
+            the same scores of support images that each adapter sees attacked within epsilon.
+        steps: of that attack, each of epsilon / 4.
     """
 
     beta: float = 1.0
     gamma: float = 0.6
     top_k: int = 2
-    view: str = "augmented"
     augment_probability: float = 0.9
-    attack: Perturbation = Perturbation(8, 2, steps=5, grids=(0,), scalars=(1.0,), start="random1")  # noqa: RUF009
+    epsilon: float = 0.0
+    steps: int = 5
+
+    @property
+    def view(self) -> tuple[float, float]:
+        """All that decides which images are scored: equal views have equal cosines."""
+        return (self.epsilon, self.steps) if self.epsilon > 0 else (0.0, self.augment_probability)
 
 
 def route(
     backbone: Backbone,
-    pool: LoRAPool,
+    pool: Pool,
     support: Tensor,
     labels: Tensor,
     generator: torch.Generator,
@@ -62,47 +71,110 @@ def route(
     Args:
         support: (S, 3, H, W) in [0, 1].
         labels: (S,) int64 in 0..N-1.
-        generator: a CPU generator for the augmentation or the attack's start.
+        generator: a CPU generator for the augmentation or the attack's start; left as it was.
     """
-    intra, inter = compactness(support_cosines(backbone, pool, support, labels, generator, routing), labels)
-    return blend(intra, inter, routing)
+    (coefficients,) = route_each(backbone, pool, support, labels, generator, [routing])
+    return coefficients
+
+
+def route_each(
+    backbone: Backbone,
+    pool: Pool,
+    support: Tensor,
+    labels: Tensor,
+    generator: torch.Generator,
+    routings: Sequence[Routing],
+) -> list[Coefficients]:
+    """What `route` gives for each of `routings`; what they have in common is computed once."""
+    by_view = {routing.view: routing for routing in routings}
+    cosines = _cosines(backbone, pool, support, labels, generator, list(by_view.values()))
+    scores = {view: compactness(found, labels) for view, found in zip(by_view, cosines, strict=True)}
+    return [blend(*scores[routing.view], routing) for routing in routings]
 
 
 def support_cosines(
     backbone: Backbone,
-    pool: LoRAPool,
+    pool: Pool,
     support: Tensor,
     labels: Tensor,
     generator: torch.Generator,
     routing: Routing,
 ) -> Tensor:
     """(P, S, N) cosines, for every adapter alone, of the support's views with the support's prototypes."""
+    (cosines,) = _cosines(backbone, pool, support, labels, generator, [routing])
+    return cosines
+
+
+def _cosines(
+    backbone: Backbone,
+    pool: Pool,
+    support: Tensor,
+    labels: Tensor,
+    generator: torch.Generator,
+    routings: Sequence[Routing],
+) -> list[Tensor]:
+    """`support_cosines` for each of `routings`; the prototypes are computed once."""
     backbone = dataclasses.replace(backbone, autocast=None)  # scores differ in the third digit: keep float32
     n_way = int(labels.max()) + 1
-    augmented = support
-    if routing.view == "augmented" and torch.rand((), generator=generator) < routing.augment_probability:
-        augmented = backbone.denormalise(augment(backbone.normalise(support), generator))
-    cosines = []
+    # Each view draws what it would draw alone.
+    generators = [generator.clone_state() for _ in routings]
+    augmented = [
+        _augmented(backbone, support, draws, routing)
+        for routing, draws in zip(routings, generators, strict=True)
+    ]
+    cosines: list[list[Tensor]] = [[] for _ in routings]
     for p in range(len(pool)):
         adapter = pool[p]
         weights = adapter.merge((1.0,))
-        with torch.no_grad():
-            plain = features(backbone, weights, support)
-            centres = prototypes(plain, labels, n_way)
-        if routing.view == "attacked":
+        plain = fixed_features(backbone, weights, support)
+        centres = prototypes(plain, labels, n_way)
 
-            def loss_of(images: Tensor, weights=weights, centres=centres, scale=adapter.scale) -> Tensor:
-                logits = cosine_logits(features(backbone, weights, images), centres, scale)
-                return F.cross_entropy(logits, labels, reduction="sum")
+        def loss_of(
+            images: Tensor, part: slice, weights=weights, centres=centres, scale=adapter.scale
+        ) -> Tensor:
+            logits = cosine_logits(features(backbone, weights, images), centres, scale)
+            return F.cross_entropy(logits, labels[part], reduction="sum")
 
-            start = pyramid_start(support, routing.attack, generator)
-            view = pyramid_attack(loss_of, support, start, routing.attack)
-        else:
-            view = augmented
-        with torch.no_grad():
-            seen = plain if view is support else features(backbone, weights, view)
-            cosines.append(cosine_logits(seen, centres))
-    return torch.stack(cosines)
+        for k, routing in enumerate(routings):
+            view = augmented[k]
+            if routing.epsilon > 0:
+                view = _attacked(loss_of, support, routing, generators[k])
+            seen = plain if view is support else fixed_features(backbone, weights, view)
+            cosines[k].append(cosine_logits(seen, centres))
+    return [torch.stack(found) for found in cosines]
+
+
+def fixed_features(backbone: Backbone, weights: Weights, images: Tensor) -> Tensor:
+    """Features (n, D) of any number of images (n, 3, H, W), without graph."""
+    with torch.no_grad():
+        return torch.cat([features(backbone, weights, part) for part in images.split(CHUNK)])
+
+
+def _augmented(backbone: Backbone, support: Tensor, generator: torch.Generator, routing: Routing) -> Tensor:
+    """The published view of the support, which sometimes is the support itself."""
+    if routing.epsilon > 0 or torch.rand((), generator=generator) >= routing.augment_probability:
+        return support
+    return backbone.denormalise(augment(backbone.normalise(support), generator))
+
+
+def _attacked(
+    loss_of: Callable[[Tensor, slice], Tensor], images: Tensor, routing: Routing, generator: torch.Generator
+) -> Tensor:
+    """Images within routing.epsilon that increase `loss_of(some of them, which)`, a sum over images."""
+    level = Perturbation(
+        routing.epsilon,
+        routing.epsilon / 4,
+        routing.steps,
+        grids=(0,),
+        scalars=(1.0,),
+        start="random1",
+    )
+    (start,) = pyramid_start(images, level, generator)
+    found = []
+    for first in range(0, len(images), CHUNK):
+        part = slice(first, first + CHUNK)
+        found.append(pyramid_attack(lambda x, p=part: loss_of(x, p), images[part], [start[part]], level))
+    return torch.cat(found)
 
 
 def compactness(cosines: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,22 +197,35 @@ def blend(intra: Tensor, inter: Tensor, routing: Routing) -> Coefficients:
     return tuple(shares.tolist())
 
 
-def uniform(pool: LoRAPool) -> Coefficients:
+def uniform(pool: Pool) -> Coefficients:
     """The same share for every adapter."""
     return average_of(pool, range(len(pool)))
 
 
-def average_of(pool: LoRAPool, adapters) -> Coefficients:
+def average_of(pool: Pool, adapters) -> Coefficients:
     """The plain average of some adapters, by their numbers."""
     chosen = set(adapters)
     return tuple(1 / len(chosen) if p in chosen else 0.0 for p in range(len(pool)))
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+def soup(pool: Pool) -> Pool:
+    """A pool of one member whose factors, scale and bias are the means of all members'.
+
+    Of LoRAs that is W_res + mean(B) mean(A), another network than their uniform merge; complete sets of
+    weights are averaged either way.
+    """
+    means = {name: factor.mean(0, keepdim=True) for name, factor in pool.factors.items()}
+    return dataclasses.replace(
+        pool[0].with_factors(means), scale=pool.scale.mean()[None], bias=pool.bias.mean()[None]
+    )
+
+
+def augment(images: Tensor, generator: torch.Generator, kinds: Sequence[str] = AUGMENTATIONS) -> Tensor:
     """The published differentiable augmentation of normalised images (N, 3, H, W); nothing is clamped.
 
-    The batch is flipped as a whole half of the time; then brightness +-0.5, saturation x U[0, 2], contrast
-    x U[0.5, 1.5] and a translation of up to an eighth of the side, filled with zeros, image by image.
+    The batch is flipped as a whole half of the time. Then image by image, for the `kinds` asked for: "color",
+    brightness +-0.5, saturation x U[0, 2] and contrast x U[0.5, 1.5]; "translation" of up to an eighth of the
+    side, filled with zeros.
     """
     n, _, height, width = images.shape
 
@@ -149,11 +234,14 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
     if torch.rand((), generator=generator) < 0.5:
         images = images.flip(3)
-    images = images + uniform_numbers() - 0.5
-    grey = images.mean(1, keepdim=True)
-    images = (images - grey) * (2 * uniform_numbers()) + grey
-    mean = images.mean((1, 2, 3), keepdim=True)
-    images = (images - mean) * (uniform_numbers() + 0.5) + mean
+    if "color" in kinds:
+        images = images + uniform_numbers() - 0.5
+        grey = images.mean(1, keepdim=True)
+        images = (images - grey) * (2 * uniform_numbers()) + grey
+        mean = images.mean((1, 2, 3), keepdim=True)
+        images = (images - mean) * (uniform_numbers() + 0.5) + mean
+    if "translation" not in kinds:
+        return images
     reach_y, reach_x = int(height / 8 + 0.5), int(width / 8 + 0.5)
     shift_y = torch.randint(-reach_y, reach_y + 1, (n,), generator=generator).tolist()
     shift_x = torch.randint(-reach_x, reach_x + 1, (n,), generator=generator).tolist()

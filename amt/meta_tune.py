@@ -1,4 +1,5 @@
-"""Adversarial meta-tuning: for each episode, for each robustness level, one step on that level's LoRA.
+"""Adversarial meta-tuning: for each episode, for each robustness level, one step on that level's member
+of the pool: a LoRA, or a complete network, which makes no difference here.
 
 Per level and episode (AMT, sections 3.2 and 3.3), with K attack steps:
 
@@ -11,7 +12,14 @@ Per level and episode (AMT, sections 3.2 and 3.3), with K attack steps:
     SGD step on the unmoved factors
 
 So K + 4 query forwards. Gradients reach the factors through the moved weights (queries) and the unmoved
-ones (support). Knows no files, no validation and no command line.
+ones (support). That is the method "adsv"; two baselines take its place in the same loop:
+
+    "querying"    adversarial querying (Goldblum, Fowl and Goldstein 2020, arxiv.org/abs/1910.00982): the
+                  loss is that of the attacked queries; the support set is clean, the weights stay in place
+    "standard"    plain meta-tuning on clean images; with complete networks this is the meta-training of
+                  P>M>F (Hu et al. 2022, arxiv.org/abs/2204.07305)
+
+Knows no files, no validation and no command line.
 """
 
 import dataclasses
@@ -27,13 +35,13 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 
 from amt.backbone import Backbone, Weights, features
-from amt.lora import LoRAPool
 from amt.losses import RobustLoss, kl_sum, robust_loss
 from amt.perturb import PIXELS, Perturbation, ValueSpace, perturb_weights, pyramid_attack, pyramid_start
+from amt.pool import Pool
 from amt.protonet import cosine_logits, prototypes
 from meta_dataset_readers.episode import Episode
 
-METHODS = ("adsv", "standard")
+METHODS = ("adsv", "querying", "standard")
 ALONE = (1.0,)
 
 
@@ -47,14 +55,14 @@ class QueryOutcome(NamedTuple):
 
 def query_outcome(
     backbone: Backbone,
-    pool: LoRAPool,
+    pool: Pool,
     episode: Episode,
     level: Perturbation,
     start: list[Tensor],
     space: ValueSpace = PIXELS,
     loss_scale: float = 1.0,
 ) -> QueryOutcome:
-    """The dual-perturbation loss of one adapter on one episode, with graph to its factors and scale.
+    """The dual-perturbation loss of one member on one episode, with graph to its factors and scale.
 
     Args:
         pool: a pool of size one whose factors and scale require gradients.
@@ -77,12 +85,11 @@ def query_outcome(
     weights = pool.merge(ALONE)
     clean = query_features(weights, episode.query)
 
-    fixed_weights = {name: weight.detach() for name, weight in weights.items()}
-    fixed_scale, target = pool.scale.detach(), logits(clean, fixed_centres).detach()
+    fixed = _fixed_network(backbone, pool, weights, centres)
+    target = logits(clean, fixed_centres).detach()
 
     def divergence(images: Tensor) -> Tensor:
-        moved = query_features(fixed_weights, images)
-        return kl_sum(target, cosine_logits(moved, fixed_centres, fixed_scale, pool.bias))
+        return kl_sum(target, fixed(images))
 
     images = pyramid_attack(divergence, episode.query, start, level, space, loss_scale)
     attacked = query_features(weights, images)
@@ -98,15 +105,57 @@ def query_outcome(
     return QueryOutcome(loss, clean_logits, attacked_logits)
 
 
-def natural_outcome(backbone: Backbone, pool: LoRAPool, episode: Episode) -> QueryOutcome:
+def querying_outcome(
+    backbone: Backbone,
+    pool: Pool,
+    episode: Episode,
+    level: Perturbation,
+    start: list[Tensor],
+    space: ValueSpace = PIXELS,
+    loss_scale: float = 1.0,
+) -> QueryOutcome:
+    """Adversarial querying: cross-entropy of the attacked queries alone, the support set clean.
+
+    The attack increases the cross-entropy with the true labels, under weights and prototypes as they are.
+    Arguments as for `query_outcome`; the level's `gamma` and `beta` have no part in it.
+    """
+    support = features(backbone, pool.merge(ALONE), episode.support)
+    centres = prototypes(support, episode.support_labels, episode.n_way)
+    weights = pool.merge(ALONE)
+    fixed = _fixed_network(backbone, pool, weights, centres)
+
+    def mistakes(images: Tensor) -> Tensor:
+        return F.cross_entropy(fixed(images), episode.query_labels, reduction="sum")
+
+    images = pyramid_attack(mistakes, episode.query, start, level, space, loss_scale)
+    attacked = cosine_logits(features(backbone, weights, images), centres, pool.scale, pool.bias)
+    with torch.no_grad():
+        clean = fixed(episode.query)  # for the record: nothing is learnt from it
+    return QueryOutcome(_cross_entropy_alone(attacked, episode.query_labels), clean, attacked)
+
+
+def _fixed_network(
+    backbone: Backbone, pool: Pool, weights: Weights, centres: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """Images -> logits with nothing but the images to differentiate, which is what an attack is shown."""
+    weights = {name: weight.detach() for name, weight in weights.items()}
+    centres, scale = centres.detach(), pool.scale.detach()
+    return lambda images: cosine_logits(features(backbone, weights, images), centres, scale, pool.bias)
+
+
+def natural_outcome(backbone: Backbone, pool: Pool, episode: Episode) -> QueryOutcome:
     """Plain meta-tuning: cross-entropy of the clean queries, support and query under the same weights."""
     weights = pool.merge(ALONE)
     both = features(backbone, weights, torch.cat([episode.support, episode.query]))
     support, query = both.split([len(episode.support), len(episode.query)])
     centres = prototypes(support, episode.support_labels, episode.n_way)
     clean = cosine_logits(query, centres, pool.scale, pool.bias)
-    natural = F.cross_entropy(clean, episode.query_labels)
-    return QueryOutcome(RobustLoss(natural, natural, torch.zeros_like(natural)), clean, clean)
+    return QueryOutcome(_cross_entropy_alone(clean, episode.query_labels), clean, clean)
+
+
+def _cross_entropy_alone(logits: Tensor, labels: Tensor) -> RobustLoss:
+    loss = F.cross_entropy(logits, labels)
+    return RobustLoss(loss, loss, torch.zeros_like(loss))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +166,7 @@ class TuneSettings:
         epochs, episodes_per_epoch: length of the run.
         lr, warmup_lr, min_lr, warmup_epochs: cosine schedule, constant within an epoch, linear warm-up.
         momentum: of SGD.
-        method: "adsv" (dual perturbation) or "standard" (plain meta-tuning).
+        method: one of `METHODS`; see the module's docstring.
         clip_grad: largest norm of one level's gradient, or None.
         epsilon_warmup: episodes over which epsilon and step size grow linearly to their level; 0 for none.
         seed: decides the attacks' random starts, together with the episode's number and the level.
@@ -134,6 +183,11 @@ class TuneSettings:
     clip_grad: float | None = None
     epsilon_warmup: int = 0
     seed: int = 0
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether anything is attacked in training."""
+        return self.method != "standard"
 
 
 class StepRecord(NamedTuple):
@@ -154,31 +208,31 @@ class NonFiniteLoss(ArithmeticError):
 
 
 class Tuner:
-    """A pool in training: one leaf copy of every adapter, its optimiser, and the number of episodes done.
+    """A pool in training: one leaf copy of every member, its optimiser, and the number of episodes done.
 
     `step` is all that changes it. State goes out and in by `state` and `restore`, and a restored tuner
     continues exactly as the saved one would have.
     """
 
-    def __init__(self, backbone: Backbone, pool: LoRAPool, settings: TuneSettings):
+    def __init__(self, backbone: Backbone, pool: Pool, settings: TuneSettings):
         self.backbone = backbone
         self.settings = settings
         self.episodes_done = 0
-        self._adapters = [_leaves(pool[p]) for p in range(len(pool))]
+        self._members = [_leaves(pool[p]) for p in range(len(pool))]
         self._optimisers = [
-            torch.optim.SGD([*adapter.factors.values(), adapter.scale], settings.lr, settings.momentum)
-            for adapter in self._adapters
+            torch.optim.SGD([*member.factors.values(), member.scale], settings.lr, settings.momentum)
+            for member in self._members
         ]
         half = backbone.autocast == torch.float16
         self._scalers = [
             torch.amp.GradScaler(backbone.device.type, init_scale=2.0**10, enabled=half)
-            for _ in self._adapters
+            for _ in self._members
         ]
 
     @property
-    def pool(self) -> LoRAPool:
-        """The adapters as they are now, detached copies."""
-        pool = LoRAPool.concat(self._adapters)
+    def pool(self) -> Pool:
+        """The members as they are now, detached copies."""
+        pool = Pool.concat(self._members)
         factors = {name: factor.detach() for name, factor in pool.factors.items()}
         return dataclasses.replace(pool.with_factors(factors), scale=pool.scale.detach())
 
@@ -196,20 +250,20 @@ class Tuner:
         Raises:
             NonFiniteLoss: before the level concerned was changed; levels before it have made their step.
         """
-        records = [self._level_step(p, episode) for p in range(len(self._adapters))]
+        records = [self._level_step(p, episode) for p in range(len(self._members))]
         self.episodes_done += 1
         return records
 
     def _level_step(self, p: int, episode: Episode) -> StepRecord:
         began = time.perf_counter()
-        adapter, optimiser, scaler = self._adapters[p], self._optimisers[p], self._scalers[p]
+        member, optimiser, scaler = self._members[p], self._optimisers[p], self._scalers[p]
         lr = learning_rate(self.settings, self.epoch)
-        outcome = self._outcome(adapter, episode, p, scaler.get_scale())
+        outcome = self._outcome(member, episode, p, scaler.get_scale())
         # Float16 may overflow at a large loss scale; the scaler then skips the step and halves the scale.
         if not outcome.loss.total.isfinite() and scaler.get_scale() <= 1:
             raise NonFiniteLoss(
                 f"loss is {outcome.loss.total.item()} at episode {self.episodes_done}, "
-                f"level {p} (epsilon {adapter.levels[0].epsilon:g}/255)"
+                f"level {p} (epsilon {member.levels[0].epsilon:g}/255)"
             )
         optimiser.param_groups[0]["lr"] = lr
         optimiser.zero_grad()
@@ -229,21 +283,22 @@ class Tuner:
             seconds_per_step=time.perf_counter() - began,
         )
 
-    def _outcome(self, adapter: LoRAPool, episode: Episode, p: int, loss_scale: float) -> QueryOutcome:
-        if self.settings.method == "standard":
-            return natural_outcome(self.backbone, adapter, episode)
+    def _outcome(self, member: Pool, episode: Episode, p: int, loss_scale: float) -> QueryOutcome:
+        if not self.settings.adversarial:
+            return natural_outcome(self.backbone, member, episode)
         ramp = (self.episodes_done + 1) / max(self.settings.epsilon_warmup, 1)
-        level = adapter.levels[0].scaled(min(ramp, 1.0))
+        level = member.levels[0].scaled(min(ramp, 1.0))
         generator = stream(self.settings.seed, self.episodes_done, p)
         start = pyramid_start(episode.query, level, generator)
-        return query_outcome(self.backbone, adapter, episode, level, start, loss_scale=loss_scale)
+        outcome = querying_outcome if self.settings.method == "querying" else query_outcome
+        return outcome(self.backbone, member, episode, level, start, loss_scale=loss_scale)
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """What the pool does not hold: the optimisers' momentum by name, and plain numbers."""
         momentum = {
             f"{p}.{name}": self._optimisers[p].state[parameter]["momentum_buffer"]
-            for p, adapter in enumerate(self._adapters)
-            for name, parameter in _parameters(adapter).items()
+            for p, member in enumerate(self._members)
+            for name, parameter in _parameters(member).items()
             if parameter in self._optimisers[p].state
         }
         return momentum, {
@@ -258,8 +313,8 @@ class Tuner:
             KeyError, IndexError, TypeError or ValueError: it is not the state of such a tuner.
         """
         self.episodes_done = numbers["episodes_done"]
-        for p, adapter in enumerate(self._adapters):
-            for name, parameter in _parameters(adapter).items():
+        for p, member in enumerate(self._members):
+            for name, parameter in _parameters(member).items():
                 if f"{p}.{name}" in momentum:
                     buffer = momentum[f"{p}.{name}"].to(parameter.device)
                     if buffer.shape != parameter.shape:
@@ -275,7 +330,7 @@ def meta_tune(
     on_step: Callable[[Tuner, list[StepRecord]], None],
     on_epoch: Callable[[Tuner], None],
     interrupted: Callable[[], bool] = lambda: False,
-) -> LoRAPool:
+) -> Pool:
     """Train until the episodes end or `interrupted()` is true after a step; the pool as it then is.
 
     Args:
@@ -329,11 +384,11 @@ def collapsed(records: list[StepRecord], robust: bool) -> bool:
     return excess < 0.01 and (not robust or kl < 1e-3)
 
 
-def _parameters(adapter: LoRAPool) -> dict[str, Tensor]:
-    return adapter.factors | {"scale": adapter.scale}
+def _parameters(member: Pool) -> dict[str, Tensor]:
+    return member.factors | {"scale": member.scale}
 
 
-def _leaves(adapter: LoRAPool) -> LoRAPool:
-    factors = {name: factor.detach().clone().requires_grad_() for name, factor in adapter.factors.items()}
-    scale = adapter.scale.detach().clone().requires_grad_()
-    return dataclasses.replace(adapter.with_factors(factors), scale=scale)
+def _leaves(member: Pool) -> Pool:
+    factors = {name: factor.detach().clone().requires_grad_() for name, factor in member.factors.items()}
+    scale = member.scale.detach().clone().requires_grad_()
+    return dataclasses.replace(member.with_factors(factors), scale=scale)

@@ -6,7 +6,9 @@ be written to.
 """
 
 import argparse
+import itertools
 import math
+import os
 import re
 import shlex
 import sys
@@ -16,10 +18,12 @@ from pathlib import Path
 
 import torch
 
+from amt.attacks import PGD_KINDS, Attack, autoattack_parts, parse_attack
 from amt.backbone import base_arch
-from amt.evaluate import PGD
+from amt.finetune import Finetuning
+from amt.full_pool import FullPool
 from amt.lora import LoRAPool, Trim
-from amt.merge import Routing
+from amt.merge import AUGMENTATIONS, Routing
 from amt.meta_tune import METHODS, TuneSettings
 from amt.perturb import STARTS, Perturbation
 from amt.published import POOL_EPSILONS
@@ -36,6 +40,14 @@ TEST_SOURCES = (
     *("cu_birds", "dtd", "quickdraw", "fungi", "vgg_flower"),
 )
 CDFSL_QUERIES = 15  # per class, in the benchmark's own evaluation
+TUNED = (LoRAPool.tune, FullPool.tune)
+_PYRAMID = {"pyramid_grids": (4, 8, 0), "pyramid_scalars": (20.0, 10.0, 1.0), "delta_init": "random2"}
+_PGD = {"pyramid_grids": (0,), "pyramid_scalars": (1.0,), "delta_init": "random1"}
+_ATTACK_DEFAULTS = {
+    "adsv": {"epsilon": POOL_EPSILONS, **_PYRAMID},
+    "querying": {"epsilon": (8.0,), **_PGD},
+    "standard": {"epsilon": (0.0,), **_PYRAMID},
+}
 FOLDER_DATASETS = {"cifar_fs": "cifar_fs", "cifar_fs_elite": "cifar_fs", "mini_imagenet": "mini_imagenet"}
 
 
@@ -146,6 +158,14 @@ def fraction(text: str) -> float:
     return value
 
 
+def shard(text: str) -> tuple[int, int]:
+    """I/N with 0 <= I < N."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected I/N with I from 0 to N - 1, such as 0/2")
+    return int(match[1]), int(match[2])
+
+
 def trim(text: str) -> Trim:
     """NAME:BLOCK:KEEP, as in qkv:-1:0.5."""
     try:
@@ -233,21 +253,29 @@ def _common(parser: Parser, sources: str, default: Sequence[str], split_help: st
         type=positive,
         help="CPU threads (default: torch's choice); 1 is best for small networks or on a busy machine",
     )
-    precision = machine.add_mutually_exclusive_group()
-    precision.add_argument("--fp16", action="store_true", help="mixed precision in float16")
-    precision.add_argument("--bf16", action="store_true", help="mixed precision in bfloat16")
     machine.add_argument("--seed", type=natural, default=0, help="decides everything that is random")
 
 
 def training_parser() -> Parser:
     """The flags of main.py."""
-    parser = Parser("Meta-tune a pool of LoRAs, one per robustness level, under dual perturbation.")
+    parser = Parser("Meta-tune a pool, one LoRA or network per robustness level, under dual perturbation.")
     _common(parser, "base_sources", TRAINING_SOURCES, "sources to train on, drawn uniformly")
     parser.add_argument("--arch", default="dino_small_patch16_amt", help="backbone, for example vit_mini_amt")
+    parser.add_argument(
+        "--tune",
+        choices=TUNED,
+        default=TUNED[0],
+        help="what each level trains: a LoRA, or a full set of weights, as the baselines PM and P>M>F do "
+        "(their flags: 100 epochs, --lr 5e-5)",
+    )
     parser.add_argument("--rank", type=positive, default=8, help="rank of every LoRA")
     parser.add_argument("--output_dir", type=place, required=True, help="where checkpoints and logs go")
     parser.add_argument("--resume", type=place, help="a last.safetensors to continue exactly")
     parser.add_argument("--eval", action="store_true", help="refused: test_meta_dataset.py evaluates")
+
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument("--fp16", action="store_true", help="mixed precision in float16")
+    precision.add_argument("--bf16", action="store_true", help="mixed precision in bfloat16")
 
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=positive, default=30)
@@ -276,15 +304,17 @@ def training_parser() -> Parser:
     levels.add_argument(
         "--pgd_method",
         choices=METHODS,
-        default="adsv",
-        help="standard: plain meta-tuning, without an adversary (the published default, presumably a slip)",
+        help="adsv: AMT's two perturbations; querying: adversarial querying, only the query images are "
+        "attacked, by plain PGD (its authors: --epsilon 8 --alpha 2 --attack_iters 7); standard: plain "
+        "meta-tuning, without an adversary (the published default, presumably a slip) "
+        "(default: adsv; with --tune full standard)",
     )
     levels.add_argument(
         "--epsilon",
         type=amount,
         nargs="+",
-        help="one LoRA for each value, in 1/255 of the pixel range "
-        f"(default: {' '.join(f'{e:g}' for e in POOL_EPSILONS)}; with --pgd_method standard a single LoRA)",
+        help="one LoRA or network for each value, in 1/255 of the pixel range (default: "
+        f"{' '.join(f'{e:g}' for e in POOL_EPSILONS)}; with querying 8; with standard a single one)",
     )
     levels.add_argument(
         "--alpha", type=amount, help="step size in 1/255 (default: a quarter of each epsilon)"
@@ -293,8 +323,8 @@ def training_parser() -> Parser:
     levels.add_argument(
         "--delta_init",
         choices=[*STARTS, "random"],
-        default="random2",
-        help="start of the attack; random is random2; zero is degenerate, its first gradient vanishes (ours)",
+        help="start of the attack; random is random2; zero is degenerate, its first gradient vanishes (ours) "
+        "(default: random2; with querying random1)",
     )
     levels.add_argument("--beta", type=amount, default=6.0, help="weight of the robust term")
     levels.add_argument(
@@ -304,10 +334,14 @@ def training_parser() -> Parser:
         "--pyramid_grids",
         type=natural,
         nargs="+",
-        default=[4, 8, 0],
-        help="cells per side of each level, 0 for one per pixel",
+        help="cells per side of each level, 0 for one per pixel (default: 4 8 0; with querying 0)",
     )
-    levels.add_argument("--pyramid_scalars", type=amount, nargs="+", default=[20.0, 10.0, 1.0])
+    levels.add_argument(
+        "--pyramid_scalars",
+        type=amount,
+        nargs="+",
+        help="what each level is multiplied by (default: 20 10 1; with querying 1)",
+    )
     levels.add_argument(
         "--epsilon_warmup", type=natural, default=0, help="episodes over which epsilon grows from 0 (ours)"
     )
@@ -334,6 +368,29 @@ def add_merging(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_finetuning(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--ada_steps",
+        type=natural,
+        default=100,
+        help="steps of Adam; 100 is the published example's, 50 and 40 are elsewhere in that code",
+    )
+    group.add_argument(
+        "--ada_lr",
+        type=amount,
+        default=1e-4,
+        help="its rate, which matters most: 0.0001 is the published example's; per domain its authors choose "
+        "one of 0, 0.0001, 0.001 and 0.01 on labelled episodes",
+    )
+    group.add_argument(
+        "--aug_types",
+        nargs="+",
+        choices=AUGMENTATIONS,
+        default=list(AUGMENTATIONS),
+        help="how the support is augmented for it, with the chance --aug_prob (as published)",
+    )
+
+
 def testing_parser() -> Parser:
     """The flags of test_meta_dataset.py."""
     parser = Parser("Evaluate a pool per domain: route, merge, trim, classify; clean and under attack.")
@@ -353,8 +410,9 @@ def testing_parser() -> Parser:
     parser.add_argument("--eval", action="store_true", help="what this script does anyway")
     parser.add_argument(
         "--deploy",
-        choices=["vanilla", "merge-vanilla"],
-        help="vanilla: at most one adapter; merge-vanilla: a pool (default: whatever --resume holds)",
+        choices=["vanilla", "merge-vanilla", "finetune"],
+        help="vanilla: at most one adapter; merge-vanilla: a pool; finetune: as P>M>F, one network all of "
+        "whose weights are tuned on each support set (default: vanilla or merge-vanilla, as --resume holds)",
     )
     parser.add_argument("--output_dir", type=place, required=True, help="where results.json and pictures go")
     parser.add_argument("--nTestEpisode", type=positive, default=600, help="episodes per domain")
@@ -365,16 +423,52 @@ def testing_parser() -> Parser:
 
     attack = parser.add_argument_group("attack")
     attack.add_argument(
+        "--attack",
+        nargs="+",
+        action="append",
+        metavar=("NAME", "OPTION=VALUE"),
+        help="any number of times: pgd, apgd, autoattack, square, pyramid, transfer (images made on the "
+        "pretrained network) or support (its images are attacked, not the queries), with any of norm=l2, "
+        "epsilon=1,2,4, steps=, restarts=, step_size=, loss=ce|kl|dlr, queries=, targets= "
+        "(default: pgd)",
+    )
+    attack.add_argument(
         "--epsilon",
         type=amount,
         nargs="*",
         default=[8.0],
-        help="in 1/255 of the pixel range; none: clean only",
+        help="in 1/255 of the pixel range, increasing, for attacks that name none; none: clean only",
     )
     attack.add_argument("--attack_iters", type=positive, default=20, help="steps of PGD")
     attack.add_argument(
-        "--alpha", type=amount, help="step size in 1/255 (default: a quarter of each epsilon)"
+        "--alpha", type=amount, help="step size of PGD in 1/255 (default: a quarter of each epsilon)"
     )
+    attack.add_argument(
+        "--probe_episodes",
+        type=natural,
+        default=2,
+        help="episodes per domain on which the attacks themselves are checked; 0: none",
+    )
+
+    running = parser.add_argument_group("run")
+    running.add_argument(
+        "--samples", type=natural, default=1, help="episodes per domain whose images are kept for the report"
+    )
+    running.add_argument(
+        "--shard",
+        type=shard,
+        metavar="I/N",
+        help="do only part I (from 0) of N parts, in processes that share --output_dir "
+        "(default: what torchrun says, else everything)",
+    )
+    for flag in ("--fp16", "--bf16"):
+        parser.add_argument(
+            flag,
+            nargs=0,
+            action=WithoutEffect,
+            default=argparse.SUPPRESS,
+            help="accepted, without effect: evaluation is in float32, as the attacks need it",
+        )
 
     merging = parser.add_argument_group("merging")
     merging.add_argument(
@@ -396,6 +490,7 @@ def testing_parser() -> Parser:
     merging.add_argument(
         "--trim_candidates", type=trim, nargs="+", default=[], help="trimmings that --select_on may choose"
     )
+    _add_finetuning(parser.add_argument_group("test-time fine-tuning, with --deploy finetune"))
     parser.add_published()
     return parser
 
@@ -403,10 +498,10 @@ def testing_parser() -> Parser:
 def check_training(args: argparse.Namespace) -> None:
     """Raise an `InputError` for flags that are well-formed one by one and wrong together."""
     base_arch(args.arch)
-    if len(args.pyramid_grids) != len(args.pyramid_scalars):
+    grids, scalars = (_attack_default(args, name) for name in ("pyramid_grids", "pyramid_scalars"))
+    if len(grids) != len(scalars):
         raise InputError(
-            f"--pyramid_grids has {len(args.pyramid_grids)} values and --pyramid_scalars "
-            f"{len(args.pyramid_scalars)}, expected as many"
+            f"--pyramid_grids has {len(grids)} values and --pyramid_scalars {len(scalars)}, expected as many"
         )
     if args.eval:
         raise InputError("--eval: main.py trains; test_meta_dataset.py evaluates")
@@ -441,7 +536,8 @@ def check_testing(args: argparse.Namespace) -> None:
         )
     if args.coefficients is not None and abs(sum(args.coefficients) - 1) > 1e-4:
         raise InputError(f"--coefficients sum to {sum(args.coefficients):g}, expected 1")
-    _check_distinct("epsilon", args.epsilon)
+    if any(a >= b for a, b in itertools.pairwise(args.epsilon)):
+        raise InputError(f"--epsilon {' '.join(f'{e:g}' for e in args.epsilon)}: expected increasing values")
     _check_distinct("test_sources", sources)
     _check_episodes(args)
 
@@ -550,22 +646,33 @@ def reading(args: argparse.Namespace, image_size: int) -> dict:
     }
 
 
+def method(args: argparse.Namespace) -> str:
+    """How is trained, one of `METHODS`: without --pgd_method, that of the paper which --tune stands for."""
+    return args.pgd_method or ("standard" if args.tune == "full" else "adsv")
+
+
 def levels(args: argparse.Namespace) -> tuple[Perturbation, ...]:
     """One `Perturbation` for each value of --epsilon."""
-    default = (0.0,) if args.pgd_method == "standard" else POOL_EPSILONS
+    querying = method(args) == "querying"  # which moves no weights and has no second term in its loss
+    start = _attack_default(args, "delta_init")
     return tuple(
         Perturbation(
             epsilon=epsilon,
             step_size=epsilon / 4 if args.alpha is None else args.alpha,
             steps=args.attack_iters,
-            gamma=args.awp_gamma,
-            beta=args.beta,
-            grids=tuple(args.pyramid_grids),
-            scalars=tuple(args.pyramid_scalars),
-            start="random2" if args.delta_init == "random" else args.delta_init,
+            gamma=0.0 if querying else args.awp_gamma,
+            beta=0.0 if querying else args.beta,
+            grids=tuple(_attack_default(args, "pyramid_grids")),
+            scalars=tuple(_attack_default(args, "pyramid_scalars")),
+            start="random2" if start == "random" else start,
         )
-        for epsilon in args.epsilon or default
+        for epsilon in _attack_default(args, "epsilon")
     )
+
+
+def _attack_default(args: argparse.Namespace, flag: str):
+    """The value of a flag of the training attack, or if not given the default, which the method decides."""
+    return _ATTACK_DEFAULTS[method(args)][flag] if getattr(args, flag) is None else getattr(args, flag)
 
 
 def tune_settings(args: argparse.Namespace) -> TuneSettings:
@@ -578,20 +685,51 @@ def tune_settings(args: argparse.Namespace) -> TuneSettings:
         warmup_lr=args.warmup_lr,
         min_lr=args.min_lr,
         momentum=args.momentum,
-        method=args.pgd_method,
+        method=method(args),
         clip_grad=args.clip_grad,
         epsilon_warmup=args.epsilon_warmup,
         seed=args.seed,
     )
 
 
-def attacks(args: argparse.Namespace) -> tuple[PGD, ...]:
-    """The attacks of evaluation, one per positive epsilon."""
-    return tuple(
-        PGD(epsilon, epsilon / 4 if args.alpha is None else args.alpha, args.attack_iters)
-        for epsilon in args.epsilon
-        if epsilon > 0
-    )
+def attacks(args: argparse.Namespace) -> tuple[Attack, ...]:
+    """The attacks of evaluation.
+
+    Raises:
+        InputError: one of them makes no sense, or two have the same name.
+    """
+    epsilons = [epsilon for epsilon in args.epsilon if epsilon > 0]
+    found = []
+    for words in args.attack or ([["pgd"]] if epsilons else []):
+        own = {word.partition("=")[0]: word.partition("=")[2] for word in words[1:]}
+        if "epsilon" not in own and own.get("norm", "linf") != "linf":
+            raise InputError(f"--attack {' '.join(words)}: another norm than linf needs an epsilon=... too")
+        climbing = {"steps": args.attack_iters, "step_size": args.alpha} if words[0] in PGD_KINDS else {}
+        found.append(parse_attack(words, epsilon=epsilons, **climbing))
+    _check_distinct("attack", [attack.name for attack in found])
+    ways = sampling(args).num_ways or args.min_ways
+    for attack in found:
+        if attack.kind == "autoattack":
+            autoattack_parts(ways, attack.targets)
+    return tuple(found)
+
+
+def part(args: argparse.Namespace) -> tuple[int, int]:
+    """Which part of how many this process does.
+
+    Raises:
+        InputError: torchrun's variables make no sense.
+    """
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    try:
+        return args.shard or shard(f"{rank}/{world}")
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"RANK/WORLD_SIZE is {error}") from error
+
+
+def finetuning(args: argparse.Namespace) -> Finetuning:
+    """The settings of `--deploy finetune`."""
+    return Finetuning(args.ada_steps, args.ada_lr, args.aug_prob, tuple(args.aug_types))
 
 
 def routing(args: argparse.Namespace) -> Routing:

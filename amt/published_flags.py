@@ -11,7 +11,7 @@ WITHOUT_EFFECT = {
     "last and best are always kept": "save_every_epoch start_epoch",
     "images are always drawn at random and transformed as published": (
         "shuffle train_transforms test_transforms color_jitter aa use_aa train_interpolation repeated_aug "
-        "reprob remode recount resplit aug_types img_size"
+        "reprob remode recount resplit img_size"
     ),
     "the architecture and the weights file say so themselves": (
         "patch_size checkpoint_key pretrained_checkpoint_path unused_params drop drop_path"
@@ -23,8 +23,7 @@ WITHOUT_EFFECT = {
     "never used by the method": (
         "model_ema no_model_ema model_ema_decay model_ema_force_cpu smoothing mixup cutmix cutmix_minmax "
         "mixup_prob mixup_switch_prob mixup_mode teacher_model teacher_path distillation_type "
-        "distillation_alpha distillation_tau num_adapters ada_steps ada_lr ada_wd attack_norm eval_restarts "
-        "eval_iters"
+        "distillation_alpha distillation_tau num_adapters ada_wd attack_norm eval_restarts eval_iters"
     ),
     "there is one process, and its output is on the terminal": (
         "dist_eval pin_mem no_pin_mem logger world_size dist_url"
@@ -34,8 +33,8 @@ WITHOUT_EFFECT = {
         "nValEpisode pgd_method delta_init beta"
     ),
     "only test_meta_dataset.py evaluates": (
-        "test_sources nTestEpisode cdfsl_domains n_shot test_n_way deploy aug_prob blend_beta blend_gamma "
-        "specified_expert"
+        "test_sources nTestEpisode cdfsl_domains n_shot test_n_way deploy aug_prob aug_types ada_steps "
+        "ada_lr blend_beta blend_gamma specified_expert"
     ),
 }
 

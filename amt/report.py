@@ -6,22 +6,39 @@ from pathlib import Path
 import matplotlib
 
 from amt.checkpoint import replace_file
-from amt.evaluate import Summary
+from amt.statistics import Summary
 
 matplotlib.use("agg")
 
 import matplotlib.pyplot as plt
 
 
-def table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Summary | None]]]) -> str:
-    """A plain-text table of `mean +- interval` per domain and column, with the number of episodes."""
+def table(
+    columns: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[Summary | None]]],
+    suspects: Sequence[Sequence[str | None]] = (),
+) -> str:
+    """A plain-text table of `mean +- interval` per domain and column, with the number of episodes.
+
+    Args:
+        suspects: like `rows`, why a result is not to be believed; it gets a question mark, and a line below
+            the table says why.
+    """
     width = max(len(name) for name, _ in rows)
     cell = max(14, *(len(column) for column in columns))
     lines = [" ".join([" " * width, *(column.rjust(cell) for column in columns), "       n"])]
-    for name, summaries in rows:
-        cells = ["-".rjust(cell) if s is None else str(s).rjust(cell) for s in summaries]
+    reasons = {}
+    for k, (name, summaries) in enumerate(rows):
+        cells = []
+        for j, summary in enumerate(summaries):
+            reason = suspects[k][j] if suspects else None
+            if reason:
+                reasons.setdefault((name, reason), []).append(columns[j])
+            text = "-" if summary is None else f"{summary}{'?' if reason else ''}"
+            cells.append(text.rjust(cell))
         n = next((s.n for s in summaries if s is not None), 0)
         lines.append(" ".join([name.ljust(width), *cells, f"{n:8d}"]))
+    lines += [f"suspect: {name} {', '.join(named)}: {why}" for (name, why), named in reasons.items()]
     return "\n".join(lines)
 
 

@@ -161,10 +161,10 @@ def judge(rows: Sequence[dict], attacks: Sequence[Attack]) -> list[Finding]:
             reasons.append((attack.columns, f"{escaped} of {broken} broken images withstand a larger radius"))
     for norm in NORMS:
         found = [counts["norms"][norm] for counts in probes if norm in counts.get("norms", {})]
+        white = [a for a in attacks if a.norm == norm and a.kind in WHITE_BOX]
         if found:
-            white = [a for a in attacks if a.norm == norm and a.kind in WHITE_BOX]
             reasons += [(_of(white), reason) for reason in _doubts(found, images)]
-            reasons += _outdone(rows, attacks, white, norm)
+        reasons += _outdone(rows, attacks, white, norm)
     return [found for found in _per_column(source, attacks, reasons) if found.column in rows[0]]
 
 

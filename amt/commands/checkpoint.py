@@ -19,6 +19,7 @@ from torch import Tensor
 from amt import backbone, checkpoint, published, weight_files
 from amt.backbone import matching_archs, pretraining_only
 from amt.checkpoint import Checkpoint
+from amt.lora import LoRAPool
 from amt.options import Parser, place
 from amt.weight_files import Content, Weights
 from meta_dataset_readers.errors import InputError
@@ -59,12 +60,12 @@ def main(argv: Sequence[str]) -> int:
 def describe_pool(found: Checkpoint, content: Content) -> Lines:
     """What is known about a pool, ours or published."""
     pool, about = found.pool, found.about
+    loras = isinstance(pool, LoRAPool)
     levels = ", ".join(f"{level.epsilon:g}" for level in pool.levels) + " (of 255)"
     if checkpoint.HEADER in content.header:
         unfinished = "tuner" in about and not about.get("finished")
-        kind = (
-            "our pool of LoRAs" + ", of an unfinished training that main.py --resume continues" * unfinished
-        )
+        kind = "our pool of " + ("LoRAs" if loras else "complete networks")
+        kind += ", of an unfinished training that main.py --resume continues" * unfinished
         state = content.data
     else:
         kind = {
@@ -79,8 +80,8 @@ def describe_pool(found: Checkpoint, content: Content) -> Lines:
     lines = [
         ("kind", kind),
         ("container", content.container),
-        ("arch", arch + possible_archs(pool.residual)),
-        ("adapters", f"{len(pool)} of rank {pool.rank} on {len(pool.A)} layers"),
+        ("arch", arch + possible_archs(pool[0].merge((1.0,)))),
+        ("adapters", f"{len(pool)} of rank {pool.rank} on {len(pool.A)} layers" if loras else f"{len(pool)}"),
         ("levels", levels),
         ("tensors", count(state.values())),
     ]

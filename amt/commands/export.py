@@ -23,10 +23,10 @@ import torch
 from amt import checkpoint, export, options
 from amt.backbone import Backbone, base_arch, load_backbone, untrained
 from amt.export import FORMATS, Support
-from amt.lora import LoRAPool
 from amt.merge import Coefficients, average_of, route
 from amt.meta_tune import stream
 from amt.options import Parser, natural, place, positive
+from amt.pool import Pool
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.folders import FileStore, class_files, class_folders
 from meta_dataset_readers.transforms import eval_transform
@@ -107,8 +107,9 @@ def check(args: argparse.Namespace) -> None:
     export.check_place(args.out, args.to)
 
 
-def check_pool(args: argparse.Namespace, pool: LoRAPool) -> None:
+def check_pool(args: argparse.Namespace, pool: Pool) -> None:
     """Raise an `InputError` for flags that do not fit the pool."""
+    export.check_kind(pool, args.to, str(args.pool))
     if args.adapter is not None and args.adapter >= len(pool):
         raise InputError(f"--adapter {args.adapter}: {args.pool} holds adapters 0 to {len(pool) - 1}")
     if args.coefficients is not None and len(args.coefficients) != len(pool):
@@ -165,7 +166,7 @@ def read_support(folder: Path, image_size: int) -> Support:
 
 
 def coefficients_of(
-    args: argparse.Namespace, backbone: Backbone, pool: LoRAPool, support: Support | None
+    args: argparse.Namespace, backbone: Backbone, pool: Pool, support: Support | None
 ) -> Coefficients:
     """One number per adapter: as given, or as test_meta_dataset.py decides for the first episode of a run."""
     if args.coefficients is not None:

@@ -1,11 +1,12 @@
-"""Assemble checkpoints of single LoRAs, ours or published, into one pool.
+"""Assemble checkpoints of single LoRAs, ours or published, or of complete networks, into one pool.
 
     python -m amt pool A B C D --out POOL.safetensors
     python -m amt pool A B C D --out POOL.safetensors --epsilon 8 6 0.1 0.01
 
-The LoRAs come in the order of the files. They must have been trained on one pretrained network, which is
-seen from the residual they share, with one rank and on the same layers. A file of several LoRAs adds all of
-them, so that a published pool of any size can be given its levels.
+The members come in the order of the files. LoRAs must have been trained on one pretrained network, which is
+seen from the residual they share, with one rank and on the same layers; complete networks must be of one
+architecture. A file of several members adds all of them, so that a published pool of any size can be given
+its levels.
 """
 
 import dataclasses
@@ -14,8 +15,8 @@ from pathlib import Path
 
 from amt import checkpoint
 from amt.checkpoint import Checkpoint
-from amt.lora import LoRAPool
 from amt.options import Parser, amount, place
+from amt.pool import Pool
 from meta_dataset_readers.errors import InputError
 
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
         "--epsilon",
         type=amount,
         nargs="+",
-        help="what the LoRAs were trained for, in 1/255 of the pixel range (default: what the files say)",
+        help="what the members were trained for, in 1/255 of the pixel range (default: what the files say)",
     )
     args = parser.parse(argv)
     if args.out.suffix != ".safetensors":
@@ -52,30 +53,26 @@ def main(argv: Sequence[str]) -> int:
         about["arch"] = archs.pop()
     checkpoint.save(args.out, Checkpoint(pool, about))
     levels = ", ".join(f"{level.epsilon:g}" for level in pool.levels)
-    print(f"wrote {args.out}: {len(pool)} LoRAs of rank {pool.rank}, epsilon {levels} (of 255)")
+    kind = "complete networks" if pool.rank is None else f"LoRAs of rank {pool.rank}"
+    print(f"wrote {args.out}: {len(pool)} {kind}, epsilon {levels} (of 255)")
     return 0
 
 
-def concat(files: Sequence[Path], found: Sequence[Checkpoint]) -> LoRAPool:
-    """All LoRAs in one pool, in order.
+def concat(files: Sequence[Path], found: Sequence[Checkpoint]) -> Pool:
+    """All members in one pool, in order.
 
     Raises:
         InputError: two files do not belong together; it names them and the tensor.
     """
-    first = found[0].pool
     for path, each in zip(files[1:], found[1:], strict=True):
-        if each.pool.rank != first.rank:
-            raise InputError(
-                f"{path}: its LoRAs have rank {each.pool.rank}, those of {files[0]} {first.rank}"
-            )
         try:
-            LoRAPool.concat([first, each.pool])
+            Pool.concat([found[0].pool, each.pool])
         except ValueError as error:
             raise InputError(f"{files[0]} and {path}: {error}") from error
-    return LoRAPool.concat([each.pool for each in found])
+    return Pool.concat([each.pool for each in found])
 
 
-def with_epsilons(pool: LoRAPool, epsilons: Sequence[float]) -> LoRAPool:
+def with_epsilons(pool: Pool, epsilons: Sequence[float]) -> Pool:
     """The pool with its levels at these bounds in 1/255, their steps a quarter of them.
 
     Raises:

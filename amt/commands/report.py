@@ -1,0 +1,60 @@
+"""Show runs of test_meta_dataset.py as one HTML page, with tables, figures and sample images.
+
+    python -m amt report RUN --out report.html
+    python -m amt report RUN OTHER ... --out report.html --figures figures
+
+The page is one file that needs no network. The first run is the one that the others are compared with, where
+they scored the same episodes. --figures writes the same figures as PNG and PDF.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from amt import runs
+from amt.checkpoint import replace_file
+from amt.options import Parser, place
+from meta_dataset_readers.errors import InputError
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(__doc__.partition("\n")[0])
+    parser.prog = "python -m amt report"
+    parser.add_argument("runs", type=place, nargs="+", metavar="RUN", help="--output_dir of an evaluation")
+    parser.add_argument("--out", type=place, required=True, help="the page, an .html")
+    parser.add_argument("--figures", type=place, metavar="DIR", help="where figures go, as PNG and PDF")
+    args = parser.parse(argv)
+    if args.out.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"--out {args.out}: expected a name that ends in .html")
+    if args.out.is_dir():
+        raise InputError(f"--out {args.out}: is a folder, expected the name of a file")
+    check_writable("--out", args.out.parent)
+    if args.figures is not None:
+        check_writable("--figures", args.figures)
+    seen: dict[Path, Path] = {}
+    for folder in args.runs:
+        if (resolved := folder.resolve()) in seen:
+            raise InputError(f"{folder}: is the same run as {seen[resolved]}")
+        seen[resolved] = folder
+    found = [runs.load(folder) for folder in args.runs]
+
+    # These bring matplotlib and templates, which nobody should wait for who mistyped a folder.
+    from amt import chart_files, charts, page
+
+    text = page.page(found)
+    replace_file(args.out, lambda part: part.write_text(text, encoding="utf-8"))
+    print(f"wrote {args.out} ({len(text.encode()) / 1e6:.1f} MB)")
+    if args.figures is not None:
+        written = chart_files.write(charts.figures(charts.label(found)), args.figures)
+        print(f"wrote {len(written)} files in {args.figures}")
+    return 0
+
+
+def check_writable(flag: str, folder: Path) -> None:
+    """Raise an `InputError` unless files can be written in `folder`, which may have to be made."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise InputError(f"{flag} {folder}: cannot be written to ({error.strerror})") from error

@@ -1,0 +1,559 @@
+"""Runs as one HTML page: everything about them that a reader needs to believe them, or not.
+
+The page is a single file that asks the network for nothing, which its own content security policy holds it
+to. It shows summaries only, so its size does not grow with the number of episodes; its images have a budget.
+Text from files goes through `markup`, which escapes it. The figures come from `charts`.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from typing import NamedTuple
+
+from PIL import Image
+
+from amt import charts
+from amt.chart_svg import figure_svg, strip_svg, swatch
+from amt.charts import Cell, Differences, Figure, HeatMap, Shown, Table
+from amt.markup import Child, Markup, element, join
+from amt.pictures import amplify, data_uri
+from amt.runs import Run, Sample
+from amt.statistics import Summary
+
+SAMPLE_SIDE = 128  # pixels; larger samples are shown smaller
+SAMPLE_BUDGET = 2_000_000  # characters of images in a page
+MOST_IMAGES = 4  # of one episode
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The report on some runs, the first of which the others are compared with.
+
+    Raises:
+        InputError: a sample file is damaged.
+    """
+    shown = charts.label(runs)
+    compared = charts.differences(shown) if len(shown) > 1 else None
+    sections = [
+        ("results", "Results", results(shown)),
+        ("scatter", "Clean against robust", figure_block(charts.scatter(shown))),
+        ("curves", "Robustness curves", join(figure_block(figure) for figure in charts.curves(shown))),
+        ("differences", "Differences between runs", compared and differences_block(compared)),
+        ("merging", "Merged adapters", join(heat_block(each) for each in charts.heat_maps(shown))),
+        ("samples", "Sample episodes", samples_block(shown)),
+        ("cost", "Time and memory", cost_block(shown)),
+        ("about", "What was run", join(about_block(each) for each in shown)),
+        ("reading", "How to read this page", element("ul", *(element("li", line) for line in READING))),
+    ]
+    sections = [(name, title, content) for name, title, content in sections if content]
+    body = [
+        header(shown, compared, [(name, title) for name, title, _ in sections]),
+        element(
+            "main",
+            *(
+                element("section", element("h2", title), content, id=name, class_="section")
+                for name, title, content in sections
+            ),
+        ),
+    ]
+    return _document("Evaluation of " + ", ".join(each.label for each in shown), body)
+
+
+READING = (
+    "Accuracies are means over episodes, in per cent. ± is 1.96 standard errors; the interval in brackets is "
+    "the 95% bootstrap interval, which follows the skew near 0 and 100. The interval of an average is what "
+    "the independent errors of its domains add up to.",
+    "pgd20@8 is 20 steps of PGD within epsilon 8/255; epsilon is in 1/255 of the pixel range in both norms, "
+    "L∞ unless the name says l2.",
+    "union is the worst case, image by image, over several attacks: union@8 over those of one norm within "
+    "that epsilon, union alone over all.",
+    "suspect marks a number that an automatic check of the attacks gives reason to doubt; in the figures its "
+    "marker is hollow.",
+    "Differences are between runs on the same episodes, with the same starts of the attacks, so their "
+    "intervals are narrower than those of the accuracies suggest.",
+)
+
+
+def _document(title: str, body: Iterable[Child]) -> str:
+    style, script = (
+        resources.files("amt").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js")
+    )
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", http_equiv="Content-Security-Policy", content=policy),
+        element("meta", name="color-scheme", content="light dark"),
+        element("title", title),
+        element("style", Markup(style)),
+    )
+    content = element("body", *body, element("script", Markup(script)))
+    return f"<!DOCTYPE html>\n{element('html', head, content, lang='en')}\n"
+
+
+# --- the top ---------------------------------------------------------------------------------------------
+
+
+def header(
+    shown: Sequence[Shown], compared: Differences | None, sections: Sequence[tuple[str, str]]
+) -> Markup:
+    """What it comes to, in words and in a card per run, with everything that speaks against it."""
+    links = (element("li", element("a", title, href=f"#{name}")) for name, title in sections)
+    return element(
+        "header",
+        element("h1", "Few-shot accuracy, clean and under attack"),
+        element("p", summary_line(shown), class_="lead"),
+        *(element("p", stamp, class_="stamp", role="note") for stamp in stamps(shown)),
+        *(element("p", notice, class_="notice", role="note") for notice in notices(shown, compared)),
+        element("div", *(card(each, shown, compared) for each in shown), class_="cards"),
+        element("nav", element("ul", *links), aria_label="Sections"),
+    )
+
+
+def summary_line(shown: Sequence[Shown]) -> str:
+    """A sentence or two in plain words."""
+    domains = charts.domains(shown)
+    count = "1 domain" if len(domains) == 1 else f"{len(domains)} domains"
+    over = f"{count}, {charts.episode_counts(shown)}"
+    robust = charts.robust_columns(shown)
+    if len(shown) == 1:
+        (each,), (column,) = shown, robust
+        line = (
+            f"{each.label} classifies {each.summary(each.whole, 'clean').mean:.1f}% of clean images correctly"
+        )
+        if column:
+            line += f" and {each.summary(each.whole, column).mean:.1f}% of attacked ones ({column})"
+        return f"{line}, over {over}."
+    if len({frozenset(each.run.rows) for each in shown}) > 1 or len(set(robust)) > 1:
+        return f"{len(shown)} runs on {over}; they do not all cover the same domains and attacks."
+
+    def highest(column: str) -> str:
+        means = {each.label: each.summary(each.whole, column).mean for each in shown}
+        best = max(means, key=means.get)
+        return (
+            f"{best} has the highest accuracy {'under ' * (column != 'clean')}{column} ({means[best]:.1f}%)"
+        )
+
+    sentences = [
+        f"{len(shown)} runs on {over}",
+        highest("clean"),
+        *([highest(robust[0])] if robust[0] else []),
+    ]
+    return ". ".join(sentences) + "."
+
+
+def stamps(shown: Sequence[Shown]) -> list[str]:
+    """How settings were chosen where that was not honest, loudly."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for each in shown:
+        for domain, how in each.run.merging.items():
+            if how.get("stamp"):
+                found.setdefault((each.label, str(how["stamp"])), []).append(domain)
+    return [f"{name}: {stamp} ({', '.join(where)})" for (name, stamp), where in found.items()]
+
+
+def notices(shown: Sequence[Shown], compared: Differences | None) -> Iterable[str]:
+    for each in shown:
+        if not each.run.complete:
+            asked = each.run.about["episodes"]
+            have = ", ".join(f"{s} {len(each.run.rows.get(s, ()))}" for s in each.run.about["sources"])
+            yield f"{each.label} is unfinished: of {asked} episodes per domain it has {have}."
+    doubts = [(each, finding) for each in shown for finding in each.run.findings]
+    if doubts:
+        names = ", ".join(dict.fromkeys(f"{each.label} on {finding.source}" for each, finding in doubts))
+        yield f"Automatic checks doubt some results, marked suspect: {names}."
+    members = {}
+    for each in shown:
+        for name, domains in each.run.averages.items():
+            members.setdefault(name, {}).setdefault(domains, []).append(each.label)
+    for name, kinds in members.items():
+        if len(kinds) > 1:
+            parts = (f"{', '.join(who)} over {', '.join(domains)}" for domains, who in kinds.items())
+            yield f"“{name}” covers other domains by run, so it is not to be compared: {'; '.join(parts)}."
+    if compared is not None:
+        yield from (f"{refusal}." for refusal in compared.refusals)
+
+
+def card(each: Shown, shown: Sequence[Shown], compared: Differences | None) -> Markup:
+    """The run's averages in large print."""
+    robust = charts.robust_columns(shown)[each.place]
+    name = each.whole
+    over = f"average over {len(each.run.rows)} domains" if each.average else name
+    tiles = []
+    for column in ("clean", *([robust] if robust else [])):
+        summary = each.summary(name, column)
+        found = [
+            s for label, c, s in (compared.averages if compared else ()) if (label, c) == (each.label, column)
+        ]
+        versus = None
+        if found:
+            text = f"{found[0].mean:+.1f} {_half(found[0])} points from {shown[0].label}"
+            versus = element("span", text, class_="versus")
+        tiles.append(
+            element(
+                "div",
+                element("span", column, class_="what"),
+                element(
+                    "span", f"{summary.mean:.1f}", element("small", f" {_half(summary)}"), class_="number"
+                ),
+                versus,
+                suspicion(each, name, column),
+                class_="tile",
+            )
+        )
+    count = each.summary(name, "clean").n
+    return element(
+        "article",
+        element("h3", swatch(each.style) if len(shown) > 1 else None, each.label),
+        element("p", f"{over}, {count} episodes, per cent", class_="over"),
+        element("div", *tiles, class_="tiles"),
+        class_="card",
+    )
+
+
+def _half(summary: Summary) -> str:
+    return f"±{summary.interval:.1f}" if charts.has_interval(summary) else "(no interval)"
+
+
+def suspicion(each: Shown, name: str, column: str) -> Markup | None:
+    reason = each.run.suspect(name, column)
+    return element("span", f"suspect: {reason}", class_="suspect") if reason else None
+
+
+# --- tables ----------------------------------------------------------------------------------------------
+
+
+def results(shown: Sequence[Shown]) -> Markup:
+    """Every accuracy by domain and run, then the averages; and what is suspect."""
+    columns = charts.columns(shown)
+    several = len(shown) > 1
+    bodies = []
+    averages = charts.union(each.run.averages for each in shown if each.average)
+    for names in (charts.domains(shown), averages):
+        rows = []
+        for name in names:
+            for each in shown:
+                if name not in each.run.rows and name not in each.run.averages:
+                    continue
+                members = each.run.averages.get(name)
+                about = f" of {len(members)}" if members and name not in each.run.rows else None
+                summaries = [each.summary(name, column) for column in columns]
+                n = next(summary.n for summary in summaries if summary is not None)
+                rows.append(
+                    element(
+                        "tr",
+                        element("th", name, about and element("small", about), scope="row"),
+                        element("td", each.label, class_="name") if several else None,
+                        element("td", n, data_value=n),
+                        *(accuracy_cell(each, name, c, s) for c, s in zip(columns, summaries, strict=True)),
+                    )
+                )
+        bodies.append(rows)
+    head = ["domain", *(["run"] if several else []), "n", *columns]
+    doubts = [
+        element("li", f"{each.label}, {f.source}, {f.column}: {f.reason}")
+        for each in shown
+        for f in each.run.findings
+    ]
+    return join(
+        [
+            *(element("p", stamp, class_="stamp", role="note") for stamp in stamps(shown)),
+            table(head, bodies, "Accuracy by domain", "accuracies"),
+            element(
+                "p",
+                "Accuracy in per cent, mean ± 1.96 standard errors, below it the 95% bootstrap interval; n "
+                "episodes. Headings sort.",
+                class_="caption",
+            ),
+            element("h3", "Suspect results") if doubts else None,
+            element("ul", *doubts, class_="doubts") if doubts else None,
+        ]
+    )
+
+
+def accuracy_cell(each: Shown, name: str, column: str, summary: Summary | None) -> Markup:
+    if summary is None:
+        return element("td", "–", class_="none", title="not measured")
+    ends = f"[{summary.low:.1f}, {summary.high:.1f}]" if charts.has_interval(summary) else "n = 1"
+    return element(
+        "td",
+        element("span", f"{summary.mean:.1f}", class_="mean"),
+        element("span", f" {_half(summary)}", class_="half"),
+        element("span", ends, class_="ends"),
+        suspicion(each, name, column),
+        data_value=f"{summary.mean:.4f}",
+    )
+
+
+def table(head: Sequence[str], bodies: Sequence[Sequence[Markup]], label: str, class_: str = "") -> Markup:
+    """A table that sorts by its headings, each body by itself, and scrolls in a box of its own."""
+    headings = (
+        element("th", element("button", name, type="button"), scope="col", aria_sort="none") for name in head
+    )
+    content = element(
+        "table",
+        element("thead", element("tr", *headings)),
+        *(element("tbody", *rows) for rows in bodies if rows),
+        class_=f"sortable {class_}".strip(),
+        aria_label=label,
+    )
+    return element("div", content, class_="scroll", role="region", aria_label=label, tabindex=0)
+
+
+def numbers_block(found: Table, label: str) -> Markup:
+    """The numbers behind a figure, folded away."""
+    rows = [element("tr", *(plain_cell(cell, k == 0) for k, cell in enumerate(row))) for row in found.rows]
+    return element(
+        "details",
+        element("summary", "The numbers"),
+        table(found.columns, [rows], f"{label}: the numbers", "numbers"),
+    )
+
+
+def plain_cell(cell: Cell, first: bool) -> Markup:
+    if first:
+        return element("th", cell.text, scope="row")
+    if cell.value is None:
+        return element("td", cell.text, class_="name")
+    return element("td", cell.text, data_value=f"{cell.value:.6g}")
+
+
+def description(pairs: Iterable[tuple[str, Child]]) -> Markup:
+    """A list of names with what they stand for; those that stand for nothing are left out."""
+    return element(
+        "dl",
+        *(
+            join([element("dt", name), element("dd", value)])
+            for name, value in pairs
+            if value not in (None, "")
+        ),
+    )
+
+
+# --- figures ---------------------------------------------------------------------------------------------
+
+
+def figure_block(figure: Figure | None) -> Markup | None:
+    if figure is None:
+        return None
+    return element(
+        "figure",
+        element("h3", figure.title),
+        figure_svg(figure),
+        element("figcaption", figure.caption),
+        numbers_block(figure.table, figure.title),
+    )
+
+
+def differences_block(compared: Differences) -> Markup:
+    refusals = [element("p", f"{refusal}.", class_="notice") for refusal in compared.refusals]
+    return join([*refusals, figure_block(compared.figure)])
+
+
+def heat_block(heat: HeatMap) -> Markup:
+    """A table whose cells are shaded by the mean share and show how it is distributed."""
+    rows = []
+    for name, line in zip(heat.rows, heat.cells, strict=True):
+        cells = []
+        for share in line:
+            if share is None:
+                cells.append(element("td", "–", class_="none"))
+                continue
+            mean = share.summary.mean
+            cells.append(
+                element(
+                    "td",
+                    element("span", f"{mean:.0f}", class_="mean"),
+                    element("span", f" {_half(share.summary)}", class_="half"),
+                    strip_svg(share),
+                    style=f"--share:{mean / 100:.3f}",
+                    data_value=f"{mean:.3f}",
+                )
+            )
+        rows.append(element("tr", element("th", name, scope="row"), *cells))
+    return element(
+        "figure",
+        element("h3", heat.title),
+        table(("domain", *heat.columns), [rows], heat.title, "heat"),
+        element("figcaption", heat.caption),
+        numbers_block(heat.table, heat.title),
+    )
+
+
+# --- samples ---------------------------------------------------------------------------------------------
+
+
+class Trio(NamedTuple):
+    """One image of a sample: as it was, what was done to it, and the result, as data URIs."""
+
+    clean: str
+    perturbation: str
+    attacked: str
+    factor: float | None  # of amplification; None where nothing was done
+
+
+def samples_block(shown: Sequence[Shown]) -> Markup | None:
+    """The first images of every sample episode, round by round until the budget is spent."""
+    found = [(each, sample) for each in shown for sample in each.run.samples()]
+    order = {domain: k for k, domain in enumerate(charts.domains(shown))}
+    found.sort(key=lambda pair: (order.get(pair[1].source, len(order)), pair[1].index, pair[0].place))
+    trios: list[list[Trio]] = [[] for _ in found]
+    spent = 0
+    for k in range(MOST_IMAGES):
+        for taken, (_, sample) in zip(trios, found, strict=True):
+            if k < len(sample.clean) and spent < SAMPLE_BUDGET:
+                taken.append(trio(sample, k))
+                spent += sum(map(len, taken[-1][:3]))
+    blocks = [
+        sample_block(each, sample, taken, len(shown) > 1)
+        for (each, sample), taken in zip(found, trios, strict=True)
+        if taken
+    ]
+    if not blocks:
+        return None
+    total = sum(len(sample.clean) for _, sample in found)
+    caption = (
+        f"{sum(map(len, trios))} of the {total} images kept with the runs, the first of each episode. "
+        "The perturbation is amplified so that its largest value spans the range, by the factor below it; "
+        "grey is no change. "
+        + (f"Larger images are shown with {SAMPLE_SIDE} pixels a side." if _shrunk(found) else "")
+    )
+    return join([element("p", caption.strip(), class_="caption"), element("div", *blocks, class_="samples")])
+
+
+def _shrunk(found: Sequence[tuple[Shown, Sample]]) -> bool:
+    return any(max(sample.clean.shape[1:3]) > SAMPLE_SIDE for _, sample in found)
+
+
+def sample_block(each: Shown, sample: Sample, trios: Sequence[Trio], several: bool) -> Markup:
+    where = f"{sample.source}, episode {sample.index}, {sample.column}" + f": {each.label}" * several
+    rows = []
+    for k, taken in enumerate(trios):
+        label, before, after = (
+            sample.class_names[found[k]]
+            for found in (sample.labels, sample.predicted_clean, sample.predicted_attacked)
+        )
+        done = "no change" if taken.factor is None else f"perturbation × {taken.factor:.3g}"
+        rows.append(
+            element(
+                "div",
+                element("p", element("b", label), class_="label"),
+                tile(taken.clean, f"clean image of {label}", "clean", before, before == label),
+                tile(taken.perturbation, f"perturbation of it, {done}", done),
+                tile(taken.attacked, f"attacked image of {label}", "attacked", after, after == label),
+                class_="trio",
+            )
+        )
+    return element("figure", element("figcaption", where), *rows, class_="sample")
+
+
+def tile(uri: str, alt: str, name: str, predicted: str | None = None, right: bool = False) -> Markup:
+    verdict = None
+    if predicted is not None:
+        mark = element("span", "✓ " if right else "✗ ", class_="right" if right else "wrong")
+        verdict = element("span", mark, predicted, class_="predicted", title="right" if right else "wrong")
+    return element(
+        "div",
+        element("img", src=uri, alt=alt, width=96, height=96, decoding="async"),
+        element("span", name, class_="what"),
+        verdict,
+        class_="tile",
+    )
+
+
+def trio(sample: Sample, k: int) -> Trio:
+    clean, attacked = (
+        data_uri(images[k], SAMPLE_SIDE, Image.Resampling.LANCZOS)
+        for images in (sample.clean, sample.attacked)
+    )
+    # An average of neighbours would show a smaller perturbation than there is: every value stays one of it.
+    pixels, factor = amplify(sample.perturbation[k])
+    return Trio(clean, data_uri(pixels, SAMPLE_SIDE, Image.Resampling.NEAREST), attacked, factor)
+
+
+# --- cost and provenance ---------------------------------------------------------------------------------
+
+
+def cost_block(shown: Sequence[Shown]) -> Markup:
+    rows = []
+    for each in shown:
+        about = each.run.about
+        episodes = sum(map(len, each.run.rows.values()))
+        rows.append(
+            element(
+                "tr",
+                element("th", each.label, scope="row"),
+                element("td", episodes, data_value=episodes),
+                *(
+                    element("td", shape(about[name]), data_value=about[name])
+                    if isinstance(about.get(name), int | float)
+                    else element("td", "not measured", class_="none")
+                    for name, shape in (("wall_seconds", _duration), ("peak_memory_mb", _memory))
+                ),
+                element("td", about.get("device") or "not noted", class_="name"),
+            )
+        )
+    head = ("run", "episodes", "time", "peak memory", "device")
+    return join([table(head, [rows], "Time and memory", "numbers"), figure_block(charts.seconds(shown))])
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _memory(megabytes: float) -> str:
+    return f"{megabytes:.0f} MB" if megabytes < 10_000 else f"{megabytes / 1000:.1f} GB"
+
+
+def about_block(each: Shown) -> Markup:
+    """What somebody needs to do it again."""
+    about, run = each.run.about, each.run
+    how: dict[str, list[str]] = {}
+    for domain, found in run.merging.items():
+        how.setdefault(str(found.get("how", "not noted")), []).append(domain)
+    merging = [
+        element("div", text if len(how) == 1 else f"{', '.join(domains)}: {text}")
+        for text, domains in how.items()
+    ]
+    variants = {
+        f"{column} ran as {variant}"
+        for rows in run.rows.values()
+        for row in rows
+        for column, variant in row.get("variants", {}).items()
+    }
+    versions = about.get("versions")
+    settings = json.dumps(about["settings"], indent=1, ensure_ascii=False)
+    return element(
+        "article",
+        element("h3", each.label),
+        description(
+            [
+                ("folder", str(run.folder)),
+                ("command", element("code", str(about.get("command", "not noted")))),
+                ("commit", about.get("commit")),
+                ("versions", charts.in_words(versions) if isinstance(versions, Mapping) else None),
+                ("started", about.get("started")),
+                ("network", about.get("arch")),
+                ("checkpoint", about.get("checkpoint") or "none, the pretrained network"),
+                ("seed", str(about["seed"])),
+                ("split", about.get("split")),
+                ("episodes", f"{about['episodes']} per domain; {charts.in_words(about.get('sampling', {}))}"),
+                (
+                    "attacks",
+                    join(element("div", charts.in_words(attack)) for attack in about["attacks"]) or "none",
+                ),
+                ("variants", join(element("div", line) for line in sorted(variants)) or None),
+                ("merging", join(merging) or None),
+                (
+                    "settings",
+                    element("details", element("summary", "All settings"), element("pre", settings)),
+                ),
+            ]
+        ),
+        class_="about",
+    )

@@ -1,0 +1,357 @@
+"""Recipes: a table of a paper as a list of command lines, in a YAML file (recipes/README.md has the format).
+
+Knows how such a file is read and checked, how its flags become command lines, and by which files a stage is
+known to be done. Knows neither data nor flags, and runs nothing.
+"""
+
+import dataclasses
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from meta_dataset_readers.errors import InputError, nearest
+
+FOLDER = Path(__file__).resolve().parent.parent / "recipes"
+
+TRAIN, TEST, AMT = "train", "test", "amt"  # what stages run: the two scripts, and `python -m amt`
+NOTE = "stage.json"  # in the folder of a train or test stage: the flags it was begun with
+
+# Flags with one value that say on what a stage runs and not what it computes.
+_MACHINE = {"--device", "--num_workers", "--threads"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One command of a recipe.
+
+    Args:
+        kind: `TRAIN`, `TEST` or `AMT`.
+        name: of the folder of a train or test stage; for `AMT` the command.
+        flags: with places still in braces; for train and test the common ones first.
+        makes: for `AMT` the file that it writes, its place in braces; else empty.
+        optional: it is left out where what it resumes is missing.
+    """
+
+    kind: str
+    name: str
+    flags: tuple[str, ...]
+    makes: str = ""
+    optional: bool = False
+
+    @property
+    def title(self) -> str:
+        """What the stage is called on the command line: `train/NAME`, `test/NAME`, or `report/table`."""
+        return f"{self.name}/{Path(self.makes).stem}" if self.kind == AMT else f"{self.kind}/{self.name}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A table: its name, what it is in one line, what it needs in words, and its stages in order."""
+
+    name: str
+    table: str
+    needs: Mapping[str, str]
+    stages: tuple[Stage, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A stage with every place filled in.
+
+    Args:
+        stage: what it is.
+        flags: of its program, complete.
+        makes: the file that is there when it is done.
+        noted: flags that decide its results, as they are noted in its folder.
+        waits_for: the files that earlier stages make and this one reads.
+    """
+
+    stage: Stage
+    flags: tuple[str, ...]
+    makes: Path
+    noted: tuple[str, ...]
+    waits_for: tuple[Path, ...]
+
+    @property
+    def title(self) -> str:
+        return self.stage.title
+
+    @property
+    def folder(self) -> Path:
+        return self.makes.parent
+
+    @property
+    def resumes(self) -> Path | None:
+        """The checkpoint that `--resume` names, if there is one."""
+        where = [number for number, word in enumerate(self.flags[:-1]) if word == "--resume"]
+        return Path(self.flags[where[-1] + 1]) if where else None
+
+    def done(self) -> bool:
+        """Whether its output is complete (and, of a page or a pool, not older than what it was made from)."""
+        if not self.makes.is_file():
+            return False
+        if self.stage.kind == TRAIN:
+            return _says_finished(self.makes.with_suffix(".json"))
+        if self.stage.kind == AMT:
+            made = self.makes.stat().st_mtime_ns
+            return all(path.is_file() and path.stat().st_mtime_ns <= made for path in self.waits_for)
+        return True
+
+    def left_out(self) -> bool:
+        """Whether it is optional, and what it resumes is not there and made by no stage."""
+        resumed = self.resumes
+        return self.stage.optional and resumed is not None and not resumed.is_file() and not self.waits_for
+
+    def begun(self) -> bool:
+        """Whether it is a training of which a part is done and saved."""
+        return self.stage.kind == TRAIN and self.makes.is_file() and not self.done()
+
+    def check_note(self) -> None:
+        """Raise an `InputError` if the stage's folder holds results of other flags, or of something else."""
+        if self.stage.kind == AMT or not self.folder.is_dir() or not any(self.folder.iterdir()):
+            return
+        elsewhere = "remove it, or choose another --output_dir"
+        try:
+            before = [str(word) for word in json.loads((self.folder / NOTE).read_text())["flags"]]
+        except FileNotFoundError:
+            raise InputError(f"{self.folder}: was not made by a recipe; {elsewhere}") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.folder / NOTE}: cannot be read ({error!r}); {elsewhere}") from error
+        if before != list(self.noted):
+            then, now = (
+                shlex.join(_beyond(*both)) or "no more"
+                for both in ((before, self.noted), (self.noted, before))
+            )
+            raise InputError(
+                f"{self.folder}: was made with other flags (then {then}; now {now}); {elsewhere}"
+            )
+
+    def note(self) -> None:
+        """Note the flags in the stage's folder, which is made if missing."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.stage.kind != AMT:
+            content = {"stage": self.title, "flags": list(self.noted)}
+            (self.folder / NOTE).write_text(json.dumps(content, indent=1))
+
+
+# --- files -----------------------------------------------------------------------------------------------
+
+
+def known() -> list[str]:
+    """The names of the recipes that come with the project."""
+    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
+
+
+def load(name: str) -> Recipe:
+    """The recipe called `name`, or that in the file `name` ending in .yaml.
+
+    Raises:
+        InputError: there is none, or the file is no recipe; it names the field and what was expected.
+    """
+    file = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
+    if not file.is_file():
+        hint = "no such file" if name.endswith(".yaml") else nearest(name, known())
+        raise InputError(f"no recipe {name!r}; {hint}")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{file}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    fields = _Fields(file, "recipe", content, {"table", "needs", "training", TRAIN, TEST, "stages"})
+    common = {TRAIN: fields.flags(TRAIN), TEST: fields.flags(TEST)}
+    stages = [
+        stage
+        for other in fields.get("training", list, [])
+        for stage in _load_other(file, other).stages
+        if stage.kind == TRAIN
+    ]
+    for entry in fields.get("stages", list):
+        stages.append(_stage(file, entry, common))
+    titles = [stage.title for stage in stages]
+    twice = next((title for title in titles if titles.count(title) > 1), None)
+    if twice:
+        raise InputError(f"{file}: two stages are called {twice}")
+    needs = {str(what): str(words) for what, words in fields.get("needs", dict).items()}
+    return Recipe(file.stem, fields.get("table", str), needs, tuple(stages))
+
+
+def _load_other(file: Path, name: Any) -> Recipe:
+    if not isinstance(name, str) or name == file.stem:
+        raise InputError(f"{file}: field 'training' names {name!r}, expected other recipes")
+    return load(name)
+
+
+def _stage(file: Path, entry: Any, common: Mapping[str, tuple[str, ...]]) -> Stage:
+    kinds = [kind for kind in (TRAIN, TEST, AMT) if isinstance(entry, dict) and kind in entry]
+    if len(kinds) != 1:
+        raise InputError(f"{file}: stage {entry!r}, expected one of train, test and amt with a name")
+    (kind,) = kinds
+    expected = {kind, "flags", "optional"} | ({"makes"} if kind == AMT else set())
+    fields = _Fields(file, f"stage {kind} {entry[kind]}", entry, expected)
+    name, flags = fields.get(kind, str), common.get(kind, ()) + fields.flags("flags")
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise InputError(f"{file}: stage {kind} {name!r}: expected a name of letters, digits, _, . and -")
+    makes = fields.get("makes", str) if kind == AMT else ""
+    return Stage(kind, name, flags, makes, fields.get("optional", bool, False))
+
+
+class _Fields:
+    """A mapping from a file whose fields have known names and types."""
+
+    def __init__(self, file: Path, what: str, content: Any, expected: set[str]):
+        self._where, self._content = f"{file}: {what}", content
+        if not isinstance(content, dict):
+            raise InputError(f"{self._where}: found {type(content).__name__}, expected fields by name")
+        for name in content:
+            if name not in expected:
+                raise InputError(f"{self._where}: no field {name!r}; {nearest(str(name), expected)}")
+
+    def get(self, name: str, kind: type, default: Any = None) -> Any:
+        value = self._content.get(name, default)
+        if not isinstance(value, kind):
+            raise InputError(f"{self._where}: field {name!r} is {value!r}, expected {_KINDS[kind]}")
+        return value
+
+    def flags(self, name: str) -> tuple[str, ...]:
+        return split(self.get(name, str, ""), f"{self._where}: field {name!r}")
+
+
+_KINDS = {str: "a text", list: "a list", dict: "fields by name", bool: "true or false"}
+
+
+def split(text: str, where: str) -> tuple[str, ...]:
+    """The words of flags as in a shell; # starts a comment.
+
+    Raises:
+        InputError: a quotation mark has no partner; it begins with `where`.
+    """
+    try:
+        return tuple(shlex.split(text, comments=True))
+    except ValueError as error:
+        raise InputError(f"{where}: {text!r} cannot be split into flags: {error}") from error
+
+
+# --- command lines ---------------------------------------------------------------------------------------
+
+
+def plan(
+    recipe: Recipe,
+    data: Path,
+    out: Path,
+    checkpoints: Path,
+    extra: Mapping[str, Sequence[str]],
+    chosen: Sequence[str] = ("*",),
+) -> list[Job]:
+    """The stages to go through, in order, with their places filled in.
+
+    Args:
+        data, out, checkpoints: what these words in braces stand for.
+        extra: further flags for every stage of a kind, spelt with underscores; of two the last counts.
+        chosen: titles of stages, or patterns of such; `{runs}` holds the chosen and the finished ones.
+
+    Raises:
+        InputError: a title that no stage has, or an unknown place in braces.
+    """
+    titles = [stage.title for stage in recipe.stages]
+    for pattern in chosen:
+        if not any(fnmatch(title, pattern) for title in titles):
+            raise InputError(
+                f"--stages {pattern}: recipe {recipe.name} has no such stage; {nearest(pattern, titles)}"
+            )
+    places = {
+        "data": data,
+        "out": out,
+        "checkpoints": checkpoints,
+        "train": out / TRAIN,
+        "here": out / recipe.name,
+    }
+    jobs, runs, made = [], [], {}
+    for stage in recipe.stages:
+        makes = _makes(recipe, stage, places)
+        folder = makes if stage.kind == AMT else makes.parent
+        words = (*stage.flags, *extra.get(stage.kind, ()))
+        flags = [
+            filled
+            for word in words
+            for filled in _filled(recipe, stage, word, places | {"makes": makes}, runs)
+        ]
+        if stage.kind != AMT:
+            flags += ["--data_path", str(data), "--output_dir", str(folder)]
+        waits_for = tuple(file for place, file in made.items() if any(_within(word, place) for word in flags))
+        job = Job(stage, tuple(flags), makes, _without_machine(words), waits_for)
+        made[folder] = makes
+        is_chosen = any(fnmatch(stage.title, pattern) for pattern in chosen)
+        if stage.kind == TEST and not job.left_out() and (is_chosen or job.done()):
+            runs.append(folder)
+        if is_chosen:
+            jobs.append(job)
+    return jobs
+
+
+def _makes(recipe: Recipe, stage: Stage, places: Mapping[str, Path]) -> Path:
+    if stage.kind == TRAIN:
+        return places["train"] / stage.name / "last.safetensors"
+    if stage.kind == TEST:
+        return places["here"] / stage.name / "results.json"
+    (filled,) = _filled(recipe, stage, stage.makes, places, [])
+    return Path(filled)
+
+
+_PLACE = re.compile(r"\{(\w+)(?::([^{}]+))?\}")
+
+
+def _filled(
+    recipe: Recipe, stage: Stage, word: str, places: Mapping[str, Path], runs: Sequence[Path]
+) -> list[str]:
+    """A word with its place filled in: one word, or as many as there are runs."""
+    match = _PLACE.fullmatch(word)
+    if match and match[1] == "runs":
+        return [str(run) for run in runs if fnmatch(run.name, match[2] or "*")]
+
+    def value(match: re.Match) -> str:
+        if match[1] not in places or match[2]:
+            known = nearest(match[1], [*places, "runs"])
+            raise InputError(f"recipe {recipe.name}, stage {stage.title}: no place {match[0]}; {known}")
+        return str(places[match[1]])
+
+    return [_PLACE.sub(value, word)]
+
+
+def _within(word: str, place: Path) -> bool:
+    return Path(word) == place or place in Path(word).parents
+
+
+def _without_machine(words: Sequence[str]) -> tuple[str, ...]:
+    return tuple(
+        word
+        for before, word in zip(("", *words), words, strict=False)
+        if word not in _MACHINE and before not in _MACHINE
+    )
+
+
+def _beyond(words: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The flags among `words`, each with its values, that `others` do not have alike."""
+    theirs = _by_flag(others)
+    return [word for flag in _by_flag(words) if flag not in theirs for word in flag]
+
+
+def _by_flag(words: Sequence[str]) -> list[tuple[str, ...]]:
+    grouped: list[tuple[str, ...]] = []
+    for word in words:
+        if word.startswith("--") or not grouped:
+            grouped.append((word,))
+        else:
+            grouped[-1] += (word,)
+    return grouped
+
+
+def _says_finished(file: Path) -> bool:
+    try:
+        return json.loads(file.read_text())["finished"] is True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,236 @@
+"""Run directories: rows survive, a run continues, parts add up, and nothing foreign is added to."""
+
+import json
+import multiprocessing
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import fails, patterned_episode
+
+from amt import runs
+from amt.attacks import Attack
+from amt.evaluate import columns, measure
+from amt.predict import Task
+from amt.runs import Writer
+
+ATTACKS = (Attack("pgd", (2, 8), steps=3),)
+ABOUT = {
+    "command": "test_meta_dataset.py --seed 0",
+    "commit": "0123456789ab",
+    "seed": 0,
+    "episodes": 3,
+    "attacks": [{"kind": "pgd", "epsilons": [2, 8], "steps": 3}],
+    "columns": columns(ATTACKS),
+    "sources": ["a", "b"],
+    "averages": {"average": ["a", "b"], "out-of-domain": ["b"]},
+    "settings": {"seed": 0, "aug_prob": 0.9},
+    "deployments": {"a": {"beta": 1.0}, "b": {"beta": 1.0}},
+}
+
+
+def row(source: str, index: int, clean: float = 0.8, **more) -> dict:
+    return {"source": source, "index": index, "clean": clean, "pgd3@2": 0.5, "pgd3@8": 0.25, **more}
+
+
+def fill(folder, rows, about=ABOUT, part=(0, 1)) -> None:
+    with Writer(folder, about, part) as out:
+        for each in rows:
+            out.append(each)
+
+
+ALL = [row(source, index, 0.2 * index + 0.2) for source in "ab" for index in range(3)]
+
+
+def test_what_was_written_is_read_again(tmp_path):
+    fill(tmp_path, reversed(ALL))
+    run = runs.load(tmp_path)
+    assert run.sources == ("a", "b") and run.complete
+    assert [each["index"] for each in run.rows["a"]] == [0, 1, 2]
+    assert run.summary("a", "clean").mean == pytest.approx(40) and run.summary("a", "clean").n == 3
+    assert run.summary("average", "pgd3@8").mean == pytest.approx(25)
+    assert run.summary("out-of-domain", "clean") == run.summary("b", "clean")
+    assert run.summary("c", "clean") is None
+    assert run.findings == [] and run.suspect("a", "clean") is None and run.samples() == []
+
+
+def test_an_unfinished_run_continues_and_never_counts_an_episode_twice(tmp_path):
+    fill(tmp_path, ALL[:2])
+    assert not runs.load(tmp_path).complete
+    fill(tmp_path, [ALL[1] | {"clean": 0.0}, *ALL[2:]])
+    run = runs.load(tmp_path)
+    assert run.complete and run.rows == {s: [r for r in ALL if r["source"] == s] for s in "ab"}
+
+
+@pytest.mark.parametrize("cut", [1, 10, 60])
+def test_a_line_cut_short_by_a_crash_is_done_again(tmp_path, cut):
+    fill(tmp_path, ALL[:3])
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert len(runs.load(tmp_path).rows["a"]) == 2
+    fill(tmp_path, ALL[2:])
+    assert runs.load(tmp_path).complete
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def write_and_die(folder) -> None:
+    with Writer(folder, ABOUT) as out:
+        out.append(ALL[0])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_loses_nothing_it_has_written(tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=write_and_die, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert runs.load(tmp_path).rows == {"a": [ALL[0]]}
+
+
+def test_parts_of_a_run_add_up(tmp_path):
+    fill(tmp_path, ALL[::2], part=(0, 2))
+    assert not runs.load(tmp_path).complete
+    fill(tmp_path, ALL[1::2], part=(1, 2))
+    assert runs.load(tmp_path).complete
+    assert {path.name for path in tmp_path.glob("rows*")} == {"rows.0of2.jsonl", "rows.1of2.jsonl"}
+
+
+def test_two_processes_cannot_write_the_same_part(tmp_path):
+    with Writer(tmp_path, ABOUT) as out:
+        out.append(ALL[0])
+        fails("another process is writing", lambda: fill(tmp_path, ALL[1:]))
+        fill(tmp_path, ALL[1:2], part=(1, 2))
+    assert len(runs.load(tmp_path).rows["a"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"settings": {"seed": 1, "aug_prob": 0.9}}, "with seed 0, not 1"),
+        ({"settings": {"seed": 0}}, "with aug_prob 0.9, not null"),
+        ({"settings": {**ABOUT["settings"], "new": "x"}}, 'with new null, not "x"'),
+        ({"deployments": {"a": {"beta": 1.0}, "b": {"beta": 2.0}}}, "with beta of b 1.0, not 2.0"),
+        ({"commit": "ba9876543210"}, "commit 0123456789ab, the code is now ba9876543210"),
+    ],
+)
+def test_a_run_of_other_settings_or_code_is_not_added_to(tmp_path, change, named):
+    fill(tmp_path, ALL[:2])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert named in str(fails("begun with", lambda: fill(tmp_path, ALL[2:], ABOUT | change)))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_more_episodes_and_more_domains_may_be_added(tmp_path):
+    fill(tmp_path, ALL)
+    more = ABOUT | {
+        "episodes": 4,
+        "sources": ["a", "b", "c"],
+        "deployments": {**ABOUT["deployments"], "c": {"beta": 3.0}},
+    }
+    fill(tmp_path, [row("a", 3)], more)
+    run = runs.load(tmp_path)
+    assert not run.complete and [len(each) for each in run.rows.values()] == [4, 3]
+    fill(tmp_path, [], ABOUT)
+    assert runs.load(tmp_path).complete and len(runs.load(tmp_path).rows["a"]) == 3
+
+
+def test_results_without_their_run_are_not_touched(tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    fails("no run.json", lambda: fill(tmp_path, ALL))
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "named"),
+    [
+        (None, None, "no run directory, it has no run.json"),
+        ("run.json", "{", "cannot be read as JSON"),
+        ("run.json", "[]", "holds a list, expected a dict"),
+        ("run.json", "{}", "settings is missing or no dict"),
+        ("run.json", json.dumps({"format": 1, **ABOUT, "attacks": [{"kind": "pdg"}]}), "attacks holds"),
+        ("run.json", json.dumps({"format": 9, **ABOUT}), "format is 9, expected 1"),
+        ("rows.jsonl", "nonsense\n", "rows.jsonl, line 1: no row"),
+        ("rows.jsonl", '{"source": "a"}\n', "line 1: no row"),
+        ("rows.jsonl", json.dumps(row("a", 0, 1.5)) + "\n", "line 1: a value is out of range"),
+        ("rows.jsonl", json.dumps(row("a", 0, None)) + "\n", "line 1: no row"),
+        ("rows.jsonl", "", "no results yet"),
+    ],
+)
+def test_what_is_no_run_is_named(tmp_path, file, text, named):
+    if file is not None:
+        fill(tmp_path, [])
+        (tmp_path / file).write_text(text)
+    assert named in str(fails(tmp_path.name, lambda: runs.load(tmp_path)))
+
+
+def test_how_each_domain_was_merged_is_kept(tmp_path):
+    with Writer(tmp_path, ABOUT, (0, 2)) as one, Writer(tmp_path, ABOUT, (1, 2)) as other:
+        one.note_merging("a", {"how": "given"})
+        other.note_merging("b", {"how": "chosen"})
+        one.append(ALL[0])
+    assert runs.load(tmp_path).merging == {"a": {"how": "given"}, "b": {"how": "chosen"}}
+
+
+def test_the_summary_names_what_is_suspect(tmp_path):
+    checks = {"images": 10, "changed": 2}
+    fill(tmp_path, [ALL[0] | {"checks": checks}, *ALL[1:]])
+    run = runs.load(tmp_path)
+    results = runs.summarise_run(run, {"device": "cpu"})
+    assert ["a", "pgd3@8", run.suspect("a", "pgd3@8")] in results["suspect"]
+    assert "2 predictions change" in run.suspect("a", "clean")
+    assert run.suspect("average", "clean").startswith("a: 2 predictions") and not run.suspect("b", "clean")
+    assert results["device"] == "cpu" and results["summary"]["average"]["clean"]["n"] == 6
+    json.loads(json.dumps(results, allow_nan=False))
+
+
+def test_a_single_episode_has_no_interval_in_json(tmp_path):
+    fill(tmp_path, ALL[:1])
+    results = runs.summarise_run(runs.load(tmp_path), {})
+    assert results["summary"]["a"]["clean"]["interval"] is None
+    json.dumps(results, allow_nan=False)
+
+
+# --- samples ---------------------------------------------------------------------------------------------
+
+
+def measured_toy():
+    episode = patterned_episode(2, n_way=4, shots=1, queries=5)
+    head = torch.randn(4, 3 * 8 * 8, generator=torch.Generator().manual_seed(0))
+    logits = lambda images: images.flatten(1) @ head.T  # noqa: E731
+    return episode, measure(lambda _: Task(logits, lambda _: logits, ()), episode, ATTACKS)
+
+
+def test_samples_show_every_class_before_and_after(tmp_path):
+    episode, measured = measured_toy()
+    with Writer(tmp_path, ABOUT | {"sources": ["tiny"]}) as out:
+        out.keep(runs.sample_of(episode, measured))
+        out.append(row("tiny", 2))
+    (sample,) = runs.load(tmp_path).samples()
+    assert (sample.source, sample.index, sample.column) == ("tiny", 2, "pgd3@8")
+    assert len(sample.clean) == runs.SAMPLED and set(sample.labels[:4]) == {0, 1, 2, 3}
+    assert sample.clean.dtype == sample.attacked.dtype == np.uint8 and sample.clean.shape[1:] == (8, 8, 3)
+    assert 0 < abs(sample.perturbation).max() <= 8.01 and len(sample.class_names) == 4
+    moved = sample.attacked.astype(float) - sample.clean
+    assert abs(moved - sample.perturbation).max() <= 1.01  # both were rounded
+    right = measured.standing["clean"].float().mean()
+    assert (sample.predicted_clean == sample.labels).mean() == pytest.approx(float(right), abs=0.5)
+
+
+@pytest.mark.parametrize("damage", ["cut", "pickle", "labels", "shape"])
+def test_a_damaged_sample_is_named(tmp_path, damage):
+    episode, measured = measured_toy()
+    with Writer(tmp_path, ABOUT | {"sources": ["tiny"]}) as out:
+        sample = runs.sample_of(episode, measured)
+        if damage == "labels":
+            sample = sample._replace(labels=sample.labels + 9)
+        if damage == "shape":
+            sample = sample._replace(attacked=sample.attacked[:-1])
+        out.keep(sample)
+        out.append(row("tiny", 2))
+    (path,) = (tmp_path / "samples").glob("*.npz")
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:200])
+    if damage == "pickle":
+        np.savez(path, clean=np.array([{}], dtype=object))
+    fails("no sample of images", runs.load(tmp_path).samples)
