@@ -5,36 +5,47 @@
 
 For each episode the support set decides the coefficients (amt/merge.py), the adapters are merged into one
 network, singular values are trimmed if asked for, and prototypes classify the query images; then the same
-network is attacked. Nothing is chosen on the episodes that are scored.
+network is attacked. Nothing is chosen on the episodes that are scored, unless --select published says so.
+
+Every episode's row is on the disk as soon as it is known: the same command continues a run that was stopped,
+and processes with --shard I/N, or under torchrun, share one --output_dir.
 """
 
 import argparse
 import dataclasses
+import datetime
+import hashlib
 import json
-import math
+import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
+import torch
+from torch.utils.data import Subset
 from tqdm import tqdm
 
-from amt import checkpoint, options, report
+from amt import checkpoint, options, report, runs
 from amt.backbone import Backbone, find_device, load_backbone
-from amt.evaluate import (
-    Predictor,
-    Summary,
-    average_summary,
-    evaluate,
-    merged_predictor,
-    pretrained_predictor,
-    summarise,
-)
-from amt.lora import LoRAPool
-from amt.merge import Coefficients, average_of, route, uniform
-from amt.select import select
-from meta_dataset_readers.errors import InputError, exit_on_bad_input
+from amt.board import write_board
+from amt.deploy import check_deployment, deploy
+from amt.evaluate import columns, measure
+from amt.journal import Interrupts
+from amt.predict import pretrained_predictor
+from amt.sanity import probe
+from amt.statistics import groups
+from meta_dataset_readers.domains import DOMAINS
+from meta_dataset_readers.episode import Episode
+from meta_dataset_readers.errors import exit_on_bad_input
 from meta_dataset_readers.reader import EpisodeReader, episode_loader
 from meta_dataset_readers.stored_episodes import dump_episode
+
+# Flags that change neither an episode's row nor what it is compared with.
+NOT_SETTINGS = (
+    *("output_dir", "device", "threads", "num_workers", "shard", "samples", "dump", "resume"),
+    *("nTestEpisode", "test_sources", "cdfsl_domains", "domain_config"),
+)
 
 
 def main() -> int:
@@ -42,142 +53,173 @@ def main() -> int:
     options.check_testing(args)
     options.check_output(args.output_dir)
     options.use_threads(args)
+    deployments, attacks = options.deployments(args), options.attacks(args)
+    transfer = any(attack.kind == "transfer" for attack in attacks)
     backbone = load_backbone(
         args.arch,
         args.pretrained_checkpoint,
         find_device(args.device),
-        options.autocast(args),
-        args.image_size,
-        pretrained=args.resume is None and not args.no_pretrain,
+        image_size=args.image_size,
+        pretrained=not args.no_pretrain and (args.resume is None or transfer),
     )
     open_source = partial(EpisodeReader, **options.reading(args, backbone.image_size))
-    readers = [
-        open_source(source=source, split=args.split, n_episodes=args.nTestEpisode)
-        for source in options.test_sources(args)
-    ]
-    attacks = options.attacks(args)
-    predict, merging = predictor(args, backbone, open_source)
 
-    rows, skipped = {}, 0
-    with tqdm(total=len(readers) * args.nTestEpisode, unit="episode") as progress:
-        for each in readers:
-            progress.set_description(each.source)
-            rows[each.source] = []
-            for episode in episode_loader(each, args.num_workers):
-                skipped += len(episode.skipped)
-                if args.dump is not None:
-                    dump_episode(args.dump / each.source, episode.index, episode, each)
-                rows[each.source] += evaluate(predict, [episode.to(backbone.device)], attacks, args.seed)
-                progress.update()
+    def open_episodes(source: str, split: str, n: int, seed: int | None = None):
+        other_seed = {} if seed is None else {"seed": seed}
+        return episode_loader(
+            open_source(source=source, split=split, n_episodes=n, **other_seed), args.num_workers
+        )
 
-    columns = ["clean", *(attack.name for attack in attacks)]
-    lines = [(source, [summarise(found, column) for column in columns]) for source, found in rows.items()]
-    averages = [average_summary(summaries) for summaries in zip(*(line[1] for line in lines), strict=True)]
-    results = {
+    saved = load_pool(args, backbone) if args.resume else None
+    pool = saved.pool.to(backbone.device) if saved else None
+    readers = {
+        source: open_source(source=source, split=args.split, n_episodes=args.nTestEpisode)
+        for source in deployments
+    }
+    for source, deployment in deployments.items():
+        check_deployment(
+            deployment, pool, source, open_episodes, where=str(args.resume or "the pretrained network")
+        )
+
+    part, parts = options.part(args)
+    todo = range(part, args.nTestEpisode, parts)
+    about = description(args, backbone, saved, deployments, attacks)
+    with runs.Writer(args.output_dir, about, (part, parts)) as out, Interrupts() as interrupts:
+        before = runs.peek(args.output_dir).rows
+        finished = {source: {row["index"] for row in rows} for source, rows in before.items()}
+        done = sum(len(finished.get(source, set()) & set(todo)) for source in readers)
+        with tqdm(total=len(readers) * len(todo), initial=done, unit="episode") as progress:
+            for source, reader in readers.items():
+                left = [index for index in todo if index not in finished.get(source, ())]
+                if not left or interrupts.pending():
+                    continue
+                progress.set_description(source)
+                predict, merging = deploy(
+                    backbone,
+                    pool,
+                    deployments[source],
+                    source,
+                    open_episodes,
+                    attacks,
+                    args.seed,
+                    partial(watched, backbone),
+                )
+                if saved and saved.about.get("levels_from") == "nowhere":
+                    merging["epsilons"] = "unknown"
+                out.note_merging(source, merging)
+                for read in episode_loader(Subset(reader, left), args.num_workers):
+                    episode = read.to(backbone.device)
+                    if args.dump is not None:
+                        dump_episode(args.dump / source, read.index, read, reader)
+                    measured = measure(predict, episode, attacks, args.seed, pretrained_predictor(backbone))
+                    row = measured.row
+                    if attacks and episode.index < args.probe_episodes:
+                        row |= {"checks": probe(predict, episode, measured, attacks, args.seed)}
+                    if measured.attacked and episode.index < args.samples:
+                        out.keep(runs.sample_of(episode, measured))
+                    out.append(row | ({"skipped": len(read.skipped)} if read.skipped else {}))
+                    progress.update()
+                    if interrupts.pending():
+                        break
+
+    run = runs.peek(args.output_dir)
+    if not run.complete:
+        found = sum(map(len, run.rows.values()))
+        print(f"{found} of {len(readers) * args.nTestEpisode} episodes are done; ", end="")
+        print("the same command continues" if interrupts.pending() else "other parts are to follow")
+        return 128 + interrupts.caught if interrupts.pending() else 0
+    finish(run, backbone.device)
+    return 0
+
+
+def load_pool(args: argparse.Namespace, backbone: Backbone) -> checkpoint.Checkpoint:
+    """The checkpoint that --resume names, which fits the backbone."""
+    saved = checkpoint.load(args.resume)
+    checkpoint.check_architecture(args.resume, saved.pool, backbone.weights, backbone.arch)
+    for note in saved.about.get("notes", ()):
+        print(f"note: {args.resume}: {note}")
+    return saved
+
+
+def watched(backbone: Backbone, episodes, title: str) -> Iterator[Episode]:
+    """The episodes that something is chosen on, on the backbone's device, with a progress line."""
+    for episode in tqdm(episodes, desc=title, unit="episode", leave=False):
+        yield episode.to(backbone.device)
+
+
+def description(args, backbone, saved, deployments, attacks) -> dict:
+    """What run.json says: everything that decides the rows, and how to get them again."""
+    trained_on = ()
+    if saved:
+        protocol = saved.about.get("protocol", {})
+        trained_on = protocol.get(
+            "base_sources", options.TRAINING_SOURCES if "published" in saved.about else ()
+        )
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    settings |= {"checkpoint": digest(args.resume), "device": backbone.device.type}
+    about = {
         **checkpoint.provenance(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "arch": backbone.arch,
         "checkpoint": str(args.resume) if args.resume else None,
         "seed": args.seed,
         "split": args.split,
+        "sampling": dataclasses.asdict(options.sampling(args)),
         "attacks": [dataclasses.asdict(attack) for attack in attacks],
-        "merging": merging,
-        "skipped_records": skipped,
-        "summary": {
-            name: dict(zip(columns, map(plain, summaries), strict=True))
-            for name, summaries in [*lines, ("average", averages)]
-        },
-        "rows": rows,
+        "columns": columns(attacks),
+        "sources": list(deployments),
+        "episodes": args.nTestEpisode,
+        "averages": groups(
+            list(deployments), trained_on, {name: domain.benchmark for name, domain in DOMAINS.items()}
+        ),
+        "settings": settings,
+        "deployments": {source: dataclasses.asdict(each) for source, each in deployments.items()},
     }
-    out = args.output_dir / "results.json"
-    checkpoint.replace_file(out, lambda part: part.write_text(json.dumps(results, indent=1)))
-    report.accuracy_picture(args.output_dir / "accuracy.png", columns, [*lines, ("average", averages)])
-    print(f"accuracy on {args.split} episodes in per cent, 95% intervals; merging: {merging['how']}")
-    print(report.table(columns, [*lines, ("average", averages)]))
-    if skipped:
-        print(f"{skipped} damaged records were passed over")
-    print(f"wrote {out} and {args.output_dir / 'accuracy.png'}")
-    return 0
+    return json.loads(json.dumps(about, default=plain))
 
 
-def plain(summary: Summary) -> dict:
-    """A summary in JSON, which has no infinity: null stands for the interval of a single episode."""
-    return summary._asdict() | {"interval": summary.interval if math.isfinite(summary.interval) else None}
+def plain(value: object) -> object:
+    """What JSON has no notation for."""
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
 
 
-def predictor(
-    args: argparse.Namespace, backbone: Backbone, open_source: Callable[..., EpisodeReader]
-) -> tuple[Predictor, dict]:
-    """The predictor that the flags ask for, and how its settings came about."""
-    if args.resume is None:
-        return pretrained_predictor(backbone), {"how": "none, the pretrained network"}
-    saved = checkpoint.load(args.resume)
-    checkpoint.check_architecture(args.resume, saved.pool, backbone.weights, backbone.arch)
-    pool = saved.pool.to(backbone.device)
-    if args.deploy == "vanilla" and len(pool) > 1:
-        raise InputError(
-            f"--deploy vanilla takes a single adapter, {args.resume} holds {len(pool)}: merge-vanilla"
-        )
-    trims = tuple(args.trim)
-    options.check_trims((*trims, *args.trim_candidates), pool)
-    for note in saved.about.get("notes", ()):
-        print(f"note: {args.resume}: {note}")
-    known = saved.about.get("levels_from") != "nowhere"
-    about = {"epsilons": [level.epsilon for level in pool.levels] if known else "unknown"}
-    coefficients = fixed_coefficients(args, pool)
-    if coefficients is not None:
-        shown = ", ".join(f"{c:.3g}" for c in coefficients)
-        about |= {"how": f"fixed coefficients {shown}", "coefficients": coefficients}
-
-        def choose(*_):
-            return coefficients
-
-    else:
-        routing, chosen_by = options.routing(args), "as given"
-        if args.select_on:
-            valid = open_source(source=args.select_on, split="VALID", n_episodes=args.nSelectEpisode)
-            waiting = tqdm(episode_loader(valid), desc=f"choosing on {args.select_on} VALID", unit="episode")
-            selection = select(
-                backbone,
-                pool,
-                [episode.to(backbone.device) for episode in waiting],
-                routing,
-                options.attacks(args),
-                trims,
-                args.trim_candidates,
-                args.seed,
-            )
-            routing, trims = selection.routing, trims + selection.trims
-            about["candidates"] = selection.scores
-            chosen_by = f"chosen on {args.nSelectEpisode} VALID episodes of {args.select_on}"
-        about |= {
-            "how": f"{args.routing}, beta {routing.beta:g} and gamma {routing.gamma:g} {chosen_by}",
-            "routing": dataclasses.asdict(routing),
-        }
-        choose = partial(route, backbone, pool, routing=routing)
-    if trims:
-        about["how"] += "; trimmed " + ", ".join(f"{t.layer}:{t.block}:{t.keep:g}" for t in trims)
-        about["how"] += " (the last one chosen there, too)" if len(trims) > len(args.trim) else " as given"
-    about["trims"] = [dataclasses.asdict(trim) for trim in trims]
-    return merged_predictor(backbone, pool, choose, trims, args.seed), about
+def digest(path: Path | None) -> str | None:
+    """SHA-256 of a file."""
+    if path is None:
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fixed_coefficients(args: argparse.Namespace, pool: LoRAPool) -> Coefficients | None:
-    """The coefficients that the flags fix for every task, or None if a router decides."""
-    if args.specified_expert is not None:
-        beyond = [p for p in args.specified_expert if p >= len(pool)]
-        if beyond:
-            raise InputError(
-                f"--specified_expert {beyond[0]}: {args.resume} holds adapters 0 to {len(pool) - 1}"
-            )
-        return average_of(pool, args.specified_expert)
-    if args.coefficients is not None:
-        if len(args.coefficients) != len(pool):
-            raise InputError(
-                f"--coefficients has {len(args.coefficients)} values, "
-                f"{args.resume} holds {len(pool)} adapters"
-            )
-        return tuple(args.coefficients)
-    return uniform(pool) if args.routing == "uniform" else None
+def finish(run: runs.Run, device: torch.device) -> None:
+    """Write the summary of a complete run, its picture and its TensorBoard events, and print the table."""
+    rows = [row for each in run.rows.values() for row in each]
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    more = {
+        "wall_seconds": round(sum(row["seconds"] for row in rows), 1),
+        "peak_memory_mb": round(
+            torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else memory
+        ),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "skipped_records": sum(row.get("skipped", 0) for row in rows),
+    }
+    out = run.folder / "results.json"
+    text = json.dumps(runs.summarise_run(run, more), indent=1)
+    checkpoint.replace_file(out, lambda path: path.write_text(text + "\n"))
+    write_board(run, run.folder / "tensorboard")
+    names = [*run.sources, *run.averages]
+    lines = [(name, [run.summary(name, column) for column in run.columns]) for name in names]
+    report.accuracy_picture(run.folder / "accuracy.png", run.columns, lines)
+    decided = dict.fromkeys(about["how"] for about in run.merging.values())
+    print(
+        f"accuracy on {run.about['split']} episodes in per cent, 95% intervals; merging: {'; '.join(decided)}"
+    )
+    for stamp in dict.fromkeys(about["stamp"] for about in run.merging.values() if "stamp" in about):
+        print(stamp)
+    print(report.table(run.columns, lines, [[run.suspect(name, c) for c in run.columns] for name in names]))
+    if more["skipped_records"]:
+        print(f"{more['skipped_records']} damaged records were passed over")
+    print(f"wrote {out} and {run.folder / 'accuracy.png'}")
 
 
 if __name__ == "__main__":

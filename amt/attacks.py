@@ -108,8 +108,10 @@ class Attack:
         kind = f"{self.kind}-pgd" if self.kind in ("transfer", "support") else self.kind
         restarts = f"x{self.restarts}" if self.restarts > 1 else ""
         loss = f"-{self.loss}" if self.loss != "ce" or self.kind == "apgd" else ""
+        step = f"-step{self.step_size:g}" if self.step_size is not None else ""
         targets = f"-t{self.targets}" if self.targets is not None else ""
-        return f"{kind}{strength}{restarts}{loss}{targets}{'' if self.norm == 'linf' else '-l2'}"
+        norm = "" if self.norm == "linf" else f"-{self.norm}"
+        return f"{kind}{strength}{restarts}{loss}{step}{targets}{norm}"
 
     def step_at(self, epsilon: float) -> float:
         """The step size at one radius, in 1/255."""

@@ -1,8 +1,8 @@
 """The command line: every flag once, checked once, turned into typed settings.
 
 Flags are those of the published code, with dashes and underscores alike; `@FILE` reads flags from a file
-(one or more to a line, # starts a comment). Knows no tensors, and of the disk only whether --output_dir can
-be written to.
+(one or more to a line, # starts a comment). Knows no tensors, and of the disk only --domain_config and
+whether --output_dir can be written to.
 """
 
 import argparse
@@ -20,6 +20,8 @@ import torch
 
 from amt.attacks import PGD_KINDS, Attack, autoattack_parts, parse_attack
 from amt.backbone import base_arch
+from amt.deploy import ROUTINGS, SELECTS, Deployment
+from amt.domain_config import DomainSettings, parse_trim, read_domain_config
 from amt.finetune import Finetuning
 from amt.full_pool import FullPool
 from amt.lora import LoRAPool, Trim
@@ -28,6 +30,7 @@ from amt.meta_tune import METHODS, TuneSettings
 from amt.perturb import STARTS, Perturbation
 from amt.published import POOL_EPSILONS
 from amt.published_flags import is_published, n_values, reasons
+from amt.select import BETAS, GAMMAS, published_grid
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.sampling import EpisodeSampling
 
@@ -39,6 +42,8 @@ TEST_SOURCES = (
     *("traffic_sign", "mscoco", "ilsvrc_2012", "omniglot", "aircraft"),
     *("cu_birds", "dtd", "quickdraw", "fungi", "vgg_flower"),
 )
+_NEEDING_A_POOL = ("trim", "trim_candidates", "select_on", "domain_config")
+_FLAGS = {"beta": "blend_beta", "gamma": "blend_gamma"}  # where a setting is not called as its flag
 CDFSL_QUERIES = 15  # per class, in the benchmark's own evaluation
 TUNED = (LoRAPool.tune, FullPool.tune)
 _PYRAMID = {"pyramid_grids": (4, 8, 0), "pyramid_scalars": (20.0, 10.0, 1.0), "delta_init": "random2"}
@@ -169,13 +174,9 @@ def shard(text: str) -> tuple[int, int]:
 def trim(text: str) -> Trim:
     """NAME:BLOCK:KEEP, as in qkv:-1:0.5."""
     try:
-        layer, block, keep = text.split(":")
-        found = Trim(layer, int(block), float(keep))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected NAME:BLOCK:KEEP such as qkv:-1:0.5") from None
-    if not 0 < found.keep <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} keeps {found.keep:g}, expected a fraction in (0, 1]")
-    return found
+        return parse_trim(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _common(parser: Parser, sources: str, default: Sequence[str], split_help: str) -> None:
@@ -354,9 +355,36 @@ def add_merging(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--coefficients", type=amount, nargs="+", metavar="C", help="one number per adapter, summing to 1"
     )
-    group.add_argument("--blend_beta", type=amount, default=1.0, help="sharpness of the scores")
-    group.add_argument("--blend_gamma", type=amount, default=0.6, help="balance of intra and inter")
-    group.add_argument("--top_k", type=positive, default=2, help="adapters that share the weight")
+    several = "; several values are for --select to choose from"
+    group.add_argument(
+        "--blend_beta",
+        type=amount,
+        nargs="+",
+        metavar="BETA",
+        help=f"sharpness of the scores{several} (default: 1, or with --select {_listed(BETAS)})",
+    )
+    group.add_argument(
+        "--blend_gamma",
+        type=amount,
+        nargs="+",
+        metavar="GAMMA",
+        help=f"balance of intra and inter{several} (default: 0.6, or with --select {_listed(GAMMAS)})",
+    )
+    group.add_argument(
+        "--top_k",
+        type=positive,
+        nargs="+",
+        metavar="K",
+        help=f"adapters that share the weight{several} (default: 2)",
+    )
+    group.add_argument(
+        "--route_epsilon",
+        type=amount,
+        nargs="+",
+        metavar="E",
+        help="from clean to robust: score the adapters on support images attacked within E/255; 0: the "
+        f"published scores, on clean ones{several} (default: 0; ours)",
+    )
     group.add_argument("--aug_prob", type=fraction, default=0.9, help="chance of augmenting the support")
     group.add_argument(
         "--trim",
@@ -467,28 +495,47 @@ def testing_parser() -> Parser:
             nargs=0,
             action=WithoutEffect,
             default=argparse.SUPPRESS,
-            help="accepted, without effect: evaluation is in float32, as the attacks need it",
+            help="evaluation is in float32, as the attacks need it",
         )
 
     merging = parser.add_argument_group("merging")
     merging.add_argument(
         "--routing",
-        choices=["amt", "attacked", "uniform"],
+        choices=ROUTINGS,
         default="amt",
-        help="amt: the published scores; attacked: the same on attacked support images (ours)",
+        help="amt: the published scores; uniform: equal shares; soup: factors A and B averaged separately; "
+        "best: the single adapter that --select finds best",
     )
     merging.add_argument(
         "--specified_expert", type=natural, nargs="+", metavar="P", help="plain average of these adapters"
     )
     add_merging(merging)
     merging.add_argument(
-        "--select_on",
-        metavar="SOURCE",
-        help="choose beta, gamma and trimming on VALID episodes of this source, before any test episode",
+        "--select",
+        choices=SELECTS,
+        default="none",
+        help="choose beta, gamma and whatever has several values; valid: on labelled episodes of the "
+        "domain's own VALID classes; support: for every task by leave-one-out on its support set; published: "
+        "on 6 labelled episodes of the split that is scored, for comparison only",
     )
-    merging.add_argument("--nSelectEpisode", type=positive, default=40, help="episodes to choose on")
     merging.add_argument(
-        "--trim_candidates", type=trim, nargs="+", default=[], help="trimmings that --select_on may choose"
+        "--select_on", metavar="SOURCE", help="--select valid, but on VALID episodes of this source"
+    )
+    merging.add_argument("--nSelectEpisode", type=positive, default=40, help="VALID episodes to choose on")
+    merging.add_argument(
+        "--trim_candidates",
+        type=trim,
+        nargs="+",
+        default=[],
+        metavar="NAME:BLOCK:KEEP",
+        help="trimmings of which --select may add one",
+    )
+    merging.add_argument(
+        "--domain_config",
+        type=place,
+        metavar="FILE.yaml",
+        help="settings per domain, over these flags: beta, gamma, top_k, route_epsilon, trim, search_scale, "
+        "search_step, candidate_pool (amt/domain_config.py)",
     )
     _add_finetuning(parser.add_argument_group("test-time fine-tuning, with --deploy finetune"))
     parser.add_published()
@@ -516,24 +563,16 @@ def check_testing(args: argparse.Namespace) -> None:
     given = [flag for flag in ("specified_expert", "coefficients") if getattr(args, flag) is not None]
     if len(given) > 1:
         raise InputError("--specified_expert and --coefficients exclude each other")
-    needy = [*given, *(flag for flag in ("trim", "trim_candidates") if getattr(args, flag))]
+    needy = [*given, *(flag for flag in _NEEDING_A_POOL if getattr(args, flag))]
+    needy += ["select"] if args.select != "none" else []
     if args.resume is None and needy:
         raise InputError(f"--{needy[0]} needs a pool; name its checkpoint with --resume")
     if args.deploy == "merge-vanilla" and args.resume is None:
         raise InputError("--deploy merge-vanilla needs a pool; name its checkpoint with --resume")
-    if args.select_on and (given or args.routing == "uniform" or args.resume is None):
-        raise InputError(
-            "--select_on chooses the settings of a router; it needs --resume and a scoring --routing"
-        )
-    if args.trim_candidates and not args.select_on:
-        raise InputError("--trim_candidates are for --select_on SOURCE to choose from")
+    _check_selection(args, given)
     if args.cdfsl_domains and args.test_sources:
         raise InputError("--cdfsl_domains and --test_sources exclude each other")
     sources = test_sources(args)
-    if args.split == "VALID" and args.select_on in sources:
-        raise InputError(
-            f"--select_on {args.select_on} would choose on the very VALID episodes it then scores"
-        )
     if args.coefficients is not None and abs(sum(args.coefficients) - 1) > 1e-4:
         raise InputError(f"--coefficients sum to {sum(args.coefficients):g}, expected 1")
     if any(a >= b for a, b in itertools.pairwise(args.epsilon)):
@@ -542,15 +581,25 @@ def check_testing(args: argparse.Namespace) -> None:
     _check_episodes(args)
 
 
-def check_trims(trims: Iterable[Trim], pool: LoRAPool) -> None:
-    """Raise an `InputError` unless every trimming selects some layers, and such as carry adapters."""
-    for trim in trims:
-        selected = {name for name in pool.residual if trim.selects(name)}
-        if not selected or not selected <= pool.A.keys():
-            raise InputError(
-                f"--trim {trim.layer}:{trim.block}:{trim.keep:g}: no such layer with adapters; "
-                "expected for example qkv, proj, fc1 or fc2, and the number of a block or -1 for all"
-            )
+def _check_selection(args: argparse.Namespace, given: Sequence[str]) -> None:
+    """Raise an `InputError` for a selection that cannot be, or would look at what it must not."""
+    way = selection(args)
+    if args.select_on and way != "valid":
+        raise InputError(f"--select_on {args.select_on} is for --select valid, found --select {way}")
+    if args.trim_candidates and way == "none":
+        raise InputError("--trim_candidates are for --select to choose from, for example --select support")
+    if given and args.routing != "amt":
+        raise InputError(f"--{given[0]} and --routing {args.routing} exclude each other")
+    if args.routing == "best" and way == "none":
+        raise InputError("--routing best: which adapter is best has to be chosen, say by --select valid")
+    scored = test_sources(args)
+    if args.split == "VALID" and way == "valid" and (args.select_on is None or args.select_on in scored):
+        on = f"--select_on {args.select_on}" if args.select_on else "--select valid"
+        raise InputError(f"{on} would choose on the very VALID episodes it then scores")
+    if any(args.route_epsilon or ()) and way != "support" and (given or args.routing != "amt"):
+        raise InputError("--route_epsilon is for the scores of --routing amt, or for --select support")
+    for flag in ("blend_beta", "blend_gamma", "top_k", "route_epsilon"):
+        _check_distinct(flag, getattr(args, flag) or ())
 
 
 def check_output(folder: Path) -> None:
@@ -561,6 +610,10 @@ def check_output(folder: Path) -> None:
             pass
     except OSError as error:
         raise InputError(f"--output_dir {folder} cannot be written to: {error.strerror}") from error
+
+
+def _listed(numbers: Iterable[float]) -> str:
+    return " ".join(f"{number:g}" for number in numbers)
 
 
 def _check_distinct(flag: str, values: Sequence) -> None:
@@ -733,6 +786,93 @@ def finetuning(args: argparse.Namespace) -> Finetuning:
 
 
 def routing(args: argparse.Namespace) -> Routing:
-    """The settings of the scoring routers."""
-    view = "attacked" if args.routing == "attacked" else "augmented"
-    return Routing(args.blend_beta, args.blend_gamma, args.top_k, view, args.aug_prob)
+    """The settings of the router.
+
+    Raises:
+        InputError: a flag has several values.
+    """
+    (found,) = _routings(args, DomainSettings(), "none", "")
+    return found
+
+
+def selection(args: argparse.Namespace) -> str:
+    """How settings are chosen, one of `SELECTS`: --select_on SOURCE is a way of --select valid."""
+    return "valid" if args.select_on and args.select == "none" else args.select
+
+
+def deployments(args: argparse.Namespace) -> dict[str, Deployment]:
+    """By test source how the pool is deployed there.
+
+    Raises:
+        InputError: --domain_config is at fault, there are several values and no --select, or a --select and
+            nowhere anything to choose from.
+    """
+    sources, way = test_sources(args), selection(args)
+    own = dict.fromkeys(sources, DomainSettings())
+    if args.domain_config is not None:
+        own = read_domain_config(args.domain_config, sources)
+    found = {source: _deployment(args, own[source], source) for source in sources}
+    open_to = [
+        len(each.routings) > 1 or each.trim_candidates or each.routing == "best" for each in found.values()
+    ]
+    if way != "none" and not any(open_to):
+        raise InputError(
+            "--select or --select_on has nothing to choose from: expected --routing amt or best, several "
+            "values of a flag, or --trim_candidates"
+        )
+    return found
+
+
+def _deployment(args: argparse.Namespace, domain: DomainSettings, source: str) -> Deployment:
+    way = selection(args)
+    where = f"--domain_config {args.domain_config}: {source}: "
+    if way == "none" and (domain.search_scale or domain.candidate_pool):
+        field = "search_scale" if domain.search_scale else "candidate_pool"
+        raise InputError(f"{where}{field} is for --select to choose from, found --select none")
+    epsilons = domain.route_epsilon or args.route_epsilon or (Routing.epsilon,)
+    routes = args.routing == "amt" and args.specified_expert is None and args.coefficients is None
+    return Deployment(
+        routing=args.routing,
+        coefficients=None if args.coefficients is None else tuple(args.coefficients),
+        experts=None if args.specified_expert is None else tuple(args.specified_expert),
+        routings=_routings(args, domain, way, where) if routes else (),
+        trims=tuple(args.trim if domain.trim is None else domain.trim),
+        trim_candidates=tuple(
+            args.trim_candidates if domain.candidate_pool is None else domain.candidate_pool
+        ),
+        select=way,
+        select_on=args.select_on,
+        select_episodes=args.nSelectEpisode,
+        support_epsilon=max(epsilons) if way == "support" else 0.0,
+        split=args.split,
+        single=args.deploy == "vanilla",
+        finetune=finetuning(args) if args.deploy == "finetune" else None,
+    )
+
+
+def _routings(args: argparse.Namespace, domain: DomainSettings, way: str, where: str) -> tuple[Routing, ...]:
+    """The routers' settings: a domain's own before those of the flags, or what there is to choose from."""
+    values = {
+        "beta": args.blend_beta or (BETAS if way != "none" else (Routing.beta,)),
+        "gamma": args.blend_gamma or (GAMMAS if way != "none" else (Routing.gamma,)),
+        "top_k": args.top_k or (Routing.top_k,),
+        "route_epsilon": args.route_epsilon or (Routing.epsilon,),
+    }
+    own = {name: getattr(domain, name) for name in values if getattr(domain, name)}
+    if domain.search_scale:
+        own["beta"], own["gamma"] = published_grid(domain.search_scale, domain.search_step)
+    values |= own
+    several = [name for name, found in values.items() if len(found) > 1]
+    if way == "none" and several:
+        name = several[0]
+        flag = f"{where}{name}" if name in own else f"--{_FLAGS.get(name, name)}"
+        raise InputError(
+            f"{flag} has {len(values[name])} values, expected one; among several chooses --select of "
+            "test_meta_dataset.py"
+        )
+    return tuple(
+        Routing(beta, gamma, top_k, args.aug_prob, epsilon)
+        for top_k, epsilon, beta, gamma in itertools.product(
+            *(values[name] for name in ("top_k", "route_epsilon", "beta", "gamma"))
+        )
+    )

@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from amt import checkpoint, options
+from amt import checkpoint, options, runs
 from amt.backbone import ARCHS, build_network
 from amt.journal import Journal
 from amt.lora import principal_pool
@@ -455,12 +455,12 @@ def test_ctrl_c_before_there_is_anything_to_save_ends_without_a_traceback(world,
 
 
 def evaluated(world: World, trained: tuple[Ended, Path], out: Path, *flags) -> tuple[Ended, dict]:
-    """How test_meta_dataset.py ended on the trained pool, and its results.json."""
+    """How test_meta_dataset.py ended on the trained pool, and its results.json with the rows."""
     ended = command(
         "test_meta_dataset", *world.test(out, "--resume", trained[1] / "last.safetensors", *flags)
     )
     assert ended.code == 0, ended.err
-    return ended, strict_json(out / "results.json")
+    return ended, strict_json(out / "results.json") | {"rows": runs.load(out).rows}
 
 
 def strict_json(file: Path) -> dict:
@@ -480,13 +480,14 @@ def test_evaluation_end_to_end_in_a_process_of_its_own(world, trained, tmp_path)
     assert ended.code == 0, ended.err
     assert "error" not in ended.err and "Warning" not in ended.err
     results = strict_json(tmp_path / "out" / "results.json")
+    assert results["peak_memory_mb"] > 0 and results["wall_seconds"] > 0 and results["suspect"] == []
 
     assert results["command"].startswith("test_meta_dataset.py ") and str(resume) in results["command"]
     assert results["seed"] == 3 and results["split"] == "TEST" and results["checkpoint"] == str(resume)
-    assert results["merging"]["how"] == "amt, beta 1 and gamma 0.6 as given"
-    assert [attack["epsilon"] for attack in results["attacks"]] == [2.0, 8.0]
+    assert results["merging"]["tiny"]["how"] == "amt, beta 1 and gamma 0.6 as given"
+    assert [attack["epsilons"] for attack in results["attacks"]] == [[2.0, 8.0]]
     columns = ("clean", "pgd2@2", "pgd2@8")
-    rows = results["rows"]["tiny"]
+    rows = runs.load(tmp_path / "out").rows["tiny"]
     assert [row["index"] for row in rows] == [0, 1]
     for row in rows:
         assert (row["ways"], row["support"], row["queries"]) == (5, 5, 5)
@@ -529,7 +530,7 @@ def test_evaluation_is_repeatable(world, trained, tmp_path):
     found = []
     for workers in (0, 1):
         _, results = evaluated(world, trained, tmp_path / str(workers), "--num_workers", workers)
-        found.append([{**row, "seconds": None} for row in results["rows"]["tiny"]])
+        found.append([row | {"seconds": None, "fit_seconds": None} for row in results["rows"]["tiny"]])
     assert found[0] == found[1]
 
 
@@ -541,7 +542,7 @@ def test_evaluation_is_repeatable(world, trained, tmp_path):
         (("--coefficients", 0.25, 0.75), [0.25, 0.75], "fixed coefficients 0.25, 0.75"),
         (("--routing", "uniform"), [0.5, 0.5], "fixed coefficients 0.5, 0.5"),
         (("--trim", "qkv:-1:0.5", "--routing", "uniform"), [0.5, 0.5], "; trimmed qkv:-1:0.5 as given"),
-        (("--routing", "attacked"), None, "attacked, beta 1 and gamma 0.6 as given"),
+        (("--route_epsilon", 4), None, "amt, beta 1 and gamma 0.6, route_epsilon 4 as given"),
         (("--blend_beta", 10, "--blend_gamma", 0.4), None, "amt, beta 10 and gamma 0.4 as given"),
     ],
 )
@@ -552,8 +553,9 @@ def test_the_flags_decide_the_merging_and_the_results_say_so(
     (row,) = results["rows"]["tiny"]
     assert math.isclose(sum(row["coefficients"]), 1)
     assert coefficients is None or row["coefficients"] == coefficients
-    assert how in results["merging"]["how"] and results["merging"]["how"] in ended.out
-    assert results["merging"]["epsilons"] == [8.0, 0.1]
+    merging = results["merging"]["tiny"]
+    assert how in merging["how"] and merging["how"] in ended.out
+    assert merging["epsilons"] == [8.0, 0.1]
 
 
 def test_settings_are_selected_on_the_valid_split_alone(world, trained, tmp_path, monkeypatch):
@@ -567,8 +569,8 @@ def test_settings_are_selected_on_the_valid_split_alone(world, trained, tmp_path
     monkeypatch.setattr(EpisodeReader, "raw", noted)
     flags = ("--select_on", "tiny", "--nSelectEpisode", 2, "--trim_candidates", "fc1:0:0.5", "--epsilon", 8)
     _, results = evaluated(world, trained, tmp_path, *flags)
-    assert read == [("tiny", "VALID")] * 2 + [("tiny", "TEST")] * 2
-    merging = results["merging"]
+    assert read[-2:] == [("tiny", "TEST")] * 2 and set(read[:-2]) == {("tiny", "VALID")}
+    merging = results["merging"]["tiny"]
     assert "chosen on 2 VALID episodes of tiny" in merging["how"]
     scores = dict(merging["candidates"])
     chosen = f"beta {merging['routing']['beta']:g}, gamma {merging['routing']['gamma']:g}"
@@ -582,8 +584,8 @@ def test_without_a_checkpoint_the_pretrained_network_is_measured(world, tmp_path
     assert ended.code == 0, ended.err
     results = strict_json(tmp_path / "results.json")
     assert results["checkpoint"] is None and results["attacks"] == []
-    assert results["merging"] == {"how": "none, the pretrained network"}
-    assert all(row["coefficients"] == [] and "clean" in row for row in results["rows"]["tiny"])
+    assert results["merging"] == {"tiny": {"how": "none, the pretrained network"}}
+    assert all(row["coefficients"] == [] and "clean" in row for row in runs.load(tmp_path).rows["tiny"])
 
 
 def test_a_single_episode_has_no_interval_and_the_results_are_still_json(world, tmp_path):
@@ -831,7 +833,7 @@ def test_a_damaged_record_stops_the_command_and_is_named(world, tmp_path, script
     file, record, begin = Path(said[1]), int(said[2]), int(said[3])
     assert file.parent == world.data / "damaged" and record == 1
     assert begin == open_records(file).offsets[1]
-    assert not list(tmp_path.glob("out/*.safetensors")) and not list(tmp_path.glob("out/*.json"))
+    assert not list(tmp_path.glob("out/*.safetensors")) and not list(tmp_path.glob("out/results.json"))
 
 
 def test_training_passes_over_damaged_records_and_counts_them(world, tmp_path):

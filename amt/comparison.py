@@ -1,0 +1,76 @@
+"""Two runs on the same episodes: by how much one is better, and how sure that is.
+
+Episodes depend on seed, split and sampling alone, and so do the attacks' starts; so runs that agree in these
+are compared episode by episode, which takes the spread between episodes out of the interval. The attack's
+columns carry its settings in their names.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from amt.runs import Run
+from amt.statistics import Summary, average_summary, paired_difference
+
+
+class Comparison(NamedTuple):
+    """Ours minus theirs, in points.
+
+    Args:
+        differences: by domain or average, and column; over the episodes that both have finished.
+        refusals: why domains, or the runs as a whole, could not be paired.
+    """
+
+    differences: dict[tuple[str, str], Summary]
+    refusals: tuple[str, ...]
+
+
+def compare(ours: Run, theirs: Run) -> Comparison:
+    """Paired differences of all columns that both runs have, by domain and by average."""
+    if (reason := other_episodes(ours.about, theirs.about)) is not None:
+        return Comparison({}, (reason,))
+    pairs, refusals = {}, []
+    for source in [source for source in theirs.sources if source in ours.sources]:
+        pair = same_episodes(ours.rows[source], theirs.rows[source])
+        if pair is None:
+            refusals.append(f"they share no episode of {source}")
+        else:
+            pairs[source] = pair
+    if not pairs and not refusals:
+        refusals.append("they share no domain")
+    found: dict[tuple[str, str], Summary] = {}
+    for column in [column for column in theirs.columns if column in ours.columns]:
+        for source, pair in pairs.items():
+            found[source, column] = paired_difference(*pair, column)
+        for name, members in theirs.averages.items():
+            shared = [found[source, column] for source in members if source in pairs]
+            # Of a part of its domains an average would be another number under the same name.
+            if len(shared) == len(members) == len(ours.averages.get(name, ())) > 1:
+                found[name, column] = average_summary(shared)
+    return Comparison(found, tuple(refusals))
+
+
+def other_episodes(ours: Mapping, theirs: Mapping) -> str | None:
+    """Why two runs, by what their run.json says, did not draw the same episodes; None if they did."""
+    for name in ("seed", "split", "sampling"):
+        if ours.get(name) != theirs.get(name):
+            return f"its {name} is {in_words(ours.get(name))}, not {in_words(theirs.get(name))}"
+    return None
+
+
+def in_words(value: object) -> str:
+    """A setting in a sentence."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {in_words(each)}" for name, each in value.items() if each is not None)
+    if isinstance(value, list | tuple):
+        return " ".join(map(in_words, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def same_episodes(ours: Sequence[Mapping], theirs: Sequence[Mapping]) -> tuple[list, list] | None:
+    """The rows of the episodes that both runs finished; None if there is none, or the shapes differ."""
+    by_index = {row["index"]: row for row in theirs}
+    pairs = [(row, by_index[row["index"]]) for row in ours if row["index"] in by_index]
+    shape = ("ways", "support", "queries")
+    if not pairs or any(a.get(name) != b.get(name) for a, b in pairs for name in shape):
+        return None
+    return [a for a, _ in pairs], [b for _, b in pairs]
