@@ -1,10 +1,11 @@
-"""Meta-training: tune a pool of LoRAs, one per robustness level, on episodes under dual perturbation.
+"""Meta-training: tune a pool, one member per robustness level, on episodes under dual perturbation.
 
     python main.py --arch vit_mini_amt --data_path data/mini --base_sources mini_objects --output_dir runs/x
 
 Each episode gives every level one step: support features make prototypes, the query images are attacked,
 the singular factors are moved uphill, and the natural plus robust loss at the moved factors is descended
-(amt/meta_tune.py). Afterwards test_meta_dataset.py merges the pool anew for every task.
+(amt/meta_tune.py). Afterwards test_meta_dataset.py merges the pool anew for every task. A member is a LoRA,
+or with --tune full a complete network; baselines train in the same loop, see --tune and --pgd_method.
 """
 
 import argparse
@@ -18,9 +19,11 @@ from torch.utils.data import Subset
 from amt import checkpoint, options
 from amt.backbone import Backbone, find_device, load_backbone
 from amt.evaluate import validate
+from amt.full_pool import pretrained_pool
 from amt.journal import Interrupts, Journal
-from amt.lora import LoRAPool, principal_pool
+from amt.lora import principal_pool
 from amt.meta_tune import NonFiniteLoss, Tuner, TuneSettings, meta_tune
+from amt.pool import Pool
 from meta_dataset_readers.errors import InputError, exit_on_bad_input
 from meta_dataset_readers.reader import EpisodeReader, SourceMixture, episode_loader
 from meta_dataset_readers.stored_episodes import open_episodes
@@ -54,11 +57,11 @@ def main() -> int:
     ]
     tuner, history = resumed(args, backbone, settings) if args.resume else fresh(args, backbone, settings)
 
-    def score(pool: LoRAPool) -> list[dict[str, float]]:
+    def score(pool: Pool) -> list[dict[str, float]]:
         """Validate on the same episodes each time, read anew: together they would fill the memory."""
         fixed = (episode for each in validation for episode in episode_loader(each, args.num_workers))
         on_device = (episode.to(backbone.device) for episode in journal.watch(fixed))
-        return validate(backbone, pool, on_device, robust=settings.method == "adsv")
+        return validate(backbone, pool, on_device, robust=settings.adversarial)
 
     journal = Journal(
         args.output_dir,
@@ -104,10 +107,14 @@ def protocol(args: argparse.Namespace, backbone: Backbone) -> dict:
 
 def fresh(args: argparse.Namespace, backbone: Backbone, settings: TuneSettings) -> tuple[Tuner, list[dict]]:
     """A tuner at the start of its run, and an empty history."""
-    try:
-        pool = principal_pool(backbone.weights, args.rank, options.levels(args))
-    except ValueError as error:
-        raise InputError(f"--rank is {args.rank}: {error}") from error
+    levels = options.levels(args)
+    if args.tune == "full":
+        pool = pretrained_pool(backbone.weights, levels)
+    else:
+        try:
+            pool = principal_pool(backbone.weights, args.rank, levels)
+        except ValueError as error:
+            raise InputError(f"--rank is {args.rank}: {error}") from error
     return Tuner(backbone, pool, settings), []
 
 
@@ -115,8 +122,9 @@ def resumed(args: argparse.Namespace, backbone: Backbone, settings: TuneSettings
     """The tuner that `--resume` saved, and the history of its run."""
     saved = checkpoint.load(args.resume)
     checkpoint.check_architecture(args.resume, saved.pool, backbone.weights, backbone.arch)
+    tuned = {"tune": args.tune, "rank": args.rank if args.tune == "lora" else None}
     checkpoint.check_resumable(
-        args.resume, saved, settings, options.levels(args), args.rank, protocol(args, backbone)
+        args.resume, saved, settings, options.levels(args), tuned, protocol(args, backbone)
     )
     tuner = Tuner(backbone, saved.pool.to(backbone.device), settings)
     try:

@@ -73,12 +73,14 @@ class Journal:
     def on_epoch(self, tuner: Tuner) -> None:
         """Note the end of an epoch: validate, warn of a collapse, save `best` if it is, and `last`."""
         note = {"epoch": tuner.epoch, "episodes": tuner.episodes_done}
+        diverges = tuner.settings.method == "adsv"  # the others have no divergence to look at
         for p, records in enumerate(zip(*self._records, strict=True)):
-            if collapsed(list(records), tuner.settings.method == "adsv"):
+            if collapsed(list(records), diverges):
                 note.setdefault("collapsed", []).append(p)
                 self.say(
                     f"warning: level {p} has collapsed: its loss stayed at ln(ways) = "
-                    f"{math.log(records[-1].n_way):.3f} with the divergence at zero for the whole epoch; "
+                    f"{math.log(records[-1].n_way):.3f} {'with the divergence at zero ' * diverges}"
+                    "for the whole epoch; "
                     "lower --lr, or try --clip_grad 1 and --epsilon_warmup"
                 )
         self._records = []

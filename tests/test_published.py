@@ -266,7 +266,7 @@ def test_a_published_training_is_not_continued(network, tmp_path):
     """Its optimiser could be read, its random streams could not: main.py --resume says so in a line."""
     saved = checkpoint.load(training_file(tmp_path / "a.pth", trained(network, 1)))
     with pytest.raises(InputError, match="published code, whose training cannot be continued exactly"):
-        checkpoint.check_resumable(tmp_path / "a.pth", saved, None, (), 8, {})
+        checkpoint.check_resumable(tmp_path / "a.pth", saved, None, (), {}, {})
 
 
 # files from elsewhere

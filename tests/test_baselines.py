@@ -1,0 +1,693 @@
+"""The trained baselines: complete networks in place of LoRAs, adversarial querying, fine-tuning on a task.
+
+What they compute is compared with modules trained by torch as anybody would write it; then each is trained by
+main.py in a process of its own and evaluated by test_meta_dataset.py.
+"""
+
+import copy
+import dataclasses
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import fails, moved_apart, patterned_episode, random_backbone
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_commands import World, about, command, error_line, same_tensors, signal_after, start, world
+from torch import Tensor, nn
+
+from amt import checkpoint, export, options
+from amt.backbone import Arch, Backbone
+from amt.checkpoint import Checkpoint
+from amt.commands import checkpoint as describing
+from amt.commands import export as exporting
+from amt.commands import pool as pooling
+from amt.finetune import Finetuning, finetune, finetuned_predictor
+from amt.full_pool import FullPool, pretrained_pool
+from amt.lora import Trim, principal_pool, trim_singular_values
+from amt.merge import AUGMENTATIONS, augment
+from amt.meta_tune import ALONE, Tuner, TuneSettings, natural_outcome, querying_outcome
+from amt.perturb import Perturbation, pyramid_start
+from amt.pool import Pool
+from amt.predict import prototype_task
+from meta_dataset_readers.episode import Episode
+from meta_dataset_readers.errors import InputError
+
+__all__ = ["world"]  # a fixture, found by its name
+
+ARCH = Arch(patch_size=4, dim=24, depth=2, heads=2, pretrained_size=16, image_size=16, mlp_ratio=2.0)
+ORDINARY = Perturbation(8, 2, steps=3, gamma=0.0, beta=0.0, grids=(0,), scalars=(1.0,), start="random1")
+DUAL = Perturbation(8, 2, steps=2, gamma=0.01, grids=(2, 0), scalars=(2.0, 1.0))
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return random_backbone(ARCH)
+
+
+@pytest.fixture(scope="module")
+def pool(backbone) -> FullPool:
+    """Three networks that differ in every weight, and in their heads."""
+    moved = moved_apart(pretrained_pool(backbone.weights, (DUAL, ORDINARY, ORDINARY)))
+    return dataclasses.replace(moved, scale=torch.tensor([9.0, 10, 11]), bias=torch.tensor([0.0, 0.1, 0.2]))
+
+
+@pytest.fixture(scope="module")
+def episode() -> Episode:
+    return patterned_episode(0, side=16)
+
+
+def tuner_of(backbone: Backbone, start: Pool, method: str, lr: float = 0.01, **settings) -> Tuner:
+    usual = {"epochs": 1, "episodes_per_epoch": 100, "warmup_epochs": 0, "momentum": 0.9}
+    return Tuner(backbone, start, TuneSettings(lr=lr, method=method, **(usual | settings)))
+
+
+def identical(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def close(found: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 1e-6) -> list[str]:
+    """Names of the tensors that differ."""
+    assert found.keys() == expected.keys()
+    return [name for name in found if not torch.allclose(found[name], expected[name], rtol=1e-4, atol=atol)]
+
+
+# --- the same in plain torch -----------------------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    """The network and its head as a module of its own: what is computed in another way."""
+
+    def __init__(self, backbone: Backbone, weights: dict[str, Tensor] | None = None):
+        super().__init__()
+        self.network = copy.deepcopy(backbone.network).requires_grad_()
+        if weights is not None:
+            self.network.load_state_dict(weights)
+        self.scale = nn.Parameter(torch.tensor(10.0))
+
+    def see(self, images: Tensor) -> Tensor:
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        return self.network((images - mean[:, None, None]) / std[:, None, None])
+
+    def forward(self, support: Tensor, labels: Tensor, images: Tensor) -> Tensor:
+        seen = self.see(support)
+        centres = torch.stack([seen[labels == k].mean(0) for k in range(int(labels.max()) + 1)])
+        return self.scale * F.cosine_similarity(self.see(images)[:, None], centres[None], dim=-1)
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: weight.detach() for name, weight in self.network.named_parameters()}
+
+
+# --- a pool of complete networks -------------------------------------------------------------------------
+
+
+def test_a_one_hot_merge_is_that_member_bit_for_bit(pool):
+    for p in range(len(pool)):
+        one_hot = [float(k == p) for k in range(len(pool))]
+        assert identical(pool.merge(one_hot), {name: each[p] for name, each in pool.weights.items()})
+        assert identical(pool[p].merge(ALONE), pool.merge(one_hot))
+        assert [float(part) for part in pool.head(one_hot)] == [pool.scale[p], pool.bias[p]]
+        assert pool[p].levels == (pool.levels[p],)
+
+
+@given(st.lists(st.floats(-2, 2, width=16), min_size=1, max_size=3))
+def test_an_untrained_pool_is_the_pretrained_network_whatever_the_coefficients(backbone, free):
+    start = pretrained_pool(backbone.weights, [ORDINARY] * (len(free) + 1))
+    coefficients = [*free, 1 - sum(free)]
+    assert identical(start.merge(coefficients), backbone.weights)
+    assert (start.scale == 10).all() and (start.bias == 0).all()
+
+
+def test_merging_is_the_weighted_sum_and_reaches_every_member(pool):
+    leaves = {name: each.clone().requires_grad_() for name, each in pool.factors.items()}
+    shares = (0.5, 0.75, -0.25)
+    merged = pool.with_factors(leaves).merge(shares)
+    expected = {name: sum(c * each[p] for p, c in enumerate(shares)) for name, each in pool.weights.items()}
+    assert close(merged, expected) == []
+    sum(weight.sum() for weight in merged.values()).backward()
+    for leaf in leaves.values():
+        for p, share in enumerate(shares):
+            assert torch.allclose(leaf.grad[p], torch.full_like(leaf.grad[p], share), atol=1e-6)
+
+
+def test_coefficients_that_do_not_sum_to_one_are_refused(pool):
+    for wrong in ([0.5, 0.5], [0.5, 0.5, 0.2], [1, 0, float("nan")]):
+        with pytest.raises(ValueError, match="coefficients"):
+            pool.merge(wrong)
+
+
+def test_concat_and_indexing_are_inverse(pool):
+    again = Pool.concat([pool[p] for p in range(len(pool))])
+    assert identical(again.weights, pool.weights) and torch.equal(again.scale, pool.scale)
+    assert again.levels == pool.levels and identical(again.factors, pool.to("cpu").factors)
+    for outside in (-1, len(pool)):
+        with pytest.raises(IndexError):
+            pool[outside]
+
+
+def test_only_what_belongs_together_is_joined(backbone, pool):
+    other = random_backbone(dataclasses.replace(ARCH, depth=1))
+    with pytest.raises(ValueError, match=r"blocks\.1\..*architecture"):
+        Pool.concat([pool, pretrained_pool(other.weights, [ORDINARY])])
+    with pytest.raises(ValueError, match="--tune full, another with lora"):
+        Pool.concat([pool, principal_pool(backbone.weights, 2, [ORDINARY])])
+
+
+def test_both_kinds_say_what_they_merge_to(backbone, pool):
+    loras = principal_pool(backbone.weights, 2, [ORDINARY])
+    shapes = {name: tuple(weight.shape) for name, weight in backbone.weights.items()}
+    assert loras.shapes == pool.shapes == shapes
+    assert pool.adapted == shapes.keys() and loras.adapted == {n for n in shapes if n.endswith("weight")} & {
+        name.removesuffix(".lora_A") for name in loras.factors
+    }
+    assert (loras.rank, pool.rank, loras.tune, pool.tune) == (2, None, "lora", "full")
+
+
+def test_a_merged_full_pool_can_be_trimmed(pool):
+    merged = pool.merge([0.5, 0.5, 0])
+    trimmed = trim_singular_values(merged, [Trim("qkv", 0, 0.5)])
+    assert torch.linalg.matrix_rank(trimmed["blocks.0.attn.qkv.weight"]) == 12
+    assert trimmed["blocks.1.attn.qkv.weight"] is merged["blocks.1.attn.qkv.weight"]
+
+
+# --- training --------------------------------------------------------------------------------------------
+
+
+def test_plain_full_tuning_is_torchs_own_training(backbone):
+    """P>M>F's meta-training, three steps with momentum, against a module and torch's optimiser."""
+    plain = Plain(backbone)
+    optimiser = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9)
+    tuner = tuner_of(backbone, pretrained_pool(backbone.weights, [ORDINARY]), "standard")
+    for seed in range(3):
+        episode = patterned_episode(seed, side=16)
+        loss = F.cross_entropy(
+            plain(episode.support, episode.support_labels, episode.query), episode.query_labels
+        )
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        (record,) = tuner.step(episode)
+        assert record.total == record.natural == pytest.approx(loss.item(), rel=1e-5)
+        assert record.clean_accuracy == record.robust_accuracy and record.robust == 0
+    assert close(tuner.pool.merge(ALONE), plain.weights()) == []
+    assert tuner.pool.scale.item() == pytest.approx(plain.scale.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["standard", "querying", "adsv"])
+def test_full_tuning_trains_every_weight_of_every_member(backbone, episode, method):
+    """Position table, class token, norms and biases, and the scale; under weight perturbation as well."""
+    levels = (DUAL, dataclasses.replace(DUAL, epsilon=1.0)) if method == "adsv" else (ORDINARY,)
+    tuner = tuner_of(backbone, pretrained_pool(backbone.weights, levels), method)
+    before = {name: weight.clone() for name, weight in backbone.weights.items()}
+    for _ in range(2):  # the first step of a norm's weight of 1 or a bias of 0 may come to nothing
+        records = tuner.step(episode)
+    assert len(records) == len(levels) and all(record.total > 0 for record in records)
+    for p in range(len(levels)):
+        trained = tuner.pool[p].merge(ALONE)
+        assert [name for name in trained if torch.equal(trained[name], before[name])] == []
+        assert tuner.pool.scale[p] != 10 and tuner.pool.bias[p] == 0
+    assert identical(backbone.weights, before)
+
+
+def attacked_by_hand(plain: Plain, episode: Episode, level: Perturbation, start: Tensor) -> Tensor:
+    """PGD on the queries by the letter: signed steps on the cross-entropy, projected, within [0, 1]."""
+    delta = start.clone()
+    for _ in range(level.steps):
+        delta.requires_grad_()
+        logits = plain(episode.support, episode.support_labels, (episode.query + delta).clamp(0, 1))
+        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, episode.query_labels), delta)
+        delta = (delta.detach() + level.step_size / 255 * gradient.sign()).clamp(
+            -level.epsilon / 255, level.epsilon / 255
+        )
+    return (episode.query + delta).clamp(0, 1).detach()
+
+
+def test_adversarial_querying_is_torchs_own_training_on_attacked_queries(backbone):
+    episode = patterned_episode(5, side=16)
+    inner = 0.1 + 0.8 * episode.query  # away from the limits, where clipping counts half a gradient
+    episode = dataclasses.replace(episode, query=inner)
+    (start,) = pyramid_start(inner, ORDINARY, torch.Generator().manual_seed(1))
+    plain = Plain(backbone)
+    images = attacked_by_hand(plain, episode, ORDINARY, start)
+    assert 0 < (images - inner).abs().max() <= 8 / 255 + 1e-6
+    logits = plain(episode.support, episode.support_labels, images)
+    loss = F.cross_entropy(logits, episode.query_labels)
+    loss.backward()
+
+    leaf = tuner_of(backbone, pretrained_pool(backbone.weights, [ORDINARY]), "querying")._members[0]
+    outcome = querying_outcome(backbone, leaf, episode, ORDINARY, [start])
+    outcome.loss.total.backward()
+    assert torch.allclose(outcome.attacked, logits, atol=1e-4)
+    clean = plain(episode.support, episode.support_labels, inner)
+    assert torch.allclose(outcome.clean, clean, atol=1e-4) and not outcome.clean.requires_grad
+    assert outcome.loss.total.item() == pytest.approx(loss.item(), rel=1e-4)
+    expected = {name: weight.grad for name, weight in plain.network.named_parameters()}
+    found = {name: factor.grad[0] for name, factor in leaf.factors.items()}
+    assert close(found, expected, atol=1e-5) == []
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_querying_shows_the_support_set_clean_and_perturbs_no_weight(backbone, episode, tune):
+    """One pass of the support, K + 2 of the queries, and nothing that gamma or beta could change."""
+    start = untrained(backbone, tune, ORDINARY)
+    seen = []
+
+    def look(_, images):
+        seen.append(images[0])
+
+    handle = backbone.network.register_forward_pre_hook(look)
+    try:
+        tuners = [
+            tuner_of(backbone, dataclasses.replace(start, levels=(level,)), "querying")
+            for level in (ORDINARY, dataclasses.replace(ORDINARY, gamma=0.5, beta=3.0))
+        ]
+        for tuner in tuners:
+            tuner.step(episode)
+    finally:
+        handle.remove()
+    assert identical(tuners[0].pool.factors, tuners[1].pool.factors)
+    one = seen[: len(seen) // 2]
+    normalised = backbone.normalise(episode.support)
+    assert torch.equal(one[0], normalised)
+    assert len(one) == 1 + ORDINARY.steps + 2
+    assert all(len(images) == len(episode.query) for images in one[1:])
+
+
+def untrained(backbone: Backbone, tune: str, *levels: Perturbation) -> Pool:
+    if tune == "full":
+        return pretrained_pool(backbone.weights, levels)
+    return principal_pool(backbone.weights, 3, levels)
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_querying_without_room_is_plain_meta_tuning(backbone, episode, tune):
+    nothing = dataclasses.replace(ORDINARY, epsilon=0.0, step_size=0.0)
+    start = untrained(backbone, tune, nothing)
+    (zero,) = pyramid_start(episode.query, nothing, torch.Generator())
+    with torch.no_grad():
+        plain = natural_outcome(backbone, start, episode)
+    outcome = querying_outcome(backbone, start, episode, nothing, [zero])
+    assert torch.allclose(outcome.loss.total, plain.loss.total, atol=1e-5)
+    assert torch.allclose(outcome.attacked, outcome.clean, atol=1e-5)
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_the_loss_under_attack_falls_when_querying_trains(backbone, tune):
+    """On the episode it is trained on, against the same start."""
+    episode = patterned_episode(3, side=16)
+    tuner = tuner_of(backbone, untrained(backbone, tune, ORDINARY), "querying", lr=0.02)
+
+    def loss() -> float:
+        start = pyramid_start(episode.query, ORDINARY, torch.Generator().manual_seed(0))
+        return querying_outcome(backbone, tuner.pool, episode, ORDINARY, start).loss.total.item()
+
+    before = loss()
+    for _ in range(15):
+        tuner.step(episode)
+    assert loss() < 0.7 * before
+
+
+@pytest.mark.parametrize("method", ["standard", "querying", "adsv"])
+def test_a_restored_full_run_goes_on_exactly(backbone, tmp_path, method):
+    """Through the file: weights, momentum and the number of episodes."""
+    levels = (DUAL, ORDINARY)
+    straight = tuner_of(backbone, pretrained_pool(backbone.weights, levels), method)
+    for seed in range(4):
+        straight.step(patterned_episode(seed, side=16))
+        if seed == 1:
+            momentum, numbers = straight.state()
+            checkpoint.save(tmp_path / "a.safetensors", Checkpoint(straight.pool, {"n": numbers}, momentum))
+    saved = checkpoint.load(tmp_path / "a.safetensors")
+    again = tuner_of(backbone, saved.pool, method)
+    again.restore(saved.momentum, saved.about["n"])
+    for seed in (2, 3):
+        again.step(patterned_episode(seed, side=16))
+    assert identical(again.pool.factors, straight.pool.factors)
+    assert torch.equal(again.pool.scale, straight.pool.scale)
+
+
+# --- fine-tuning on a task -------------------------------------------------------------------------------
+
+SETTINGS = Finetuning(steps=4, lr=1e-3)
+
+
+def logits_of(backbone: Backbone, episode: Episode, settings: Finetuning = SETTINGS, seed: int = 0) -> Tensor:
+    predict = finetuned_predictor(backbone, backbone.weights, 10.0, 0.0, settings, seed)
+    return predict(episode).logits(patterned_episode(9, side=16).query)
+
+
+@pytest.mark.parametrize("settings", [Finetuning(lr=0.0), Finetuning(steps=0)])
+def test_no_rate_or_no_step_is_no_fine_tuning(backbone, episode, settings):
+    task = prototype_task(backbone, backbone.weights, episode, 10.0, 0.0)
+    expected = task.logits(patterned_episode(9, side=16).query)
+    assert torch.equal(logits_of(backbone, episode, settings), expected)
+
+
+def test_fine_tuning_is_adam_on_all_weights(backbone, episode):
+    """Without augmentation, three steps, against a module and torch's optimiser; the scale stays."""
+    plain = Plain(backbone)
+    optimiser = torch.optim.Adam(plain.network.parameters(), lr=1e-3)
+    support, labels = episode.support, episode.support_labels
+    for _ in range(3):
+        optimiser.zero_grad()
+        F.cross_entropy(plain(support, labels, support), labels).backward()
+        optimiser.step()
+    settings = Finetuning(steps=3, lr=1e-3, augment_probability=0.0)
+    query = patterned_episode(9, side=16).query
+    expected = plain(support, labels, query)
+    assert torch.allclose(logits_of(backbone, episode, settings), expected, atol=2e-3)
+    untouched = prototype_task(backbone, backbone.weights, episode, 10.0).logits(query)
+    assert (untouched - expected).abs().max() > 0.1  # so that the tolerance means something
+
+
+def test_fine_tuning_learns(backbone):
+    """The support set by heart without augmentation, and with it what is new; though no gradient is asked."""
+    episode = patterned_episode(1, n_way=4, shots=4, queries=8, side=16)
+
+    @torch.no_grad()
+    def losses(settings: Finetuning) -> tuple[float, float]:
+        task = finetuned_predictor(backbone, backbone.weights, 10.0, 0.0, settings, 0)(episode)
+        support = F.cross_entropy(task.logits(episode.support), episode.support_labels)
+        return support.item(), F.cross_entropy(task.logits(episode.query), episode.query_labels).item()
+
+    support, query = losses(Finetuning(steps=0))
+    assert losses(Finetuning(steps=20, lr=1e-3, augment_probability=0.0))[0] < 0.1 * support
+    assert losses(Finetuning(steps=10, lr=1e-3))[1] < 0.9 * query
+
+
+def test_fine_tuning_sees_no_query_and_no_query_label(backbone, episode):
+    garbage = dataclasses.replace(
+        episode, query=torch.full_like(episode.query, float("nan")), query_labels=-episode.query_labels - 7
+    )
+    assert torch.equal(logits_of(backbone, garbage), logits_of(backbone, episode))
+
+
+def test_fine_tuning_depends_on_the_seed_and_the_episode_alone(backbone, episode):
+    first = logits_of(backbone, episode)
+    torch.rand(7)
+    assert torch.equal(logits_of(backbone, episode), first)
+    assert not torch.equal(logits_of(backbone, episode, seed=1), first)
+    assert not torch.equal(logits_of(backbone, dataclasses.replace(episode, index=1)), first)
+
+
+def test_every_task_starts_from_the_same_weights_which_stay_as_they_are(backbone, episode):
+    weights = {name: weight.clone() for name, weight in backbone.weights.items()}
+    before, network = {n: w.clone() for n, w in weights.items()}, copy.deepcopy(backbone.network.state_dict())
+    predict = finetuned_predictor(backbone, weights, 10.0, 0.0, SETTINGS, 0)
+    images = episode.query
+    first = predict(episode).logits(images)
+    predict(patterned_episode(4, side=16))
+    assert torch.equal(predict(episode).logits(images), first)
+    assert identical(weights, before) and identical(backbone.network.state_dict(), network)
+    assert not any(weight.requires_grad for weight in [*weights.values(), *backbone.network.parameters()])
+
+
+def test_the_attack_goes_through_the_tuned_network(backbone, episode):
+    """White box: images get a gradient through the tuned weights, which get none; `refit` uses them, too."""
+    generator = torch.Generator().manual_seed(0)
+    support, labels = episode.support, episode.support_labels
+    tuned = finetune(backbone, backbone.weights, 10.0, 0.0, support, labels, SETTINGS, generator)
+    assert not any(weight.requires_grad for weight in tuned.values())
+    assert [name for name in tuned if torch.equal(tuned[name], backbone.weights[name])] == []
+    predict = finetuned_predictor(backbone, backbone.weights, 10.0, 0.0, Finetuning(steps=2, lr=1e-3), 0)
+    task = predict(episode)
+    images = episode.query.clone().requires_grad_()
+    task.logits(images).sum().backward()
+    assert images.grad.abs().sum() > 0 and task.coefficients == ()
+    again = support.clone().requires_grad_()
+    refitted = task.refit(again)(episode.query)
+    assert torch.allclose(refitted, task.logits(episode.query), atol=1e-5)
+    refitted.square().sum().backward()
+    assert again.grad.abs().sum() > 0
+
+
+def test_fine_tuning_is_in_float32_whatever_the_backbone_says(backbone, episode):
+    half = dataclasses.replace(backbone, autocast=torch.bfloat16)
+    arguments = (10.0, 0.0, episode.support, episode.support_labels, SETTINGS)
+    one, other = (
+        finetune(each, backbone.weights, *arguments, torch.Generator().manual_seed(0))
+        for each in (backbone, half)
+    )
+    assert identical(one, other)
+
+
+def test_a_rate_that_destroys_the_network_is_refused(backbone, episode):
+    fails("--ada_lr is 1e[+]30.*smaller", lambda: logits_of(backbone, episode, Finetuning(steps=3, lr=1e30)))
+
+
+def test_the_kinds_of_augmentation(episode):
+    """No kind is the flip at most; colour moves nothing, translation changes no value but by zeros."""
+    images = episode.support
+
+    def seen(seed: int, *kinds: str) -> Tensor:
+        return augment(images, torch.Generator().manual_seed(seed), kinds)
+
+    for seed in range(4):
+        assert any(torch.equal(seen(seed), flip) for flip in (images, images.flip(3)))
+        moved = seen(seed, "translation")
+        assert moved.shape == images.shape and set(moved.unique().tolist()) <= {
+            0.0,
+            *images.unique().tolist(),
+        }
+        assert not torch.equal(seen(seed, "color"), seen(seed))
+        both = augment(images, torch.Generator().manual_seed(seed))
+        assert torch.equal(seen(seed, *AUGMENTATIONS), both)
+
+
+# --- files -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file(pool, tmp_path) -> Path:
+    path = tmp_path / "full.safetensors"
+    checkpoint.save(path, Checkpoint(pool, {"arch": "tiny"}))
+    return path
+
+
+def rewritten(file: Path, change) -> Path:
+    """The file with its tensors and header changed by `change(tensors, header)`."""
+    with safe_open(file, "pt") as opened:
+        header = json.loads(opened.metadata()["amt"])
+    tensors = load_file(file)
+    change(tensors, header)
+    save_file(tensors, file, {"amt": json.dumps(header)})
+    return file
+
+
+def test_a_full_pool_comes_back_from_its_file(pool, file, backbone):
+    saved = checkpoint.load(file)
+    assert isinstance(saved.pool, FullPool) and identical(saved.pool.weights, pool.weights)
+    assert torch.equal(saved.pool.scale, pool.scale) and torch.equal(saved.pool.bias, pool.bias)
+    assert saved.pool.levels == pool.levels and saved.about == {"arch": "tiny"}
+    assert json.loads(file.with_suffix(".json").read_text())["tune"] == "full"
+    checkpoint.check_architecture(file, saved.pool, backbone.weights, "tiny")
+
+
+def test_a_file_of_loras_from_before_there_was_a_choice_is_read(backbone, tmp_path):
+    path, loras = tmp_path / "old.safetensors", moved_apart(principal_pool(backbone.weights, 2, [DUAL]))
+    checkpoint.save(path, Checkpoint(loras, {}))
+    found = checkpoint.load(rewritten(path, lambda _, header: header.pop("tune"))).pool
+    assert identical(found.factors, loras.factors) and identical(found.residual, loras.residual)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t, h: h.update(tune="dora"), "damaged header.*dora"),
+        (lambda t, h: h.update(tune=["full"]), "damaged header"),
+        (lambda t, h: h.update(tune="lora"), "factors do not belong"),
+        (lambda t, h: h.update(levels=[]), "damaged header.*0 levels"),
+        (
+            lambda t, h: t.update({"factors/norm.bias": torch.zeros(2, 24)}),
+            r"factors/norm\.bias.*\(2, 24\).*3",
+        ),
+        (lambda t, h: t.update({"factors/norm.bias": torch.tensor(1.0)}), r"factors/norm\.bias.*\(\).*3"),
+        (lambda t, h: t.update({"residual/norm.bias": torch.zeros(24)}), "no complete weights"),
+        (lambda t, h: [t.pop(n) for n in list(t) if n.startswith("factors")], "no complete weights"),
+        (lambda t, h: t.pop("head/scale"), "head/scale"),
+        (lambda t, h: t["factors/norm.bias"].fill_(float("inf")), "norm.bias.*not finite"),
+        (lambda t, h: t.update({"factors/norm.bias": torch.zeros(3, 24, dtype=torch.int)}), "torch.int32"),
+    ],
+)
+def test_a_damaged_file_of_a_full_pool_is_one_clear_line(file, change, words):
+    fails(words, lambda: checkpoint.load(rewritten(file, change)))
+
+
+def test_a_full_pool_of_another_network_is_refused(file, pool):
+    other = random_backbone(dataclasses.replace(ARCH, mlp_ratio=3.0))
+    fails(
+        r"blocks\.0\.mlp\.fc1\.bias is \(48,\), but --arch big has it \(72,\)",
+        lambda: checkpoint.check_architecture(file, pool, other.weights, "big"),
+    )
+
+
+def test_a_full_pool_is_described_assembled_and_exported(backbone, pool, file, tmp_path, capsys, monkeypatch):
+    """By the commands that take a pool; what only LoRAs have a place in is refused in one line."""
+    assert describing.main([str(file)]) == 0
+    said = capsys.readouterr().out
+    assert "our pool of complete networks" in said and "dim 24, depth 2, patch 4" in said
+    one, out = tmp_path / "one.safetensors", tmp_path / "more.safetensors"
+    checkpoint.save(one, Checkpoint(pool[1], {"arch": "tiny"}))
+    assert pooling.main([str(one), str(file), "--out", str(out), "--epsilon", "1", "2", "4", "8"]) == 0
+    assert "4 complete networks, epsilon 1, 2, 4, 8 (of 255)" in capsys.readouterr().out
+    joined = checkpoint.load(out).pool
+    assert identical(joined[0].weights, pool[1].weights) and identical(joined[3].weights, pool[2].weights)
+    loras = tmp_path / "loras.safetensors"
+    checkpoint.save(loras, Checkpoint(principal_pool(backbone.weights, 2, [DUAL]), {"arch": "tiny"}))
+    fails(
+        "full.safetensors and .*loras.safetensors: .*--tune full, another with lora",
+        lambda: pooling.main([str(file), str(loras), "--out", str(out)]),
+    )
+
+    monkeypatch.setattr(exporting, "backbone_of", lambda *_: backbone)
+    shares = ["--coefficients", "0.5", "0.25", "0.25"]
+    net = tmp_path / "net.safetensors"
+    assert exporting.main([str(file), "--to", "timm", *shares, "--out", str(net)]) == 0
+    assert close(load_file(net), pool.merge([0.5, 0.25, 0.25])) == []
+    for to in ("peft", "published"):
+        words = [str(file), "--to", to, "--adapter", "0", "--out", str(tmp_path / to)]
+        fails(f"full.safetensors holds complete networks, and --to {to}", lambda w=words: exporting.main(w))
+        assert not (tmp_path / to).exists()
+    for refused in (
+        lambda: export.published_state(pool),
+        lambda: export.peft_adapter(backbone, pool, [1, 0, 0]),
+    ):
+        fails("the pool holds complete networks", refused)
+
+
+# --- the flags -------------------------------------------------------------------------------------------
+
+
+def levels_of(*flags: str) -> tuple[str, tuple[Perturbation, ...]]:
+    paths = ("--data_path", "data", "--output_dir", "out", "--arch", "vit_mini_amt")
+    args = options.training_parser().parse([*paths, *flags])
+    options.check_training(args)
+    return options.tune_settings(args).method, options.levels(args)
+
+
+def test_one_flag_is_one_baseline():
+    """Each brings the method, the levels and the attack of its paper, and says so in --help."""
+    assert levels_of()[0] == "adsv" and len(levels_of()[1]) == 4
+    method, (level,) = levels_of("--tune", "full")
+    assert (method, level.epsilon) == ("standard", 0.0)
+    for tune in ("lora", "full"):
+        method, (level,) = levels_of("--tune", tune, "--pgd_method", "querying")
+        assert (method, level.epsilon, level.step_size, level.grids, level.scalars, level.start) == (
+            *("querying", 8.0, 2.0, (0,), (1.0,), "random1"),
+        )
+        assert (level.gamma, level.beta) == (0.0, 0.0)
+    method, found = levels_of("--tune", "full", "--pgd_method", "adsv", "--epsilon", "8")
+    assert (method, len(found), found[0].grids, found[0].gamma) == ("adsv", 1, (4, 8, 0), 0.005)
+    assert levels_of("--pgd_method", "standard")[1][0].epsilon == 0.0
+
+
+def test_what_is_given_counts_more_than_what_a_baseline_brings():
+    flags = ("--attack_iters", "7", "--epsilon", "4", "2", "--alpha", "1", "--delta_init", "random")
+    _, found = levels_of("--pgd_method", "querying", *flags, "--pyramid_grids", "2", "--pyramid_scalars", "3")
+    assert [(level.epsilon, level.step_size, level.steps) for level in found] == [(4, 1, 7), (2, 1, 7)]
+    assert {(level.grids, level.scalars, level.start) for level in found} == {((2,), (3.0,), "random2")}
+    with pytest.raises(InputError, match="--pyramid_grids has 2 values and --pyramid_scalars 1"):
+        levels_of("--pgd_method", "querying", "--pyramid_grids", "2", "0")
+
+
+def test_the_flags_of_fine_tuning():
+    paths = ("--data_path", "data", "--output_dir", "out", "--arch", "vit_mini_amt", "--deploy", "finetune")
+
+    def settings(*flags: str) -> Finetuning:
+        return options.finetuning(options.testing_parser().parse([*paths, *flags]))
+
+    assert settings() == Finetuning()
+    given = ("--ada-steps", "50", "--ada_lr", "0.01", "--aug_prob", "0.5", "--aug_types", "color")
+    assert settings(*given) == Finetuning(50, 0.01, 0.5, ("color",))
+    for wrong in (("--ada_steps", "-1"), ("--ada_lr", "nan"), ("--aug_types", "transition")):
+        fails(wrong[0], lambda wrong=wrong: settings(*wrong))
+
+
+# --- the commands ----------------------------------------------------------------------------------------
+
+BASELINES = {
+    "P>M": ("--tune", "full", "--epsilon", 0),
+    "adversarial querying": ("--pgd_method", "querying", "--epsilon", 8),
+    "adversarial querying, full": ("--tune", "full", "--pgd_method", "querying", "--epsilon", 8, 2),
+    "one LoRA": ("--epsilon", 8),
+    "plain": ("--pgd_method", "standard", "--epsilon", 0),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(world: World, tmp_path_factory) -> dict[str, Path]:
+    """The folder of every baseline, trained by main.py in processes of their own, two at a time."""
+    folder = tmp_path_factory.mktemp("baselines")
+    runs = {name: folder / str(number) for number, name in enumerate(BASELINES)}
+    names = list(BASELINES)
+    for pair in (names[i : i + 2] for i in range(0, len(names), 2)):
+        running = [start("main", *world.train(runs[name], *BASELINES[name]), cwd=folder) for name in pair]
+        for each in running:
+            out, err = each.communicate()
+            assert each.returncode == 0, err.decode()
+            assert out.decode().splitlines()[-1].startswith("done: ") and b"Warning" not in err
+    return runs
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_is_trained_and_evaluated_by_the_same_commands(world, trained, tmp_path, name):
+    flags = BASELINES[name]
+    told = about(trained[name] / "last.safetensors")
+    assert told["tune"] == ("full" if "full" in flags else "lora")
+    scores = {"clean", "robust"} if told["settings"]["method"] != "standard" else {"clean"}
+    assert all(set(each) == scores for note in told["history"] for each in note["validation"])
+    resume = ("--resume", trained[name] / "best.safetensors")
+    ended = command("test_meta_dataset", *world.test(tmp_path / "run", *resume))
+    assert ended.code == 0, ended.err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["summary"]["tiny"]["clean"]["n"] == 2
+
+
+@pytest.mark.parametrize("name", ["P>M", "adversarial querying", "adversarial querying, full"])
+def test_a_stopped_and_resumed_baseline_equals_an_uninterrupted_one(
+    world,
+    trained,
+    tmp_path,
+    monkeypatch,
+    name,
+):
+    flags = world.train(tmp_path, *BASELINES[name])
+    with monkeypatch.context() as patch:
+        signal_after(patch, 3, signal.SIGTERM)
+        assert command("main", *flags).code == 128 + signal.SIGTERM
+    last = tmp_path / "last.safetensors"
+    other = "full" if about(last)["tune"] == "lora" else "lora"
+    method = about(last)["settings"]["method"]
+    refused = command("main", *flags, "--resume", last, "--tune", other, "--pgd_method", method)
+    assert refused.code == 2 and f"with tune '{about(last)['tune']}', not '{other}'" in error_line(refused)
+    ended = command("main", *flags, "--resume", last)
+    assert ended.code == 0, ended.err
+    for file in ("last.safetensors", "best.safetensors"):
+        assert same_tensors(tmp_path / file, trained[name] / file)
+
+
+def test_fine_tuning_per_task_from_the_command_line(world, trained, tmp_path):
+    """P>M>F: the rows differ from those without it, and a rate of 0 gives those."""
+    resume = ("--resume", trained["P>M"] / "last.safetensors", "--epsilon", 2)
+
+    def rows(out: str, *flags) -> list[dict]:
+        ended = command("test_meta_dataset", *world.test(tmp_path / out, *resume, *flags))
+        assert ended.code == 0, ended.err
+        lines = (tmp_path / out / "rows.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k in ("clean", "pgd2@2")} for line in lines]
+
+    vanilla = rows("vanilla", "--deploy", "vanilla")
+    finetune_it = ("--deploy", "finetune", "--ada_steps", 3)
+    assert rows("still", *finetune_it, "--ada_lr", 0) == vanilla
+    assert rows("tuned", *finetune_it, "--ada_lr", 0.003) != vanilla
+
+
+def test_fine_tuning_starts_from_one_network(world, trained, tmp_path):
+    resume = ("--resume", trained["adversarial querying, full"] / "last.safetensors", "--deploy", "finetune")
+    ended = command("test_meta_dataset", *world.test(tmp_path / "out", *resume))
+    assert ended.code == 2 and "finetune" in error_line(ended)
