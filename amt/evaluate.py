@@ -15,8 +15,8 @@ from torch import Tensor
 
 from amt.attacks import NORMS, Attack, attack_queries, attack_support
 from amt.backbone import Backbone
-from amt.lora import LoRAPool
 from amt.meta_tune import stream
+from amt.pool import Pool
 from amt.predict import CHUNK, Predictor, Task, merged_predictor
 from amt.statistics import summarise
 from meta_dataset_readers.episode import Episode
@@ -175,7 +175,7 @@ def evaluate(
 
 
 def validate(
-    backbone: Backbone, pool: LoRAPool, episodes: Iterable[Episode], robust: bool, seed: int = 0
+    backbone: Backbone, pool: Pool, episodes: Iterable[Episode], robust: bool, seed: int = 0
 ) -> list[dict[str, float]]:
     """Accuracy in per cent of every adapter alone: `clean`, and `robust` under PGD at its own epsilon and
     with its own steps if asked for; of an adapter trained at epsilon 0 the two are the same.

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from amt.backbone import Backbone, Weights, features
-from amt.lora import LoRAPool, Trim, trim_singular_values
+from amt.lora import Trim, trim_singular_values
 from amt.merge import Coefficients
 from amt.meta_tune import stream
+from amt.pool import Pool
 from amt.protonet import cosine_logits, prototypes
 from meta_dataset_readers.episode import Episode
 
@@ -71,7 +72,7 @@ def pretrained_predictor(backbone: Backbone) -> Predictor:
 
 
 def merged_predictor(
-    backbone: Backbone, pool: LoRAPool, choose: Chooser, trims: Sequence[Trim] = (), seed: int = 0
+    backbone: Backbone, pool: Pool, choose: Chooser, trims: Sequence[Trim] = (), seed: int = 0
 ) -> Predictor:
     """For every task: coefficients from the support set, merge, trim, prototypes.
 

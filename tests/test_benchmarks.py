@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from amt.attacks import Attack
 from amt.backbone import Arch, Backbone, build_network, features
-from amt.evaluate import PGD, evaluate, merged_predictor
+from amt.evaluate import evaluate
 from amt.merge import Routing, route
 from amt.meta_tune import Tuner, TuneSettings, query_outcome, stream
 from amt.perturb import Perturbation, pyramid_start
+from amt.predict import merged_predictor
 from meta_dataset_readers.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,7 +103,7 @@ def test_baseline_evaluates_as_we_do(augmented):
     """Same coefficients, logits, and accuracy under an attack that fools some of the images."""
     backbone, pool, episode = small_problem(4)
     routing = Routing(beta=10, augment_probability=augmented)
-    attack = PGD(epsilon=8, step_size=2, steps=4)
+    attack = Attack("pgd", (8,), steps=4, step_size=2)
     predict = merged_predictor(backbone, pool, lambda *seen: route(backbone, pool, *seen, routing))
     task = predict(episode)
     (row,) = evaluate(predict, [episode], [attack])
@@ -111,8 +113,8 @@ def test_baseline_evaluates_as_we_do(augmented):
     assert found.coefficients == pytest.approx(task.coefficients, abs=1e-5)
     assert sum(c > 0 for c in found.coefficients) == 2
     torch.testing.assert_close(found.logits, task.logits(episode.query), rtol=1e-5, atol=1e-6)
-    assert row["clean"] == 1 and 0 < row[attack.name] < 1  # else accuracies would agree too easily
-    assert found.accuracy == pytest.approx(row[attack.name])
+    assert row["clean"] == 1 and 0 < row[attack.columns[0]] < 1  # else accuracies would agree too easily
+    assert found.accuracy == pytest.approx(row[attack.columns[0]])
 
 
 def test_counter_sees_every_matrix_product_of_a_forward_pass():

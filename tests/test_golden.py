@@ -23,7 +23,7 @@ from torch import Tensor
 from amt import merge, meta_tune
 from amt.backbone import Arch, Backbone, build_network, features, read_weights, resize_positions
 from amt.checkpoint import Checkpoint, check_architecture, load, save
-from amt.evaluate import prototype_classifier
+from amt.predict import prototype_task
 from amt.lora import LoRAPool, Trim, split_principal, trim_singular_values, truncate
 from amt.losses import kl_sum, robust_loss
 from amt.merge import Coefficients, Routing, average_of, blend, compactness, support_cosines
@@ -783,8 +783,7 @@ def recorded_shares(data: dict[str, Tensor], case: str, adapters: int) -> Tensor
 def merged_logits(model: Model, coefficients: Coefficients, episode: Episode, trims=()) -> Tensor:
     weights = trim_singular_values(model.pool.merge(coefficients), trims)
     head = model.pool.head(coefficients)
-    classify = prototype_classifier(model.backbone, weights, episode.support, episode.support_labels, *head)
-    return classify(episode.query)
+    return prototype_task(model.backbone, weights, episode, *head).logits(episode.query)
 
 
 def merged_layers() -> dict[str, str]:

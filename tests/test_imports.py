@@ -17,15 +17,20 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("weight_files", "published_flags", "interop_learn2learn"),  # foreign formats
     ("backbone", "perturb", "protonet", "losses"),  # one piece of mathematics each
-    ("lora",),
-    ("meta_tune", "merge", "published"),
-    ("evaluate", "checkpoint"),
-    ("select", "report", "journal", "options", "export"),  # what commands are made of
+    ("pool",),
+    ("lora", "full_pool"),
+    ("meta_tune", "merge", "published", "domain_config"),
+    ("evaluate", "checkpoint", "leave_one_out"),
+    ("finetune", "select"),
+    ("deploy",),
+    ("report", "journal", "options", "export", "recipes"),  # what commands are made of
 )
 # Where the layers would be too generous: all that these may import of amt.
 ONLY = {
-    "lora": {"backbone", "perturb"},
-    "merge": {"backbone", "lora", "perturb", "protonet"},
+    "pool": {"weight_files", "perturb"},
+    "lora": {"weight_files", "perturb", "pool"},
+    "full_pool": {"weight_files", "perturb", "pool"},
+    "merge": {"weight_files", "backbone", "perturb", "pool", "protonet"},
     "report": {"checkpoint", "evaluate"},
 }
 # Of the readers amt knows what an episode is and how an error is told; options also how episodes are drawn.

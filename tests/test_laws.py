@@ -19,10 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from amt import checkpoint as checkpoints
-from amt import merge, meta_tune
+from amt import meta_tune
+from amt.attacks import Attack
 from amt.backbone import Arch, Backbone, features
 from amt.checkpoint import Checkpoint
-from amt.evaluate import PGD, evaluate, merged_predictor
+from amt.evaluate import evaluate
 from amt.lora import LoRAPool, Trim, principal_pool, split_principal, trim_singular_values
 from amt.merge import Routing, blend, route
 from amt.meta_tune import (
@@ -35,6 +36,7 @@ from amt.meta_tune import (
     query_outcome,
 )
 from amt.perturb import Perturbation, pgd, pyramid_attack, pyramid_start
+from amt.predict import merged_predictor
 from amt.protonet import cosine_logits, prototypes
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
@@ -381,9 +383,9 @@ def test_attacks_see_no_parameter_gradient_and_run_in_eval_mode(backbone, pool, 
     tuner.step(episode)
     training = [call for call in calls if call.input_gradient]
     assert len(training) == sum(level.steps for level in LEVELS)
-    routing = Routing(view="attacked")
+    routing = Routing(epsilon=8)
     choose = functools.partial(route, backbone, pool, routing=routing)
-    list(evaluate(merged_predictor(backbone, pool, choose), [episode], [PGD(8, 2, 3)]))
+    list(evaluate(merged_predictor(backbone, pool, choose), [episode], [Attack("pgd", (8,), steps=3)]))
     attacks = [call for call in calls if call.input_gradient]
     assert len(attacks) > len(training)
     assert not any(call.weight_gradient for call in attacks)
@@ -401,10 +403,10 @@ def test_the_backbone_stays_as_it_is(backbone, pool, episode):
     tuner = Tuner(backbone, pool, quick())
     for k in range(2):
         tuner.step(make_episode(k))
-    for view in merge.VIEWS:
-        choose = functools.partial(route, backbone, pool, routing=Routing(view=view))
+    for epsilon in (0, 8):
+        choose = functools.partial(route, backbone, pool, routing=Routing(epsilon=epsilon))
         predict = merged_predictor(backbone, pool, choose, [Trim("qkv", -1, 0.5)])
-        list(evaluate(predict, [episode], [PGD(8, 2, 2)]))
+        list(evaluate(predict, [episode], [Attack("pgd", (8,), steps=2)]))
     assert_identical(backbone.network.state_dict(), before)
     assert_identical(pool.residual, residual)
     assert_identical(tuner.pool.residual, residual)
@@ -465,8 +467,8 @@ def test_coefficients_are_shares_of_at_most_top_k(scores, beta, gamma, top_k):
     assert found[best] >= 0.999 * max(found)  # scores that differ by rounding may change places
 
 
-@pytest.mark.parametrize("view", merge.VIEWS)
-def test_routing_is_a_function_of_its_generator(backbone, pool, episode, view):
+@pytest.mark.parametrize("epsilon", [0, 8])
+def test_routing_is_a_function_of_its_generator(backbone, pool, episode, epsilon):
     def routed(seed: int) -> tuple[float, ...]:
         return route(
             backbone,
@@ -474,7 +476,7 @@ def test_routing_is_a_function_of_its_generator(backbone, pool, episode, view):
             episode.support,
             episode.support_labels,
             torch.Generator().manual_seed(seed),
-            Routing(view=view, beta=5),
+            Routing(epsilon=epsilon, beta=5),
         )
 
     torch.manual_seed(0)
@@ -539,7 +541,7 @@ def test_routing_and_evaluation_copy_nothing(backbone, pool, episode, monkeypatc
 
     monkeypatch.setattr(copy, "deepcopy", refuse)
     choose = functools.partial(route, backbone, pool, routing=Routing())
-    assert list(evaluate(merged_predictor(backbone, pool, choose), [episode], [PGD(8, 2, 1)]))
+    assert list(evaluate(merged_predictor(backbone, pool, choose), [episode], [Attack("pgd", (8,), steps=1)]))
 
 
 # Mixed precision

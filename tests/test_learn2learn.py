@@ -21,12 +21,14 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.transforms import v2
 
+from amt.attacks import Attack
 from amt.backbone import Arch
-from amt.evaluate import PGD, evaluate, pretrained_predictor
+from amt.evaluate import evaluate
 from amt.interop_learn2learn import EpisodeTaskset, TasksetEpisodes, task_of
 from amt.lora import principal_pool
 from amt.meta_tune import Tuner, TuneSettings, meta_tune
 from amt.perturb import Perturbation
+from amt.predict import pretrained_predictor
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.reader import EpisodeReader, episode_loader
@@ -433,7 +435,8 @@ def test_meta_tuning_runs_on_tasks(l2l):
 
 def test_evaluation_runs_on_tasks(l2l):
     """Clean and attacked; a random network tells noisy patterns apart better than chance."""
-    rows = list(evaluate(pretrained_predictor(random_backbone(ARCH)), patterned_tasks(l2l), [PGD(2, 1, 2)]))
+    predict = pretrained_predictor(random_backbone(ARCH))
+    rows = list(evaluate(predict, patterned_tasks(l2l), [Attack("pgd", (2,), steps=2)]))
     assert [(row["source"], row["index"], row["ways"], row["support"], row["queries"]) for row in rows] == [
         ("learn2learn", index, 3, 3, 12) for index in range(3)
     ]

@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from amt import options
-from amt.evaluate import PGD
+from amt.attacks import Attack
 from amt.lora import Trim
+from amt.merge import Routing
 from amt.published_flags import is_published
+from amt.select import BETAS, GAMMAS
 from meta_dataset_readers.errors import InputError
 
 TRAIN = ["--data_path", "data", "--base_sources", "a", "--output_dir", "out", "--arch", "vit_mini_amt"]
@@ -119,13 +121,13 @@ def test_the_step_is_a_quarter_of_each_epsilon_unless_given():
     assert [level.step_size for level in options.levels(training("--epsilon", "8", "0.1"))] == [2.0, 0.025]
     given_step = options.levels(training("--epsilon", "8", "0.1", "--alpha", "1"))
     assert [level.step_size for level in given_step] == [1.0, 1.0]
-    assert options.attacks(evaluation("--epsilon", "4", "8")) == (PGD(4, 1, 20), PGD(8, 2, 20))
-    assert options.attacks(evaluation("--epsilon", "4", "--alpha", "0.5")) == (PGD(4, 0.5, 20),)
+    assert options.attacks(evaluation("--epsilon", "4", "8")) == (Attack("pgd", (4, 8)),)
+    assert options.attacks(evaluation("--epsilon", "4", "--alpha", "0.5")) == (Attack("pgd", (4,), step_size=0.5),)
 
 
 def test_no_attack_where_epsilon_is_zero_or_absent():
     assert options.attacks(evaluation("--epsilon")) == options.attacks(evaluation("--epsilon", "0")) == ()
-    assert options.attacks(evaluation("--epsilon", "0", "2")) == (PGD(2, 0.5, 20),)
+    assert options.attacks(evaluation("--epsilon", "0", "2")) == (Attack("pgd", (2,)),)
 
 
 def test_random_is_another_name_of_random2():
@@ -151,10 +153,47 @@ def test_precision_is_float32_unless_asked_for():
     assert "not allowed with" in complaint(training, "--fp16", "--bf16")
 
 
-def test_the_views_of_the_two_routers():
-    assert options.routing(evaluation("--routing", "amt")).view == "augmented"
-    attacked = options.routing(evaluation("--routing", "attacked", "--top_k", "1", "--blend_beta", "10"))
-    assert (attacked.view, attacked.top_k, attacked.beta) == ("attacked", 1, 10.0)
+def test_the_router_is_the_published_one_unless_asked_otherwise():
+    assert options.routing(evaluation()) == Routing(beta=1, gamma=0.6, top_k=2, epsilon=0)
+    robust = options.routing(evaluation("--route_epsilon", "8", "--top_k", "1", "--blend_beta", "10"))
+    assert robust == Routing(beta=10, gamma=0.6, top_k=1, epsilon=8)
+
+
+def test_beta_and_gamma_are_searched_unless_given():
+    """And with them whatever has several values, in a product whose first setting wins ties."""
+    (found,) = options.deployments(evaluation("--select", "support")).values()
+    assert [(r.beta, r.gamma) for r in found.routings] == [(b, g) for b in BETAS for g in GAMMAS]
+    flags = "--select support --blend_beta 10 --blend_gamma 0.4 1 --top_k 1 2 --route_epsilon 0 8"
+    (found,) = options.deployments(evaluation(*flags.split())).values()
+    settings = [(r.top_k, r.epsilon, r.beta, r.gamma) for r in found.routings]
+    assert settings == [(k, e, 10, g) for k in (1, 2) for e in (0, 8) for g in (0.4, 1)]
+    assert found.support_epsilon == 8 and {r.augment_probability for r in found.routings} == {0.9}
+
+
+def test_without_a_selection_there_is_one_setting():
+    (found,) = options.deployments(evaluation("--route_epsilon", "4")).values()
+    assert found.routings == (Routing(epsilon=4),) and found.select == "none" and found.support_epsilon == 0
+
+
+@pytest.mark.parametrize("flag", ["blend_beta", "blend_gamma", "top_k", "route_epsilon"])
+def test_several_values_need_a_selection(flag):
+    message = complaint(options.deployments, evaluation(f"--{flag}", "1", "2"))
+    assert message.startswith(f"--{flag} has 2 values, expected one")
+
+
+def test_another_sources_valid_split_is_a_way_of_selecting_on_valid():
+    for flags in (["--select_on", "b"], ["--select_on", "b", "--select", "valid"]):
+        (found,) = options.deployments(evaluation(*flags, "--nSelectEpisode", "7")).values()
+        assert (found.select, found.select_on, found.select_episodes) == ("valid", "b", 7)
+
+
+@pytest.mark.parametrize("flags", ["--routing uniform", "--specified_expert 0", "--coefficients 1"])
+def test_a_selection_without_anything_to_choose_from_is_refused(flags):
+    flags = ["--select_on", "b", *flags.split()]
+    assert "nothing to choose from" in complaint(options.deployments, evaluation(*flags))
+    trimmings = evaluation(*flags, "--trim_candidates", "qkv:-1:0.5")
+    (found,) = options.deployments(trimmings).values()
+    assert found.trim_candidates == (Trim("qkv", -1, 0.5),) and found.routings == ()
 
 
 # --- the published command lines -------------------------------------------------------------------------
@@ -213,7 +252,7 @@ def test_the_papers_command_lines_are_understood(tmp_path):
     args = options.training_parser().parse(line.split())
     options.check_training(args)
     assert (args.output_dir, args.data_path) == (Path("experiment_name"), Path("path_to_data_files"))
-    assert options.training_sources(args) == ("ilsvrc_2012",) and args.pgd_method == "adsv"
+    assert options.training_sources(args) == ("ilsvrc_2012",) and options.method(args) == "adsv"
     assert len(options.levels(args)) == 4 and options.autocast(args) is torch.float16
     line = (
         "--dataset meta_dataset --data-path path_to_data_files --arch dino_small_patch16_amt_merge "
@@ -295,11 +334,18 @@ def test_training_flags_that_are_refused(flags, words):
         (["--coefficients", "0.5", "0.4"], ["0.9", "expected 1"]),
         (["--coefficients", "1.5", "-0.5"], ["--coefficients"]),
         (["--aug_prob", "1.5"], ["--aug_prob", "1.5"]),
-        (["--epsilon", "4", "8", "4"], ["--epsilon", "twice"]),
+        (["--epsilon", "4", "8", "4"], ["--epsilon 4 8 4", "increasing"]),
         (["--test_sources", "a", "a"], ["--test_sources", "twice"]),
-        (["--routing", "uniform", "--select_on", "a"], ["--select_on"]),
-        (["--specified_expert", "0", "--select_on", "a"], ["--select_on"]),
-        (["--trim_candidates", "qkv:-1:0.5"], ["--trim_candidates", "--select_on"]),
+        (["--trim_candidates", "qkv:-1:0.5"], ["--trim_candidates", "--select support"]),
+        (["--select_on", "b", "--select", "support"], ["--select_on b", "--select support"]),
+        (["--select", "valid", "--split", "VALID"], ["--select valid", "VALID episodes it then scores"]),
+        (["--select_on", "a", "--split", "VALID"], ["--select_on a", "VALID episodes it then scores"]),
+        (["--routing", "best"], ["--routing best", "--select valid"]),
+        (["--routing", "soup", "--coefficients", "1"], ["--coefficients", "--routing soup", "exclude"]),
+        (["--routing", "uniform", "--route_epsilon", "4"], ["--route_epsilon", "--routing amt"]),
+        (["--top_k", "1", "2", "1", "--select", "support"], ["--top_k", "twice"]),
+        (["--route_epsilon", "-1"], ["--route_epsilon", "-1"]),
+        (["--select", "test"], ["--select", "'test'", "published"]),
         (["--trim", "qkv:-1"], ["'qkv:-1'", "NAME:BLOCK:KEEP"]),
         (["--trim", "qkv:all:0.5"], ["NAME:BLOCK:KEEP"]),
         (["--trim", "qkv:-1:0"], ["(0, 1]"]),
@@ -318,6 +364,8 @@ def test_testing_flags_that_are_refused(flags, words):
         ["--specified_expert", "0"],
         ["--coefficients", "1"],
         ["--select_on", "a"],
+        ["--select", "support"],
+        ["--domain_config", "domains.yaml"],
         ["--trim", "qkv:-1:0.5"],
     ],
 )

@@ -5,7 +5,6 @@ import argparse
 import dataclasses
 import hashlib
 import io
-import json
 import os
 import pickle
 import re
@@ -25,7 +24,7 @@ from test_backbone import write_official
 from test_commands import command
 from torch import Tensor
 
-from amt import checkpoint, options, published
+from amt import checkpoint, options, published, runs
 from amt.backbone import Arch, features, load_backbone
 from amt.checkpoint import Checkpoint
 from amt.commands import checkpoint as describing
@@ -676,8 +675,8 @@ def test_a_published_pool_is_evaluated_by_the_usual_command(tiny_source, tmp_pat
             *("--output_dir", tmp_path / file.stem),
         )
         assert ended.code == 0, ended.err
-        found = json.loads((tmp_path / file.stem / "results.json").read_text())["rows"][directory.name]
-        rows.append([row | {"seconds": None} for row in found])
+        found = runs.load(tmp_path / file.stem).rows[directory.name]
+        rows.append([row | {"seconds": None, "fit_seconds": None} for row in found])
     assert rows[0] == rows[1]
     ended = command(
         *("main", *common, "--arch", "vit_mini_amt", "--resume", theirs, "--rank", 2),

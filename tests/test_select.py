@@ -1,23 +1,48 @@
-"""Choosing a router's settings: the best candidate on the episodes given, and nothing else looked at."""
+"""Choosing how a pool is merged: the best candidate on what it is shown, and nothing else looked at."""
 
 import dataclasses
+import gc
 import itertools
+import math
+import weakref
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import patterned_episode, random_backbone
+from conftest import moved_apart, patterned_episode, random_backbone
+from hypothesis import given
+from hypothesis import strategies as st
 
+from amt import leave_one_out
 from amt import select as selecting
+from amt.attacks import Attack
 from amt.backbone import Arch, Backbone
-from amt.evaluate import PGD, evaluate, merged_predictor
+from amt.evaluate import evaluate
+from amt.leave_one_out import leave_one_out_loss, new_trial
 from amt.lora import LoRAPool, Trim, principal_pool
 from amt.merge import Routing, route
+from amt.meta_tune import stream
 from amt.perturb import Perturbation
-from amt.select import BETAS, GAMMAS, select
+from amt.predict import merged_predictor
+from amt.select import (
+    BETAS,
+    GAMMAS,
+    names,
+    networks,
+    published_grid,
+    select,
+    selection_attacks,
+    support_predictor,
+)
+from meta_dataset_readers.episode import Episode
 
 ARCH = Arch(patch_size=4, dim=12, depth=2, heads=2, pretrained_size=8, image_size=8, mlp_ratio=2.0)
-GRID = [(beta, gamma) for beta in BETAS for gamma in GAMMAS]
+PGD = (Attack("pgd", (2,), steps=2),)
+
+
+def grid(routing: Routing) -> list[Routing]:
+    return [dataclasses.replace(routing, beta=b, gamma=g) for b in BETAS for g in GAMMAS]
 
 
 @pytest.fixture(scope="module")
@@ -37,51 +62,113 @@ def pool(backbone) -> LoRAPool:
     )
 
 
+@pytest.fixture(scope="module")
+def three(backbone) -> LoRAPool:
+    """Three adapters that differ."""
+    return moved_apart(principal_pool(backbone.weights, 2, [Perturbation(8, 2)] * 3), 0.3)
+
+
 make_episode = partial(patterned_episode, n_way=4, shots=1, queries=5, noise=0.15)
 EPISODES = [make_episode(seed) for seed in range(3)]
 ROUTING = Routing(augment_probability=0.0)
+CANDIDATES = grid(ROUTING)
 
 
-def straightforwardly(backbone, pool, episodes, routing, attacks, trims=(), seed=0) -> float:
+def chosen(backbone, pool, candidates, episodes, *args, **keywords):
+    return select(backbone, pool, candidates, lambda: episodes, *args, **keywords)
+
+
+def straightforwardly(backbone, pool, episodes, candidate, attacks, trims=(), seed=0) -> float:
     """The score of one candidate: route, merge and evaluate every episode, as the scored ones will be."""
-    predict = merged_predictor(backbone, pool, partial(route, backbone, pool, routing=routing), trims, seed)
+    predict = merged_predictor(backbone, pool, partial(route, backbone, pool, routing=candidate), trims, seed)
     rows = list(evaluate(predict, episodes, attacks, seed))
-    columns = ["clean", *(attack.name for attack in attacks)]
+    columns = ["clean", *(column for attack in attacks for column in attack.columns)]
     return 100 * sum(row[column] for row in rows for column in columns) / len(rows) / len(columns)
 
 
-@pytest.mark.parametrize("view", ["augmented", "attacked"])
-def test_every_candidate_is_scored_as_an_evaluation_with_it_would_be(backbone, pool, view):
-    """The shortcuts (cosines once, equal coefficients once) do not change a score."""
-    attacks, episodes = (PGD(2, 1, 2),), EPISODES[:2]
-    routing = Routing(view=view, augment_probability=0.5)
-    selection = select(backbone, pool, episodes, routing, attacks, seed=4)
-    assert [what for what, _ in selection.scores] == [f"beta {b:g}, gamma {g:g}" for b, g in GRID]
-    for (beta, gamma), (_, score) in zip(GRID, selection.scores, strict=True):
-        candidate = dataclasses.replace(routing, beta=beta, gamma=gamma)
-        expected = straightforwardly(backbone, pool, episodes, candidate, attacks, seed=4)
-        assert score == pytest.approx(expected, abs=100 / 40 + 1e-9)  # an image, where rounding differs
-    scores = [score for _, score in selection.scores]
-    assert (selection.routing.beta, selection.routing.gamma) == GRID[scores.index(max(scores))]
+@pytest.mark.parametrize("epsilon", [0, 8])
+def test_every_candidate_is_scored_as_an_evaluation_with_it_would_be(backbone, three, epsilon, monkeypatch):
+    """The shortcuts (support features once, equal coefficients once) do not change a score or the choice."""
+    monkeypatch.setattr(selecting, "_rounded", lambda coefficients: coefficients)
+    candidates = grid(Routing(epsilon=epsilon, augment_probability=0.5))[::3]
+    found = chosen(backbone, three, candidates, EPISODES[:2], PGD, seed=4, halving=False)
+    assert [what for what, _ in found.scores] == names(candidates)
+    expected = [straightforwardly(backbone, three, EPISODES[:2], each, PGD, seed=4) for each in candidates]
+    assert [score for _, score in found.scores] == pytest.approx(expected)
+    assert found.candidate == expected.index(max(expected))
 
 
-def test_everything_else_about_the_router_stays(backbone, pool):
-    routing = Routing(top_k=1, view="attacked", augment_probability=0.25)
-    found = select(backbone, pool, EPISODES[:1], routing).routing
-    assert dataclasses.replace(found, beta=routing.beta, gamma=routing.gamma) == routing
+def test_views_are_shared_and_yet_what_each_would_be_alone(backbone, three):
+    """Several settings of the router at once give what each gives alone, to the bit."""
+    settings = [Routing(epsilon=e, top_k=k, augment_probability=1) for e in (0, 4, 8) for k in (1, 3)]
+    episode = EPISODES[0]
+
+    def of(candidates):
+        generator = stream(3, 0, 1)
+        return selecting.choices(
+            backbone, three, candidates, episode.support, episode.support_labels, generator
+        )
+
+    assert of(settings) == [of([each])[0] for each in settings]
+    assert len(set(of(settings))) > 2
 
 
-def test_episodes_are_looked_at_once_and_only_those_given(backbone, pool):
-    drawn = iter(EPISODES)
-    select(backbone, pool, itertools.islice(drawn, 2), ROUTING)
-    assert next(drawn) is EPISODES[2]
+def test_each_episode_is_looked_at_once_and_then_let_go(backbone, pool):
+    """And once more for trimmings; never are two of them in memory."""
+    seen, alive = [], []
+
+    def episodes():
+        for number in range(3):
+            gc.collect()
+            assert sum(reference() is not None for reference in alive) == 0
+            episode = make_episode(number)
+            alive.append(weakref.ref(episode))
+            seen.append(number)
+            yield episode
+            del episode
+
+    select(backbone, pool, CANDIDATES[:2], episodes)
+    assert seen == [0, 1, 2]
+    select(backbone, pool, CANDIDATES[:2], episodes, trim_candidates=(HALF, MOST))
+    assert seen == [0, 1, 2] * 3
 
 
-def test_selection_is_a_function_of_its_seed(backbone, pool):
-    routing, attacks = Routing(augment_probability=1.0), (PGD(2, 1, 2),)
-    first = select(backbone, pool, EPISODES, routing, attacks, seed=1)
+def test_selection_is_a_function_of_its_seed(backbone, three):
+    candidates = grid(Routing(augment_probability=1.0))[:6]
+    first = chosen(backbone, three, candidates, EPISODES, PGD, seed=1)
     torch.rand(5)
-    assert select(backbone, pool, EPISODES, routing, attacks, seed=1) == first
+    assert chosen(backbone, three, candidates, EPISODES, PGD, seed=1) == first
+
+
+def test_the_attacks_of_a_selection_are_cheap_ones_at_the_same_radii():
+    """Strong, black-box and support attacks rank networks at a price that a grid cannot pay."""
+    scoring = (
+        Attack("autoattack", (4, 8)),
+        Attack("pgd", (2, 8), steps=50),
+        Attack("square", (64,), norm="l2"),
+        Attack("support", (3,)),
+    )
+    assert selection_attacks(scoring) == (
+        Attack("pgd", (2, 4, 8), steps=10),
+        Attack("pgd", (64,), norm="l2", steps=10),
+    )
+    assert selection_attacks(PGD) == PGD and selection_attacks(()) == ()
+
+
+def test_the_published_grid():
+    """Beta's upper end is left out, gamma's is not."""
+    assert published_grid((10.1, 1.0), (2, 4)) == ((0.1, 5.1), (0.0, 0.25, 0.5, 0.75, 1.0))
+
+
+def test_candidates_are_called_by_what_they_differ_in():
+    assert names([Routing(), Routing(gamma=1)]) == ["beta 1, gamma 0.6", "beta 1, gamma 1"]
+    several = [Routing(top_k=1, epsilon=4), Routing(), (0.0, 1.0), (0.5, 0.5)]
+    assert names(several) == [
+        "beta 1, gamma 0.6, top 1, route_epsilon 4",
+        "beta 1, gamma 0.6, top 2, route_epsilon 0",
+        "adapter 1",
+        "coefficients 0.5, 0.5",
+    ]
 
 
 # --- what is best is prescribed, whatever the network ----------------------------------------------------
@@ -89,27 +176,39 @@ def test_selection_is_a_function_of_its_seed(backbone, pool):
 HALF, MOST, BLOCK = Trim("qkv", -1, 0.5), Trim("fc1", -1, 0.9), Trim("proj", 0, 0.5)
 
 
-@pytest.fixture
-def prescribed(monkeypatch):
-    """`prescribed(score)`: episodes score `score(coefficients, trims)`; the list of the trims tried."""
+def prescribing(monkeypatch, score) -> list[tuple]:
+    """Episodes score `score(index, coefficients, trims)` per cent; the list of what was tried."""
     tried = []
 
-    def arrange(score) -> list[tuple[Trim, ...]]:
-        def quality(backbone, pool, episode, coefficients, trims, attacks, seed):
-            tried.append(tuple(trims))
-            return score(coefficients, tuple(trims))
+    def measure(predict, episode, attacks, seed):
+        coefficients, trims = predict(episode)
+        tried.append((episode.index, coefficients, trims))
+        return SimpleNamespace(row={"clean": score(episode.index, coefficients, trims) / 100})
 
-        monkeypatch.setattr(selecting, "_quality", quality)
-        return tried
+    monkeypatch.setattr(selecting, "measure", measure)
+    monkeypatch.setattr(selecting, "_task", lambda backbone, network, episode, setting: setting)
+    return tried
 
-    return arrange
+
+@pytest.fixture
+def prescribed(monkeypatch):
+    return partial(prescribing, monkeypatch)
+
+
+def corner(k: int, n: int = 12) -> tuple[float, ...]:
+    return tuple(float(p == k) for p in range(n))
+
+
+def unread(n: int) -> list[Episode]:
+    """Episodes whose images nobody may look at."""
+    return [dataclasses.replace(EPISODES[0], support=None, query=None, index=k) for k in range(n)]
 
 
 @pytest.mark.parametrize("share", [0.5, 0.6, 0.8, 1.0])
 def test_the_settings_that_merge_best_are_chosen(backbone, pool, prescribed, share):
     """If that is best which gives the first adapter a certain share."""
-    prescribed(lambda coefficients, _trims: -abs(coefficients[0] - share))
-    chosen = select(backbone, pool, EPISODES, ROUTING).routing
+    prescribed(lambda _index, coefficients, _trims: -abs(coefficients[0] - share))
+    found = CANDIDATES[chosen(backbone, pool, CANDIDATES, EPISODES).candidate]
 
     def distance(routing: Routing) -> float:
         shares = [
@@ -118,13 +217,13 @@ def test_the_settings_that_merge_best_are_chosen(backbone, pool, prescribed, sha
         ]
         return sum(abs(found - share) for found in shares) / len(shares)
 
-    distances = [distance(dataclasses.replace(ROUTING, beta=b, gamma=g)) for b, g in GRID]
+    distances = [distance(candidate) for candidate in CANDIDATES]
     assert max(distances) > min(distances) + 0.1  # there is something to choose
-    assert distance(chosen) <= min(distances) + 0.01  # nearly equal coefficients are as one
+    assert distance(found) <= min(distances) + 0.05  # nearly equal coefficients are as one
 
 
 @pytest.mark.parametrize(
-    ("scores", "chosen"),
+    ("scores", "expected"),
     [
         ((50, 60, 70), (MOST,)),
         ((50, 70, 60), (HALF,)),
@@ -132,23 +231,154 @@ def test_the_settings_that_merge_best_are_chosen(backbone, pool, prescribed, sha
         ((50, 50, 40), ()),  # an improvement it must be
     ],
 )
-def test_a_trimming_is_taken_only_if_it_improves(backbone, pool, prescribed, scores, chosen):
+def test_a_trimming_is_taken_only_if_it_improves(backbone, pool, prescribed, scores, expected):
     by_trims = dict(zip([(), (HALF,), (MOST,)], scores, strict=True))
-    prescribed(lambda _coefficients, trims: by_trims[trims])
-    selection = select(backbone, pool, EPISODES[:1], ROUTING, trim_candidates=(HALF, MOST))
-    assert selection.trims == chosen
+    prescribed(lambda _index, _coefficients, trims: by_trims[trims])
+    selection = chosen(backbone, pool, CANDIDATES, EPISODES[:1], trim_candidates=(HALF, MOST))
+    assert selection.trims == expected
     assert selection.scores[-2:] == (("trim qkv:-1:0.5", scores[1]), ("trim fc1:-1:0.9", scores[2]))
 
 
-def test_settings_are_chosen_for_the_network_that_is_scored(backbone, pool, prescribed):
-    """What is trimmed in any case is trimmed while choosing, too."""
-    tried = prescribed(lambda _coefficients, trims: len(trims))
-    selection = select(backbone, pool, EPISODES[:1], ROUTING, trims=(BLOCK,), trim_candidates=(HALF,))
-    assert selection.trims == (HALF,) and set(tried) == {(BLOCK,), (BLOCK, HALF)}
+def test_trimmings_are_tried_with_what_was_chosen(backbone, pool, prescribed):
+    """With the chosen coefficients, and with what is trimmed in any case."""
+    tried = prescribed(lambda _index, coefficients, trims: coefficients[1] + len(trims))
+    candidates = [(1.0, 0.0), (0.0, 1.0)]
+    selection = chosen(backbone, pool, candidates, EPISODES[:2], trims=(BLOCK,), trim_candidates=(HALF,))
+    assert (selection.candidate, selection.trims) == (1, (HALF,))
+    assert tried == [
+        *((index, candidate, (BLOCK,)) for index in range(2) for candidate in candidates),
+        *((index, (0.0, 1.0), (BLOCK, HALF)) for index in range(2)),
+    ]
 
 
 def test_of_equal_settings_the_first_is_taken(backbone, pool, prescribed):
     prescribed(lambda *_: 50.0)
-    selection = select(backbone, pool, EPISODES[:1], ROUTING)
-    assert (selection.routing.beta, selection.routing.gamma) == GRID[0]
-    assert len(selection.scores) == len(GRID)
+    selection = chosen(backbone, pool, CANDIDATES, EPISODES)
+    assert selection.candidate == 0 and len(selection.scores) == len(CANDIDATES)
+
+
+@pytest.mark.parametrize(("n", "evaluations"), [(2, 24), (4, 36), (8, 48), (40, 48 + 8 + 24 * 2)])
+def test_those_that_lag_behind_are_given_up(backbone, prescribed, n, evaluations):
+    """After 2, 4, 8 ... episodes half of 12 goes on, two at the end: far less than 12 evaluations each."""
+    tried = prescribed(lambda _index, coefficients, _trims: coefficients.index(1))
+    selection = chosen(backbone, None, [corner(k) for k in range(12)], unread(n))
+    assert selection.candidate == 11 and len(tried) == evaluations
+    given_up = [name for name, _ in selection.scores if "given up after 2 episodes" in name]
+    assert len(given_up) == (6 if n >= 2 else 0)
+    assert [score for _, score in selection.scores] == pytest.approx(range(12))
+
+
+def test_the_published_protocol_gives_nobody_up(backbone, prescribed):
+    """There the best may come from behind."""
+    prescribed(
+        lambda index, coefficients, _trims: (1 if index < 3 else 9) * coefficients.index(1) * (index - 2.5)
+    )
+    everyone = [corner(k) for k in range(6)]
+    assert chosen(backbone, None, everyone, unread(6), halving=False).candidate == 5
+    assert chosen(backbone, None, everyone, unread(6)).candidate != 5
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.integers(1, 9))
+def test_giving_up_changes_nothing_where_episodes_agree(backbone, scores, n):
+    """Also among equals."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        prescribing(monkeypatch, lambda _index, coefficients, _trims: scores[coefficients.index(1)])
+        everyone = [corner(k) for k in range(len(scores))]
+        assert chosen(backbone, None, everyone, unread(n)).candidate == scores.index(max(scores))
+
+
+def test_candidates_that_cannot_be_told_apart_go_on_together(backbone, prescribed):
+    """Three names for the best: none of them takes another's place."""
+    prescribed(lambda _index, coefficients, _trims: coefficients[0])
+    everyone = [(0.2, 0.8), (0.9, 0.1), (0.91, 0.09), (0.9, 0.1), (0.5, 0.5), (0.7, 0.3)]
+    selection = chosen(backbone, None, everyone, unread(2))
+    assert selection.candidate == 1
+    assert [name for name, _ in selection.scores if "given up" in name] == []
+    selection = chosen(backbone, None, everyone, unread(3))
+    assert ["given up" in name for name, _ in selection.scores] == [True, False, False, False, True, False]
+
+
+# --- from the support set of a task ----------------------------------------------------------------------
+
+
+def by_hand(backbone, pool, episode, settings, epsilon, seed) -> list[float]:
+    """The loss of every setting, each by itself."""
+    trial = new_trial(
+        backbone, episode.support, episode.support_labels, epsilon, stream(seed, episode.index, 4)
+    )
+    return [leave_one_out_loss(backbone, networks(pool, [])(setting), trial) for setting in settings]
+
+
+@pytest.mark.parametrize("shots", [1, 3])
+@pytest.mark.parametrize("epsilon", [0, 8])
+def test_a_task_gets_the_candidate_that_tells_its_support_apart(backbone, three, epsilon, shots, monkeypatch):
+    monkeypatch.setattr(selecting, "_rounded", lambda coefficients: coefficients)
+    candidates = grid(Routing(epsilon=epsilon, augment_probability=0.5))[::3]
+    predict = support_predictor(backbone, three, candidates, epsilon=epsilon, seed=2)
+    taken = []
+    for number in range(3):
+        episode = make_episode(number, shots=shots)
+        generator = stream(2, number, 1)
+        given_ = selecting.choices(
+            backbone, three, candidates, episode.support, episode.support_labels, generator
+        )
+        losses = by_hand(backbone, three, episode, [(each, ()) for each in given_], epsilon, 2)
+        assert predict(episode).coefficients == given_[losses.index(min(losses))]
+        taken.append(losses.index(min(losses)))
+    assert len(set(taken)) > 1 or shots == 3  # tasks do differ
+
+
+def test_no_query_is_looked_at(backbone, three):
+    """Neither images nor labels: whatever they are, the task's classifier is the same."""
+    predict = support_predictor(backbone, three, grid(Routing(epsilon=4)), (), (HALF,), epsilon=4)
+    episode = make_episode(1, shots=2)
+    garbage = dataclasses.replace(
+        episode, query=torch.full_like(episode.query, math.nan), query_labels=-episode.query_labels
+    )
+    here, there = predict(episode), predict(garbage)
+    assert here.coefficients == there.coefficients
+    assert torch.equal(here.logits(episode.query), there.logits(episode.query))
+
+
+@pytest.mark.parametrize("offered", [(HALF,), (HALF, MOST), (Trim("qkv", -1, 1.0),)])
+def test_a_tasks_trimming_is_one_that_improves(backbone, three, offered):
+    predict = support_predictor(backbone, three, [(0.5, 0.5, 0.0)], (BLOCK,), offered)
+    for number in range(3):
+        episode = make_episode(number, shots=2)
+        settings = [((0.5, 0.5, 0.0), (BLOCK, *extra)) for extra in [(), *((trim,) for trim in offered)]]
+        losses = by_hand(backbone, three, episode, settings, 0, 0)
+        network = networks(three, [])(settings[losses.index(min(losses))])
+        expected = selecting._task(backbone, lambda _: network, episode, settings[0])  # noqa: B023
+        assert torch.allclose(predict(episode).logits(episode.query), expected.logits(episode.query))
+
+
+def test_each_distinct_network_sees_a_task_once(backbone, three, monkeypatch):
+    """Of 28 settings of which several agree, and of one-hot candidates whose weights are merged but once."""
+    seen = []
+    real = leave_one_out.fixed_features
+
+    def counted(backbone, weights, images):
+        seen.append(len(images))
+        return real(backbone, weights, images)
+
+    monkeypatch.setattr(leave_one_out, "fixed_features", counted)
+    episode = make_episode(0, shots=2)
+    generator = stream(0, 0, 1)
+    arguments = backbone, three, CANDIDATES, episode.support, episode.support_labels, generator
+    distinct = {selecting._rounded(each) for each in selecting.choices(*arguments)}
+    support_predictor(backbone, three, CANDIDATES)(episode)
+    assert seen == [len(episode.support)] * len(distinct) and len(distinct) < len(CANDIDATES)
+
+    merges = []
+    monkeypatch.setattr(LoRAPool, "merge", lambda self, c: merges.append(c) or backbone.weights)
+    predict = support_predictor(backbone, three, [corner(p, 3) for p in range(3)])
+    for number in range(4):
+        predict(make_episode(number, shots=2))
+    assert sorted(merges) == sorted(corner(p, 3) for p in range(3))
+
+
+def test_the_support_attack_can_go_through_it(backbone, three):
+    """A moved support set is chosen for anew, and prototypes follow it differentiably."""
+    predict = support_predictor(backbone, three, list(itertools.islice(grid(Routing()), 4)))
+    rows = list(evaluate(predict, EPISODES[:1], (Attack("support", (4,), steps=1),)))
+    assert rows[0]["support-pgd1@4"] <= rows[0]["clean"]
