@@ -1,20 +1,35 @@
-"""The figures of `charts` on paper: the same points and intervals as on the page, as PNG and PDF."""
+"""Figures on paper: the same points and intervals as on the page, as PNG and PDF."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import matplotlib
 
-from amt.charts import Box, Figure, HeatMap, Panel, Series, by_name, place_labels
+from amt import drawing
 from amt.checkpoint import replace_file
+from amt.drawing import (
+    Box,
+    Figure,
+    HeatMap,
+    Panel,
+    Series,
+    Style,
+    along,
+    asides,
+    by_name,
+    number,
+    place_labels,
+)
 
 matplotlib.use("agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
-# Those of Okabe & Ito, as on the page in light.
+# As many as in `drawing`; the colours are those of Okabe & Ito, as on the page in light.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#1a1d21")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)), (0, (10, 3)))
@@ -72,13 +87,11 @@ def _panels(figure: Figure) -> plt.Figure:
         _draw(each, panel)
     for each in list(axes.flat)[len(figure.panels) :]:
         each.set_visible(False)
-    handles = {
-        name: handle
-        for each in axes.flat
-        for handle, name in zip(*each.get_legend_handles_labels(), strict=True)
-    }
-    if len(handles) > 1:
-        drawn.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(len(handles), 3))
+    handles = [_handle(*item) for item in drawing.legend(figure)]
+    if handles:
+        drawn.legend(
+            handles=handles, loc="outside upper center", ncols=min(len(handles), 4), handlelength=3.2
+        )
     drawn.supxlabel(figure.caption, fontsize=6.5, color="0.35", wrap=True)
     for each, panel in zip(axes.flat, figure.panels, strict=False):
         if panel.labelled:
@@ -87,32 +100,43 @@ def _panels(figure: Figure) -> plt.Figure:
     return drawn
 
 
+def _handle(name: str, style: Style | None, dash: int | None) -> Line2D:
+    """An entry of the legend: marker, line, or both."""
+    return Line2D(
+        *([], []),
+        color="0.2" if style is None else COLOURS[style.colour % len(COLOURS)],
+        marker="" if style is None else MARKERS[style.marker % len(MARKERS)],
+        markersize=4.5,
+        linestyle="none" if dash is None else DASHES[dash % len(DASHES)],
+        linewidth=1.3,
+        label=name,
+    )
+
+
 def _draw(axes: Axes, panel: Panel) -> None:
     if panel.title:
-        axes.set_title(panel.title, loc="left", fontweight="bold")
+        axes.set_title(_short(panel.title, 18), loc="left", fontweight="bold")
     if panel.note:
         axes.set_title(panel.note, loc="right", fontsize=7, color="0.35")
     axes.set_xlabel(panel.x.label)
     axes.set_ylabel(panel.y.label)
     axes.set_xlim(panel.x.low, panel.x.high)
     axes.set_ylim(panel.y.low, panel.y.high)
-    axes.set_xticks(panel.x.ticks, [f"{tick:g}" for tick in panel.x.ticks])
+    axes.set_xticks(panel.x.ticks, [number(tick) for tick in panel.x.ticks])
     if panel.y.names:
-        axes.set_yticks(range(len(panel.y.names)), panel.y.names)
+        axes.set_yticks(range(len(panel.y.names)), map(_short, panel.y.names))
         axes.invert_yaxis()
     else:
-        axes.set_yticks(panel.y.ticks, [f"{tick:g}" for tick in panel.y.ticks])
+        axes.set_yticks(panel.y.ticks, [number(tick) for tick in panel.y.ticks])
     if panel.zero:
         axes.axvline(0, color="0.2", linewidth=0.8, linestyle=(0, (4, 3)))
     if panel.labelled:
-        for points in by_name(panel).values():
-            axes.plot([p.x for p in points], [p.y for p in points], color="0.6", linewidth=0.6, zorder=1)
-    count = len(panel.series)
-    for k, series in enumerate(panel.series):
-        aside = k - (count - 1) / 2  # so that intervals at one place do not hide each other
-        dy = 0.6 / count * aside if panel.y.names else 0
-        dx = 0.008 * (panel.x.high - panel.x.low) * aside if series.joined else 0
-        _series(axes, series, dx, dy)
+        for start, end in drawing.links(panel):
+            axes.plot([start.x, end.x], [start.y, end.y], color="0.6", linewidth=0.6, zorder=1)
+    reach = panel.x.high - panel.x.low
+    lanes = asides(panel, math.inf, 0.6) if panel.y.names else asides(panel, 0.01 * reach, 0.04 * reach)
+    for series, aside in zip(panel.series, lanes, strict=True):
+        _series(axes, series, aside if series.joined else 0, aside if panel.y.names else 0)
 
 
 def _series(axes: Axes, series: Series, dx: float, dy: float) -> None:
@@ -124,10 +148,9 @@ def _series(axes: Axes, series: Series, dx: float, dy: float) -> None:
         [y for _, y in places],
         color=colour,
         marker=MARKERS[style.marker % len(MARKERS)],
-        markersize=4.5,
+        markersize=3.5 if series.joined else 4.5,
         linestyle=DASHES[style.dash % len(DASHES)] if series.joined else "none",
-        linewidth=1.3,
-        label=series.name,
+        linewidth=1.2,
         clip_on=False,
     )
     for point, (x, y) in zip(series.points, places, strict=True):
@@ -137,18 +160,22 @@ def _series(axes: Axes, series: Series, dx: float, dy: float) -> None:
             axes.plot([x, x], [end + dy for end in point.y_span], color=colour, linewidth=1)
         if point.suspect:
             marker = MARKERS[style.marker % len(MARKERS)]
-            axes.plot(x, y, marker, markersize=4.5, color=colour, markerfacecolor="white", clip_on=False)
+            axes.plot(x, y, marker, markersize=3.8, color=colour, markerfacecolor="white", clip_on=False)
 
 
 def _label(axes: Axes, panel: Panel) -> None:
     """A name per domain, beside its first point."""
     renderer = axes.figure.canvas.get_renderer()
     first = {name: points[0] for name, points in by_name(panel).items()}
-    texts = [axes.text(0, 0, name, fontsize=8, ha="left", va="bottom", in_layout=False) for name in first]
+    texts = [
+        axes.text(0, 0, _short(name), fontsize=8, ha="left", va="bottom", in_layout=False) for name in first
+    ]
     sizes = [(box.width, box.height) for box in (text.get_window_extent(renderer) for text in texts)]
     to_pixels = axes.transData.transform
     anchors = [tuple(to_pixels((point.x, point.y))) for point in first.values()]
     obstacles: list[Box] = []
+    for start, end in drawing.links(panel):
+        obstacles += along(*to_pixels(((start.x, start.y), (end.x, end.y))))
     for point in (point for series in panel.series for point in series.points):
         (left, low), (right, high) = to_pixels(
             [
@@ -164,9 +191,13 @@ def _label(axes: Axes, panel: Panel) -> None:
         text.set_position(axes.transData.inverted().transform(box[:2]))
 
 
+def _short(name: str, most: int = 24) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
 def _heat_map(heat: HeatMap) -> plt.Figure:
     down, across = len(heat.rows), len(heat.columns)
-    longest = max(map(len, heat.rows))
+    longest = max(len(_short(name)) for name in heat.rows)
     drawn, axes = plt.subplots(
         figsize=(0.9 + 0.06 * longest + 0.95 * across, 1.3 + 0.5 * down), layout="constrained"
     )
@@ -175,7 +206,7 @@ def _heat_map(heat: HeatMap) -> plt.Figure:
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
     axes.set_xticks([k + 0.5 for k in range(across)], heat.columns)
-    axes.set_yticks([k + 0.5 for k in range(down)], heat.rows)
+    axes.set_yticks([k + 0.5 for k in range(down)], map(_short, heat.rows))
     for i, line in enumerate(heat.cells):
         for j, share in enumerate(line):
             if share is None:
@@ -186,7 +217,7 @@ def _heat_map(heat: HeatMap) -> plt.Figure:
                 plt.Rectangle((j, i), 0.97, 0.94, color=COLOURS[0], alpha=0.42 * mean / 100, linewidth=0)
             )
             half = f" ±{share.summary.interval:.1f}" if share.summary.n > 1 else ""
-            axes.text(j + 0.48, i + 0.34, f"{mean:.0f}{half}", ha="center", va="center")
+            axes.text(j + 0.48, i + 0.34, f"{mean:.1f}{half}", ha="center", va="center")
             least, lower, median, upper, most = (j + 0.12 + 0.72 * value / 100 for value in share.quartiles)
             axes.plot([j + 0.12, j + 0.84], [i + 0.72] * 2, color="0.75", linewidth=0.6)
             axes.plot([least, most], [i + 0.72] * 2, color="0.1", linewidth=0.8)

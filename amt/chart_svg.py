@@ -1,4 +1,4 @@
-"""Figures of `charts` as SVG for a page: real text in the page's font, colours from the page's style sheet.
+"""Figures as SVG for a page: real text in the page's font, colours from the page's style sheet.
 
 The style sheet gives .s0 to .s5 a colour each and .d0 to .d4 a dash pattern; sizes are in pixels, meant to be
 shown at about their own size, so that text stays legible on a phone.
@@ -9,8 +9,11 @@ import math
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 
-from amt import charts
-from amt.charts import (
+from amt import drawing
+from amt.drawing import (
+    COLOURS,
+    DASHES,
+    MARKERS,
     Axis,
     Box,
     Figure,
@@ -19,14 +22,13 @@ from amt.charts import (
     Share,
     Style,
     along,
+    asides,
     by_name,
-    dodge,
     number,
     place_labels,
 )
 from amt.markup import Markup, element, join
 
-COLOURS, DASHES = 6, 5
 SMALL = 12.0  # font size of everything but titles
 _MARKERS = (
     "M0,0m-4.5,0a4.5,4.5 0 1 0 9,0a4.5,4.5 0 1 0 -9,0z",
@@ -55,7 +57,7 @@ def figure_svg(figure: Figure) -> Markup:
 
 def legend(figure: Figure) -> Markup | None:
     """Which line is which; nothing where there is but one."""
-    items = [element("li", swatch(style, dash), name) for name, style, dash in charts.legend(figure)]
+    items = [element("li", swatch(style, dash), name) for name, style, dash in drawing.legend(figure)]
     return element("ul", *items, class_="legend") if items else None
 
 
@@ -90,12 +92,10 @@ def panel_svg(panel: Panel, title: str, width: float, height: float, class_: str
         parts.append(element("line", x1=x(0), x2=x(0), y1=room[1], y2=room[3], class_="zero"))
     if panel.labelled:
         parts += _links(panel, x, y)
-    for k, series in enumerate(panel.series):
-        shift = (0.0, 0.0)
-        if panel.y.names:
-            shift = (0.0, dodge(k, len(panel.series), 12, math.inf))
-        elif series.joined:
-            shift = (dodge(k, len(panel.series), 2.5, 12), 0.0)
+    for series, aside in zip(
+        panel.series, asides(panel, *((12, math.inf) if names else (2.5, 12))), strict=True
+    ):
+        shift = (0.0, aside) if names else (aside if series.joined else 0.0, 0.0)
         parts.append(_series(series, x, y, shift))
     if panel.labelled:
         parts += _labels(panel, x, y, room)
@@ -191,7 +191,7 @@ def _series(series: Series, x: Callable, y: Callable, shift: tuple[float, float]
 def _marker(x: float, y: float, style: Style, suspect: bool, small: bool = False) -> Markup:
     """Hollow where the number is suspect."""
     place = f"translate({x:.1f} {y:.1f})" + " scale(.78)" * small
-    path = _MARKERS[style.marker % len(_MARKERS)]
+    path = _MARKERS[style.marker % MARKERS]
     return element("path", d=path, transform=place, class_=f"mark {_colour(style)}" + " hollow" * suspect)
 
 
@@ -204,7 +204,7 @@ def _colour(style: Style) -> str:
 
 
 def _links(panel: Panel, x: Callable, y: Callable) -> Iterable[Markup]:
-    for start, end in charts.links(panel):
+    for start, end in drawing.links(panel):
         path = f"M{x(start.x):.1f},{y(start.y):.1f}L{x(end.x):.1f},{y(end.y):.1f}"
         yield element("path", d=path, class_="link")
 
@@ -215,7 +215,7 @@ def _labels(panel: Panel, x: Callable, y: Callable, room: Box) -> Iterable[Marku
     texts = [_fitted(name, 0.4 * (room[2] - room[0])) for name in first]
     anchors = [(x(point.x), y(point.y)) for point in first.values()]
     obstacles: list[Box] = []
-    for start, end in charts.links(panel):
+    for start, end in drawing.links(panel):
         obstacles += along((x(start.x), y(start.y)), (x(end.x), y(end.y)))
     for point in (point for series in panel.series for point in series.points):
         px, py = x(point.x), y(point.y)

@@ -5,131 +5,36 @@ Decides what is compared with what, never how it looks: `chart_svg` draws the fi
 has none.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from amt.comparison import compare
+from amt.drawing import (
+    Axis,
+    Cell,
+    Figure,
+    HeatMap,
+    Panel,
+    Point,
+    Series,
+    Share,
+    Style,
+    Table,
+    axis,
+    distinct,
+    number,
+)
 from amt.runs import Run
-from amt.statistics import Summary, average_summary, paired_difference, summarise
+from amt.statistics import Summary, summarise
 
 NORMS = {"linf": "L∞", "l2": "L2"}
 
 
-class Cell(NamedTuple):
-    """What stands in a table, and what it is sorted by if that is a number."""
-
-    text: str
-    value: float | None = None
-
-
-class Table(NamedTuple):
-    """Rows of cells under their headings."""
-
-    columns: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-
-
-class Style(NamedTuple):
-    """What tells a series from the others: it has a colour, a marker and a dash pattern, by number."""
-
-    colour: int = 0
-    marker: int = 0
-    dash: int = 0
-
-
-class Point(NamedTuple):
-    """A measured value.
-
-    Args:
-        x_span, y_span: the ends of its intervals, None where it has none.
-        name: of the domain.
-        says: everything about it, in words.
-        suspect: whether an automatic check doubts it.
-    """
-
-    x: float
-    y: float
-    x_span: tuple[float, float] | None
-    y_span: tuple[float, float] | None
-    name: str
-    says: str
-    suspect: bool = False
-
-
-class Series(NamedTuple):
-    """Points of one run, or of one run under one attack; `joined` by a line or not.
-
-    Args:
-        name: the run; where there is but one, the attack.
-        attack: where both runs and attacks differ; colour and marker are then the run's, dashes its own.
-    """
-
-    name: str
-    style: Style
-    points: tuple[Point, ...]
-    joined: bool = False
-    attack: str = ""
-
-
-class Axis(NamedTuple):
-    """A linear axis. With `names` the places 0, 1, ... are those, from the top, and it has no ticks."""
-
-    label: str
-    low: float
-    high: float
-    ticks: tuple[float, ...] = ()
-    names: tuple[str, ...] = ()
-
-
-class Panel(NamedTuple):
-    """One pair of axes.
-
-    Args:
-        note: how many episodes.
-        labelled: whether points carry their names, and lines lead from the first of a name to the others.
-        zero: whether there is a rule where nothing differs.
-    """
-
-    title: str
-    note: str
-    x: Axis
-    y: Axis
-    series: tuple[Series, ...]
-    labelled: bool = False
-    zero: bool = False
-
-
-class Figure(NamedTuple):
-    """A figure of one or several panels; `slug` names its files, `caption` says n and the intervals."""
-
-    slug: str
-    title: str
-    caption: str
-    panels: tuple[Panel, ...]
-    table: Table
-
-
-class Share(NamedTuple):
-    """How much one adapter was merged into the tasks of one domain, in per cent."""
-
-    summary: Summary
-    quartiles: tuple[float, float, float, float, float]  # least, lower, median, upper, most
-
-
-class HeatMap(NamedTuple):
-    """Shares by domain and adapter, for one run; a cell without shares is None."""
-
-    slug: str
-    title: str
-    caption: str
-    rows: tuple[str, ...]
-    columns: tuple[str, ...]
-    cells: tuple[tuple[Share | None, ...], ...]
-    table: Table
-
-
+@dataclasses.dataclass(frozen=True)
 class Shown:
     """A run under the label that it has in the report.
 
@@ -138,14 +43,13 @@ class Shown:
         place: its number among them, from 0.
     """
 
-    def __init__(self, label: str, place: int, run: Run):
-        self.label = label
-        self.place = place
-        self.run = run
+    label: str
+    place: int
+    run: Run
 
     @property
     def style(self) -> Style:
-        return Style(self.place, self.place, 0)
+        return distinct(self.place)
 
     def summary(self, name: str, column: str) -> Summary | None:
         return self.run.summary(name, column)
@@ -266,11 +170,17 @@ def scatter(shown: Sequence[Shown]) -> Figure | None:
     panel = Panel(
         "",
         "",
-        _axis("clean accuracy, per cent", [v for p in points for v in (p.x_span or (p.x, p.x))], (0, 100)),
-        _axis(
+        axis(
+            "clean accuracy, per cent",
+            [v for p in points for v in (p.x_span or (p.x, p.x))],
+            (0, 100),
+            least=10,
+        ),
+        axis(
             f"accuracy under {name}, per cent" if alike else "robust accuracy, per cent",
             [v for p in points for v in (p.y_span or (p.y, p.y))],
             (0, 100),
+            least=10,
         ),
         tuple(series),
         labelled=True,
@@ -304,8 +214,9 @@ def curves(shown: Sequence[Shown]) -> list[Figure]:
     averages = [each.average for each in shown if each.average]
     for norm, by_attack in attacks.items():
         largest = max(epsilon for found in by_attack.values() for epsilon, _ in found)
-        x = Axis(f"epsilon in 1/255, {NORMS[norm]}", 0, largest, _epsilon_ticks(by_attack.values()))
-        y = Axis("accuracy, per cent", 0, 100, (0, 25, 50, 75, 100))
+        ticks = _epsilon_ticks(by_attack.values())
+        x = Axis(f"epsilon in 1/255, {NORMS[norm]}", -0.04 * largest, 1.04 * largest, ticks)
+        y = Axis("accuracy, per cent", -3, 103, (0, 25, 50, 75, 100))
         panels, rows = [], []
         for name in union([averages, domains(shown)]):
             series, counts = [], []
@@ -313,17 +224,18 @@ def curves(shown: Sequence[Shown]) -> list[Figure]:
                 for k, (attack, found) in enumerate(by_attack.items()):
                     points = _curve(each, name, attack, found, rows)
                     if len(points) > 1 and len(shown) > 1:
-                        series.append(Series(each.label, each.style._replace(dash=k), points, True, attack))
+                        style = each.style._replace(dash=k)
+                        series.append(Series(each.label, style, points, True, attack, each.place))
                     elif len(points) > 1:
-                        series.append(Series(attack, Style(k, k, k), points, True))
+                        series.append(Series(attack, distinct(k)._replace(dash=k), points, True))
                 if each.summary(name, "clean") is not None:
                     counts.append(each.summary(name, "clean").n)
             if series:
                 panels.append(Panel(name, n_note(counts), x, y, tuple(series)))
         if panels:
             caption = (
-                f"Accuracy against the size of the perturbation in the {NORMS[norm]} norm, clean at 0; "
-                "bars: 95% bootstrap intervals, n episodes as noted."
+                f"Accuracy under {', '.join(by_attack)} against the size of the perturbation in the "
+                f"{NORMS[norm]} norm, clean at 0; bars: 95% bootstrap intervals, n episodes as noted."
             )
             headings = ("domain", "run", "attack", "epsilon", "accuracy", "±", "from", "to", "n")
             title = f"Robustness curves, {NORMS[norm]}"
@@ -360,86 +272,64 @@ def _epsilon_ticks(found: Iterable[Sequence[tuple[float, str]]]) -> tuple[float,
 
 
 class Differences(NamedTuple):
-    """What distinguishes runs from the first one, on the same episodes; `refusals` name those that differ."""
+    """What distinguishes runs from the first one, on the same episodes.
+
+    Args:
+        figure: None if no run could be compared.
+        by_run: by label, name and column, the differences.
+        refusals: which runs or domains could not be compared, and why.
+    """
 
     figure: Figure | None
+    by_run: dict[str, dict[tuple[str, str], Summary]]
     refusals: tuple[str, ...]
-    averages: tuple[tuple[str, str, Summary], ...]  # (run, column, over all domains shared)
 
 
 def differences(shown: Sequence[Shown]) -> Differences:
     """Paired differences of every other run from the first, where they scored the same episodes."""
-    reference, refusals, averages = shown[0], [], []
-    found: dict[tuple[str, str, str], Summary] = {}  # by column, domain, run
-    over_all: dict[tuple[str, str, str], Summary] = {}
+    reference = shown[0]
+    by_run, refusals = {}, []
     for each in shown[1:]:
-        if (reason := other_episodes(each.run.about, reference.run.about)) is not None:
-            refusals.append(f"{each.label} cannot be paired with {reference.label}: {reason}")
-            continue
-        pairs = {
-            domain: same_episodes(each.run.rows.get(domain, ()), reference.run.rows.get(domain, ()))
-            for domain in domains([reference, each])
+        found = compare(each.run, reference.run)
+        by_run[each.label] = found.differences
+        refusals += [
+            f"no differences of {each.label} from {reference.label}: {reason}" for reason in found.refusals
+        ]
+    names = union((name for name, _ in found) for found in by_run.values())
+    names.sort(key=lambda name: name in reference.run.averages)
+    panels, rows = [], []
+    for column in reference.run.columns:
+        here = {
+            (name, label): found[name, column]
+            for name in names
+            for label, found in by_run.items()
+            if (name, column) in found
         }
-        for domain in [domain for domain, pair in pairs.items() if pair is None]:
-            refusals.append(f"{each.label} and {reference.label} share no episode of {domain}")
-            del pairs[domain]
-        for column in [c for c in reference.run.columns if c in each.run.columns and pairs]:
-            by_domain = {domain: paired_difference(*pair, column) for domain, pair in pairs.items()}
-            found |= {(column, domain, each.label): summary for domain, summary in by_domain.items()}
-            overall = average_summary(list(by_domain.values()))
-            averages.append((each.label, column, overall))
-            if len(by_domain) > 1:
-                over_all[column, f"average of {len(by_domain)}", each.label] = overall
-    if not found:
-        return Differences(None, tuple(refusals), ())
-    found |= over_all
-    names = union([domains(shown), (name for _, name, _ in over_all)])
-    panels = []
-    for column in union([["clean"], (c for c in robust_columns(shown) if c)]):
-        here = {key[1:]: summary for key, summary in found.items() if key[0] == column}
-        present = [name for name in names if any(name == domain for domain, _ in here)]
-        if present:
-            panels.append(_rows_panel(column, "difference in points", present, here, shown, zero=True))
-    rows = [
-        (Cell(domain), Cell(name), Cell(column), *numbers(summary, signed=True))
-        for (column, domain, name), summary in found.items()
-    ]
+        doubts = {
+            (name, each.label): each.doubt(name, (column,)) or reference.doubt(name, (column,))
+            for name in names
+            for each in shown[1:]
+        }
+        rows += [
+            (Cell(name + doubts[name, label]), Cell(label), Cell(column), *numbers(summary, signed=True))
+            for (name, label), summary in here.items()
+        ]
+        if here and column in {"clean", *robust_columns(shown)}:
+            present = [name for name in names if any((name, label) in here for label in by_run)]
+            axis_label = "difference in points"
+            panels.append(_rows_panel(column, axis_label, present, here, shown, doubts, zero=True))
+    if not panels:
+        return Differences(None, by_run, tuple(refusals))
+    counts = n_note(summary.n for found in by_run.values() for summary in found.values())
     caption = (
         f"Accuracy minus that of {reference.label} on the same episodes, in points; "
-        f"bars: 95% bootstrap intervals of the paired difference, {counts_note(found.values())}. "
+        f"bars: 95% bootstrap intervals of the paired difference, {counts}. "
         f"Right of zero is better than {reference.label}."
     )
     headings = ("domain", "run", "column", "difference", "±", "from", "to", "n")
     title = f"Differences from {reference.label}"
     figure = Figure("differences", title, caption, tuple(panels), Table(headings, tuple(rows)))
-    return Differences(figure, tuple(refusals), tuple(averages))
-
-
-def other_episodes(ours: Mapping, theirs: Mapping) -> str | None:
-    """Why two runs did not draw the same episodes; None if they did."""
-    for name in ("seed", "split", "sampling"):
-        if ours.get(name) != theirs.get(name):
-            return f"its {name} is {in_words(ours.get(name))}, not {in_words(theirs.get(name))}"
-    return None
-
-
-def in_words(value: object) -> str:
-    """A setting in a sentence."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {in_words(each)}" for name, each in value.items() if each is not None)
-    if isinstance(value, list | tuple):
-        return " ".join(map(in_words, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def same_episodes(ours: Sequence[Mapping], theirs: Sequence[Mapping]) -> tuple[list, list] | None:
-    """The rows of the episodes that both runs finished; None if there is none, or the shapes differ."""
-    by_index = {row["index"]: row for row in theirs}
-    pairs = [(row, by_index[row["index"]]) for row in ours if row["index"] in by_index]
-    shape = ("ways", "support", "queries")
-    if not pairs or any(a.get(name) != b.get(name) for a, b in pairs for name in shape):
-        return None
-    return [a for a, _ in pairs], [b for _, b in pairs]
+    return Differences(figure, by_run, tuple(refusals))
 
 
 def seconds(shown: Sequence[Shown]) -> Figure:
@@ -450,7 +340,7 @@ def seconds(shown: Sequence[Shown]) -> Figure:
         for domain, rows in each.run.rows.items()
         if all("seconds" in row for row in rows)
     }
-    panel = _rows_panel("", "seconds per episode, attacks included", domains(shown), found, shown)
+    panel = _rows_panel("", "seconds per episode, attacks included", domains(shown), found, shown, {})
     rows = []
     for (domain, name), summary in found.items():
         texts = (f"{summary.mean:.3g}", *interval_texts(summary, ".2g"))
@@ -467,20 +357,22 @@ def _rows_panel(
     names: Sequence[str],
     found: Mapping[tuple[str, str], Summary],
     shown: Sequence[Shown],
+    doubts: Mapping[tuple[str, str], str],
     zero: bool = False,
 ) -> Panel:
     """A panel with a line of its own for every domain, on which the runs stand."""
     series = []
     for each in shown:
-        points = [
-            Point(s.mean, k, span(s), None, name, f"{name}, {each.label}: {spoken(s, '.3g')}, n = {s.n}")
-            for k, name in enumerate(names)
-            if (s := found.get((name, each.label))) is not None
-        ]
+        points = []
+        for k, name in enumerate(names):
+            if (s := found.get((name, each.label))) is not None:
+                doubt = doubts.get((name, each.label), "")
+                says = f"{name}, {each.label}: {spoken(s, '.3g')}, n = {s.n}{doubt}"
+                points.append(Point(s.mean, k, span(s), None, name, says, bool(doubt)))
         if points:
-            series.append(Series(each.label, each.style, tuple(points)))
+            series.append(Series(each.label, each.style, tuple(points), lane=each.place))
     values = [0.0] + [v for one in series for p in one.points for v in (p.x_span or (p.x, p.x))]
-    x = _axis(x_label, values)
+    x = axis(x_label, values, least=2 * zero)
     y = Axis("", -0.5, len(names) - 0.5, names=tuple(names))
     return Panel(title, counts_note(found.values()), x, y, tuple(series), zero=zero)
 
@@ -562,21 +454,20 @@ def has_interval(summary: Summary) -> bool:
 
 
 def spoken(summary: Summary, digits: str = ".1f") -> str:
-    if not has_interval(summary):
-        return f"{summary.mean:{digits}} (no interval)"
-    return f"{summary.mean:{digits}} [{summary.low:{digits}}, {summary.high:{digits}}]"
+    mean, low, high = (number(value, digits) for value in (summary.mean, summary.low, summary.high))
+    return f"{mean} [{low}, {high}]" if has_interval(summary) else f"{mean} (no interval)"
 
 
 def interval_texts(summary: Summary, digits: str = ".1f") -> tuple[str, str, str]:
     """Half-width of the normal interval and ends of the bootstrap's, dashes for a single episode."""
     if not has_interval(summary):
         return ("–", "–", "–")
-    return tuple(f"{value:{digits}}" for value in (summary.interval, summary.low, summary.high))
+    return tuple(number(value, digits) for value in (summary.interval, summary.low, summary.high))
 
 
 def numbers(summary: Summary, with_n: bool = True, signed: bool = False) -> tuple[Cell, ...]:
     """Mean, half-width, both ends and n."""
-    mean = f"{summary.mean:+.1f}" if signed else f"{summary.mean:.1f}"
+    mean = number(summary.mean, "+.1f" if signed else ".1f")
     values = (summary.mean, summary.interval, summary.low, summary.high)
     cells = tuple(map(Cell, (mean, *interval_texts(summary)), values))
     return cells + (Cell(str(summary.n), summary.n),) * with_n
@@ -587,119 +478,19 @@ def episode_counts(shown: Sequence[Shown]) -> str:
 
 
 def episodes(counts: Iterable[int]) -> str:
-    least, most = min(counts := set(counts)), max(counts)
-    return f"{least} episode{'s' * (least != 1)}" if least == most else f"{least} to {most} episodes"
+    counts = set(counts)
+    return f"{between(counts)} episode{'s' * (counts != {1})}"
 
 
 def n_note(counts: Iterable[int]) -> str:
+    return f"n = {between(counts)}"
+
+
+def between(counts: Iterable[int]) -> str:
+    """For example "5", or "5 to 12"."""
     counts = set(counts)
-    return f"n = {min(counts)}" if len(counts) == 1 else f"n = {min(counts)} to {max(counts)}"
+    return f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
 
 
 def counts_note(summaries: Iterable[Summary]) -> str:
     return n_note(summary.n for summary in summaries)
-
-
-def tick_values(low: float, high: float, count: int = 4) -> tuple[float, ...]:
-    """Round numbers from `low` to `high` at most, about `count` of them."""
-    if high <= low:
-        return (low,)
-    rough = (high - low) / count
-    power = 10 ** math.floor(math.log10(rough))
-    step = next(k * power for k in (1, 2, 2.5, 5, 10) if k * power >= rough * 0.999)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return tuple(round(k * step, 10) for k in range(first, last + 1))
-
-
-def number(value: float) -> str:
-    """For the tick of an axis."""
-    return f"{value:g}".replace("-", "−")
-
-
-def legend(figure: Figure) -> list[tuple[str, Style | None, int | None]]:
-    """What needs to be told apart: (name, style of the marker, dash pattern), runs before attacks.
-
-    A run under several attacks has a marker and its attacks a dash pattern; elsewhere a line has both.
-    """
-    series = [one for panel in figure.panels for one in panel.series]
-    found: dict[str, tuple[str, Style | None, int | None]] = {}
-    for one in series:
-        both = one.joined and not one.attack
-        found.setdefault("run " + one.name, (one.name, one.style, one.style.dash if both else None))
-    for one in series:
-        if one.attack:
-            found.setdefault("attack " + one.attack, (one.attack, None, one.style.dash))
-    return list(found.values()) if len(found) > 1 else []
-
-
-def links(panel: Panel) -> list[tuple[Point, Point]]:
-    """From the first point of every name to its others."""
-    return [(points[0], other) for points in by_name(panel).values() for other in points[1:]]
-
-
-def along(start: tuple[float, float], end: tuple[float, float]) -> list[Box]:
-    """A line as a chain of small obstacles for labels."""
-    return [
-        (x - 1, y - 1, x + 1, y + 1)
-        for x, y in zip(np.linspace(start[0], end[0], 25), np.linspace(start[1], end[1], 25), strict=True)
-    ]
-
-
-def dodge(place: int, count: int, step: float, most: float) -> float:
-    """How far aside series `place` of `count` stands, so that intervals at one place do not hide each other."""
-    return (place - (count - 1) / 2) * min(step, most / count)
-
-
-def _axis(label: str, values: Sequence[float], limits: tuple[float, float] = (-math.inf, math.inf)) -> Axis:
-    """An axis with room for the values, ending at ticks, within the limits."""
-    low, high = min(values), max(values)
-    if high - low < 1e-9:
-        low, high = max(limits[0], low - 1), min(limits[1], high + 1)
-    first, second, *_ = tick_values(low, low + 2 * (high - low), 10)
-    step = second - first
-    low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
-    low, high = max(limits[0], low), min(limits[1], high)
-    return Axis(label, low, high, tick_values(low, high, 5))
-
-
-def by_name(panel: Panel) -> dict[str, list[Point]]:
-    """The points of a panel by domain, in the order of its series."""
-    found: dict[str, list[Point]] = {}
-    for point in (point for series in panel.series for point in series.points):
-        found.setdefault(point.name, []).append(point)
-    return found
-
-
-Box = tuple[float, float, float, float]  # left, top, right, bottom
-
-
-def place_labels(
-    anchors: Sequence[tuple[float, float]],
-    sizes: Sequence[tuple[float, float]],
-    room: Box,
-    obstacles: Sequence[Box],
-    gap: float,
-) -> list[Box]:
-    """Boxes for labels beside their anchors, within `room`, off each other and off obstacles where possible.
-
-    Greedy, nearest places first; all in one unit of length, y downwards or upwards alike.
-    """
-    placed: list[Box] = []
-    for (x, y), (width, height) in zip(anchors, sizes, strict=True):
-        candidates = []
-        for distance in (gap, 2 * gap, 3.5 * gap, 5 * gap):
-            for dx, dy in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1)):
-                cx = x + dx * (distance + width / 2)
-                cy = y + dy * (distance + height / 2) * (1 if dx == 0 else 0.8)
-                box = (cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2)
-                outside = box[0] < room[0] or box[1] < room[1] or box[2] > room[2] or box[3] > room[3]
-                hits = 10 * sum(_overlap(box, other) for other in placed)
-                hits += sum(_overlap(box, other) for other in obstacles)
-                candidates.append((1e9 * outside + hits + 0.1 * distance, len(candidates), box))
-        placed.append(min(candidates)[2])
-    return placed
-
-
-def _overlap(a: Box, b: Box) -> float:
-    """The area that two boxes share."""
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))

@@ -15,16 +15,20 @@ from typing import NamedTuple
 from PIL import Image
 
 from amt import charts
+from amt.attacks import KINDS
 from amt.chart_svg import figure_svg, strip_svg, swatch
-from amt.charts import Cell, Differences, Figure, HeatMap, Shown, Table
+from amt.charts import Differences, Shown
+from amt.comparison import in_words
+from amt.drawing import Cell, Figure, HeatMap, Share, Table, number
 from amt.markup import Child, Markup, element, join
 from amt.pictures import amplify, data_uri
-from amt.runs import Run, Sample
+from amt.runs import Run, Sample, attack_from
 from amt.statistics import Summary
 
 SAMPLE_SIDE = 128  # pixels; larger samples are shown smaller
 SAMPLE_BUDGET = 2_000_000  # characters of images in a page
 MOST_IMAGES = 4  # of one episode
+TEXT_COLUMNS = {"domain", "run", "attack", "adapter", "column", "robust column", "device"}
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -37,13 +41,13 @@ def page(runs: Sequence[Run]) -> str:
     compared = charts.differences(shown) if len(shown) > 1 else None
     sections = [
         ("results", "Results", results(shown)),
-        ("scatter", "Clean against robust", figure_block(charts.scatter(shown))),
+        ("scatter", "Clean against robust", figure_block(charts.scatter(shown), titled=False)),
         ("curves", "Robustness curves", join(figure_block(figure) for figure in charts.curves(shown))),
         ("differences", "Differences between runs", compared and differences_block(compared)),
-        ("merging", "Merged adapters", join(heat_block(each) for each in charts.heat_maps(shown))),
+        ("merging", "Merged adapters", merging_block(charts.heat_maps(shown))),
         ("samples", "Sample episodes", samples_block(shown)),
         ("cost", "Time and memory", cost_block(shown)),
-        ("about", "What was run", join(about_block(each) for each in shown)),
+        ("about", "What was run", element("div", *map(about_block, shown), class_="runs")),
         ("reading", "How to read this page", element("ul", *(element("li", line) for line in READING))),
     ]
     sections = [(name, title, content) for name, title, content in sections if content]
@@ -114,35 +118,37 @@ def header(
 
 
 def summary_line(shown: Sequence[Shown]) -> str:
-    """A sentence or two in plain words."""
+    """A few sentences in plain words."""
     domains = charts.domains(shown)
-    count = "1 domain" if len(domains) == 1 else f"{len(domains)} domains"
-    over = f"{count}, {charts.episode_counts(shown)}"
+    over = f"{len(domains)} domain{'s' * (len(domains) != 1)}, {charts.episode_counts(shown)}"
     robust = charts.robust_columns(shown)
     if len(shown) == 1:
         (each,), (column,) = shown, robust
-        line = (
-            f"{each.label} classifies {each.summary(each.whole, 'clean').mean:.1f}% of clean images correctly"
-        )
+        line = f"{each.label} classifies {_percent(each, 'clean')} of clean images correctly"
         if column:
-            line += f" and {each.summary(each.whole, column).mean:.1f}% of attacked ones ({column})"
+            line += f" and {_percent(each, column)} of attacked ones ({column})"
         return f"{line}, over {over}."
     if len({frozenset(each.run.rows) for each in shown}) > 1 or len(set(robust)) > 1:
         return f"{len(shown)} runs on {over}; they do not all cover the same domains and attacks."
-
-    def highest(column: str) -> str:
-        means = {each.label: each.summary(each.whole, column).mean for each in shown}
-        best = max(means, key=means.get)
-        return (
-            f"{best} has the highest accuracy {'under ' * (column != 'clean')}{column} ({means[best]:.1f}%)"
-        )
-
-    sentences = [
-        f"{len(shown)} runs on {over}",
-        highest("clean"),
-        *([highest(robust[0])] if robust[0] else []),
-    ]
+    sentences = [f"{len(shown)} runs on {over}", _highest(shown, "clean", "On clean images")]
+    if robust[0]:
+        sentences.append(_highest(shown, robust[0], f"Under {robust[0]}"))
     return ". ".join(sentences) + "."
+
+
+def _percent(each: Shown, column: str) -> str:
+    found = each.summary(each.whole, column)
+    return f"{found.mean:.1f}% {_half(found)}"
+
+
+def _highest(shown: Sequence[Shown], column: str, where: str) -> str:
+    """Who is best, or that nobody is."""
+    means = [round(each.summary(each.whole, column).mean, 1) for each in shown]
+    best = [each for each, mean in zip(shown, means, strict=True) if mean == max(means)]
+    if len(best) == len(shown):
+        return f"{where} all reach {_percent(best[0], column)}"
+    names = " and ".join(each.label for each in best)
+    return f"{where} the highest accuracy is that of {names}, {_percent(best[0], column)}"
 
 
 def stamps(shown: Sequence[Shown]) -> list[str]:
@@ -174,7 +180,7 @@ def notices(shown: Sequence[Shown], compared: Differences | None) -> Iterable[st
             parts = (f"{', '.join(who)} over {', '.join(domains)}" for domains, who in kinds.items())
             yield f"“{name}” covers other domains by run, so it is not to be compared: {'; '.join(parts)}."
     if compared is not None:
-        yield from (f"{refusal}." for refusal in compared.refusals)
+        yield from map(_sentence, compared.refusals)
 
 
 def card(each: Shown, shown: Sequence[Shown], compared: Differences | None) -> Markup:
@@ -185,12 +191,9 @@ def card(each: Shown, shown: Sequence[Shown], compared: Differences | None) -> M
     tiles = []
     for column in ("clean", *([robust] if robust else [])):
         summary = each.summary(name, column)
-        found = [
-            s for label, c, s in (compared.averages if compared else ()) if (label, c) == (each.label, column)
-        ]
         versus = None
-        if found:
-            text = f"{found[0].mean:+.1f} {_half(found[0])} points from {shown[0].label}"
+        if compared is not None and (found := compared.by_run.get(each.label, {}).get((name, column))):
+            text = f"{number(found.mean, '+.1f')} {_half(found)} points from {shown[0].label}"
             versus = element("span", text, class_="versus")
         tiles.append(
             element(
@@ -205,13 +208,20 @@ def card(each: Shown, shown: Sequence[Shown], compared: Differences | None) -> M
             )
         )
     count = each.summary(name, "clean").n
+    about = each.run.about
+    known = [f"seed {about['seed']}", *(f"{k} {about[k]}" for k in ("split", "commit") if about.get(k))]
     return element(
         "article",
         element("h3", swatch(each.style) if len(shown) > 1 else None, each.label),
         element("p", f"{over}, {count} episodes, per cent", class_="over"),
         element("div", *tiles, class_="tiles"),
+        element("p", ", ".join(known), class_="over"),
         class_="card",
     )
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _half(summary: Summary) -> str:
@@ -245,18 +255,21 @@ def results(shown: Sequence[Shown]) -> Markup:
                 rows.append(
                     element(
                         "tr",
-                        element("th", name, about and element("small", about), scope="row"),
-                        element("td", each.label, class_="name") if several else None,
+                        element("th", name_of(name), about and element("small", about), scope="row"),
+                        element("td", name_of(each.label), class_="name") if several else None,
                         element("td", n, data_value=n),
                         *(accuracy_cell(each, name, c, s) for c, s in zip(columns, summaries, strict=True)),
                     )
                 )
         bodies.append(rows)
     head = ["domain", *(["run"] if several else []), "n", *columns]
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for each in shown:
+        for finding in each.run.findings:
+            found.setdefault((each.label, finding.source, finding.reason), []).append(finding.column)
     doubts = [
-        element("li", f"{each.label}, {f.source}, {f.column}: {f.reason}")
-        for each in shown
-        for f in each.run.findings
+        element("li", f"{name}, {domain}: {reason} ({', '.join(named)})")
+        for (name, domain, reason), named in found.items()
     ]
     return join(
         [
@@ -291,7 +304,14 @@ def accuracy_cell(each: Shown, name: str, column: str, summary: Summary | None) 
 def table(head: Sequence[str], bodies: Sequence[Sequence[Markup]], label: str, class_: str = "") -> Markup:
     """A table that sorts by its headings, each body by itself, and scrolls in a box of its own."""
     headings = (
-        element("th", element("button", name, type="button"), scope="col", aria_sort="none") for name in head
+        element(
+            "th",
+            element("button", name, type="button"),
+            scope="col",
+            aria_sort="none",
+            class_="name" if name in TEXT_COLUMNS else None,
+        )
+        for name in head
     )
     content = element(
         "table",
@@ -315,10 +335,15 @@ def numbers_block(found: Table, label: str) -> Markup:
 
 def plain_cell(cell: Cell, first: bool) -> Markup:
     if first:
-        return element("th", cell.text, scope="row")
+        return element("th", name_of(cell.text), scope="row")
     if cell.value is None:
-        return element("td", cell.text, class_="name")
+        return element("td", name_of(cell.text), class_="name")
     return element("td", cell.text, data_value=f"{cell.value:.6g}")
+
+
+def name_of(text: str) -> Markup:
+    """A name in a table: on one line if it is short, broken anywhere if not."""
+    return element("span", text, class_="text")
 
 
 def description(pairs: Iterable[tuple[str, Child]]) -> Markup:
@@ -336,12 +361,12 @@ def description(pairs: Iterable[tuple[str, Child]]) -> Markup:
 # --- figures ---------------------------------------------------------------------------------------------
 
 
-def figure_block(figure: Figure | None) -> Markup | None:
+def figure_block(figure: Figure | None, titled: bool = True) -> Markup | None:
     if figure is None:
         return None
     return element(
         "figure",
-        element("h3", figure.title),
+        element("h3", figure.title) if titled else None,
         figure_svg(figure),
         element("figcaption", figure.caption),
         numbers_block(figure.table, figure.title),
@@ -349,37 +374,46 @@ def figure_block(figure: Figure | None) -> Markup | None:
 
 
 def differences_block(compared: Differences) -> Markup:
-    refusals = [element("p", f"{refusal}.", class_="notice") for refusal in compared.refusals]
+    refusals = [element("p", _sentence(refusal), class_="notice") for refusal in compared.refusals]
     return join([*refusals, figure_block(compared.figure)])
 
 
-def heat_block(heat: HeatMap) -> Markup:
+def merging_block(maps: Sequence[HeatMap]) -> Markup | None:
+    if not maps:
+        return None
+    captions = {heat.caption for heat in maps}
+    return join(
+        [
+            element("div", *(heat_block(heat, len(captions) > 1) for heat in maps), class_="maps"),
+            element("p", captions.pop(), class_="caption") if len(captions) == 1 else None,
+        ]
+    )
+
+
+def heat_block(heat: HeatMap, captioned: bool) -> Markup:
     """A table whose cells are shaded by the mean share and show how it is distributed."""
     rows = []
     for name, line in zip(heat.rows, heat.cells, strict=True):
-        cells = []
-        for share in line:
-            if share is None:
-                cells.append(element("td", "–", class_="none"))
-                continue
-            mean = share.summary.mean
-            cells.append(
-                element(
-                    "td",
-                    element("span", f"{mean:.0f}", class_="mean"),
-                    element("span", f" {_half(share.summary)}", class_="half"),
-                    strip_svg(share),
-                    style=f"--share:{mean / 100:.3f}",
-                    data_value=f"{mean:.3f}",
-                )
-            )
-        rows.append(element("tr", element("th", name, scope="row"), *cells))
+        cells = (element("td", "–", class_="none") if share is None else heat_cell(share) for share in line)
+        rows.append(element("tr", element("th", name_of(name), scope="row"), *cells))
     return element(
         "figure",
         element("h3", heat.title),
         table(("domain", *heat.columns), [rows], heat.title, "heat"),
-        element("figcaption", heat.caption),
+        element("figcaption", heat.caption) if captioned else None,
         numbers_block(heat.table, heat.title),
+    )
+
+
+def heat_cell(share: Share) -> Markup:
+    mean = share.summary.mean
+    return element(
+        "td",
+        element("span", f"{mean:.1f}", class_="mean"),
+        element("span", f" {_half(share.summary)}", class_="half"),
+        strip_svg(share),
+        style=f"--share:{mean / 100:.3f}",
+        data_value=f"{mean:.3f}",
     )
 
 
@@ -418,7 +452,7 @@ def samples_block(shown: Sequence[Shown]) -> Markup | None:
     caption = (
         f"{sum(map(len, trios))} of the {total} images kept with the runs, the first of each episode. "
         "The perturbation is amplified so that its largest value spans the range, by the factor below it; "
-        "grey is no change. "
+        "grey is no change. An image that is wrong already is not attacked. "
         + (f"Larger images are shown with {SAMPLE_SIDE} pixels a side." if _shrunk(found) else "")
     )
     return join([element("p", caption.strip(), class_="caption"), element("div", *blocks, class_="samples")])
@@ -436,32 +470,36 @@ def sample_block(each: Shown, sample: Sample, trios: Sequence[Trio], several: bo
             sample.class_names[found[k]]
             for found in (sample.labels, sample.predicted_clean, sample.predicted_attacked)
         )
-        done = "no change" if taken.factor is None else f"perturbation × {taken.factor:.3g}"
+        done = "no change" if taken.factor is None else f"amplified ×{taken.factor:.3g}"
         rows.append(
             element(
                 "div",
                 element("p", element("b", label), class_="label"),
-                tile(taken.clean, f"clean image of {label}", "clean", before, before == label),
-                tile(taken.perturbation, f"perturbation of it, {done}", done),
-                tile(taken.attacked, f"attacked image of {label}", "attacked", after, after == label),
+                tile(taken.clean, f"clean image of {label}", "clean", verdict(before, before == label)),
+                tile(taken.perturbation, "what the attack added to it", "perturbation", done),
+                tile(
+                    taken.attacked, f"attacked image of {label}", "attacked", verdict(after, after == label)
+                ),
                 class_="trio",
             )
         )
     return element("figure", element("figcaption", where), *rows, class_="sample")
 
 
-def tile(uri: str, alt: str, name: str, predicted: str | None = None, right: bool = False) -> Markup:
-    verdict = None
-    if predicted is not None:
-        mark = element("span", "✓ " if right else "✗ ", class_="right" if right else "wrong")
-        verdict = element("span", mark, predicted, class_="predicted", title="right" if right else "wrong")
+def tile(uri: str, alt: str, name: str, below: Child) -> Markup:
     return element(
         "div",
         element("img", src=uri, alt=alt, width=96, height=96, decoding="async"),
         element("span", name, class_="what"),
-        verdict,
+        element("span", below),
         class_="tile",
     )
+
+
+def verdict(predicted: str, right: bool) -> Markup:
+    """A prediction, and whether it is right."""
+    mark = element("b", "✓ " if right else "✗ ", class_="right" if right else "wrong")
+    return element("span", mark, predicted, title="right" if right else "wrong")
 
 
 def trio(sample: Sample, k: int) -> Trio:
@@ -485,15 +523,15 @@ def cost_block(shown: Sequence[Shown]) -> Markup:
         rows.append(
             element(
                 "tr",
-                element("th", each.label, scope="row"),
+                element("th", name_of(each.label), scope="row"),
                 element("td", episodes, data_value=episodes),
                 *(
                     element("td", shape(about[name]), data_value=about[name])
-                    if isinstance(about.get(name), int | float)
-                    else element("td", "not measured", class_="none")
+                    if each.run.complete and isinstance(about.get(name), int | float)
+                    else element("td", "unfinished", class_="none")
                     for name, shape in (("wall_seconds", _duration), ("peak_memory_mb", _memory))
                 ),
-                element("td", about.get("device") or "not noted", class_="name"),
+                element("td", name_of(str(about.get("device") or "–")), class_="name"),
             )
         )
     head = ("run", "episodes", "time", "peak memory", "device")
@@ -527,7 +565,8 @@ def about_block(each: Shown) -> Markup:
         for column, variant in row.get("variants", {}).items()
     }
     versions = about.get("versions")
-    settings = json.dumps(about["settings"], indent=1, ensure_ascii=False)
+    settings = {name: about.get(name) for name in ("settings", "sampling", "deployments")}
+    settings = json.dumps(settings, indent=1, ensure_ascii=False)
     return element(
         "article",
         element("h3", each.label),
@@ -536,16 +575,16 @@ def about_block(each: Shown) -> Markup:
                 ("folder", str(run.folder)),
                 ("command", element("code", str(about.get("command", "not noted")))),
                 ("commit", about.get("commit")),
-                ("versions", charts.in_words(versions) if isinstance(versions, Mapping) else None),
+                ("versions", in_words(versions) if isinstance(versions, Mapping) else None),
                 ("started", about.get("started")),
                 ("network", about.get("arch")),
                 ("checkpoint", about.get("checkpoint") or "none, the pretrained network"),
                 ("seed", str(about["seed"])),
                 ("split", about.get("split")),
-                ("episodes", f"{about['episodes']} per domain; {charts.in_words(about.get('sampling', {}))}"),
+                ("episodes", f"{about['episodes']} per domain, {shapes(run)}"),
                 (
                     "attacks",
-                    join(element("div", charts.in_words(attack)) for attack in about["attacks"]) or "none",
+                    join(element("div", attack_words(attack)) for attack in about["attacks"]) or "none",
                 ),
                 ("variants", join(element("div", line) for line in sorted(variants)) or None),
                 ("merging", join(merging) or None),
@@ -557,3 +596,23 @@ def about_block(each: Shown) -> Markup:
         ),
         class_="about",
     )
+
+
+def shapes(run: Run) -> str:
+    """How large the episodes were, over all domains."""
+    rows = [row for found in run.rows.values() for row in found]
+    parts = []
+    for name, what in (("ways", "ways"), ("support", "support images"), ("queries", "query images")):
+        counts = {row[name] for row in rows if name in row}
+        if counts:
+            parts.append(f"{charts.between(counts)} {what}")
+    return ", ".join(parts)
+
+
+def attack_words(values: Mapping) -> str:
+    """An entry of run.json's "attacks"."""
+    attack = attack_from(values)
+    rest = {name: values.get(name) for name in KINDS[attack.kind]}
+    epsilons = in_words(attack.epsilons)
+    words = f"{attack.name}: {charts.NORMS[attack.norm]}, epsilon {epsilons} of 255"
+    return "; ".join(filter(None, (words, in_words(rest))))

@@ -12,13 +12,16 @@ matplotlib.use("agg")
 
 import matplotlib.pyplot as plt
 
+TABLE_COLUMNS = 8  # in one table, so that it fits a wide terminal
+
 
 def table(
     columns: Sequence[str],
     rows: Sequence[tuple[str, Sequence[Summary | None]]],
     suspects: Sequence[Sequence[str | None]] = (),
 ) -> str:
-    """A plain-text table of `mean +- interval` per domain and column, with the number of episodes.
+    """A plain-text table of `mean +- interval` per domain and column, with the number of episodes; of many
+    columns, several tables.
 
     Args:
         suspects: like `rows`, why a result is not to be believed; it gets a question mark, and a line below
@@ -26,20 +29,24 @@ def table(
     """
     width = max(len(name) for name, _ in rows)
     cell = max(14, *(len(column) for column in columns))
-    lines = [" ".join([" " * width, *(column.rjust(cell) for column in columns), "       n"])]
-    reasons = {}
-    for k, (name, summaries) in enumerate(rows):
-        cells = []
-        for j, summary in enumerate(summaries):
-            reason = suspects[k][j] if suspects else None
-            if reason:
-                reasons.setdefault((name, reason), []).append(columns[j])
-            text = "-" if summary is None else f"{summary}{'?' if reason else ''}"
-            cells.append(text.rjust(cell))
-        n = next((s.n for s in summaries if s is not None), 0)
-        lines.append(" ".join([name.ljust(width), *cells, f"{n:8d}"]))
-    lines += [f"suspect: {name} {', '.join(named)}: {why}" for (name, why), named in reasons.items()]
-    return "\n".join(lines)
+    reasons: dict[tuple[str, str], list[str]] = {}
+    blocks = []
+    for first in range(0, len(columns), TABLE_COLUMNS):
+        block = range(first, min(first + TABLE_COLUMNS, len(columns)))
+        lines = [" ".join([" " * width, *(columns[j].rjust(cell) for j in block), "       n"])]
+        for k, (name, summaries) in enumerate(rows):
+            cells = []
+            for j in block:
+                reason = suspects[k][j] if suspects else None
+                if reason:
+                    reasons.setdefault((name, reason), []).append(columns[j])
+                text = "-" if summaries[j] is None else f"{summaries[j]}{'?' if reason else ''}"
+                cells.append(text.rjust(cell))
+            n = next((s.n for s in summaries if s is not None), 0)
+            lines.append(" ".join([name.ljust(width), *cells, f"{n:8d}"]))
+        blocks.append("\n".join(lines))
+    doubts = [f"suspect: {name} {', '.join(named)}: {why}" for (name, why), named in reasons.items()]
+    return "\n".join(["\n\n".join(blocks), *doubts])
 
 
 def accuracy_picture(

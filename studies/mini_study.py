@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from amt import checkpoint
+from amt import checkpoint, runs
 from amt.backbone import load_backbone
-from amt.evaluate import Summary, average_summary, summarise
+from amt.statistics import Summary, average_summary, summarise
 from amt.merge import Routing, compactness, support_cosines
 from amt.meta_tune import stream
 from amt.report import mixing_picture
@@ -96,23 +96,22 @@ class Study:
 
     def measure(
         self, row: Row, seed: int, shots: int, domains: Sequence[str], flags: Sequence, kind: str = "scored"
-    ) -> dict:
-        """The results of test_meta_dataset.py with `flags`, run unless they are there already.
+    ) -> runs.Run:
+        """The run of test_meta_dataset.py with `flags`, which is made unless it is there already.
 
         Rows that come to the same flags share one folder, and so one run.
         """
         words = [row.training or "pretrained", *flags, *domains]
         name = "-".join(str(word).lstrip("-") for word in words)
         out = self.folder / kind / f"{shots}-shot" / f"seed-{seed}" / name
-        path = out / "results.json"
-        if not path.exists() or "rows" not in json.loads(path.read_text()):
+        if not (out / "results.json").exists():
             command = ["test_meta_dataset.py", "--arch", "vit_mini_amt_merge", "--test_sources", *domains]
             command += ["--num_ways", 5, "--num_support", shots, "--num_query", 3, "--seed", seed]
             command += ["--output_dir", out, *flags]
             if row.training:
                 command += ["--resume", self.checkpoint(row.training, seed)]
             self._run(out, command)
-        return json.loads(path.read_text())
+        return runs.load(out)
 
     def _run(self, out: Path, command: Sequence) -> None:
         out.mkdir(parents=True, exist_ok=True)
@@ -133,13 +132,13 @@ class Study:
             quality = []
             for candidate in candidates:
                 flags = [*attack, *candidate, "--split", "VALID", "--nTestEpisode", self.choosing]
-                found = self.measure(row, seed, shots, [SOURCE], flags, "choosing")["summary"][SOURCE]
-                quality.append(sum(column["mean"] for column in found.values()))
+                run = self.measure(row, seed, shots, [SOURCE], flags, "choosing")
+                quality.append(sum(run.summary(SOURCE, column).mean for column in run.columns))
             return candidates[quality.index(max(quality))]
         if row.choose == "routing":
             flags = [*attack, *row.flags, "--select_on", SOURCE, "--nSelectEpisode", self.choosing]
-            found = self.measure(row, seed, shots, [SOURCE], [*flags, "--nTestEpisode", 1], "choosing")
-            routing = found["merging"]["routing"]
+            run = self.measure(row, seed, shots, [SOURCE], [*flags, "--nTestEpisode", 1], "choosing")
+            routing = run.merging[SOURCE]["routing"]
             return (*row.flags, "--blend_beta", str(routing["beta"]), "--blend_gamma", str(routing["gamma"]))
         return row.flags
 
@@ -150,7 +149,7 @@ class Study:
         found = {}
         for epsilons, domains in groups.items():
             attack = ["--epsilon", *epsilons, "--attack_iters", self.steps, "--nTestEpisode", self.episodes]
-            found |= self.measure(row, seed, shots, domains, [*attack, *flags])["rows"]
+            found |= self.measure(row, seed, shots, domains, [*attack, *flags]).rows
         return found
 
 

@@ -22,6 +22,7 @@ import torch
 
 from amt import checkpoint, export, options
 from amt.backbone import Backbone, base_arch, load_backbone, untrained
+from amt.deploy import check_trims
 from amt.export import FORMATS, Support
 from amt.merge import Coefficients, average_of, route
 from amt.meta_tune import stream
@@ -59,7 +60,6 @@ def parser() -> Parser:
         metavar="FOLDER",
         help="images in one folder per class: write prototypes, and decide the coefficients if not given",
     )
-    which.add_argument("--routing", choices=["amt", "attacked"], default="amt", help="how --support decides")
     options.add_merging(which)
     which.add_argument("--seed", type=natural, default=0, help="of the augmentation or the attack")
     return parser
@@ -95,6 +95,7 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("--adapter and --coefficients exclude each other")
     if args.coefficients is not None and abs(sum(args.coefficients) - 1) > 1e-4:
         raise InputError(f"--coefficients sum to {sum(args.coefficients):g}, expected 1")
+    options.routing(args)
     if args.to == "published":
         for flag in ("coefficients", "support", "image_size", "trim"):
             if getattr(args, flag):
@@ -122,7 +123,7 @@ def check_pool(args: argparse.Namespace, pool: Pool) -> None:
             f"{args.pool} holds {len(pool)} adapters, --to {args.to} takes one network: "
             "choose by --adapter P, --coefficients C ..., or --support FOLDER"
         )
-    options.check_trims(args.trim, pool)
+    check_trims(args.trim, pool)
 
 
 def backbone_of(args: argparse.Namespace, about: dict) -> Backbone:

@@ -11,11 +11,10 @@ is downloaded here; main.py and test_meta_dataset.py fetch pretrained weights, w
 """
 
 import argparse
+import functools
 import itertools
 import os
 import shlex
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ import huggingface_hub
 from amt import options, recipes
 from amt.backbone import CHECKPOINTS, base_arch, untrained
 from amt.options import Parser, place
-from amt.recipes import AMT, TEST, TRAIN, Job, Recipe
+from amt.recipes import AMT, TEST, TRAIN, Job, Recipe, follow
 from meta_dataset_readers.domains import DOMAINS
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.reader import EpisodeReader
@@ -41,12 +40,12 @@ def main(argv: Sequence[str]) -> int:
         for name in recipes.known():
             print(f"{name:20} {recipes.load(name).table}")
         return 0
+    recipe = recipes.load(args.name)
     for flag in ("data_path", "output_dir"):
         if getattr(args, flag) is None:
             raise InputError(
                 f"--{flag} is missing: python -m amt recipe {args.name} --data_path DATA --output_dir OUT"
             )
-    recipe = recipes.load(args.name)
     extra = {
         kind: [options.spelling(word) for word in recipes.split(text, f"--{kind}_flags")]
         for kind, text in ((TRAIN, args.train_flags), (TEST, args.test_flags))
@@ -130,10 +129,9 @@ class Need(NamedTuple):
 def needs(jobs: Sequence[Job], args: argparse.Namespace) -> list[Need]:
     """What the stages that are left need, each once. Opens sources, reads no picture, downloads nothing."""
     found = [*_places(args)]
-    made = {job.makes for job in jobs}
     for job in jobs:
         if not job.done() and not job.left_out():
-            found += [*_needs_of_stages(job, made), *_needs_of_flags(job)]
+            found += [*_needs_of_stages(job, jobs), *_needs_of_flags(job)]
     parts: dict[Need, list[str]] = {}
     for need in dict.fromkeys(found):
         parts.setdefault(need._replace(part=""), []).append(need.part)
@@ -149,13 +147,14 @@ def _places(args: argparse.Namespace) -> Iterator[Need]:
         yield Need(f"data path {args.data_path}", problem="no such directory")
 
 
-def _needs_of_stages(job: Job, made: set[Path]) -> Iterator[Need]:
-    """What earlier stages should have made and none is to make."""
-    for file in job.waits_for:
-        if file not in made and not file.is_file():
-            yield Need(
-                f"{file}, for {job.title}", problem="no such file, and the stage that makes it is not to run"
-            )
+def _needs_of_stages(job: Job, jobs: Sequence[Job]) -> Iterator[Need]:
+    """What other stages should have made, and are not to make now."""
+    for other in job.waits_for:
+        if other not in jobs and not other.done():
+            yield Need(f"{other.makes}, for {job.title}", problem=f"{other.title} is not done, nor to be run")
+
+
+_untrained = functools.cache(untrained)
 
 
 def _needs_of_flags(job: Job) -> Iterator[Need]:
@@ -163,13 +162,18 @@ def _needs_of_flags(job: Job) -> Iterator[Need]:
         return
     args = parsed(job)
     arch = base_arch(args.arch)
-    if args.resume is None and not args.no_pretrain:
+    if not args.no_pretrain and (args.resume is None or _on_untuned(job.stage.kind, args)):
         yield _weights(arch, args.pretrained_checkpoint)
     if args.resume is not None and not args.resume.is_file() and not job.waits_for:
         yield Need(f"checkpoint {args.resume}, for {job.title}", problem="no such file")
-    image_size = args.image_size or untrained(arch)[0].image_size
-    for source, split in _splits(job.stage.kind, args):
+    image_size = args.image_size or _untrained(arch)[0].image_size
+    for source, split in splits(job.stage.kind, args):
         yield _source(source, split, options.reading(args, image_size))
+
+
+def _on_untuned(kind: str, args: argparse.Namespace) -> bool:
+    """Whether an attack makes its images on the pretrained network."""
+    return kind == TEST and any(attack.kind == "transfer" for attack in options.attacks(args))
 
 
 def parsed(job: Job) -> argparse.Namespace:
@@ -179,12 +183,14 @@ def parsed(job: Job) -> argparse.Namespace:
     try:
         args = parser.parse_args(list(job.flags))
         (options.check_training if training else options.check_testing)(args)
+        if not training:
+            options.deployments(args)
     except InputError as error:
         raise InputError(f"{job.title}: {error}") from error
     return args
 
 
-def _splits(kind: str, args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+def splits(kind: str, args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """The sources that a stage reads, with their splits."""
     if kind == TRAIN:
         training = options.training_sources(args)
@@ -192,9 +198,10 @@ def _splits(kind: str, args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         if args.nValEpisode and not args.val_episodes:
             yield from ((source, "VALID") for source in args.val_sources or training)
         return
-    yield from ((source, args.split) for source in options.test_sources(args))
-    if args.select_on:
-        yield args.select_on, "VALID"
+    for source, deployment in options.deployments(args).items():
+        yield source, args.split
+        if deployment.select == "valid":
+            yield deployment.select_on or source, "VALID"
 
 
 def _source(name: str, split: str, reading: dict) -> Need:
@@ -226,7 +233,7 @@ def _weights(arch: str, file: Path | None) -> Need:
     if file is not None:
         problem = "" if file.is_file() else f"{file}: no such file"
         return Need(what, found=str(file), problem=problem)
-    origin = untrained(arch)[1]
+    origin = _untrained(arch)[1]
     candidates = [CHECKPOINTS / f"{arch}{ending}" for ending in (".safetensors", ".pth")]
     found = next((str(path) for path in candidates if path.is_file()), None)
     if found is None and origin.hub is not None:
@@ -291,29 +298,3 @@ def run(jobs: Sequence[Job]) -> int:
             print(f"error: stage {job.title} ended with exit code {code}", file=sys.stderr)
             return code
     return 0
-
-
-def follow(words: Sequence[str]) -> int:
-    """Run a command to its end; its exit code, as a shell gives it.
-
-    Ctrl-C reaches the command from the terminal, like every process there, and SIGTERM is handed on: what it
-    does about them, such as saving a checkpoint, is waited for.
-    """
-    caught: list[int] = []
-    child: subprocess.Popen | None = None
-
-    def note(number: int, _frame) -> None:
-        caught.append(number)
-        if number == signal.SIGTERM and child is not None:
-            child.send_signal(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        child = subprocess.Popen(words)
-        code = child.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if code < 0:
-        return 128 - code
-    return code or (128 + caught[0] if caught else 0)
