@@ -196,7 +196,7 @@ def finish(run: runs.Run, device: torch.device) -> None:
     rows = [row for each in run.rows.values() for row in each]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     more = {
-        "wall_seconds": round(sum(row["seconds"] for row in rows), 1),
+        "episode_seconds": round(sum(row["seconds"] for row in rows), 1),
         "peak_memory_mb": round(
             torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else memory
         ),

@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from amt.pictures import amplify
+from amt.page.pictures import amplify
 from amt.runs import Run
 from meta_dataset_readers.errors import InputError
 

@@ -45,6 +45,7 @@ _ABOUT = {
     "episodes": int,
     "seed": int,
 }
+_COUNTS = ("ways", "support", "queries")
 
 
 class Sample(NamedTuple):
@@ -236,7 +237,7 @@ class Writer:
         path = self.folder / "merging.json"
         with open(self.folder / "run.json") as lock:  # the other parts add their domains to the same file
             fcntl.flock(lock, fcntl.LOCK_EX)
-            found = _read_json(path, dict) if path.exists() else {}
+            found = _read_merging(path) if path.exists() else {}
             text = json.dumps(found | {source: about}, indent=1)
             replace_file(path, lambda part: part.write_text(text + "\n"))
 
@@ -297,7 +298,7 @@ def peek(folder: Path) -> Run:
     about = _read_about(folder)
     if (folder / "results.json").exists():
         about = _read_json(folder / "results.json", dict) | about
-    merging = _read_json(folder / "merging.json", dict) if (folder / "merging.json").exists() else {}
+    merging = _read_merging(folder / "merging.json") if (folder / "merging.json").exists() else {}
     rows: dict[str, dict[int, dict]] = {source: {} for source in about["sources"]}
     for path in sorted(folder.glob("rows*.jsonl")):
         for row in _read_rows(path, about["columns"]):
@@ -362,6 +363,14 @@ def _read_json(path: Path, kind: type):
     return found
 
 
+def _read_merging(path: Path) -> dict[str, dict]:
+    found = _read_json(path, dict)
+    for source, about in found.items():
+        if not isinstance(about, dict) or not isinstance(about.get("how"), str):
+            raise InputError(f"{path}: {source} does not say how it was merged")
+    return found
+
+
 def _read_rows(path: Path, columns: Sequence[str]) -> Iterable[dict]:
     """The complete lines of a file of rows."""
     lines = path.read_bytes().split(b"\n")[:-1]
@@ -370,10 +379,12 @@ def _read_rows(path: Path, columns: Sequence[str]) -> Iterable[dict]:
             row = json.loads(line)
             good = isinstance(row["source"], str) and isinstance(row["index"], int)
             good = good and all(0 <= row[column] <= 1 for column in columns)
+            good = good and all(row[name] >= 0 for name in ("seconds", *_COUNTS))
+            good = good and all(0 <= share <= 1 for share in row["coefficients"])
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{path}, line {number}: no row of results ({error!r})") from error
         if not good:
-            raise InputError(f"{path}, line {number}: a value is out of range, expected accuracies in [0, 1]")
+            raise InputError(f"{path}, line {number}: a value is out of range, such as an accuracy beyond 1")
         yield row
 
 

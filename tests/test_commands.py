@@ -480,7 +480,7 @@ def test_evaluation_end_to_end_in_a_process_of_its_own(world, trained, tmp_path)
     assert ended.code == 0, ended.err
     assert "error" not in ended.err and "Warning" not in ended.err
     results = strict_json(tmp_path / "out" / "results.json")
-    assert results["peak_memory_mb"] > 0 and results["wall_seconds"] > 0 and results["suspect"] == []
+    assert results["peak_memory_mb"] > 0 and results["episode_seconds"] > 0 and results["suspect"] == []
 
     assert results["command"].startswith("test_meta_dataset.py ") and str(resume) in results["command"]
     assert results["seed"] == 3 and results["split"] == "TEST" and results["checkpoint"] == str(resume)

@@ -16,22 +16,31 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module may import modules of the layers before its own, and none of its own.
 LAYERS = (
     ("weight_files", "published_flags", "interop_learn2learn"),  # foreign formats
+    ("version", "statistics"),
     ("backbone", "perturb", "protonet", "losses"),  # one piece of mathematics each
-    ("pool",),
+    ("pool", "attacks"),
     ("lora", "full_pool"),
     ("meta_tune", "merge", "published", "domain_config"),
-    ("evaluate", "checkpoint", "leave_one_out"),
-    ("finetune", "select"),
-    ("deploy",),
-    ("report", "journal", "options", "export", "recipes"),  # what commands are made of
+    ("predict", "checkpoint", "leave_one_out"),
+    ("finetune", "evaluate"),
+    ("select", "sanity"),
+    ("deploy", "runs"),
+    ("report", "journal", "options", "export", "recipes", "comparison"),  # what commands are made of
+    ("page.markup", "page.pictures", "page.drawing"),
+    ("page", "page.charts", "page.svg", "page.files"),
+    ("page.document", "board"),
 )
 # Where the layers would be too generous: all that these may import of amt.
 ONLY = {
+    "attacks": {"perturb"},
     "pool": {"weight_files", "perturb"},
     "lora": {"weight_files", "perturb", "pool"},
     "full_pool": {"weight_files", "perturb", "pool"},
     "merge": {"weight_files", "backbone", "perturb", "pool", "protonet"},
-    "report": {"checkpoint", "evaluate"},
+    "report": {"checkpoint", "statistics"},
+    "page.markup": set(),
+    "page.pictures": set(),
+    "page.svg": {"page.drawing", "page.markup"},
 }
 # Of the readers amt knows what an episode is and how an error is told; options also how episodes are drawn.
 OF_THE_READERS = {"meta_dataset_readers.episode", "meta_dataset_readers.errors"}

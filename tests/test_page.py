@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from toy_runs import ATTACKS, DOMAINS, write_run
 
-from amt import chart_files, charts, drawing, runs
+from amt import runs
+from amt.page import charts, drawing, files
 from amt.attacks import Attack
 from amt.commands import report
-from amt.markup import Markup, element, join
-from amt.page import SAMPLE_SIDE, page
-from amt.pictures import amplify, data_uri
+from amt.page.markup import Markup, element, join
+from amt.page.document import SAMPLE_SIDE, page
+from amt.page.pictures import amplify, data_uri
 from amt.statistics import paired_difference
 
 EVIL = "<script>alert('x')</script>\"'&amp;"
@@ -405,7 +406,7 @@ def test_large_samples_are_reduced_and_a_perturbation_keeps_its_values():
 
 
 def test_images_have_a_budget_shared_by_all_episodes(load, monkeypatch):
-    monkeypatch.setattr("amt.page.SAMPLE_BUDGET", 1)
+    monkeypatch.setattr("amt.page.document.SAMPLE_BUDGET", 1)
     reader = Reader(page([load(samples=4)]))
     assert "1 of the 12 images kept with the runs" in reader.text
     assert sum(tag == "img" for tag, _ in reader.tags) == 3
@@ -434,7 +435,7 @@ def test_the_figures_become_png_and_pdf(load, tmp_path, recwarn):
     """Dollar signs and underscores in names are no mathematics; text in a PDF stays text."""
     how = {"domains": ("a$b$",), "attacks": ATTACKS[:1], "suspect": ["a$b$"]}
     figures = charts.figures(charts.label([load("pool", **how), load("$uni_form", adapters=(), **how)]))
-    written = chart_files.write(figures, tmp_path / "new" / "figures")
+    written = files.write(figures, tmp_path / "new" / "figures")
     names = ["clean_robust", "curves_linf", "differences", "merging_1", "seconds"]
     assert [path.name for path in written] == [f"{n}.{kind}" for n in names for kind in ("png", "pdf")]
     for path in written:
@@ -448,7 +449,7 @@ def test_the_figures_become_png_and_pdf(load, tmp_path, recwarn):
 
 def test_the_same_runs_give_the_same_files(load, tmp_path):
     figure = charts.seconds(charts.label([load()]))
-    (_, a), (_, b) = (chart_files.write([figure], tmp_path / name) for name in "ab")
+    (_, a), (_, b) = (files.write([figure], tmp_path / name) for name in "ab")
     assert a.read_bytes() == b.read_bytes()
 
 

@@ -11,7 +11,7 @@ import pytest
 from toy_runs import write_run
 
 from amt import runs
-from amt.page import page
+from amt.page.document import page
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="playwright, which drives a browser, is missing"

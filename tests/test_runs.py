@@ -32,7 +32,8 @@ ABOUT = {
 
 
 def row(source: str, index: int, clean: float = 0.8, **more) -> dict:
-    return {"source": source, "index": index, "clean": clean, "pgd3@2": 0.5, "pgd3@8": 0.25, **more}
+    shape = {"ways": 5, "support": 5, "queries": 10, "coefficients": [0.5, 0.5], "seconds": 0.1}
+    return {"source": source, "index": index, **shape, "clean": clean, "pgd3@2": 0.5, "pgd3@8": 0.25, **more}
 
 
 def fill(folder, rows, about=ABOUT, part=(0, 1)) -> None:
@@ -154,6 +155,9 @@ def test_results_without_their_run_are_not_touched(tmp_path):
         ("rows.jsonl", '{"source": "a"}\n', "line 1: no row"),
         ("rows.jsonl", json.dumps(row("a", 0, 1.5)) + "\n", "line 1: a value is out of range"),
         ("rows.jsonl", json.dumps(row("a", 0, None)) + "\n", "line 1: no row"),
+        ("rows.jsonl", json.dumps(row("a", 0, seconds="long")) + "\n", "line 1: no row"),
+        ("rows.jsonl", json.dumps(row("a", 0, coefficients=[2.0])) + "\n", "line 1: a value is out of range"),
+        ("merging.json", '{"a": []}', "a does not say how it was merged"),
         ("rows.jsonl", "", "no results yet"),
     ],
 )

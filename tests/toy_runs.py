@@ -90,7 +90,7 @@ def write_run(
         described |= {
             "summary": {},
             "suspect": [],
-            "wall_seconds": 83.2 + 10 * strength,
+            "episode_seconds": 83.2 + 10 * strength,
             "peak_memory_mb": 731.4,
             "device": "cpu",
             "skipped_records": 0,

@@ -39,13 +39,13 @@ def main(argv: Sequence[str]) -> int:
     found = [runs.load(folder) for folder in args.runs]
 
     # These bring matplotlib and templates, which nobody should wait for who mistyped a folder.
-    from amt import chart_files, charts, page
+    from amt.page import charts, document, files
 
-    text = page.page(found)
+    text = document.page(found)
     replace_file(args.out, lambda part: part.write_text(text, encoding="utf-8"))
     print(f"wrote {args.out} ({len(text.encode()) / 1e6:.1f} MB)")
     if args.figures is not None:
-        written = chart_files.write(charts.figures(charts.label(found)), args.figures)
+        written = files.write(charts.figures(charts.label(found)), args.figures)
         print(f"wrote {len(written)} files in {args.figures}")
     return 0
 

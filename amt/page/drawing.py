@@ -1,6 +1,6 @@
 """What a figure consists of, and how its parts find their places; for a page and for paper alike.
 
-Knows no run and no renderer: `charts` makes figures of runs, `chart_svg` and `chart_files` draw them.
+Knows no run and no renderer: `charts` makes figures of runs, `svg` and `files` draw them.
 """
 
 import math

@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from amt import charts
 from amt.attacks import KINDS
-from amt.chart_svg import figure_svg, strip_svg, swatch
-from amt.charts import Differences, Shown
 from amt.comparison import in_words
-from amt.drawing import Cell, Figure, HeatMap, Share, Table, number
-from amt.markup import Child, Markup, element, join
-from amt.pictures import amplify, data_uri
+from amt.page import charts
+from amt.page.charts import Differences, Shown
+from amt.page.drawing import Cell, Figure, HeatMap, Share, Table, number
+from amt.page.markup import Child, Markup, element, join
+from amt.page.pictures import amplify, data_uri
+from amt.page.svg import figure_svg, strip_svg, swatch
 from amt.runs import Run, Sample, attack_from
 from amt.statistics import Summary
 
@@ -81,7 +81,7 @@ READING = (
 
 def _document(title: str, body: Iterable[Child]) -> str:
     style, script = (
-        resources.files("amt").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js")
+        resources.files("amt.page").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js")
     )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -529,7 +529,7 @@ def cost_block(shown: Sequence[Shown]) -> Markup:
                     element("td", shape(about[name]), data_value=about[name])
                     if each.run.complete and isinstance(about.get(name), int | float)
                     else element("td", "unfinished", class_="none")
-                    for name, shape in (("wall_seconds", _duration), ("peak_memory_mb", _memory))
+                    for name, shape in (("episode_seconds", _duration), ("peak_memory_mb", _memory))
                 ),
                 element("td", name_of(str(about.get("device") or "–")), class_="name"),
             )

@@ -9,8 +9,8 @@ import math
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 
-from amt import drawing
-from amt.drawing import (
+from amt.page import drawing
+from amt.page.drawing import (
     COLOURS,
     DASHES,
     MARKERS,
@@ -27,7 +27,7 @@ from amt.drawing import (
     number,
     place_labels,
 )
-from amt.markup import Markup, element, join
+from amt.page.markup import Markup, element, join
 
 SMALL = 12.0  # font size of everything but titles
 _MARKERS = (

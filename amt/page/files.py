@@ -7,9 +7,9 @@ from pathlib import Path
 
 import matplotlib
 
-from amt import drawing
 from amt.checkpoint import replace_file
-from amt.drawing import (
+from amt.page import drawing
+from amt.page.drawing import (
     Box,
     Figure,
     HeatMap,

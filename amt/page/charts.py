@@ -1,7 +1,7 @@
 """What the figures of a report show: points with intervals, in panels, and the same numbers as a table.
 
-Decides what is compared with what, never how it looks: `chart_svg` draws the figures on the page and
-`chart_files` on paper, from the same descriptions. Intervals drawn are the bootstrap's; a single episode
+Decides what is compared with what, never how it looks: `svg` draws the figures on the page and
+`files` on paper, from the same descriptions. Intervals drawn are the bootstrap's; a single episode
 has none.
 """
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from amt.comparison import compare
-from amt.drawing import (
+from amt.page.drawing import (
     Axis,
     Cell,
     Figure,
