@@ -29,10 +29,10 @@ from tqdm import tqdm
 from amt import checkpoint, options, report, runs
 from amt.backbone import Backbone, find_device, load_backbone
 from amt.board import write_board
-from amt.deploy import check_deployment, deploy
+from amt.deploy import as_decided, check_deployment, deploy
 from amt.evaluate import columns, measure
 from amt.journal import Interrupts
-from amt.predict import pretrained_predictor
+from amt.predict import Predictor, pretrained_predictor
 from amt.sanity import probe
 from amt.statistics import groups
 from meta_dataset_readers.domains import DOMAINS
@@ -85,8 +85,8 @@ def main() -> int:
     todo = range(part, args.nTestEpisode, parts)
     about = description(args, backbone, saved, deployments, attacks)
     with runs.Writer(args.output_dir, about, (part, parts)) as out, Interrupts() as interrupts:
-        before = runs.peek(args.output_dir).rows
-        finished = {source: {row["index"] for row in rows} for source, rows in before.items()}
+        earlier = runs.peek(args.output_dir)
+        finished = {source: {row["index"] for row in rows} for source, rows in earlier.rows.items()}
         done = sum(len(finished.get(source, set()) & set(todo)) for source in readers)
         with tqdm(total=len(readers) * len(todo), initial=done, unit="episode") as progress:
             for source, reader in readers.items():
@@ -94,30 +94,25 @@ def main() -> int:
                 if not left or interrupts.pending():
                     continue
                 progress.set_description(source)
+                decided = earlier.merging.get(source)
                 predict, merging = deploy(
                     backbone,
                     pool,
-                    deployments[source],
+                    as_decided(deployments[source], decided) if decided else deployments[source],
                     source,
                     open_episodes,
                     attacks,
                     args.seed,
-                    partial(watched, backbone),
+                    partial(watched, backbone, interrupts),
                 )
-                if saved and saved.about.get("levels_from") == "nowhere":
-                    merging["epsilons"] = "unknown"
-                out.note_merging(source, merging)
+                if decided is None:
+                    if saved and saved.about.get("levels_from") == "nowhere":
+                        merging["epsilons"] = "unknown"
+                    out.note_merging(source, merging)
                 for read in episode_loader(Subset(reader, left), args.num_workers):
-                    episode = read.to(backbone.device)
                     if args.dump is not None:
                         dump_episode(args.dump / source, read.index, read, reader)
-                    measured = measure(predict, episode, attacks, args.seed, pretrained_predictor(backbone))
-                    row = measured.row
-                    if attacks and episode.index < args.probe_episodes:
-                        row |= {"checks": probe(predict, episode, measured, attacks, args.seed)}
-                    if measured.attacked and episode.index < args.samples:
-                        out.keep(runs.sample_of(episode, measured))
-                    out.append(row | ({"skipped": len(read.skipped)} if read.skipped else {}))
+                    out.append(score(args, backbone, predict, read.to(backbone.device), attacks, out))
                     progress.update()
                     if interrupts.pending():
                         break
@@ -141,10 +136,24 @@ def load_pool(args: argparse.Namespace, backbone: Backbone) -> checkpoint.Checkp
     return saved
 
 
-def watched(backbone: Backbone, episodes, title: str) -> Iterator[Episode]:
-    """The episodes that something is chosen on, on the backbone's device, with a progress line."""
+def watched(backbone: Backbone, interrupts: Interrupts, episodes, title: str) -> Iterator[Episode]:
+    """The episodes that something is chosen on, on the backbone's device, with a progress line; a signal
+    ends the program, since half a choice is none."""
     for episode in tqdm(episodes, desc=title, unit="episode", leave=False):
         yield episode.to(backbone.device)
+        if interrupts.pending():
+            raise SystemExit(128 + interrupts.caught)
+
+
+def score(args, backbone: Backbone, predict: Predictor, episode: Episode, attacks, out: runs.Writer) -> dict:
+    """The row of one episode; of the first ones the attacks are checked, and images kept."""
+    measured = measure(predict, episode, attacks, args.seed, pretrained_predictor(backbone))
+    row = measured.row
+    if attacks and episode.index < args.probe_episodes:
+        row |= {"checks": probe(predict, episode, measured, attacks, args.seed)}
+    if measured.attacked and episode.index < args.samples:
+        out.keep(runs.sample_of(episode, measured))
+    return row | ({"skipped": len(episode.skipped)} if episode.skipped else {})
 
 
 def description(args, backbone, saved, deployments, attacks) -> dict:

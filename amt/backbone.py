@@ -30,6 +30,8 @@ from meta_dataset_readers.errors import InputError, nearest
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 
+CHUNK = 64  # images in one pass: episodes of Meta-Dataset have up to 500 of a kind, and graphs are large
+
 TIMM = "timm:"  # opens the name of an architecture that is not in the table below but in timm's
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -159,6 +161,12 @@ def features(backbone: Backbone, weights: Weights, images: Tensor) -> Tensor:
     with torch.autocast(images.device.type, backbone.autocast, enabled=backbone.autocast is not None):
         out = torch.func.functional_call(backbone.network, weights, (backbone.normalise(images),))
     return out.float()
+
+
+def fixed_features(backbone: Backbone, weights: Weights, images: Tensor) -> Tensor:
+    """`features` of any number of images, without graph: (N, 3, H, W) -> (N, D)."""
+    with torch.no_grad():
+        return torch.cat([features(backbone, weights, part) for part in images.split(CHUNK)])
 
 
 def resize_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -9,7 +9,7 @@ Knows no flags and no files; where episodes to choose on come from is an argumen
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from amt.attacks import Attack
@@ -148,6 +148,7 @@ def deploy(
     attacks: Sequence[Attack] = (),
     seed: int = 0,
     progress: Progress = lambda episodes, title: episodes,
+    selections: dict | None = None,
 ) -> tuple[Predictor, dict]:
     """The predictor for one domain, and in plain values how it came about.
 
@@ -159,6 +160,8 @@ def deploy(
         source: the domain.
         attacks: of the evaluation; choosing on VALID episodes uses `select.selection_attacks` of them.
         seed: of the evaluation.
+        selections: kept by the caller from domain to domain, of one pool, seed and list of attacks: what is
+            chosen on a source that several domains name is chosen once.
 
     Returns:
         The predictor, and a dictionary of "how" in words, and where there is such a thing "epsilons",
@@ -175,17 +178,20 @@ def deploy(
         split, n, own_seed = _choosing_on(deployment)
         on = source if deployment.select == "published" else deployment.select_on or source
         tried = () if deployment.select == "published" else selection_attacks(attacks)
-        found = select(
-            backbone,
-            served,
-            candidates,
-            lambda: progress(open_episodes(on, split, n, own_seed), f"choosing on {on} {split}"),
-            tried,
-            trims,
-            deployment.trim_candidates,
-            seed if own_seed is None else own_seed,
-            halving=deployment.select == "valid",
-        )
+        selections = {} if selections is None else selections
+        if (on, deployment) not in selections:
+            selections[on, deployment] = select(
+                backbone,
+                served,
+                candidates,
+                lambda: progress(open_episodes(on, split, n, own_seed), f"choosing on {on} {split}"),
+                tried,
+                trims,
+                deployment.trim_candidates,
+                seed if own_seed is None else own_seed,
+                halving=deployment.select == "valid",
+            )
+        found = selections[on, deployment]
         by = _chosen_on(deployment, on, tried)
         by_trim = f"(the last one {by})" if found.trims else by_trim
         candidates, trims = candidates[found.candidate : found.candidate + 1], (*trims, *found.trims)
@@ -209,6 +215,29 @@ def deploy(
         about["coefficients"], predict = list(uniform(pool)), _sharing(predict, uniform(pool))
     how += f"; trimmed {', '.join(map(trim_name, trims))} {by_trim}" if trims else ""
     return predict, {"how": how + _tuned(deployment), **about}
+
+
+def as_decided(deployment: Deployment, about: Mapping) -> Deployment:
+    """The deployment that makes the predictor of an earlier `deploy` again, without choosing once more.
+
+    Args:
+        about: what `deploy` said of the predictor, as read back from JSON.
+
+    Raises:
+        InputError: it says nothing of the kind.
+    """
+    if deployment.select not in ("valid", "published") or "candidates" not in about:
+        return deployment
+    try:
+        trims = tuple(Trim(**trim) for trim in about["trims"])
+        settled = dataclasses.replace(deployment, select="none", trims=trims, trim_candidates=())
+        if "routing" in about:
+            return dataclasses.replace(settled, routings=(Routing(**about["routing"]),))
+        if deployment.routing == "best":
+            return dataclasses.replace(settled, coefficients=tuple(about["coefficients"]))
+        return settled
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"merging.json is damaged: it does not say what was chosen ({error!r})") from error
 
 
 def _pretrained(backbone: Backbone, deployment: Deployment, seed: int) -> tuple[Predictor, dict]:

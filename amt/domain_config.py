@@ -106,6 +106,8 @@ def _load(path: Path) -> object:
         text = data.decode("utf-8")
         _check_keys(yaml.compose(text, Loader=yaml.SafeLoader), where)
         return yaml.safe_load(text)
+    except InputError:
+        raise
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f" in line {mark.line + 1}" if mark else ""

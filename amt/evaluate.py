@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from amt.attacks import NORMS, Attack, attack_queries, attack_support
-from amt.backbone import Backbone
+from amt.backbone import CHUNK, Backbone
 from amt.meta_tune import stream
 from amt.pool import Pool
-from amt.predict import CHUNK, Predictor, Task, merged_predictor
+from amt.predict import Predictor, Task, merged_predictor
 from amt.statistics import summarise
 from meta_dataset_readers.episode import Episode
 

@@ -19,14 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amt.backbone import Backbone, Weights, features
-from amt.merge import CHUNK, augment, fixed_features
+from amt.backbone import CHUNK, Backbone, Weights, features, fixed_features
+from amt.merge import augment
 from amt.perturb import Ball
 from amt.protonet import cosine_logits, prototypes
 
 # Of larger support sets as many are attacked as bring 100 images, at least one of a class: they say enough,
 # and each costs as much as a query image.
 ATTACKED = 100
+STEPS = 3  # of that attack, each of epsilon / 2
 
 
 class Network(NamedTuple):
@@ -48,7 +49,6 @@ class Trial:
         alone: (n,) bool, which of them are their class's only image, so that another view is shown.
         start: (n, 3, H, W) where their attack starts; None: they are not attacked.
         epsilon: bound of the attack in 1/255 of the pixel range.
-        steps: of the attack, each of epsilon / 4.
     """
 
     support: Tensor
@@ -58,21 +58,15 @@ class Trial:
     alone: Tensor
     start: Tensor | None = None
     epsilon: float = 0.0
-    steps: int = 0
 
     @property
     def points(self) -> int:
         """How many times each image is classified: once, or at the start and after every step."""
-        return 1 if self.start is None else self.steps + 1
+        return 1 if self.start is None else STEPS + 1
 
 
 def new_trial(
-    backbone: Backbone,
-    support: Tensor,
-    labels: Tensor,
-    epsilon: float,
-    steps: int,
-    generator: torch.Generator,
+    backbone: Backbone, support: Tensor, labels: Tensor, epsilon: float, generator: torch.Generator
 ) -> Trial:
     """The same held-out images, and the same start of their attack, for all networks.
 
@@ -92,7 +86,7 @@ def new_trial(
     if epsilon == 0:
         return Trial(support, labels, which, images, alone)
     start = Ball("linf", epsilon / 255).start(images, generator)
-    return Trial(support, labels, which, images, alone, start, epsilon, steps)
+    return Trial(support, labels, which, images, alone, start, epsilon)
 
 
 def lowest_loss(
@@ -163,7 +157,7 @@ def _losses(backbone: Backbone, network: Callable[[], Network], trial: Trial) ->
             views[trial.alone] = fixed_features(backbone, weights, trial.held_out[trial.alone])
         yield float(share @ errors(views, trial.which, scale, bias))
         return
-    ball, step, points = Ball("linf", trial.epsilon / 255), trial.epsilon / 255 / 4, trial.start
+    ball, step, points = Ball("linf", trial.epsilon / 255), trial.epsilon / 255 / 2, trial.start
     worst = torch.zeros_like(share)
     for k in range(trial.points):
         weights, scale, bias = network()

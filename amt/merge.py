@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amt.backbone import Backbone, Weights, features
+from amt.backbone import CHUNK, Backbone, features, fixed_features
 from amt.perturb import Perturbation, pyramid_attack, pyramid_start
 from amt.pool import Pool
 from amt.protonet import cosine_logits, prototypes
@@ -26,8 +26,6 @@ from amt.protonet import cosine_logits, prototypes
 Coefficients = tuple[float, ...]
 
 AUGMENTATIONS = ("color", "translation")
-
-CHUNK = 64  # images in one pass: a support set of Meta-Dataset has up to 500, and an attack's graph is large
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,12 +140,6 @@ def _cosines(
             seen = plain if view is support else fixed_features(backbone, weights, view)
             cosines[k].append(cosine_logits(seen, centres))
     return [torch.stack(found) for found in cosines]
-
-
-def fixed_features(backbone: Backbone, weights: Weights, images: Tensor) -> Tensor:
-    """Features (n, D) of any number of images (n, 3, H, W), without graph."""
-    with torch.no_grad():
-        return torch.cat([features(backbone, weights, part) for part in images.split(CHUNK)])
 
 
 def _augmented(backbone: Backbone, support: Tensor, generator: torch.Generator, routing: Routing) -> Tensor:

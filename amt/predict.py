@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amt.backbone import Backbone, Weights, features
+from amt.backbone import Backbone, Weights, features, fixed_features
 from amt.lora import Trim, trim_singular_values
 from amt.merge import Coefficients
 from amt.meta_tune import stream
@@ -21,8 +21,6 @@ from meta_dataset_readers.episode import Episode
 
 Logits = Callable[[Tensor], Tensor]
 Chooser = Callable[[Tensor, Tensor, torch.Generator], Coefficients]
-
-CHUNK = 128  # images at once: episodes of Meta-Dataset have up to 500 of either kind
 
 
 class Task(NamedTuple):
@@ -60,10 +58,8 @@ def prototype_task(
     def refit(support: Tensor) -> Logits:
         return with_centres(prototypes(features(backbone, weights, support), labels, n_way))
 
-    with torch.no_grad():
-        seen = [features(backbone, weights, part) for part in episode.support.split(CHUNK)]
-        logits = with_centres(prototypes(torch.cat(seen), labels, n_way))
-    return Task(logits, refit, coefficients)
+    plain = fixed_features(backbone, weights, episode.support)
+    return Task(with_centres(prototypes(plain, labels, n_way)), refit, coefficients)
 
 
 def pretrained_predictor(backbone: Backbone) -> Predictor:

@@ -1,18 +1,21 @@
 """Recipes: a table of a paper as a list of command lines, in a YAML file (recipes/README.md has the format).
 
-Knows how such a file is read and checked, how its flags become command lines, and by which files a stage is
-known to be done. Knows neither data nor flags, and runs nothing.
+Knows how such a file is read and checked, how its flags become command lines, by which files a stage is known
+to be done, and how a command is run to its end. Knows no data, and of flags no more than `--resume`.
 """
 
 import dataclasses
 import json
 import re
 import shlex
+import signal
+import subprocess
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import yaml
 
 from meta_dataset_readers.errors import InputError, nearest
@@ -23,7 +26,7 @@ TRAIN, TEST, AMT = "train", "test", "amt"  # what stages run: the two scripts, a
 NOTE = "stage.json"  # in the folder of a train or test stage: the flags it was begun with
 
 # Flags with one value that say on what a stage runs and not what it computes.
-_MACHINE = {"--device", "--num_workers", "--threads"}
+_MACHINE = {"--device", "--num_workers", "--threads", "--shard"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +72,14 @@ class Job:
         flags: of its program, complete.
         makes: the file that is there when it is done.
         noted: flags that decide its results, as they are noted in its folder.
-        waits_for: the files that earlier stages make and this one reads.
+        waits_for: the earlier stages whose output it reads.
     """
 
     stage: Stage
     flags: tuple[str, ...]
     makes: Path
     noted: tuple[str, ...]
-    waits_for: tuple[Path, ...]
+    waits_for: tuple["Job", ...]
 
     @property
     def title(self) -> str:
@@ -97,10 +100,10 @@ class Job:
         if not self.makes.is_file():
             return False
         if self.stage.kind == TRAIN:
-            return _says_finished(self.makes.with_suffix(".json"))
+            return _says_finished(self.makes)
         if self.stage.kind == AMT:
             made = self.makes.stat().st_mtime_ns
-            return all(path.is_file() and path.stat().st_mtime_ns <= made for path in self.waits_for)
+            return all(job.done() and job.makes.stat().st_mtime_ns <= made for job in self.waits_for)
         return True
 
     def left_out(self) -> bool:
@@ -133,11 +136,19 @@ class Job:
             )
 
     def note(self) -> None:
-        """Note the flags in the stage's folder, which is made if missing."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self.stage.kind != AMT:
-            content = {"stage": self.title, "flags": list(self.noted)}
-            (self.folder / NOTE).write_text(json.dumps(content, indent=1))
+        """Note the flags in the stage's folder, which is made if missing.
+
+        Raises:
+            InputError: it cannot be written to.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.stage.kind != AMT:
+                part = self.folder / f"{NOTE}.part"
+                part.write_text(json.dumps({"stage": self.title, "flags": list(self.noted)}, indent=1))
+                part.replace(self.folder / NOTE)
+        except OSError as error:
+            raise InputError(f"{self.folder}: cannot be written to ({error.strerror})") from error
 
 
 # --- files -----------------------------------------------------------------------------------------------
@@ -148,8 +159,11 @@ def known() -> list[str]:
     return sorted(file.stem for file in FOLDER.glob("*.yaml"))
 
 
-def load(name: str) -> Recipe:
+def load(name: str, within: Sequence[str] = ()) -> Recipe:
     """The recipe called `name`, or that in the file `name` ending in .yaml.
+
+    Args:
+        within: the recipes that it is read for, the outermost first.
 
     Raises:
         InputError: there is none, or the file is no recipe; it names the field and what was expected.
@@ -164,14 +178,14 @@ def load(name: str) -> Recipe:
         raise InputError(f"{file}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     fields = _Fields(file, "recipe", content, {"table", "needs", "training", TRAIN, TEST, "stages"})
     common = {TRAIN: fields.flags(TRAIN), TEST: fields.flags(TEST)}
-    stages = [
+    trainings = (
         stage
         for other in fields.get("training", list, [])
-        for stage in _load_other(file, other).stages
+        for stage in _load_other(file, other, (*within, file.stem)).stages
         if stage.kind == TRAIN
-    ]
-    for entry in fields.get("stages", list):
-        stages.append(_stage(file, entry, common))
+    )
+    stages = list(dict.fromkeys(trainings))  # two recipes may have a third one's in common
+    stages += [_stage(file, entry, common) for entry in fields.get("stages", list)]
     titles = [stage.title for stage in stages]
     twice = next((title for title in titles if titles.count(title) > 1), None)
     if twice:
@@ -180,10 +194,10 @@ def load(name: str) -> Recipe:
     return Recipe(file.stem, fields.get("table", str), needs, tuple(stages))
 
 
-def _load_other(file: Path, name: Any) -> Recipe:
-    if not isinstance(name, str) or name == file.stem:
+def _load_other(file: Path, name: Any, within: Sequence[str]) -> Recipe:
+    if not isinstance(name, str) or Path(name).stem in within:
         raise InputError(f"{file}: field 'training' names {name!r}, expected other recipes")
-    return load(name)
+    return load(name, within)
 
 
 def _stage(file: Path, entry: Any, common: Mapping[str, tuple[str, ...]]) -> Stage:
@@ -270,7 +284,7 @@ def plan(
         "train": out / TRAIN,
         "here": out / recipe.name,
     }
-    jobs, runs, made = [], [], {}
+    jobs, runs, earlier = [], [], {}
     for stage in recipe.stages:
         makes = _makes(recipe, stage, places)
         folder = makes if stage.kind == AMT else makes.parent
@@ -282,9 +296,8 @@ def plan(
         ]
         if stage.kind != AMT:
             flags += ["--data_path", str(data), "--output_dir", str(folder)]
-        waits_for = tuple(file for place, file in made.items() if any(_within(word, place) for word in flags))
-        job = Job(stage, tuple(flags), makes, _without_machine(words), waits_for)
-        made[folder] = makes
+        waits_for = tuple(job for path, job in earlier.items() if any(_within(word, path) for word in flags))
+        job = earlier[folder] = Job(stage, tuple(flags), makes, _without_machine(words), waits_for)
         is_chosen = any(fnmatch(stage.title, pattern) for pattern in chosen)
         if stage.kind == TEST and not job.left_out() and (is_chosen or job.done()):
             runs.append(folder)
@@ -351,7 +364,40 @@ def _by_flag(words: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _says_finished(file: Path) -> bool:
+    """Whether a checkpoint of ours is one of a training that has come to its end."""
     try:
-        return json.loads(file.read_text())["finished"] is True
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        with safetensors.safe_open(file, framework="np") as opened:
+            return json.loads(opened.metadata()["amt"])["finished"] is True
+    except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError):
+        return False  # for main.py to say what is wrong with it
+
+
+# --- running ---------------------------------------------------------------------------------------------
+
+
+def follow(words: Sequence[str]) -> int:
+    """Run a command to its end; its exit code, as a shell gives it.
+
+    Ctrl-C reaches the command from the terminal, like every process there, and SIGTERM is handed on: what it
+    does about them, such as saving a checkpoint, is waited for.
+    """
+    caught: list[int] = []
+    child: subprocess.Popen | None = None
+
+    def note(number: int, _frame) -> None:
+        caught.append(number)
+        if number == signal.SIGTERM and child is not None:
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        child = subprocess.Popen(words)
+        for number in caught:  # before there was a child to be told
+            child.send_signal(number)
+        code = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if code < 0:
+        return 128 - code
+    return code or (128 + caught[0] if caught else 0)

@@ -78,8 +78,12 @@ def accuracy_picture(
     plt.close(figure)
 
 
-def mixing_picture(path: Path, curves: dict[str, dict[str, Sequence[tuple[float, Summary]]]]) -> None:
-    """One panel per domain: accuracy (per cent, with 95% intervals) against the share of one adapter."""
+def mixing_picture(
+    path: Path,
+    curves: dict[str, dict[str, Sequence[tuple[float, Summary]]]],
+    label: str = "share of the robust adapter",
+) -> None:
+    """One panel per domain: accuracy (per cent, with 95% intervals) against what is called `label`."""
     figure, panels = plt.subplots(
         1, len(curves), figsize=(2.6 * len(curves), 2.8), sharey=True, layout="constrained", squeeze=False
     )
@@ -97,7 +101,7 @@ def mixing_picture(path: Path, curves: dict[str, dict[str, Sequence[tuple[float,
                 label=column,
             )
         axes.set_title(domain, fontsize=10)
-        axes.set_xlabel("share of the robust adapter")
+        axes.set_xlabel(label)
         axes.set_ylim(0, 100)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=7)

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amt.attacks import BLACK_BOX, NORMS, WHITE_BOX, Attack, attack_queries
+from amt.backbone import CHUNK
 from amt.evaluate import Measurement, union_column
 from amt.meta_tune import stream
 from amt.perturb import pgd
-from amt.predict import CHUNK, Logits, Predictor
+from amt.predict import Logits, Predictor
 from amt.statistics import paired_difference
 from meta_dataset_readers.episode import Episode
 

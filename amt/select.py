@@ -133,8 +133,8 @@ def select(
     """Choose a candidate, then whether one of the trimmings improves on none.
 
     The criterion is the mean of clean accuracy and the accuracies under `attacks`, averaged over the
-    episodes; of equally good candidates the first is taken. Coefficients that agree to two decimals are
-    evaluated once. With `halving`, those that lag behind are given up early: after 2, 4, 8, ... episodes the
+    episodes; of equally good candidates the first is taken. Shares that agree to a twentieth are evaluated
+    once. With `halving`, those that lag behind are given up early: after 2, 4, 8, ... episodes the
     better half of what differs goes on, and two at least go to the end. So ten distinct mixtures cost as
     much as 2.6 on each of 40 episodes, and what is compared has always seen the same episodes.
 
@@ -184,24 +184,22 @@ def support_predictor(
     trims: Sequence[Trim] = (),
     trim_candidates: Sequence[Trim] = (),
     epsilon: float = 0.0,
-    steps: int = 5,
     seed: int = 0,
 ) -> Predictor:
     """For every task: the candidate, then the trimming if it improves on none, of the least leave-one-out
     loss on the support set (amt/leave_one_out.py); merge, trim, prototypes.
 
-    Each distinct merged network is compared once: coefficients that agree to two decimals are one.
+    Each distinct merged network is compared once: shares that agree to a twentieth count as one.
 
     Args:
         trims, trim_candidates, seed: as for `select`.
         epsilon: bound, in 1/255, of an attack on the images left out; 0: they are clean.
-        steps: of that attack.
     """
     network = networks(pool, candidates, trim_candidates)
 
     def predict(episode: Episode) -> Task:
         support, labels = episode.support, episode.support_labels
-        trial = new_trial(backbone, support, labels, epsilon, steps, stream(seed, episode.index, 4))
+        trial = new_trial(backbone, support, labels, epsilon, stream(seed, episode.index, 4))
 
         def least(settings: Sequence[Setting]) -> Setting:
             if len(settings) == 1:
@@ -245,7 +243,8 @@ def _task(
 
 
 def _rounded(coefficients: Coefficients) -> Coefficients:
-    return tuple(round(c, 2) for c in coefficients)
+    """Mixtures whose shares agree to a twentieth count as one."""
+    return tuple(round(20 * c) / 20 for c in coefficients)
 
 
 @dataclasses.dataclass

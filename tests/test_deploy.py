@@ -328,6 +328,22 @@ def test_another_sources_valid_episodes_may_be_named(backbone, pool):
     assert scores.index(max(scores)) == best and predict(make_episode(0)).coefficients[best] == 1
 
 
+def test_what_several_domains_choose_on_is_gone_through_once(backbone, pool):
+    """Their own VALID episodes they choose on each for itself."""
+    episodes, selections = Episodes(VALID=2), {}
+    shared = Deployment(routings=GRID, select="valid", select_on="other", select_episodes=2)
+    own = dataclasses.replace(shared, select_on=None)
+    deployed = [
+        deploy(backbone, pool, each, source, episodes, selections=selections)
+        for each in (shared, own)
+        for source in ("tiny", "small")
+    ]
+    assert [source for source, *_ in episodes.asked] == ["other", "tiny", "small"]
+    (one, about), (another, same) = deployed[:2]
+    episode = make_episode(3)
+    assert about == same and same_task(one(episode), another(episode), episode.query)
+
+
 def test_the_published_protocol_says_what_it_is(backbone, pool):
     """Six labelled episodes of the scored split with a seed of their own, no attack; and a stamp."""
     episodes = Episodes(TEST=6)

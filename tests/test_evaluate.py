@@ -117,8 +117,10 @@ def test_the_union_is_the_worst_case_per_image():
         lambda _: Task(halves, lambda _: halves, ()), halves.episode(MARGINS), [weak, strong, other]
     )
     row, standing = measured.row, measured.standing
-    assert row["union@2"] == row["pgd1@2"] and row["union@4"] == row["apgd20-ce@4"] == pytest.approx(2 / 6)
-    assert row["union@11"] == row["union@4"] < row["pgd1@11"]
+    assert row["union@2"] == row["pgd1-step0.001@2"] and row["union@4"] == row[
+        "apgd20-ce@4"
+    ] == pytest.approx(2 / 6)
+    assert row["union@11"] == row["union@4"] < row["pgd1-step0.001@11"]
     both = standing["union@11"] & standing["pgd10-l2@60"]
     assert torch.equal(standing["union"], both) and "union-l2@60" not in row
     assert list(standing) == list(columns([weak, strong, other]))

@@ -116,6 +116,21 @@ def test_a_killed_evaluation_goes_on_where_it_was(flags, whole, tmp_path):
     check_continued(flags, whole, tmp_path / "out")
 
 
+def test_what_was_chosen_is_not_chosen_again(flags, tmp_path, monkeypatch):
+    """A run that goes on reads no VALID episode, and merges as before."""
+    choosing = ("--select_on", "tiny", "--nSelectEpisode", 2, "--blend_beta", 1, 10, "--epsilon", 8)
+    choosing += ("--trim_candidates", "fc1:0:0.5")
+    assert command("test_meta_dataset", *flags(tmp_path / "whole", *choosing)).code == 0
+    assert command("test_meta_dataset", *flags(tmp_path / "two", *choosing, "--nTestEpisode", 2)).code == 0
+    monkeypatch.setattr("amt.deploy.select", None)
+    ended = command("test_meta_dataset", *flags(tmp_path / "two", *choosing))
+    assert ended.code == 0, ended.err
+    assert untimed(tmp_path / "two") == untimed(tmp_path / "whole")
+    merging = strict_json(tmp_path / "two" / "merging.json")
+    assert merging == strict_json(tmp_path / "whole" / "merging.json")
+    assert "chosen on 2 VALID episodes of tiny" in merging["tiny"]["how"]
+
+
 def test_parts_share_a_folder_and_the_last_one_sums_up(flags, whole, tmp_path, monkeypatch):
     ended = command("test_meta_dataset", *flags(tmp_path, *ATTACKS, "--shard", "0/2"))
     assert ended.code == 0 and "2 of 3 episodes are done; other parts are to follow" in ended.out
