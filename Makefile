@@ -44,8 +44,9 @@ demo: $(STAMP) ## make small data sets, meta-train on them, evaluate
 results: $(STAMP) ## run the small study
 	$(PY) -m studies.mini_study
 
-bench: $(STAMP) ## time meta-tuning
+bench: $(STAMP) ## time meta-tuning and evaluation
 	$(PY) benchmarks/meta_tuning.py
+	$(PY) benchmarks/evaluation.py
 
 learn2learn: $(STAMP) ## build learn2learn 0.2.0 from its Cython sources and install it
 	$(PY) -m tools.install_learn2learn

@@ -4,7 +4,8 @@
     attack                                      the clean logits are computed anew at every step
     weight perturbation                         in a deep copy of the model, stepped by an optimiser
     test-time merging                           a deep copy of the model per episode, its weights reloaded
-                                                by load_state_dict for one adapter after another
+                                                by load_state_dict for one adapter after another; trimmed
+                                                anew for every episode
 
 So a training step with K attack steps takes 2K + 4 query forwards. What is arithmetic rather than
 arrangement (cosine logits, losses, the attack's step, the support's augmentation, the blend of the scores)
@@ -14,15 +15,15 @@ low-rank products instead of a materialised matrix, and adapters are merged once
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amt.attacks import Attack
 from amt.backbone import Backbone, resize_positions
-from amt.evaluate import PGD
-from amt.lora import LoRAPool
+from amt.lora import LoRAPool, Trim, truncate
 from amt.losses import RobustLoss, kl_sum, robust_loss
 from amt.merge import Coefficients, Routing, augment, blend, compactness
 from amt.perturb import Perturbation, pyramid_attack
@@ -161,25 +162,21 @@ def evaluate_episode(
     episode: Episode,
     routing: Routing,
     generator: torch.Generator,
-    attack: PGD | None,
+    attack: Attack | None,
     attack_generator: torch.Generator,
+    trims: Sequence[Trim] = (),
+    fixed: Coefficients | None = None,
 ) -> Classified:
-    """Score the adapters on the support, merge, classify the query, and attack it if asked to."""
+    """Score the adapters on the support, merge, trim, classify the query, and attack it if asked to.
+
+    With `fixed` coefficients nothing is scored.
+    """
     support, labels = episode.support, episode.support_labels
     merged = copy.deepcopy(model)
-    merged.autocast = None
-    view = support
-    if torch.rand((), generator=generator) < routing.augment_probability:
-        view = augment((support - model.mean) / model.std, generator) * model.std + model.mean
+    coefficients = fixed or score(merged, pool, episode, routing, generator)
     with torch.no_grad():
-        cosines = []
-        for p in range(len(pool)):
-            reload(merged, pool, [float(p == other) for other in range(len(pool))])
-            centres = prototypes(merged(support), labels, episode.n_way)
-            cosines.append(cosine_logits(merged(view), centres))
-        coefficients = blend(*compactness(torch.stack(cosines), labels), routing)
         reload(merged, pool, coefficients)
-        merged.autocast = model.autocast
+        trim(merged, trims)
         scale, offset = pool.head(coefficients)
         centres = prototypes(merged(support), labels, episode.n_way)
         logits = cosine_logits(merged(episode.query), centres, scale, offset)
@@ -193,6 +190,33 @@ def evaluate_episode(
             attack_generator,
         )
     return Classified(coefficients, logits, 1 - wrong.float().mean().item())
+
+
+@torch.no_grad()
+def score(
+    model: Network, pool: LoRAPool, episode: Episode, routing: Routing, generator: torch.Generator
+) -> Coefficients:
+    """The coefficients that the support set decides, in float32; the model is left with other weights."""
+    support, labels, autocast = episode.support, episode.support_labels, model.autocast
+    model.autocast = None
+    view = support
+    if torch.rand((), generator=generator) < routing.augment_probability:
+        view = augment((support - model.mean) / model.std, generator) * model.std + model.mean
+    cosines = []
+    for p in range(len(pool)):
+        reload(model, pool, [float(p == other) for other in range(len(pool))])
+        centres = prototypes(model(support), labels, episode.n_way)
+        cosines.append(cosine_logits(model(view), centres))
+    model.autocast = autocast
+    return blend(*compactness(torch.stack(cosines), labels), routing)
+
+
+def trim(model: Network, trims: Sequence[Trim]) -> None:
+    """Truncate the singular values of the selected weights, in place."""
+    for which in trims:
+        for name, weight in model.vit.named_parameters():
+            if which.selects(name):
+                weight.copy_(truncate(weight, which.keep))
 
 
 def reload(model: Network, pool: LoRAPool, coefficients: Coefficients) -> None:
@@ -209,11 +233,12 @@ def pgd(
     logits_of: Callable[[Tensor], Tensor],
     images: Tensor,
     labels: Tensor,
-    attack: PGD,
+    attack: Attack,
     generator: torch.Generator,
 ) -> Tensor:
     """L-infinity PGD that works on every image at every step; which images it ever fooled, (Q,) bool."""
-    epsilon, step_size = attack.epsilon / 255, attack.step_size / 255
+    (radius,) = attack.epsilons
+    epsilon, step_size = radius / 255, attack.step_at(radius) / 255
     lower, upper = (images - epsilon).clamp(min=0), (images + epsilon).clamp(max=1)
     noise = torch.rand(images.shape, generator=generator).to(images)
     delta = torch.minimum(torch.maximum(images + (2 * noise - 1) * epsilon, lower), upper) - images

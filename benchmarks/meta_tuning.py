@@ -22,46 +22,50 @@ measured. In mixed precision that rate is the low precision's, although routing 
 import argparse
 import dataclasses
 import json
-import math
-import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
 
-import harness
-import timm
+import side_by_side
 import torch
-import torch.nn.functional as F
 from baseline import Learner, Network, evaluate_episode, training_step
-from harness import MIB, digits, peak_resident, spread
-from timm.layers import PatchEmbed
+from harness import digits, spread
+from side_by_side import (
+    IMPLEMENTATIONS,
+    LEVEL,
+    N_WAY,
+    POOL,
+    RANK,
+    Counts,
+    Machine,
+    Measured,
+    counted,
+    environment,
+    gemm_rate,
+    peak_memory,
+    random_backbone,
+    random_episode,
+    random_pool,
+    synchronise,
+)
 from torch import Tensor
-from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils.flop_counter import FlopCounterMode
 
-from amt import options
-from amt.backbone import ARCHS, Backbone, base_arch, build_network, find_device
-from amt.evaluate import PGD, evaluate, merged_predictor
-from amt.lora import LoRAPool, adapted_layers
+from amt.attacks import Attack
+from amt.backbone import ARCHS, Backbone
+from amt.evaluate import evaluate
+from amt.lora import LoRAPool
 from amt.merge import Routing, route
 from amt.meta_tune import Tuner, TuneSettings, stream
-from amt.perturb import Perturbation, pyramid_start
+from amt.perturb import pyramid_start
+from amt.predict import merged_predictor
 from meta_dataset_readers.episode import Episode
-from meta_dataset_readers.errors import InputError, exit_on_bad_input
+from meta_dataset_readers.errors import exit_on_bad_input
 
-IMPLEMENTATIONS = ("ours", "baseline")
-N_WAY = 5
-RANK = 8
-POOL = 4
-LEVEL = Perturbation(epsilon=8, step_size=2, gamma=0.005)
+Bind = Callable[[Episode, int], Callable[[], float | None]]
+
 ROUTING = Routing(augment_probability=1.0)
 SETTINGS = TuneSettings(epochs=30, episodes_per_epoch=2000)
-
-ROW_SECONDS = 15  # repeat a row about that long, unless --repeats says how often
-MOST_REPEATS = 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,46 +103,6 @@ class Workload:
         return (2 * POOL + 1) * support + query * (2 * self.steps + 2)
 
 
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """Where and how the networks run; `gemm_side` is that of the square matrices of the yardstick."""
-
-    device: str
-    threads: int
-    autocast: torch.dtype | None
-    gemm_side: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.autocast or torch.float32
-
-
-class Counts(NamedTuple):
-    """What one run takes: floating-point operations of its matrix products, and images put through the
-    network."""
-
-    flops: float
-    images: float
-
-
-class Measured(NamedTuple):
-    """One implementation's side of a row. Memory is in MiB: resident on a CPU, allocated on a GPU."""
-
-    seconds: list[float]
-    counts: Counts
-    peak_memory: float
-    idle_memory: float  # the peak before the first run: interpreter, libraries, weights
-    gemm_rate: float  # floating-point operations per second
-    accuracy: float | None  # an episode's last figure
-
-    @property
-    def gemm_share(self) -> float:
-        return self.counts.flops / self.gemm_rate / statistics.median(self.seconds)
-
-
-Bind = Callable[[Episode, int], Callable[[], float | None]]
-
-
 def our_step(backbone: Backbone, pool: LoRAPool) -> Bind:
     def bind(episode: Episode, steps: int) -> Callable[[], None]:
         level = dataclasses.replace(LEVEL, steps=steps)
@@ -173,14 +137,14 @@ def our_episode(backbone: Backbone, pool: LoRAPool) -> Bind:
     def choose(support: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[float, ...]:
         return route(backbone, pool, support, labels, generator, ROUTING)
 
-    predict = merged_predictor(backbone, pool, choose)
-
     def bind(episode: Episode, steps: int) -> Callable[[], float]:
         attacks = [harmless(steps)] if steps else []
 
         def run() -> float:
+            # A predictor of its own each time: it remembers the last merge, and episodes of a run differ.
+            predict = merged_predictor(backbone, pool, choose)
             row = next(evaluate(predict, [episode], attacks))
-            return row[attacks[0].name] if attacks else row["clean"]
+            return row[attacks[0].columns[0]] if attacks else row["clean"]
 
         return run
 
@@ -201,9 +165,9 @@ def baseline_episode(backbone: Backbone, pool: LoRAPool) -> Bind:
     return bind
 
 
-def harmless(steps: int) -> PGD:
+def harmless(steps: int) -> Attack:
     """PGD that moves nothing, so that no image drops out before the last step."""
-    return PGD(epsilon=0, step_size=0, steps=steps)
+    return Attack("pgd", (1e-6,), steps=steps, step_size=0.0)
 
 
 JOBS = {
@@ -212,39 +176,6 @@ JOBS = {
     ("ours", "episode"): our_episode,
     ("baseline", "episode"): baseline_episode,
 }
-
-
-def random_backbone(arch: str, machine: Machine) -> Backbone:
-    shape = ARCHS[arch]
-    network = build_network(shape).to(machine.device)
-    return Backbone(arch, network, shape.image_size, shape.mean, shape.std, machine.autocast)
-
-
-def random_pool(backbone: Backbone, size: int, rank: int, generator: torch.Generator) -> LoRAPool:
-    """A pool of unlike adapters; spares the singular value decompositions of a real start."""
-    weights = backbone.weights
-    residual, A, B = dict(weights), {}, {}
-    for name in adapted_layers(weights):
-        rows, columns = weights[name].shape
-        groups = 3 if name.endswith("qkv.weight") else 1
-        A[name] = 0.05 * torch.randn(size, groups, rank, columns, generator=generator).to(weights[name])
-        B[name] = 0.05 * torch.randn(size, groups, rows // groups, rank, generator=generator).to(A[name])
-        residual[name] = weights[name].clone()  # a real residual is no view of the network, either
-    head = A[name].new_ones(size)
-    return LoRAPool(residual, A, B, 10 * head, 0 * head, (LEVEL,) * size)
-
-
-def random_episode(image_size: int, n_shot: int, per_class: int, generator: torch.Generator) -> Episode:
-    """Classes of coarse random pictures, their images alike but for a little noise, so that even a random
-    network tells them apart."""
-    pictures = F.interpolate(torch.rand(N_WAY, 3, 4, 4, generator=generator), image_size)
-
-    def draw(count: int) -> tuple[Tensor, Tensor]:
-        labels = torch.arange(N_WAY).repeat_interleave(count)
-        noise = torch.rand(len(labels), *pictures.shape[1:], generator=generator)
-        return 0.95 * pictures[labels] + 0.05 * noise, labels
-
-    return Episode(*draw(n_shot), *draw(per_class))
 
 
 class Bench:
@@ -304,146 +235,20 @@ class Bench:
         return time.perf_counter() - began
 
 
-def counted(run: Callable[[], object]) -> Counts:
-    """What `run` counts, by running it."""
-    images = 0
-
-    def look(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        nonlocal images
-        if isinstance(module, PatchEmbed):
-            images += len(inputs[0])
-
-    hook = register_module_forward_pre_hook(look)
-    try:
-        with FlopCounterMode(display=False) as counter:
-            run()
-    finally:
-        hook.remove()
-    return Counts(counter.get_total_flops(), images)
-
-
-def peak_memory(device: str) -> float:
-    """Greatest use by this process so far, in MiB."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / MIB
-    return peak_resident()
-
-
-def synchronise(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-
-
-def gemm_rate(machine: Machine) -> float:
-    """Floating-point operations per second of a large square matrix product, best of five."""
-    side = machine.gemm_side
-    left, right = (torch.randn(side, side, device=machine.device).to(machine.dtype) for _ in range(2))
-    seconds = []
-    for _ in range(6):
-        synchronise(machine.device)
-        began = time.perf_counter()
-        left @ right
-        synchronise(machine.device)
-        seconds.append(time.perf_counter() - began)
-    return 2 * side**3 / min(seconds[1:])
-
-
-def probe(pipe, machine: Machine) -> None:
-    """Answer with the device's name and the rate of the yardstick, or with the `InputError` of a device that
-    is not there."""
-    try:
-        find_device(machine.device)
-    except InputError as error:
-        pipe.send(error)
-    else:
-        torch.set_num_threads(machine.threads)
-        on_gpu = machine.device.startswith("cuda")
-        name = torch.cuda.get_device_name(machine.device) if on_gpu else "cpu"
-        pipe.send((name, gemm_rate(machine)))
-
-
-def serve(pipe, workload: Workload, implementation: str, machine: Machine) -> None:
-    """A worker's life: answer each order, the name of a `Bench` method, with what that method returns."""
-    bench = Bench(workload, implementation, machine)
-    while True:
-        pipe.send(getattr(bench, pipe.recv())())
-
-
-class Worker:
-    """A fresh process at the other end of a pipe; use as a context.
-
-    It is forked, which spares it the import of torch. That is safe as long as the parent computes nothing:
-    neither threads of OpenMP nor a GPU would survive.
-    """
-
-    def __init__(self, target: Callable[..., None], *arguments):
-        context = multiprocessing.get_context("fork")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._process.terminate()
-        self._process.join()
-        self._pipe.close()
-
-    def answer(self):
-        """What the process sends next."""
-        try:
-            return self._pipe.recv()
-        except EOFError:
-            self._process.join()
-            raise RuntimeError(f"a worker died, exit code {self._process.exitcode}") from None
-
-    def ask(self, order: str):
-        self._pipe.send(order)
-        return self.answer()
-
-
 def measure(
     workload: Workload, machine: Machine, repeats: int | None, say: Callable[[str], None]
 ) -> dict[str, Measured]:
-    """One row: count, warm both implementations up, then let them take turns."""
-    counts = {}
-    for name in IMPLEMENTATIONS:
-        with Worker(serve, workload, name, machine) as counter:
-            counts[name] = counter.ask("count")
-    with (
-        Worker(serve, workload, "ours", machine) as ours,
-        Worker(serve, workload, "baseline", machine) as baseline,
-    ):
-        workers = dict(zip(IMPLEMENTATIONS, (ours, baseline), strict=True))
-        turn = sum(worker.ask("warm_up") for worker in workers.values())
-        say(f"counted and warm; a turn takes about {digits(turn)} s")
-        runs = {name: [] for name in workers}
-
-        def take_turns(numbers: range) -> None:
-            for number in numbers:
-                for name in IMPLEMENTATIONS if number % 2 == 0 else IMPLEMENTATIONS[::-1]:
-                    time.sleep(0.05)  # idle threads of the other process stop spinning
-                    runs[name].append(workers[name].ask("run"))
-
-        take_turns(range(1))
-        first = sum(runs[name][0][0] for name in workers)
-        take_turns(range(1, planned_repeats(workload, first, repeats)))
-        return {
-            name: Measured(
-                [seconds for seconds, _ in runs[name]],
-                counts[name],
-                *worker.ask("finish"),
-                accuracy=runs[name][-1][1],
-            )
-            for name, worker in workers.items()
-        }
+    """One row of the table."""
+    return side_by_side.measure(
+        lambda name: Bench(workload, name, machine),
+        lambda turn: planned_repeats(workload, turn, repeats),
+        say,
+    )
 
 
 def planned_repeats(workload: Workload, turn: float, asked: int | None) -> int:
     """How many turns of `turn` seconds a row gets."""
-    return asked or max(workload.least_repeats, min(MOST_REPEATS, math.ceil(ROW_SECONDS / max(turn, 1e-3))))
+    return side_by_side.planned_repeats(turn, asked, workload.least_repeats)
 
 
 class Forecast:
@@ -529,17 +334,6 @@ def footnotes(workload: Workload, row: dict[str, Measured]) -> str:
     )
 
 
-def environment(machine: Machine, device: str) -> dict[str, str | int]:
-    """What the figures depend on besides this code."""
-    return harness.machine() | {
-        "threads": machine.threads,
-        "device": device,
-        "precision": str(machine.dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-    }
-
-
 def plan_of(arch: str, quick: bool) -> list[Workload]:
     """The rows of one network."""
     per_class = 2 if quick else 6 if arch == "vit_mini" else 10
@@ -551,55 +345,14 @@ def plan_of(arch: str, quick: bool) -> list[Workload]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line, checked.
-
-    Raises:
-        InputError: an unknown network, two precisions at once, a device of a third kind, or a report that
-            could not be written.
-    """
-    parser = options.Parser("Time meta-tuning and evaluation beside a straightforward baseline.")
-    parser.formatter_class = argparse.HelpFormatter  # every default below is said in words
-    parser.add_argument(
-        "--arch", nargs="+", metavar="NAME", help="networks (default: vit_mini dino_small_patch16)"
-    )
-    parser.add_argument("--threads", type=options.positive, help="CPU threads (default: torch's choice)")
-    parser.add_argument(
-        "--repeats",
-        type=options.positive,
-        help=f"turns per row (default: what takes {ROW_SECONDS} s, at most {MOST_REPEATS}, "
-        "at least 2 of a training step)",
-    )
-    parser.add_argument("--quick", action="store_true", help="tiny jobs once, vit_mini alone by default")
-    parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, cuda:1, ...")
-    parser.add_argument("--fp16", action="store_true", help="mixed precision in float16")
-    parser.add_argument("--bf16", action="store_true", help="mixed precision in bfloat16")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to this file")
-    args = parser.parse(argv)
-    if args.fp16 and args.bf16:
-        raise InputError("--fp16 and --bf16 exclude each other")
-    if not args.device.startswith(("cpu", "cuda")):
-        raise InputError(f"--device {args.device!r}: only cpu and cuda can be timed")
-    if args.json and not args.json.resolve().parent.is_dir():
-        raise InputError(f"--json {args.json}: no such folder {args.json.resolve().parent}")
-    default = ["vit_mini"] if args.quick else ["vit_mini", "dino_small_patch16"]
-    args.arch = [base_arch(name) for name in args.arch or default]
-    if args.quick:
-        args.repeats = args.repeats or 1
-    return args
+    """The command line, checked."""
+    description = "Time meta-tuning and evaluation beside a straightforward baseline."
+    return side_by_side.parse(argv, description, ["vit_mini", "dino_small_patch16"])
 
 
 def main() -> int:
     args = parse(sys.argv[1:])
-    side = 512 if args.quick else 8192 if args.device.startswith("cuda") else 2048
-    threads = args.threads or torch.get_num_threads()
-    machine = Machine(args.device, threads, options.autocast(args), side)
-    # In float32, since on many processors a network is far from the rate of a product in low precision.
-    with Worker(probe, dataclasses.replace(machine, autocast=None)) as prober:
-        answer = prober.answer()
-    if isinstance(answer, InputError):
-        raise answer
-    device, rate = answer
-
+    machine, device, rate = side_by_side.find_machine(args)
     plan = [workload for arch in args.arch for workload in plan_of(arch, args.quick)]
     forecast = Forecast(plan, args.repeats, rate)
     about = environment(machine, device)
@@ -622,9 +375,10 @@ def main() -> int:
             print(table_row(workload, row), flush=True)
         print(f"\n{footnotes(*rows[0])}")
     gigaflops = spread([rate / 1e9 for rate in rates])
-    print(f"\nGEMM rate, {side} x {side}: {gigaflops} GFLOP/s. All in {time.perf_counter() - began:.0f} s.")
+    side, seconds = machine.gemm_side, time.perf_counter() - began
+    print(f"\nGEMM rate, {side} x {side}: {gigaflops} GFLOP/s. All in {seconds:.0f} s.")
     if args.json:
-        report = {"environment": about, "gemm_side": side, "rows": results}
+        report = {"environment": about, "gemm_side": machine.gemm_side, "rows": results}
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0
 
