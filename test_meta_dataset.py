@@ -29,7 +29,7 @@ from tqdm import tqdm
 from amt import checkpoint, options, report, runs
 from amt.backbone import Backbone, find_device, load_backbone
 from amt.board import write_board
-from amt.deploy import as_decided, check_deployment, deploy
+from amt.deploy import Deployment, as_decided, check_deployment, deploy
 from amt.evaluate import columns, measure
 from amt.journal import Interrupts
 from amt.predict import Predictor, pretrained_predictor
@@ -87,6 +87,7 @@ def main() -> int:
     with runs.Writer(args.output_dir, about, (part, parts)) as out, Interrupts() as interrupts:
         earlier = runs.peek(args.output_dir)
         finished = {source: {row["index"] for row in rows} for source, rows in earlier.rows.items()}
+        chosen: dict[Deployment | str, dict] = {}
         done = sum(len(finished.get(source, set()) & set(todo)) for source in readers)
         with tqdm(total=len(readers) * len(todo), initial=done, unit="episode") as progress:
             for source, reader in readers.items():
@@ -94,7 +95,9 @@ def main() -> int:
                 if not left or interrupts.pending():
                     continue
                 progress.set_description(source)
-                decided = earlier.merging.get(source)
+                # Of one deployment on another source's VALID every domain gets the same choice: made once.
+                alike = deployments[source] if deployments[source].select_on else source
+                decided = earlier.merging.get(source, chosen.get(alike))
                 predict, merging = deploy(
                     backbone,
                     pool,
@@ -105,10 +108,10 @@ def main() -> int:
                     args.seed,
                     partial(watched, backbone, interrupts),
                 )
-                if decided is None:
-                    if saved and saved.about.get("levels_from") == "nowhere":
-                        merging["epsilons"] = "unknown"
-                    out.note_merging(source, merging)
+                if saved and saved.about.get("levels_from") == "nowhere":
+                    merging["epsilons"] = "unknown"
+                chosen[alike] = decided or merging
+                out.note_merging(source, chosen[alike])
                 for read in episode_loader(Subset(reader, left), args.num_workers):
                     if args.dump is not None:
                         dump_episode(args.dump / source, read.index, read, reader)

@@ -159,7 +159,8 @@ def features(backbone: Backbone, weights: Weights, images: Tensor) -> Tensor:
     if not backbone.network.dynamic_img_size:  # such a network resizes its table itself
         weights = weights | {"pos_embed": resize_positions(weights["pos_embed"], grid)}
     with torch.autocast(images.device.type, backbone.autocast, enabled=backbone.autocast is not None):
-        out = torch.func.functional_call(backbone.network, weights, (backbone.normalise(images),))
+        normal = backbone.normalise(images)
+        out = torch.func.functional_call(backbone.network, weights, (normal,), tie_weights=False)
     return out.float()
 
 

@@ -16,7 +16,7 @@ from amt.attacks import Attack
 from amt.backbone import Backbone
 from amt.finetune import Finetuning, finetuned_predictor
 from amt.lora import Trim
-from amt.merge import Coefficients, Routing, average_of, route, soup, uniform
+from amt.merge import Coefficients, Routing, average_of, kept_members, route, soup, uniform
 from amt.pool import Pool
 from amt.predict import Predictor, merged_predictor, pretrained_predictor
 from amt.select import (
@@ -261,9 +261,8 @@ def _settled(
         start = networks(pool, [candidate])((candidate, tuple(trims)))
         return _sharing(finetuned_predictor(backbone, *start, finetune, seed), candidate)
     if isinstance(candidate, Routing):
-        return merged_predictor(
-            backbone, pool, partial(route, backbone, pool, routing=candidate), trims, seed
-        )
+        choose = partial(route, backbone, pool, routing=candidate, members=kept_members(pool))
+        return merged_predictor(backbone, pool, choose, trims, seed)
     return merged_predictor(backbone, pool, lambda *_: candidate, trims, seed)
 
 

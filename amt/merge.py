@@ -12,18 +12,20 @@ query image and no query label can be seen from here: `route` is not given any.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amt.backbone import CHUNK, Backbone, features, fixed_features
+from amt.backbone import CHUNK, Backbone, Weights, features, fixed_features
 from amt.perturb import Perturbation, pyramid_attack, pyramid_start
 from amt.pool import Pool
 from amt.protonet import cosine_logits, prototypes
 
 Coefficients = tuple[float, ...]
+Members = Callable[[int], Weights]  # the complete weights of a pool's member, by its number
 
 AUGMENTATIONS = ("color", "translation")
 
@@ -39,7 +41,8 @@ class Routing:
         augment_probability: chance that the support images compared with the prototypes are augmented at
             all, where they are not attacked.
         epsilon: the knob from clean to robust, in 1/255 of the pixel range. 0: the published scores. Above:
-            the same scores of support images that each adapter sees attacked within epsilon.
+            the same scores of support images that each adapter sees attacked within epsilon. As these are
+            not augmented, 0 is a rule of its own and not the limit of small values.
         steps: of that attack, each of epsilon / 4.
     """
 
@@ -63,6 +66,7 @@ def route(
     labels: Tensor,
     generator: torch.Generator,
     routing: Routing,
+    members: Members | None = None,
 ) -> Coefficients:
     """Merging coefficients of a task, one per adapter, summing to 1.
 
@@ -70,8 +74,9 @@ def route(
         support: (S, 3, H, W) in [0, 1].
         labels: (S,) int64 in 0..N-1.
         generator: a CPU generator for the augmentation or the attack's start; left as it was.
+        members: `kept_members(pool)` where many tasks are routed.
     """
-    (coefficients,) = route_each(backbone, pool, support, labels, generator, [routing])
+    (coefficients,) = route_each(backbone, pool, support, labels, generator, [routing], members)
     return coefficients
 
 
@@ -82,10 +87,11 @@ def route_each(
     labels: Tensor,
     generator: torch.Generator,
     routings: Sequence[Routing],
+    members: Members | None = None,
 ) -> list[Coefficients]:
     """What `route` gives for each of `routings`; what they have in common is computed once."""
     by_view = {routing.view: routing for routing in routings}
-    cosines = _cosines(backbone, pool, support, labels, generator, list(by_view.values()))
+    cosines = _cosines(backbone, pool, support, labels, generator, list(by_view.values()), members)
     scores = {view: compactness(found, labels) for view, found in zip(by_view, cosines, strict=True)}
     return [blend(*scores[routing.view], routing) for routing in routings]
 
@@ -99,7 +105,7 @@ def support_cosines(
     routing: Routing,
 ) -> Tensor:
     """(P, S, N) cosines, for every adapter alone, of the support's views with the support's prototypes."""
-    (cosines,) = _cosines(backbone, pool, support, labels, generator, [routing])
+    (cosines,) = _cosines(backbone, pool, support, labels, generator, [routing], None)
     return cosines
 
 
@@ -110,6 +116,7 @@ def _cosines(
     labels: Tensor,
     generator: torch.Generator,
     routings: Sequence[Routing],
+    members: Members | None,
 ) -> list[Tensor]:
     """`support_cosines` for each of `routings`; the prototypes are computed once."""
     backbone = dataclasses.replace(backbone, autocast=None)  # scores differ in the third digit: keep float32
@@ -122,13 +129,12 @@ def _cosines(
     ]
     cosines: list[list[Tensor]] = [[] for _ in routings]
     for p in range(len(pool)):
-        adapter = pool[p]
-        weights = adapter.merge((1.0,))
+        weights = _alone(pool, p) if members is None else members(p)
         plain = fixed_features(backbone, weights, support)
         centres = prototypes(plain, labels, n_way)
 
         def loss_of(
-            images: Tensor, part: slice, weights=weights, centres=centres, scale=adapter.scale
+            images: Tensor, part: slice, weights=weights, centres=centres, scale=pool.scale[p]
         ) -> Tensor:
             logits = cosine_logits(features(backbone, weights, images), centres, scale)
             return F.cross_entropy(logits, labels[part], reduction="sum")
@@ -140,6 +146,16 @@ def _cosines(
             seen = plain if view is support else fixed_features(backbone, weights, view)
             cosines[k].append(cosine_logits(seen, centres))
     return [torch.stack(found) for found in cosines]
+
+
+def kept_members(pool: Pool) -> Members:
+    """Every member is merged when it is first asked for, and then kept: with one image per class that would
+    be a fifth of the time of routing. Takes the memory of P networks."""
+    return functools.cache(functools.partial(_alone, pool))
+
+
+def _alone(pool: Pool, p: int) -> Weights:
+    return pool[p].merge((1.0,))
 
 
 def _augmented(backbone: Backbone, support: Tensor, generator: torch.Generator, routing: Routing) -> Tensor:

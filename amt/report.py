@@ -104,7 +104,11 @@ def mixing_picture(
         axes.set_xlabel(label)
         axes.set_ylim(0, 100)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=7)
+        if len({tuple(each) for each in curves.values()}) > 1:  # panels of different columns
+            axes.legend(frameon=False, fontsize=7)
+    if not panels[0][0].get_legend():
+        lines, names = panels[0][0].get_legend_handles_labels()
+        figure.legend(lines, names, loc="outside upper center", ncols=len(names), frameon=False, fontsize=8)
     panels[0][0].set_ylabel("accuracy, per cent")
     replace_file(path, lambda part: figure.savefig(part, format="png", dpi=150))
     plt.close(figure)

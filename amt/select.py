@@ -24,7 +24,7 @@ from amt.backbone import Backbone
 from amt.evaluate import measure
 from amt.leave_one_out import Network, lowest_loss, new_trial
 from amt.lora import Trim, trim_singular_values
-from amt.merge import Coefficients, Routing, route_each
+from amt.merge import Coefficients, Members, Routing, kept_members, route_each
 from amt.meta_tune import stream
 from amt.pool import Pool
 from amt.predict import Predictor, Task, prototype_task
@@ -101,10 +101,13 @@ def choices(
     support: Tensor,
     labels: Tensor,
     generator: torch.Generator,
+    members: Members | None = None,
 ) -> list[Coefficients]:
     """The coefficients that each candidate gives a task; arguments as of `route`."""
     routings = [candidate for candidate in candidates if isinstance(candidate, Routing)]
-    routed = iter(route_each(backbone, pool, support, labels, generator, routings) if routings else ())
+    routed = iter(())
+    if routings:
+        routed = iter(route_each(backbone, pool, support, labels, generator, routings, members))
     return [next(routed) if isinstance(each, Routing) else each for each in candidates]
 
 
@@ -146,7 +149,7 @@ def select(
         trim_candidates: single trimmings to try, after `trims`, with the chosen candidate.
         seed: decides, with an episode's index, augmentation and the attacks' starts, as in evaluation.
     """
-    network = networks(pool, candidates, trim_candidates)
+    network, members = networks(pool, candidates, trim_candidates), kept_members(pool)
     columns = ["clean", *(column for attack in attacks for column in attack.columns)]
 
     def quality(episode: Episode, setting: Setting) -> float:
@@ -156,7 +159,7 @@ def select(
     def routed(episode: Episode) -> list[Setting]:
         generator = stream(seed, episode.index, 1)
         support, labels = episode.support, episode.support_labels
-        found = choices(backbone, pool, candidates, support, labels, generator)
+        found = choices(backbone, pool, candidates, support, labels, generator, members)
         return [(coefficients, tuple(trims)) for coefficients in found]
 
     entrants = _race(episodes(), routed, quality, halving)
@@ -195,7 +198,7 @@ def support_predictor(
         trims, trim_candidates, seed: as for `select`.
         epsilon: bound, in 1/255, of an attack on the images left out; 0: they are clean.
     """
-    network = networks(pool, candidates, trim_candidates)
+    network, members = networks(pool, candidates, trim_candidates), kept_members(pool)
 
     def predict(episode: Episode) -> Task:
         support, labels = episode.support, episode.support_labels
@@ -207,7 +210,7 @@ def support_predictor(
             return settings[lowest_loss(backbone, [partial(network, each) for each in settings], trial)[0]]
 
         generator = stream(seed, episode.index, 1)
-        found = choices(backbone, pool, candidates, support, labels, generator)
+        found = choices(backbone, pool, candidates, support, labels, generator, members)
         distinct: dict[tuple, Setting] = {}
         for coefficients in found:
             distinct.setdefault(_rounded(coefficients), (coefficients, tuple(trims)))

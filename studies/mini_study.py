@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from amt import checkpoint, runs
 from amt.backbone import load_backbone
-from amt.statistics import Summary, average_summary, summarise
 from amt.merge import Routing, compactness, support_cosines
 from amt.meta_tune import stream
 from amt.report import mixing_picture
+from amt.statistics import Summary, average_summary, summarise
 from meta_dataset_readers import EpisodeReader, EpisodeSampling, episode_loader
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -172,6 +172,17 @@ def test_fixed_weights_are_made_once_for_all_tasks(backbone, pool, trims, monkey
     assert len(merges) == 2
 
 
+def test_a_router_merges_every_adapter_once_for_all_tasks(backbone, pool, monkeypatch):
+    """And the chosen mixture once per task."""
+    merges = []
+    real = LoRAPool.merge
+    monkeypatch.setattr(LoRAPool, "merge", lambda self, c: merges.append(len(self)) or real(self, c))
+    predict, _ = deploy(backbone, pool, Deployment(), "tiny", nowhere)
+    for k in range(4):
+        predict(make_episode(k))
+    assert merges.count(1) == len(pool) and merges.count(len(pool)) == 4
+
+
 @pytest.mark.parametrize("kind", ["pool", "full", None])
 def test_fine_tuning_starts_from_the_network_deployed(backbone, kind, request):
     """At rate 0 it stays there; the shares are still told."""

@@ -131,6 +131,19 @@ def test_what_was_chosen_is_not_chosen_again(flags, tmp_path, monkeypatch):
     assert "chosen on 2 VALID episodes of tiny" in merging["tiny"]["how"]
 
 
+def test_domains_that_choose_alike_choose_once(flags, tmp_path, monkeypatch):
+    from amt import deploy
+
+    calls = []
+    select = deploy.select
+    monkeypatch.setattr(deploy, "select", lambda *args, **kw: calls.append(1) or select(*args, **kw))
+    two = ("--test_sources", "tiny", "no_valid", "--nTestEpisode", 1, "--blend_beta", 1, 10)
+    choosing = (*two, "--nSelectEpisode", 2, "--epsilon")
+    assert command("test_meta_dataset", *flags(tmp_path, *choosing, "--select_on", "tiny")).code == 0
+    merging = strict_json(tmp_path / "merging.json")
+    assert len(calls) == 1 and merging["tiny"] == merging["no_valid"]
+
+
 def test_parts_share_a_folder_and_the_last_one_sums_up(flags, whole, tmp_path, monkeypatch):
     ended = command("test_meta_dataset", *flags(tmp_path, *ATTACKS, "--shard", "0/2"))
     assert ended.code == 0 and "2 of 3 episodes are done; other parts are to follow" in ended.out

@@ -23,7 +23,6 @@ from torch import Tensor
 from amt import merge, meta_tune
 from amt.backbone import Arch, Backbone, build_network, features, read_weights, resize_positions
 from amt.checkpoint import Checkpoint, check_architecture, load, save
-from amt.predict import prototype_task
 from amt.lora import LoRAPool, Trim, split_principal, trim_singular_values, truncate
 from amt.losses import kl_sum, robust_loss
 from amt.merge import Coefficients, Routing, average_of, blend, compactness, support_cosines
@@ -37,6 +36,7 @@ from amt.perturb import (
     pyramid_attack,
     pyramid_step,
 )
+from amt.predict import prototype_task
 from amt.protonet import cosine_logits, prototypes
 from amt.published import pool_from_published, published_shapes
 from meta_dataset_readers.episode import Episode

@@ -437,6 +437,7 @@ def test_routing_is_shown_the_support_only(backbone, pool, episode):
         "labels",
         "generator",
         "routing",
+        "members",
     ]
     choose = functools.partial(route, backbone, pool, routing=Routing())
     predict = merged_predictor(backbone, pool, choose)

@@ -122,7 +122,9 @@ def test_the_step_is_a_quarter_of_each_epsilon_unless_given():
     given_step = options.levels(training("--epsilon", "8", "0.1", "--alpha", "1"))
     assert [level.step_size for level in given_step] == [1.0, 1.0]
     assert options.attacks(evaluation("--epsilon", "4", "8")) == (Attack("pgd", (4, 8)),)
-    assert options.attacks(evaluation("--epsilon", "4", "--alpha", "0.5")) == (Attack("pgd", (4,), step_size=0.5),)
+    assert options.attacks(evaluation("--epsilon", "4", "--alpha", "0.5")) == (
+        Attack("pgd", (4,), step_size=0.5),
+    )
 
 
 def test_no_attack_where_epsilon_is_zero_or_absent():

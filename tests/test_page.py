@@ -18,11 +18,11 @@ from PIL import Image
 from toy_runs import ATTACKS, DOMAINS, write_run
 
 from amt import runs
-from amt.page import charts, drawing, files
 from amt.attacks import Attack
 from amt.commands import report
-from amt.page.markup import Markup, element, join
+from amt.page import charts, drawing, files
 from amt.page.document import SAMPLE_SIDE, page
+from amt.page.markup import Markup, element, join
 from amt.page.pictures import amplify, data_uri
 from amt.statistics import paired_difference
 

@@ -17,9 +17,7 @@ from amt.sanity import judge, probe
 ARCH = Arch(patch_size=4, dim=12, depth=2, heads=2, pretrained_size=8, image_size=8, mlp_ratio=2.0)
 ATTACKS = (Attack("pgd", (20, 80), steps=10), Attack("pgd", (900,), "l2", steps=10))
 EPISODES = [
-    dataclasses.replace(
-        patterned_episode(k, n_way=3, shots=2, queries=8, side=6, noise=0.05), source="toy"
-    )
+    dataclasses.replace(patterned_episode(k, n_way=3, shots=2, queries=8, side=6, noise=0.05), source="toy")
     for k in range(2)
 ]
 
