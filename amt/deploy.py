@@ -148,7 +148,6 @@ def deploy(
     attacks: Sequence[Attack] = (),
     seed: int = 0,
     progress: Progress = lambda episodes, title: episodes,
-    selections: dict | None = None,
 ) -> tuple[Predictor, dict]:
     """The predictor for one domain, and in plain values how it came about.
 
@@ -160,8 +159,6 @@ def deploy(
         source: the domain.
         attacks: of the evaluation; choosing on VALID episodes uses `select.selection_attacks` of them.
         seed: of the evaluation.
-        selections: kept by the caller from domain to domain, of one pool, seed and list of attacks: what is
-            chosen on a source that several domains name is chosen once.
 
     Returns:
         The predictor, and a dictionary of "how" in words, and where there is such a thing "epsilons",
@@ -178,20 +175,17 @@ def deploy(
         split, n, own_seed = _choosing_on(deployment)
         on = source if deployment.select == "published" else deployment.select_on or source
         tried = () if deployment.select == "published" else selection_attacks(attacks)
-        selections = {} if selections is None else selections
-        if (on, deployment) not in selections:
-            selections[on, deployment] = select(
-                backbone,
-                served,
-                candidates,
-                lambda: progress(open_episodes(on, split, n, own_seed), f"choosing on {on} {split}"),
-                tried,
-                trims,
-                deployment.trim_candidates,
-                seed if own_seed is None else own_seed,
-                halving=deployment.select == "valid",
-            )
-        found = selections[on, deployment]
+        found = select(
+            backbone,
+            served,
+            candidates,
+            lambda: progress(open_episodes(on, split, n, own_seed), f"choosing on {on} {split}"),
+            tried,
+            trims,
+            deployment.trim_candidates,
+            seed if own_seed is None else own_seed,
+            halving=deployment.select == "valid",
+        )
         by = _chosen_on(deployment, on, tried)
         by_trim = f"(the last one {by})" if found.trims else by_trim
         candidates, trims = candidates[found.candidate : found.candidate + 1], (*trims, *found.trims)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from amt.attacks import Attack
 from amt.backbone import Arch, Backbone, features
-from amt.deploy import STAMP, Deployment, check_deployment, check_trims, deploy
+from amt.deploy import STAMP, Deployment, as_decided, check_deployment, check_trims, deploy
 from amt.evaluate import evaluate
 from amt.finetune import Finetuning
 from amt.full_pool import FullPool, pretrained_pool
@@ -339,20 +339,21 @@ def test_another_sources_valid_episodes_may_be_named(backbone, pool):
     assert scores.index(max(scores)) == best and predict(make_episode(0)).coefficients[best] == 1
 
 
-def test_what_several_domains_choose_on_is_gone_through_once(backbone, pool):
-    """Their own VALID episodes they choose on each for itself."""
-    episodes, selections = Episodes(VALID=2), {}
-    shared = Deployment(routings=GRID, select="valid", select_on="other", select_episodes=2)
-    own = dataclasses.replace(shared, select_on=None)
-    deployed = [
-        deploy(backbone, pool, each, source, episodes, selections=selections)
-        for each in (shared, own)
-        for source in ("tiny", "small")
-    ]
-    assert [source for source, *_ in episodes.asked] == ["other", "tiny", "small"]
-    (one, about), (another, same) = deployed[:2]
-    episode = make_episode(3)
-    assert about == same and same_task(one(episode), another(episode), episode.query)
+def test_what_was_decided_is_deployed_again_without_choosing(backbone, pool):
+    """From what merging.json holds, for a run that goes on or another domain that chooses alike."""
+    for routing in ("amt", "best", "soup"):
+        deployment = Deployment(
+            routing=routing,
+            routings=GRID if routing == "amt" else (),
+            select="valid",
+            select_episodes=2,
+            trim_candidates=(HALF,),
+        )
+        predict, about = deploy(backbone, pool, deployment, "tiny", Episodes(VALID=2))
+        settled = as_decided(deployment, json.loads(json.dumps(about)))
+        again, _ = deploy(backbone, pool, settled, "tiny", nowhere)
+        episode = make_episode(3)
+        assert same_task(predict(episode), again(episode), episode.query)
 
 
 def test_the_published_protocol_says_what_it_is(backbone, pool):
