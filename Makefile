@@ -38,8 +38,10 @@ demo: $(STAMP) ## make small data sets, meta-train on them, evaluate
 	@echo "demo: data sets, training, evaluation; about four minutes on two cores"
 	$(PY) -m meta_dataset_readers.mini --out data/mini
 	$(PY) main.py @recipes/mini_demo.args
+	@rm -rf results/mini_demo*  # of another pool they would not be continued
 	$(PY) test_meta_dataset.py @recipes/mini_demo_test.args
 	$(PY) test_meta_dataset.py @recipes/mini_demo_pool.args
+	$(PY) -m amt report results/mini_demo results/mini_demo_pretrained --out results/mini_demo.html
 
 results: $(STAMP) ## run the small study
 	$(PY) -m studies.mini_study
