@@ -755,10 +755,13 @@ def attacks(args: argparse.Namespace) -> tuple[Attack, ...]:
     found = []
     for words in args.attack or ([["pgd"]] if epsilons else []):
         own = {word.partition("=")[0]: word.partition("=")[2] for word in words[1:]}
-        if "epsilon" not in own and own.get("norm", "linf") != "linf":
+        linf = own.get("norm", "linf") == "linf"  # the norm that --epsilon and --alpha are meant in
+        if not linf and "epsilon" not in own:
             raise InputError(f"--attack {' '.join(words)}: another norm than linf needs an epsilon=... too")
-        climbing = {"steps": args.attack_iters, "step_size": args.alpha} if words[0] in PGD_KINDS else {}
-        found.append(parse_attack(words, epsilon=epsilons, **climbing))
+        defaults = {"epsilon": epsilons}
+        if words[0] in PGD_KINDS:
+            defaults |= {"steps": args.attack_iters, "step_size": args.alpha if linf else None}
+        found.append(parse_attack(words, **defaults))
     _check_distinct("attack", [attack.name for attack in found])
     ways = sampling(args).num_ways or args.min_ways
     for attack in found:

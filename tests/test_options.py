@@ -129,6 +129,21 @@ def test_the_step_is_a_quarter_of_each_epsilon_unless_given():
 
 def test_no_attack_where_epsilon_is_zero_or_absent():
     assert options.attacks(evaluation("--epsilon")) == options.attacks(evaluation("--epsilon", "0")) == ()
+    words = (
+        "--attack",
+        "pgd",
+        "--attack",
+        "pgd",
+        "norm=l2",
+        "epsilon=64",
+        "--attack",
+        "apgd",
+        "--alpha",
+        "1",
+    )
+    pgd, l2, apgd = options.attacks(evaluation("--epsilon", "4", *words, "--attack_iters", "7"))
+    assert pgd == Attack("pgd", (4,), steps=7, step_size=1.0) and apgd == Attack("apgd", (4,))
+    assert l2 == Attack("pgd", (64,), "l2", steps=7)  # --alpha is meant in the other norm
     assert options.attacks(evaluation("--epsilon", "0", "2")) == (Attack("pgd", (2,)),)
 
 
