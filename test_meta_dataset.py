@@ -229,6 +229,8 @@ def finish(run: runs.Run, device: torch.device) -> None:
     for stamp in dict.fromkeys(about["stamp"] for about in run.merging.values() if "stamp" in about):
         print(stamp)
     print(report.table(run.columns, lines, [[run.suspect(name, c) for c in run.columns] for name in names]))
+    for column, variants in run.variants.items():
+        print(f"{column}: {'; or '.join(variants)}")
     if more["skipped_records"]:
         print(f"{more['skipped_records']} damaged records were passed over")
     print(f"wrote {out} and {run.folder / 'accuracy.png'}")

@@ -137,6 +137,15 @@ class Run:
         return "; ".join(reasons) or None
 
     @property
+    def variants(self) -> dict[str, tuple[str, ...]]:
+        """By column what was run under its name, where the episode's ways decide that."""
+        found: dict[str, dict[str, None]] = {}
+        for row in (row for rows in self.rows.values() for row in rows):
+            for column, variant in row.get("variants", {}).items():
+                found.setdefault(column, {})[variant] = None
+        return {column: tuple(variants) for column, variants in found.items()}
+
+    @property
     def complete(self) -> bool:
         """Whether every episode that was asked for has its row."""
         return all(len(self.rows.get(s, ())) == self.about["episodes"] for s in self.about["sources"])
@@ -318,6 +327,7 @@ def summarise_run(run: Run, more: Mapping) -> dict:
         "summary": {
             name: {column: _plain(run.summary(name, column)) for column in run.columns} for name in names
         },
+        "variants": run.variants,
         "suspect": [list(finding) for finding in run.findings],
     }
 

@@ -188,6 +188,12 @@ def test_the_summary_names_what_is_suspect(tmp_path):
     json.loads(json.dumps(results, allow_nan=False))
 
 
+def test_what_was_run_under_a_name_is_told(tmp_path):
+    one, other = ({"variants": {"pgd3@8": variant}} for variant in ("ce, having 3 ways", "dlr"))
+    fill(tmp_path, [ALL[0] | one, ALL[1] | other, ALL[2] | one, *ALL[3:]])
+    assert runs.load(tmp_path).variants == {"pgd3@8": ("ce, having 3 ways", "dlr")}
+
+
 def test_a_single_episode_has_no_interval_in_json(tmp_path):
     fill(tmp_path, ALL[:1])
     results = runs.summarise_run(runs.load(tmp_path), {})

@@ -558,12 +558,7 @@ def about_block(each: Shown) -> Markup:
         element("div", text if len(how) == 1 else f"{', '.join(domains)}: {text}")
         for text, domains in how.items()
     ]
-    variants = {
-        f"{column} ran as {variant}"
-        for rows in run.rows.values()
-        for row in rows
-        for column, variant in row.get("variants", {}).items()
-    }
+    variants = {f"{column} ran as {variant}" for column, found in run.variants.items() for variant in found}
     versions = about.get("versions")
     settings = {name: about.get(name) for name in ("settings", "sampling", "deployments")}
     settings = json.dumps(settings, indent=1, ensure_ascii=False)
