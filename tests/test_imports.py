@@ -25,6 +25,9 @@ LAYERS = (
     ("finetune", "evaluate"),
     ("select", "sanity"),
     ("deploy", "runs"),
+    ("options.parsing",),
+    ("options.common",),
+    ("options.training", "options.testing"),
     ("report", "journal", "options", "export", "recipes", "comparison"),  # what commands are made of
     ("page.markup", "page.pictures", "page.drawing"),
     ("page", "page.charts", "page.svg", "page.files"),
@@ -44,7 +47,7 @@ ONLY = {
 }
 # Of the readers amt knows what an episode is and how an error is told; options also how episodes are drawn.
 OF_THE_READERS = {"meta_dataset_readers.episode", "meta_dataset_readers.errors"}
-MORE_OF_THE_READERS = {"options": {"meta_dataset_readers.sampling"}}
+MORE_OF_THE_READERS = {"options.common": {"meta_dataset_readers.sampling"}}
 
 SCRIPTS = {"main", "test_meta_dataset", "studies", "benchmarks", "tools", "tests"}
 
@@ -68,7 +71,8 @@ def imports(module: str) -> set[str]:
             assert node.level == 0, f"{module} imports relatively: {ast.unparse(node)}"
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
-                ours = ROOT.joinpath(*inner.split(".")).with_suffix(".py").exists()
+                place = ROOT.joinpath(*inner.split("."))
+                ours = place.with_suffix(".py").exists() or (place / "__init__.py").exists()
                 found.add(inner if ours else node.module)
     return found
 

@@ -249,7 +249,6 @@ def test_the_tables_of_tensors_have_the_published_sizes():
 
 
 def test_the_default_levels_are_those_of_training():
-    assert tuple(options.POOL_EPSILONS) == POOL_EPSILONS
     training = ["--data_path", "d", "--base_sources", "a", "--output_dir", "o"]
     levels = options.levels(options.training_parser().parse(training))
     read = tuple(Perturbation(epsilon, epsilon / 4) for epsilon in POOL_EPSILONS)
