@@ -37,7 +37,7 @@ from amt.sanity import probe
 from amt.statistics import groups
 from meta_dataset_readers.domains import DOMAINS
 from meta_dataset_readers.episode import Episode
-from meta_dataset_readers.errors import exit_on_bad_input
+from meta_dataset_readers.errors import InputError, exit_on_bad_input
 from meta_dataset_readers.reader import EpisodeReader, episode_loader
 from meta_dataset_readers.stored_episodes import dump_episode
 
@@ -55,6 +55,10 @@ def main() -> int:
     options.use_threads(args)
     deployments, attacks = options.deployments(args), options.attacks(args)
     transfer = any(attack.kind == "transfer" for attack in attacks)
+    if transfer and args.no_pretrain:
+        raise InputError(
+            "--attack transfer makes its images on the pretrained network: not with --no_pretrain"
+        )
     backbone = load_backbone(
         args.arch,
         args.pretrained_checkpoint,
@@ -97,7 +101,7 @@ def main() -> int:
                 progress.set_description(source)
                 # Of one deployment on another source's VALID every domain gets the same choice: made once.
                 alike = deployments[source] if deployments[source].select_on else source
-                decided = earlier.merging.get(source, chosen.get(alike))
+                decided = runs.peek(args.output_dir).merging.get(source, chosen.get(alike))
                 predict, merging = deploy(
                     backbone,
                     pool,
@@ -169,6 +173,7 @@ def description(args, backbone, saved, deployments, attacks) -> dict:
         )
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     settings |= {"checkpoint": digest(args.resume), "device": backbone.device.type}
+    settings |= {"pretrained_checkpoint": digest(args.pretrained_checkpoint)}
     about = {
         **checkpoint.provenance(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -210,7 +215,10 @@ def finish(run: runs.Run, device: torch.device) -> None:
     more = {
         "episode_seconds": round(sum(row["seconds"] for row in rows), 1),
         "peak_memory_mb": round(
-            torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else memory
+            max(
+                torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else memory,
+                run.about.get("peak_memory_mb", 0),  # of the process that did the work
+            )
         ),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "skipped_records": sum(row.get("skipped", 0) for row in rows),
@@ -231,6 +239,10 @@ def finish(run: runs.Run, device: torch.device) -> None:
     print(report.table(run.columns, lines, [[run.suspect(name, c) for c in run.columns] for name in names]))
     for column, variants in run.variants.items():
         print(f"{column}: {'; or '.join(variants)}")
+    if run.about["attacks"]:
+        verdict = "; something is suspect, see above" if run.findings else "; nothing is suspect"
+        checked = f"checked on {run.checked} images{verdict}" if run.checked else "not checked"
+        print(f"the attacks were {checked}")
     if more["skipped_records"]:
         print(f"{more['skipped_records']} damaged records were passed over")
     print(f"wrote {out} and {run.folder / 'accuracy.png'}")

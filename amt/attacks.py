@@ -199,7 +199,7 @@ def attack_queries(
     images: Tensor,
     labels: Tensor,
     n_way: int,
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
     surrogate: Logits | None = None,
 ) -> Attacked:
     """Run any attack but "support" at one radius.
@@ -209,19 +209,20 @@ def attack_queries(
         logits: the network under attack, see `amt.predict.Task`.
         images, labels: query images that it classifies correctly, (Q, 3, H, W) in [0, 1] and (Q,) int64.
         n_way: number of classes N; with one class no image can be taken for another.
-        generator: a CPU generator for random starts.
+        generators: a CPU generator for each image, so that its random starts do not depend on which others
+            are attacked; of attacks of the library the first one's decides.
         surrogate: for "transfer", the network that the images are made on.
     """
     if n_way == 1 or len(images) == 0:
         return Attacked(images, torch.zeros_like(labels, dtype=torch.bool))
     if attack.kind == "pgd":
-        return _pgd(attack, epsilon, logits, images, labels, n_way, generator)
+        return _pgd(attack, epsilon, logits, images, labels, n_way, generators)
     if attack.kind == "pyramid":
-        return _pyramid(attack, epsilon, logits, images, labels, generator)
+        return _pyramid(attack, epsilon, logits, images, labels, generators)
     if attack.kind == "transfer":
-        found, _ = _climb(attack, epsilon, surrogate, images, labels, n_way, generator, stop=False)
+        found, _ = _climb(attack, epsilon, surrogate, images, labels, n_way, generators, stop=False)
         return Attacked(found, _wrong(logits, found, labels), _loss_of(attack, n_way)[1])
-    seed = int(torch.randint(2**31, (), generator=generator))
+    seed = int(torch.randint(2**31, (), generator=generators[0]))
     # The library draws from torch's global generator, which is put back as it was.
     devices = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad():
@@ -262,16 +263,15 @@ def attack_support(
     return Attacked(worst, worst_wrong)
 
 
-def _pgd(attack, epsilon, logits, images, labels, n_way, generator) -> Attacked:
+def _pgd(attack, epsilon, logits, images, labels, n_way, generators) -> Attacked:
     """PGD, again from another start for the images that withstood."""
     found, fooled = images.clone(), torch.zeros_like(labels, dtype=torch.bool)
     for _ in range(attack.restarts):
         left = (~fooled).nonzero().squeeze(1)
         if len(left) == 0:
             break
-        found[left], fooled[left] = _climb(
-            attack, epsilon, logits, images[left], labels[left], n_way, generator
-        )
+        own = [generators[k] for k in left.tolist()]
+        found[left], fooled[left] = _climb(attack, epsilon, logits, images[left], labels[left], n_way, own)
     return Attacked(found, fooled, _loss_of(attack, n_way)[1])
 
 
@@ -282,7 +282,7 @@ def _loss_of(attack: Attack, n_way: int) -> tuple[str, str]:
     return attack.loss, ""
 
 
-def _climb(attack, epsilon, logits, images, labels, n_way, generator, stop=True) -> tuple[Tensor, Tensor]:
+def _climb(attack, epsilon, logits, images, labels, n_way, generators, stop=True) -> tuple[Tensor, Tensor]:
     """One run of PGD on the attack's loss: images, and whether each is misclassified."""
     loss, _ = _loss_of(attack, n_way)
     loss_of = None
@@ -305,7 +305,7 @@ def _climb(attack, epsilon, logits, images, labels, n_way, generator, stop=True)
         epsilon=epsilon,
         step_size=attack.step_at(epsilon),
         steps=attack.steps,
-        generator=generator,
+        generator=generators,
         norm=attack.norm,
         loss_of=loss_of,
         stop_when_fooled=stop,
@@ -325,9 +325,10 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     return (others - own) / (largest[:, 0] - largest[:, 2] + 1e-12)
 
 
-def _pyramid(attack, epsilon, logits, images, labels, generator) -> Attacked:
+def _pyramid(attack, epsilon, logits, images, labels, generators) -> Attacked:
     level = Perturbation(epsilon, attack.step_at(epsilon), attack.steps)
-    start = pyramid_start(images, level, generator)
+    starts = [pyramid_start(images[k : k + 1], level, each) for k, each in enumerate(generators)]
+    start = [torch.cat(grids) for grids in zip(*starts, strict=True)]
     found = pyramid_attack(
         lambda moved: F.cross_entropy(logits(moved), labels, reduction="sum"), images, start, level
     )

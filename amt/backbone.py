@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -261,7 +262,9 @@ def find_device(name: str) -> torch.device:
         InputError: it has not, or `name` is no device.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        # torchrun's processes on one machine share its devices out.
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % devices}" if devices else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

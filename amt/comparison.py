@@ -1,8 +1,9 @@
 """Two runs on the same episodes: by how much one is better, and how sure that is.
 
-Episodes depend on seed, split and sampling alone, and so do the attacks' starts; so runs that agree in these
-are compared episode by episode, which takes the spread between episodes out of the interval. The attack's
-columns carry its settings in their names.
+Episodes depend on seed, split and sampling alone, and so do the starts of PGD, image by image; so runs that
+agree in these are compared episode by episode, which takes the spread between episodes out of the interval.
+An attack's columns carry its settings in their names; a worst case over attacks is compared only where the
+attacks are the same.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,13 +39,18 @@ def compare(ours: Run, theirs: Run) -> Comparison:
     if not pairs and not refusals:
         refusals.append("they share no domain")
     found: dict[tuple[str, str], Summary] = {}
-    for column in [column for column in theirs.columns if column in ours.columns]:
+    columns = [column for column in theirs.columns if column in ours.columns]
+    if ours.about["attacks"] != theirs.about["attacks"]:
+        unions = [column for column in columns if column.startswith("union")]
+        columns = [column for column in columns if column not in unions]
+        refusals += [f"{column}, which is that of other attacks" for column in unions]
+    for column in columns:
         for source, pair in pairs.items():
             found[source, column] = paired_difference(*pair, column)
         for name, members in theirs.averages.items():
             shared = [found[source, column] for source in members if source in pairs]
-            # Of a part of its domains an average would be another number under the same name.
-            if len(shared) == len(members) == len(ours.averages.get(name, ())) > 1:
+            # Of other domains an average would be another number under the same name.
+            if set(members) == set(ours.averages.get(name, ())) and len(shared) == len(members) > 1:
                 found[name, column] = average_summary(shared)
     return Comparison(found, tuple(refusals))
 

@@ -28,6 +28,7 @@ from meta_dataset_readers.errors import InputError, nearest
 
 DEFAULT = "default"
 LARGEST = 2**20  # bytes: what people write is far smaller
+MOST_STEPS = 10_000  # of a search: each is a candidate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +152,10 @@ def _settings(where: str, fields: object) -> dict[str, Any]:
         raise InputError(f"{where}: search_scale and search_step go together, found one of them")
     if "search_scale" in found and found.keys() & {"beta", "gamma"}:
         raise InputError(f"{where}: search_scale says what beta and gamma to try, expected it without them")
+    if "search_step" in found and math.prod(found["search_step"]) > MOST_STEPS:
+        raise InputError(
+            f"{where}: search_step is {list(found['search_step'])}, expected {MOST_STEPS} candidates at most"
+        )
     return found
 
 

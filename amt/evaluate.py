@@ -58,7 +58,7 @@ def measure(
         predict: sees the episode's support set; the attacks see what it returns, and the query labels.
         episode: on the device of the network.
         attacks: any number, of different names.
-        seed: decides, with the episode's index, the attacks' random starts.
+        seed: decides, with the episode's index, the attacks' random starts; PGD's image by image.
         surrogate: makes the network that "transfer" attacks.
     """
     began = time.perf_counter()
@@ -74,11 +74,12 @@ def measure(
     for attack in attacks:
         left, images = correct, episode.query
         for epsilon, column in zip(attack.epsilons, attack.columns, strict=True):
-            generator = stream(seed, episode.index, 2)
             if attack.kind == "support":
+                generator = stream(seed, episode.index, 2)
                 left = _under_poison(predict, episode, attack, epsilon, correct, left, generator)
             else:
                 left, images = left.clone(), images.clone()
+                generators = query_generators(episode, seed)
                 for which in left.nonzero().squeeze(1).split(CHUNK):
                     found = attack_queries(
                         attack,
@@ -87,7 +88,7 @@ def measure(
                         episode.query[which],
                         labels[which],
                         episode.n_way,
-                        generator,
+                        [generators[k] for k in which.tolist()],
                         other,
                     )
                     left[which], images[which] = ~found.fooled, found.images
@@ -110,6 +111,12 @@ def measure(
         **({"variants": variants} if variants else {}),
     }
     return Measurement(row, task, standing, attacked)
+
+
+def query_generators(episode: Episode, seed: int) -> list[torch.Generator]:
+    """The generator of each query's random starts: the same whatever network is attacked, and however many
+    of the others it got right."""
+    return [stream(seed, episode.index, 2, k) for k in range(len(episode.query))]
 
 
 def _under_poison(predict, episode, attack, epsilon, correct, left, generator) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Generators = torch.Generator | Sequence[torch.Generator]
+
 STARTS = ("zero", "random1", "random2")
 
 # A power of two: exact in float32, and in float16 it keeps small gradients from being flushed to zero.
@@ -174,14 +176,14 @@ class Ball:
     norm: str
     epsilon: float
 
-    def start(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def start(self, images: Tensor, generator: Generators) -> Tensor:
         """A uniformly random point of each image's ball, clipped to the valid range."""
         if self.norm == "linf":
-            noise = 2 * torch.rand(images.shape, generator=generator) - 1
+            noise = 2 * _drawn(torch.rand, images.shape, generator) - 1
         else:
-            direction = torch.randn(images.shape, generator=generator)
-            radius = torch.rand(len(images), 1, 1, 1, generator=generator) ** (1 / images[0].numel())
-            noise = direction * (radius / _length(direction))
+            direction = _drawn(torch.randn, images.shape, generator)
+            uniform = _drawn(torch.rand, (len(images), 1, 1, 1), generator)
+            noise = direction * (uniform ** (1 / images[0].numel()) / _length(direction))
         return self.project(images + noise.to(images) * self.epsilon, images)
 
     def project(self, points: Tensor, images: Tensor) -> Tensor:
@@ -199,6 +201,13 @@ class Ball:
         return points + step * direction
 
 
+def _drawn(draw: Callable[..., Tensor], shape: Sequence[int], generator: Generators) -> Tensor:
+    """Random numbers of a shape (n, ...), image by image where each has a generator of its own."""
+    if isinstance(generator, torch.Generator):
+        return draw(shape, generator=generator)
+    return torch.stack([draw(shape[1:], generator=each) for each in generator])
+
+
 def _length(images: Tensor) -> Tensor:
     return images.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
 
@@ -211,7 +220,7 @@ def pgd(
     epsilon: float,
     step_size: float,
     steps: int,
-    generator: torch.Generator,
+    generator: Generators,
     norm: str = "linf",
     loss_of: Callable[[Tensor, Tensor], Tensor] | None = None,
     stop_when_fooled: bool = True,
@@ -228,7 +237,7 @@ def pgd(
         labels: (Q,) int64.
         epsilon, step_size: in 1/255 of the pixel range; epsilon 0 returns the images.
         steps: number of gradient steps.
-        generator: a CPU generator for the start.
+        generator: CPU generators for the start, one for all images or one for each.
         norm: "linf" or "l2", of the perturbation of one image.
         loss_of: logits (n, N) of some of the images, and which they are (n,) int64 -> (n,), what is to be
             increased; None for the cross-entropy.

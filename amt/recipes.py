@@ -96,15 +96,13 @@ class Job:
         return Path(self.flags[where[-1] + 1]) if where else None
 
     def done(self) -> bool:
-        """Whether its output is complete (and, of a page or a pool, not older than what it was made from)."""
+        """Whether its output is complete and, but for a training, not older than what it was made from."""
         if not self.makes.is_file():
             return False
         if self.stage.kind == TRAIN:
             return _says_finished(self.makes)
-        if self.stage.kind == AMT:
-            made = self.makes.stat().st_mtime_ns
-            return all(job.done() and job.makes.stat().st_mtime_ns <= made for job in self.waits_for)
-        return True
+        made = self.makes.stat().st_mtime_ns
+        return all(job.done() and job.makes.stat().st_mtime_ns <= made for job in self.waits_for)
 
     def left_out(self) -> bool:
         """Whether it is optional, and what it resumes is not there and made by no stage."""
@@ -174,7 +172,7 @@ def load(name: str, within: Sequence[str] = ()) -> Recipe:
         raise InputError(f"no recipe {name!r}; {hint}")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{file}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     fields = _Fields(file, "recipe", content, {"table", "needs", "training", TRAIN, TEST, "stages"})
     common = {TRAIN: fields.flags(TRAIN), TEST: fields.flags(TEST)}
@@ -285,6 +283,7 @@ def plan(
         "here": out / recipe.name,
     }
     jobs, runs, earlier = [], [], {}
+    where = ("--data_path", str(data.absolute()))
     for stage in recipe.stages:
         makes = _makes(recipe, stage, places)
         folder = makes if stage.kind == AMT else makes.parent
@@ -297,7 +296,7 @@ def plan(
         if stage.kind != AMT:
             flags += ["--data_path", str(data), "--output_dir", str(folder)]
         waits_for = tuple(job for path, job in earlier.items() if any(_within(word, path) for word in flags))
-        job = earlier[folder] = Job(stage, tuple(flags), makes, _without_machine(words), waits_for)
+        job = earlier[folder] = Job(stage, tuple(flags), makes, (*_without_machine(words), *where), waits_for)
         is_chosen = any(fnmatch(stage.title, pattern) for pattern in chosen)
         if stage.kind == TEST and not job.left_out() and (is_chosen or job.done()):
             runs.append(folder)

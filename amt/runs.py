@@ -146,6 +146,12 @@ class Run:
         return {column: tuple(variants) for column, variants in found.items()}
 
     @property
+    def checked(self) -> int:
+        """On how many images the attacks were checked."""
+        rows = (row for rows in self.rows.values() for row in rows)
+        return sum(row["checks"]["images"] for row in rows if "checks" in row)
+
+    @property
     def complete(self) -> bool:
         """Whether every episode that was asked for has its row."""
         return all(len(self.rows.get(s, ())) == self.about["episodes"] for s in self.about["sources"])
@@ -205,19 +211,22 @@ class Writer:
 
     def __init__(self, folder: Path, about: Mapping, part: tuple[int, int] = (0, 1)):
         self.folder = folder
-        about = json.loads(json.dumps({"format": FORMAT, **about}))
-        known = folder / "run.json"
-        if known.exists():
-            check_same(known, _read_about(folder), about)
-        elif (folder / "results.json").exists():
-            raise InputError(f"{folder}: holds results.json but no run.json; name an empty --output_dir")
-        # Written again for the sake of more episodes or domains; nothing that decides a row has changed.
-        replace_file(known, lambda path: path.write_text(json.dumps(about, indent=1) + "\n"))
+        self._about = json.loads(json.dumps({"format": FORMAT, **about}))
+        if (folder / "run.json").exists():
+            earlier = _read_about(folder)
+            check_same(folder / "run.json", earlier, self._about)
+            # Of domains left out this time the rows stay, and so must what decided them.
+            self._about["deployments"] = earlier["deployments"] | self._about["deployments"]
+        else:
+            for path in (folder / "results.json", *folder.glob("rows*.jsonl")):
+                if path.exists():
+                    raise InputError(f"{folder}: has {path.name} but no run.json; name an empty --output_dir")
         i, n = part
         self._path = folder / ("rows.jsonl" if n == 1 else f"rows.{i}of{n}.jsonl")
 
     def __enter__(self) -> "Writer":
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._file = open(self._path, "a+b")
         except OSError as error:
             raise InputError(f"{self._path}: cannot be written ({error.strerror})") from error
@@ -226,6 +235,10 @@ class Writer:
         except OSError as error:
             self._file.close()
             raise InputError(f"{self._path}: another process is writing this file") from error
+        # Only now: who was refused must not have changed what others read at their end. And again for the
+        # sake of more episodes or domains: nothing that decides a row has changed.
+        text = json.dumps(self._about, indent=1) + "\n"
+        replace_file(self.folder / "run.json", lambda path: path.write_text(text))
         # A line without its end was cut short by a crash; its episode is done again.
         self._file.seek(0)
         content = self._file.read()
@@ -244,7 +257,7 @@ class Writer:
     def note_merging(self, source: str, about: Mapping) -> None:
         """Note how a domain's merging was decided."""
         path = self.folder / "merging.json"
-        with open(self.folder / "run.json") as lock:  # the other parts add their domains to the same file
+        with open(self.folder / ".lock", "a") as lock:  # the other parts add their domains to the same file
             fcntl.flock(lock, fcntl.LOCK_EX)
             found = _read_merging(path) if path.exists() else {}
             text = json.dumps(found | {source: about}, indent=1)
@@ -355,6 +368,9 @@ def _read_about(folder: Path) -> dict:
             raise InputError(f"{path}: {name} is missing or no {kind.__name__}")
     if about.get("format") != FORMAT:
         raise InputError(f"{path}: format is {about.get('format')!r}, expected {FORMAT}")
+    names = [about["sources"], *about["averages"].values(), about["columns"]]
+    if not all(isinstance(each, list) and all(isinstance(name, str) for name in each) for each in names):
+        raise InputError(f"{path}: sources, averages or columns holds something else than names")
     try:
         for values in about["attacks"]:
             attack_from(values)
@@ -390,7 +406,10 @@ def _read_rows(path: Path, columns: Sequence[str]) -> Iterable[dict]:
             good = isinstance(row["source"], str) and isinstance(row["index"], int)
             good = good and all(0 <= row[column] <= 1 for column in columns)
             good = good and all(row[name] >= 0 for name in ("seconds", *_COUNTS))
-            good = good and all(0 <= share <= 1 for share in row["coefficients"])
+            good = good and all(0 <= share <= 1 + 1e-3 for share in row["coefficients"])
+            checks, variants = row.get("checks", {"images": 0, "changed": 0}), row.get("variants", {})
+            good = good and isinstance(variants, dict) and isinstance(checks, dict)
+            good = good and {"images", "changed"} <= checks.keys()
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{path}, line {number}: no row of results ({error!r})") from error
         if not good:

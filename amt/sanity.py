@@ -68,9 +68,9 @@ def probe(
     counts["zero_gradients"] = int((_gradient(logits, images, own).flatten(1).abs().amax(1) == 0).sum())
 
     def broken_by(attack: Attack, epsilon: float, which: Tensor) -> Tensor:
-        generator = stream(seed, episode.index, 3)
+        generators = [stream(seed, episode.index, 3, k) for k in which.nonzero().squeeze(1).tolist()]
         found = attack_queries(
-            attack, epsilon, logits, episode.query[which], labels[which], episode.n_way, generator
+            attack, epsilon, logits, episode.query[which], labels[which], episode.n_way, generators
         )
         broken = torch.zeros_like(which)
         broken[which] = found.fooled
@@ -86,10 +86,10 @@ def probe(
 
     counts["norms"] = {}
     for norm in NORMS:
-        white = [attack for attack in attacks if attack.norm == norm and attack.kind in WHITE_BOX]
-        if not white:
+        concerned = [attack for attack in attacks if attack.norm == norm and attack.kind != "support"]
+        if not concerned:
             continue
-        radius = max(attack.epsilons[-1] for attack in white)
+        radius = max(attack.epsilons[-1] for attack in concerned)
         limit = WITHOUT_LIMIT * (1 if norm == "linf" else images[0].numel() ** 0.5)
         unlimited = Attack("pgd", (limit,), norm)
         climbed, _ = pgd(
@@ -103,8 +103,13 @@ def probe(
             norm=norm,
             stop_when_fooled=False,
         )
-        by_white = torch.stack([correct & ~measured.standing[a.columns[-1]] for a in white]).any(0)
-        by_black = broken_by(Attack("square", (radius,), norm, queries=BLACK_BOX_QUERIES), radius, correct)
+        by_white, by_black = torch.zeros_like(correct), torch.zeros_like(correct)
+        white = [attack for attack in concerned if attack.kind in WHITE_BOX]
+        for attack in white:
+            by_white |= correct & ~measured.standing[attack.columns[-1]]
+        if white:
+            square = Attack("square", (radius,), norm, queries=BLACK_BOX_QUERIES)
+            by_black = broken_by(square, radius, correct)
         counts["norms"][norm] = {
             "standing": int((correct & ~broken_by(unlimited, limit, correct)).sum()),
             "loss_before": _loss(logits, images, own),
@@ -153,8 +158,7 @@ def judge(rows: Sequence[dict], attacks: Sequence[Attack]) -> list[Finding]:
         )
     zero = sum(counts.get("zero_gradients", 0) for counts in probes)
     if zero > MOST_ZERO_GRADIENTS * images:
-        climbing = [a for a in attacks if a.kind not in BLACK_BOX]
-        reasons.append((_of(climbing), f"{zero} of {images} images have an exactly zero gradient"))
+        reasons.append((_of(attacks), f"{zero} of {images} images have an exactly zero gradient"))
     for attack in attacks:
         pairs = [counts.get("from_scratch", {}).get(attack.name, (0, 0)) for counts in probes]
         escaped, broken = (sum(column) for column in zip(*pairs, strict=True)) if pairs else (0, 0)
@@ -164,7 +168,8 @@ def judge(rows: Sequence[dict], attacks: Sequence[Attack]) -> list[Finding]:
         found = [counts["norms"][norm] for counts in probes if norm in counts.get("norms", {})]
         white = [a for a in attacks if a.norm == norm and a.kind in WHITE_BOX]
         if found:
-            reasons += [(_of(white), reason) for reason in _doubts(found, images)]
+            concerned = [a for a in attacks if a.norm == norm and a.kind != "support"]
+            reasons += [(_of(concerned), reason) for reason in _doubts(found, images)]
         reasons += _outdone(rows, attacks, white, norm)
     return [found for found in _per_column(source, attacks, reasons) if found.column in rows[0]]
 

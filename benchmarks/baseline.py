@@ -163,7 +163,7 @@ def evaluate_episode(
     routing: Routing,
     generator: torch.Generator,
     attack: Attack | None,
-    attack_generator: torch.Generator,
+    attack_generators: Sequence[torch.Generator],
     trims: Sequence[Trim] = (),
     fixed: Coefficients | None = None,
 ) -> Classified:
@@ -187,7 +187,7 @@ def evaluate_episode(
             episode.query,
             episode.query_labels,
             attack,
-            attack_generator,
+            attack_generators,
         )
     return Classified(coefficients, logits, 1 - wrong.float().mean().item())
 
@@ -234,13 +234,13 @@ def pgd(
     images: Tensor,
     labels: Tensor,
     attack: Attack,
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
 ) -> Tensor:
     """L-infinity PGD that works on every image at every step; which images it ever fooled, (Q,) bool."""
     (radius,) = attack.epsilons
     epsilon, step_size = radius / 255, attack.step_at(radius) / 255
     lower, upper = (images - epsilon).clamp(min=0), (images + epsilon).clamp(max=1)
-    noise = torch.rand(images.shape, generator=generator).to(images)
+    noise = torch.stack([torch.rand(images.shape[1:], generator=each) for each in generators]).to(images)
     delta = torch.minimum(torch.maximum(images + (2 * noise - 1) * epsilon, lower), upper) - images
     fooled = torch.zeros_like(labels, dtype=torch.bool)
     for _ in range(attack.steps):

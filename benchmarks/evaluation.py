@@ -57,7 +57,7 @@ from torch import Tensor
 
 from amt.attacks import Attack
 from amt.backbone import ARCHS, Backbone
-from amt.evaluate import measure
+from amt.evaluate import measure, query_generators
 from amt.lora import LoRAPool, Trim
 from amt.merge import Routing, route, uniform
 from amt.meta_tune import stream
@@ -149,7 +149,7 @@ def baseline(backbone: Backbone, pool: LoRAPool, job: Job) -> Evaluate:
     trims, fixed = (TRIMS, uniform(pool)) if job.trimmed else ((), None)
 
     def run(episode: Episode, attack: Attack | None) -> Outcome:
-        draws, starts = stream(0, episode.index, 1), stream(0, episode.index, 2)
+        draws, starts = stream(0, episode.index, 1), query_generators(episode, 0)
         found = evaluate_episode(model, pool, episode, ROUTING, draws, attack, starts, trims, fixed)
         return Outcome(found.coefficients, lambda: found.logits, found.accuracy)
 

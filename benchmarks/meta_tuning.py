@@ -53,7 +53,7 @@ from torch import Tensor
 
 from amt.attacks import Attack
 from amt.backbone import ARCHS, Backbone
-from amt.evaluate import evaluate
+from amt.evaluate import evaluate, query_generators
 from amt.lora import LoRAPool
 from amt.merge import Routing, route
 from amt.meta_tune import Tuner, TuneSettings, stream
@@ -158,7 +158,8 @@ def baseline_episode(backbone: Backbone, pool: LoRAPool) -> Bind:
         attack = harmless(steps) if steps else None
 
         def run() -> float:
-            return evaluate_episode(model, pool, episode, ROUTING, stream(1), attack, stream(2)).accuracy
+            starts = query_generators(episode, 0)
+            return evaluate_episode(model, pool, episode, ROUTING, stream(1), attack, starts).accuracy
 
         return run
 

@@ -13,7 +13,7 @@ import torch
 
 from amt.attacks import Attack
 from amt.backbone import Arch, Backbone, build_network
-from amt.evaluate import measure
+from amt.evaluate import measure, query_generators
 from amt.lora import Trim
 from amt.merge import Routing
 from amt.meta_tune import stream
@@ -60,7 +60,7 @@ def test_baseline_trims_as_we_do():
     measured = measure(merged_predictor(backbone, pool, lambda *_: shares, trims), episode, [attack])
     model = baseline.Network(backbone)
     found = baseline.evaluate_episode(
-        model, pool, episode, Routing(), stream(0, 0, 1), attack, stream(0, 0, 2), trims, shares
+        model, pool, episode, Routing(), stream(0, 0, 1), attack, query_generators(episode, 0), trims, shares
     )
     torch.testing.assert_close(found.logits, measured.task.logits(episode.query), rtol=1e-5, atol=1e-6)
     plain = merged_predictor(backbone, pool, lambda *_: shares)(episode).logits(episode.query)

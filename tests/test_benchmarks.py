@@ -13,7 +13,7 @@ import torch
 
 from amt.attacks import Attack
 from amt.backbone import Arch, Backbone, build_network, features
-from amt.evaluate import evaluate
+from amt.evaluate import evaluate, query_generators
 from amt.merge import Routing, route
 from amt.meta_tune import Tuner, TuneSettings, query_outcome, stream
 from amt.perturb import Perturbation, pyramid_start
@@ -107,8 +107,9 @@ def test_baseline_evaluates_as_we_do(augmented):
     predict = merged_predictor(backbone, pool, lambda *seen: route(backbone, pool, *seen, routing))
     task = predict(episode)
     (row,) = evaluate(predict, [episode], [attack])
+    starts = query_generators(episode, 0)
     found = baseline.evaluate_episode(
-        baseline.Network(backbone), pool, episode, routing, stream(0, 0, 1), attack, stream(0, 0, 2)
+        baseline.Network(backbone), pool, episode, routing, stream(0, 0, 1), attack, starts
     )
     assert found.coefficients == pytest.approx(task.coefficients, abs=1e-5)
     assert sum(c > 0 for c in found.coefficients) == 2

@@ -101,7 +101,10 @@ def test_parts_of_a_run_add_up(tmp_path):
 def test_two_processes_cannot_write_the_same_part(tmp_path):
     with Writer(tmp_path, ABOUT) as out:
         out.append(ALL[0])
-        fails("another process is writing", lambda: fill(tmp_path, ALL[1:]))
+        before = (tmp_path / "run.json").read_bytes()
+        fewer = ABOUT | {"sources": ["a"], "episodes": 1}
+        fails("another process is writing", lambda: fill(tmp_path, ALL[1:], fewer))
+        assert (tmp_path / "run.json").read_bytes() == before
         fill(tmp_path, ALL[1:2], part=(1, 2))
     assert len(runs.load(tmp_path).rows["a"]) == 2
 
@@ -137,9 +140,19 @@ def test_more_episodes_and_more_domains_may_be_added(tmp_path):
     assert runs.load(tmp_path).complete and len(runs.load(tmp_path).rows["a"]) == 3
 
 
-def test_results_without_their_run_are_not_touched(tmp_path):
-    (tmp_path / "results.json").write_text("{}")
-    fails("no run.json", lambda: fill(tmp_path, ALL))
+@pytest.mark.parametrize("name", ["results.json", "rows.jsonl", "rows.1of2.jsonl"])
+def test_results_without_their_run_are_not_touched(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    fails(f"{name} but no run.json", lambda: fill(tmp_path, ALL))
+
+
+def test_a_domain_left_out_once_keeps_what_decided_it(tmp_path):
+    fill(tmp_path, ALL)
+    fill(tmp_path, [], ABOUT | {"sources": ["a"], "deployments": {"a": ABOUT["deployments"]["a"]}})
+    other = ABOUT | {"deployments": {**ABOUT["deployments"], "b": {"beta": 2.0}}}
+    fails("beta of b 1.0, not 2.0", lambda: fill(tmp_path, [], other))
+    fill(tmp_path, [])
+    assert runs.load(tmp_path).complete
 
 
 @pytest.mark.parametrize(
@@ -157,6 +170,11 @@ def test_results_without_their_run_are_not_touched(tmp_path):
         ("rows.jsonl", json.dumps(row("a", 0, None)) + "\n", "line 1: no row"),
         ("rows.jsonl", json.dumps(row("a", 0, seconds="long")) + "\n", "line 1: no row"),
         ("rows.jsonl", json.dumps(row("a", 0, coefficients=[2.0])) + "\n", "line 1: a value is out of range"),
+        ("rows.jsonl", json.dumps(row("a", 0, checks={})) + "\n", "line 1: a value is out of range"),
+        ("rows.jsonl", json.dumps(row("a", 0, checks=5)) + "\n", "line 1:"),
+        ("rows.jsonl", json.dumps(row("a", 0, variants=[1])) + "\n", "line 1: a value is out of range"),
+        ("run.json", json.dumps({"format": 1, **ABOUT, "averages": {"x": 3}}), "something else than names"),
+        ("run.json", json.dumps({"format": 1, **ABOUT, "sources": [[1]]}), "something else than names"),
         ("merging.json", '{"a": []}', "a does not say how it was merged"),
         ("rows.jsonl", "", "no results yet"),
     ],

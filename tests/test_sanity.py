@@ -157,3 +157,17 @@ def test_probing_changes_nothing_and_is_repeatable():
     assert first == again and first["images"] == 24
     assert all(torch.equal(before[name], mask) for name, mask in measured.standing.items())
     assert isinstance(measured, Measurement) and "checks" not in measured.row
+
+
+def test_black_box_attacks_alone_are_checked_as_well():
+    """A constant network under nothing but Square Attack: right about one class, for ever."""
+
+    def predict(episode):
+        def logits(images):
+            return torch.tensor([1.0, 0.0, 0.0]).repeat(len(images), 1) + 0 * images.sum((1, 2, 3))[:, None]
+
+        return Task(logits, lambda _: logits, ())
+
+    found = findings(predict, [Attack("square", (8,), queries=5)])
+    assert columns_of(found) == {"square5@8"}
+    assert any("without limit" in finding.reason for finding in found)

@@ -3,8 +3,8 @@
     python -m amt compare RUN_A RUN_B                  A minus B, in points, with 95% intervals
 
 The runs need the same seed, split and sampling: then their episodes and the starts of their attacks are the
-same, and the difference is taken episode by episode. A star marks a difference whose bootstrap interval
-leaves out zero.
+same, and the difference is taken episode by episode. A star marks a difference both of whose intervals leave
+out zero.
 """
 
 from collections.abc import Sequence
@@ -29,12 +29,14 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"{args.ours} cannot be compared with {args.theirs}: {'; '.join(found.refusals)}")
     columns = list(dict.fromkeys(column for _, column in found.differences))
     print(f"accuracy of {args.ours} minus that of {args.theirs}, in points; 95% intervals of the paired")
-    print("difference: normal, and in brackets by the bootstrap, which a starred difference keeps from zero")
+    print("difference: normal, and in brackets by the bootstrap; with a star where both leave out zero")
     for line in lines(found.differences, columns):
         print(line)
     for reason in found.refusals:
         print(f"left out: {reason}")
     for path, run in ((args.ours, ours), (args.theirs, theirs)):
+        for stamp in dict.fromkeys(about["stamp"] for about in run.merging.values() if "stamp" in about):
+            print(f"{path}: {stamp}")
         for line in doubts(run, columns):
             print(f"suspect: {path}: {line}")
     return 0
@@ -59,7 +61,7 @@ def lines(differences: dict[tuple[str, str], Summary], columns: Sequence[str]) -
 
 def cell(difference: Summary) -> str:
     """For example `+3.1 +- 1.2 [+1.9, +4.2]*`."""
-    sure = difference.n > 1 and (difference.low > 0 or difference.high < 0)
+    sure = abs(difference.mean) > difference.interval and (difference.low > 0 or difference.high < 0)
     return (
         f"{difference.mean:+.1f} +- {difference.interval:.1f} "
         f"[{difference.low:+.1f}, {difference.high:+.1f}]{'*' if sure else ' '}"

@@ -251,6 +251,8 @@ def check_testing(args: argparse.Namespace) -> None:
         raise InputError("--specified_expert and --coefficients exclude each other")
     needy = [*given, *(flag for flag in _NEEDING_A_POOL if getattr(args, flag))]
     needy += ["select"] if args.select != "none" else []
+    needy += ["routing"] if args.routing != "amt" else []
+    needy += ["route_epsilon"] if any(args.route_epsilon or ()) else []
     if args.resume is None and needy:
         raise InputError(f"--{needy[0]} needs a pool; name its checkpoint with --resume")
     if args.deploy == "merge-vanilla" and args.resume is None:
@@ -382,6 +384,10 @@ def _deployment(args: argparse.Namespace, domain: DomainSettings, source: str) -
         raise InputError(f"{where}{field} is for --select to choose from, found --select none")
     epsilons = domain.route_epsilon or args.route_epsilon or (Routing.epsilon,)
     routes = args.routing == "amt" and args.specified_expert is None and args.coefficients is None
+    given = ("beta", "gamma", "top_k", "route_epsilon", "search_scale")
+    idle = [name for name in given if getattr(domain, name) and (name, way) != ("route_epsilon", "support")]
+    if idle and not routes:
+        raise InputError(f"{where}{idle[0]} is for the scores of --routing amt")
     return Deployment(
         routing=args.routing,
         coefficients=None if args.coefficients is None else tuple(args.coefficients),
