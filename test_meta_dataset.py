@@ -101,7 +101,7 @@ def main() -> int:
                 progress.set_description(source)
                 # Of one deployment on another source's VALID every domain gets the same choice: made once.
                 alike = deployments[source] if deployments[source].select_on else source
-                decided = runs.peek(args.output_dir).merging.get(source, chosen.get(alike))
+                decided = runs.read_merging(args.output_dir).get(source, chosen.get(alike))
                 predict, merging = deploy(
                     backbone,
                     pool,
@@ -210,7 +210,7 @@ def digest(path: Path | None) -> str | None:
 
 def finish(run: runs.Run, device: torch.device) -> None:
     """Write the summary of a complete run, its picture and its TensorBoard events, and print the table."""
-    rows = [row for each in run.rows.values() for row in each]
+    rows = run.every_row
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     more = {
         "episode_seconds": round(sum(row["seconds"] for row in rows), 1),
@@ -234,7 +234,7 @@ def finish(run: runs.Run, device: torch.device) -> None:
     print(
         f"accuracy on {run.about['split']} episodes in per cent, 95% intervals; merging: {'; '.join(decided)}"
     )
-    for stamp in dict.fromkeys(about["stamp"] for about in run.merging.values() if "stamp" in about):
+    for stamp in run.stamps:
         print(stamp)
     print(report.table(run.columns, lines, [[run.suspect(name, c) for c in run.columns] for name in names]))
     for column, variants in run.variants.items():

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -116,6 +116,11 @@ class Attack:
     def step_at(self, epsilon: float) -> float:
         """The step size at one radius, in 1/255."""
         return epsilon / 4 if self.step_size is None else self.step_size
+
+
+def on_queries(attacks: Iterable[Attack], norm: str) -> list[Attack]:
+    """Those of one norm that move query images, not the support's."""
+    return [attack for attack in attacks if attack.norm == norm and attack.kind != "support"]
 
 
 def parse_attack(words: Sequence[str], **defaults) -> Attack:

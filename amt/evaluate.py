@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amt.attacks import NORMS, Attack, attack_queries, attack_support
+from amt.attacks import NORMS, Attack, attack_queries, attack_support, on_queries
 from amt.backbone import CHUNK, Backbone
 from amt.meta_tune import stream
 from amt.pool import Pool
@@ -141,7 +141,7 @@ def _unions(attacks: Sequence[Attack], standing: dict[str, Tensor]) -> dict[str,
     """The worst case per image over several attacks, by the column it is reported in."""
     unions = {}
     for norm in NORMS:
-        group = [attack for attack in attacks if attack.norm == norm and attack.kind != "support"]
+        group = on_queries(attacks, norm)
         if len(group) < 2:
             continue
         for epsilon in sorted({epsilon for attack in group for epsilon in attack.epsilons}):

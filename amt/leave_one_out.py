@@ -22,7 +22,7 @@ from torch import Tensor
 from amt.backbone import CHUNK, Backbone, Weights, features, fixed_features
 from amt.merge import augment
 from amt.perturb import Ball
-from amt.protonet import cosine_logits, prototypes
+from amt.protonet import cosine_logits, place_in_class, prototypes
 
 # Of larger support sets as many are attacked as bring 100 images, at least one of a class: they say enough,
 # and each costs as much as a query image.
@@ -77,8 +77,7 @@ def new_trial(
     which = torch.arange(len(labels), device=labels.device)
     if epsilon > 0:
         n_way = int(labels.max()) + 1
-        earlier = F.one_hot(labels, n_way).cumsum(0).gather(1, labels[:, None]).squeeze(1) - 1
-        which = which[earlier < max(ATTACKED // n_way, 1)]
+        which = which[place_in_class(labels) < max(ATTACKED // n_way, 1)]
     images, alone = support[which], (labels.bincount()[labels] == 1)[which]
     if alone.any():
         views = backbone.denormalise(augment(backbone.normalise(images[alone]), generator))

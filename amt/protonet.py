@@ -10,6 +10,11 @@ def prototypes(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
     return member.T @ features / member.sum(0)[:, None]
 
 
+def place_in_class(labels: Tensor) -> Tensor:
+    """Which image of its class each one is, from 0, in their order: (S,) int64 -> (S,) int64."""
+    return F.one_hot(labels).cumsum(0).gather(1, labels[:, None]).squeeze(1) - 1
+
+
 def cosine_logits(
     features: Tensor, prototypes: Tensor, scale: Tensor | float = 1.0, bias: Tensor | float = 0.0
 ) -> Tensor:

@@ -22,12 +22,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from amt.attacks import Attack
 from amt.checkpoint import replace_file
 from amt.evaluate import Measurement
+from amt.protonet import place_in_class
 from amt.sanity import Finding, judge
 from amt.statistics import Summary, average_summary, summarise
 from meta_dataset_readers.episode import Episode
@@ -137,10 +137,20 @@ class Run:
         return "; ".join(reasons) or None
 
     @property
+    def every_row(self) -> list[dict]:
+        """The rows of all domains."""
+        return [row for rows in self.rows.values() for row in rows]
+
+    @property
+    def stamps(self) -> tuple[str, ...]:
+        """What has to be printed beside every result, where settings were not chosen honestly."""
+        return tuple(dict.fromkeys(about["stamp"] for about in self.merging.values() if "stamp" in about))
+
+    @property
     def variants(self) -> dict[str, tuple[str, ...]]:
         """By column what was run under its name, where the episode's ways decide that."""
         found: dict[str, dict[str, None]] = {}
-        for row in (row for rows in self.rows.values() for row in rows):
+        for row in self.every_row:
             for column, variant in row.get("variants", {}).items():
                 found.setdefault(column, {})[variant] = None
         return {column: tuple(variants) for column, variants in found.items()}
@@ -148,8 +158,7 @@ class Run:
     @property
     def checked(self) -> int:
         """On how many images the attacks were checked."""
-        rows = (row for rows in self.rows.values() for row in rows)
-        return sum(row["checks"]["images"] for row in rows if "checks" in row)
+        return sum(row["checks"]["images"] for row in self.every_row if "checks" in row)
 
     @property
     def complete(self) -> bool:
@@ -171,10 +180,7 @@ def sample_of(episode: Episode, measured: Measurement) -> Sample:
     """Up to `SAMPLED` queries of an episode, classes in turn, before and after the last attack on them."""
     column, attacked = list(measured.attacked.items())[-1]
     labels = episode.query_labels
-    turn = (F.one_hot(labels).cumsum(0).gather(1, labels[:, None])).squeeze(
-        1
-    )  # 1 for each class's first image
-    chosen = (turn * episode.n_way + labels).argsort()[:SAMPLED]
+    chosen = (place_in_class(labels) * episode.n_way + labels).argsort()[:SAMPLED]
     clean, attacked = episode.query[chosen], attacked[chosen]
     with torch.no_grad():
         guesses = [measured.task.logits(images).argmax(1) for images in (clean, attacked)]
@@ -259,8 +265,7 @@ class Writer:
         path = self.folder / "merging.json"
         with open(self.folder / ".lock", "a") as lock:  # the other parts add their domains to the same file
             fcntl.flock(lock, fcntl.LOCK_EX)
-            found = _read_merging(path) if path.exists() else {}
-            text = json.dumps(found | {source: about}, indent=1)
+            text = json.dumps(read_merging(self.folder) | {source: about}, indent=1)
             replace_file(path, lambda part: part.write_text(text + "\n"))
 
     def keep(self, sample: Sample) -> None:
@@ -320,7 +325,7 @@ def peek(folder: Path) -> Run:
     about = _read_about(folder)
     if (folder / "results.json").exists():
         about = _read_json(folder / "results.json", dict) | about
-    merging = _read_merging(folder / "merging.json") if (folder / "merging.json").exists() else {}
+    merging = read_merging(folder)
     rows: dict[str, dict[int, dict]] = {source: {} for source in about["sources"]}
     for path in sorted(folder.glob("rows*.jsonl")):
         for row in _read_rows(path, about["columns"]):
@@ -389,8 +394,14 @@ def _read_json(path: Path, kind: type):
     return found
 
 
-def _read_merging(path: Path) -> dict[str, dict]:
-    found = _read_json(path, dict)
+def read_merging(folder: Path) -> dict[str, dict]:
+    """By domain how its merging was decided; empty before the first one was.
+
+    Raises:
+        InputError: merging.json is damaged.
+    """
+    path = folder / "merging.json"
+    found = _read_json(path, dict) if path.exists() else {}
     for source, about in found.items():
         if not isinstance(about, dict) or not isinstance(about.get("how"), str):
             raise InputError(f"{path}: {source} does not say how it was merged")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amt.attacks import BLACK_BOX, NORMS, WHITE_BOX, Attack, attack_queries
+from amt.attacks import BLACK_BOX, NORMS, WHITE_BOX, Attack, attack_queries, on_queries
 from amt.backbone import CHUNK
 from amt.evaluate import Measurement, union_column
 from amt.meta_tune import stream
@@ -86,7 +86,7 @@ def probe(
 
     counts["norms"] = {}
     for norm in NORMS:
-        concerned = [attack for attack in attacks if attack.norm == norm and attack.kind != "support"]
+        concerned = on_queries(attacks, norm)
         if not concerned:
             continue
         radius = max(attack.epsilons[-1] for attack in concerned)
@@ -168,8 +168,7 @@ def judge(rows: Sequence[dict], attacks: Sequence[Attack]) -> list[Finding]:
         found = [counts["norms"][norm] for counts in probes if norm in counts.get("norms", {})]
         white = [a for a in attacks if a.norm == norm and a.kind in WHITE_BOX]
         if found:
-            concerned = [a for a in attacks if a.norm == norm and a.kind != "support"]
-            reasons += [(_of(concerned), reason) for reason in _doubts(found, images)]
+            reasons += [(_of(on_queries(attacks, norm)), reason) for reason in _doubts(found, images)]
         reasons += _outdone(rows, attacks, white, norm)
     return [found for found in _per_column(source, attacks, reasons) if found.column in rows[0]]
 

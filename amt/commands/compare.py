@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     for reason in found.refusals:
         print(f"left out: {reason}")
     for path, run in ((args.ours, ours), (args.theirs, theirs)):
-        for stamp in dict.fromkeys(about["stamp"] for about in run.merging.values() if "stamp" in about):
+        for stamp in run.stamps:
             print(f"{path}: {stamp}")
         for line in doubts(run, columns):
             print(f"suspect: {path}: {line}")

@@ -7,13 +7,12 @@ The page is one file that needs no network. The first run is the one that the ot
 they scored the same episodes. --figures writes the same figures as PNG and PDF.
 """
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from amt import runs
 from amt.checkpoint import replace_file
-from amt.options import Parser, place
+from amt.options import Parser, check_output, place
 from meta_dataset_readers.errors import InputError
 
 
@@ -28,9 +27,9 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"--out {args.out}: expected a name that ends in .html")
     if args.out.is_dir():
         raise InputError(f"--out {args.out}: is a folder, expected the name of a file")
-    check_writable("--out", args.out.parent)
+    check_output(args.out.parent, "--out")
     if args.figures is not None:
-        check_writable("--figures", args.figures)
+        check_output(args.figures, "--figures")
     seen: dict[Path, Path] = {}
     for folder in args.runs:
         if (resolved := folder.resolve()) in seen:
@@ -48,13 +47,3 @@ def main(argv: Sequence[str]) -> int:
         written = files.write(charts.figures(charts.label(found)), args.figures)
         print(f"wrote {len(written)} files in {args.figures}")
     return 0
-
-
-def check_writable(flag: str, folder: Path) -> None:
-    """Raise an `InputError` unless files can be written in `folder`, which may have to be made."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise InputError(f"{flag} {folder}: cannot be written to ({error.strerror})") from error

@@ -138,14 +138,14 @@ def trim(text: str) -> Trim:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def check_output(folder: Path) -> None:
+def check_output(folder: Path, flag: str = "--output_dir") -> None:
     """Raise an `InputError` unless files can be written in `folder`, which is not made yet if missing."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise InputError(f"--output_dir {folder} cannot be written to: {error.strerror}") from error
+        raise InputError(f"{flag} {folder}: cannot be written to ({error.strerror})") from error
 
 
 def listed(numbers: Iterable[float]) -> str:

@@ -595,7 +595,7 @@ def about_block(each: Shown) -> Markup:
 
 def shapes(run: Run) -> str:
     """How large the episodes were, over all domains."""
-    rows = [row for found in run.rows.values() for row in found]
+    rows = run.every_row
     parts = []
     for name, what in (("ways", "ways"), ("support", "support images"), ("queries", "query images")):
         counts = {row[name] for row in rows if name in row}
