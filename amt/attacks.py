@@ -20,7 +20,7 @@ from pyautoattack.autopgd_base import APGDAttack
 from pyautoattack.square import SquareAttack
 from torch import Tensor
 
-from amt.perturb import Ball, Perturbation, pgd, pyramid_attack, pyramid_start
+from amt.perturb import Ball, Perturbation, ascend, pgd, pyramid_attack, pyramid_start
 from meta_dataset_readers.errors import InputError, nearest
 
 Logits = Callable[[Tensor], Tensor]
@@ -225,7 +225,17 @@ def attack_queries(
     if attack.kind == "pyramid":
         return _pyramid(attack, epsilon, logits, images, labels, generators)
     if attack.kind == "transfer":
-        found, _ = _climb(attack, epsilon, surrogate, images, labels, n_way, generators, stop=False)
+        loss_of = _objective(attack, surrogate, images, labels, n_way)
+        everything = torch.arange(len(images), device=images.device)
+        ball = Ball(attack.norm, epsilon / 255)
+        found = ascend(
+            lambda moved: loss_of(surrogate(moved), everything).sum(),
+            images,
+            ball.start(images, generators),
+            ball,
+            attack.step_at(epsilon) / 255,
+            attack.steps,
+        )
         return Attacked(found, _wrong(logits, found, labels), _loss_of(attack, n_way)[1])
     seed = int(torch.randint(2**31, (), generator=generators[0]))
     # The library draws from torch's global generator, which is put back as it was.
@@ -264,7 +274,7 @@ def attack_support(
             worst, worst_wrong = points.detach(), wrong
         if k < attack.steps and not wrong.all():
             (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels), points)
-            points = ball.project(ball.ascend(points.detach(), gradient, step), support)
+            points = ball.step(points.detach(), gradient, step, support)
     return Attacked(worst, worst_wrong)
 
 
@@ -276,7 +286,17 @@ def _pgd(attack, epsilon, logits, images, labels, n_way, generators) -> Attacked
         if len(left) == 0:
             break
         own = [generators[k] for k in left.tolist()]
-        found[left], fooled[left] = _climb(attack, epsilon, logits, images[left], labels[left], n_way, own)
+        found[left], fooled[left] = pgd(
+            logits,
+            images[left],
+            labels[left],
+            epsilon=epsilon,
+            step_size=attack.step_at(epsilon),
+            steps=attack.steps,
+            generator=own,
+            norm=attack.norm,
+            loss_of=_objective(attack, logits, images[left], labels[left], n_way),
+        )
     return Attacked(found, fooled, _loss_of(attack, n_way)[1])
 
 
@@ -287,34 +307,20 @@ def _loss_of(attack: Attack, n_way: int) -> tuple[str, str]:
     return attack.loss, ""
 
 
-def _climb(attack, epsilon, logits, images, labels, n_way, generators, stop=True) -> tuple[Tensor, Tensor]:
-    """One run of PGD on the attack's loss: images, and whether each is misclassified."""
+def _objective(
+    attack: Attack, logits: Logits, images: Tensor, labels: Tensor, n_way: int
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """What the attack increases: logits (n, N) of some of the images, and which they are (n,) -> (n,)."""
     loss, _ = _loss_of(attack, n_way)
-    loss_of = None
     if loss == "kl":
         with torch.no_grad():
             clean = logits(images).log_softmax(1)
-
-        def loss_of(moved: Tensor, which: Tensor) -> Tensor:
-            return F.kl_div(moved.log_softmax(1), clean[which], reduction="none", log_target=True).sum(1)
-
-    elif loss == "dlr":
-
-        def loss_of(moved: Tensor, which: Tensor) -> Tensor:
-            return dlr(moved, labels[which])
-
-    return pgd(
-        logits,
-        images,
-        labels,
-        epsilon=epsilon,
-        step_size=attack.step_at(epsilon),
-        steps=attack.steps,
-        generator=generators,
-        norm=attack.norm,
-        loss_of=loss_of,
-        stop_when_fooled=stop,
-    )
+        return lambda moved, which: F.kl_div(
+            moved.log_softmax(1), clean[which], reduction="none", log_target=True
+        ).sum(1)
+    if loss == "dlr":
+        return lambda moved, which: dlr(moved, labels[which])
+    return lambda moved, which: F.cross_entropy(moved, labels[which], reduction="none")
 
 
 def dlr(logits: Tensor, labels: Tensor) -> Tensor:

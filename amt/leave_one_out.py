@@ -171,7 +171,7 @@ def _losses(backbone: Backbone, network: Callable[[], Network], trial: Trial) ->
             found.append(error.detach())
             if not last:
                 (gradient,) = torch.autograd.grad(error.sum(), at)
-                moved.append(ball.project(ball.ascend(at.detach(), gradient, step), images))
+                moved.append(ball.step(at.detach(), gradient, step, images))
         worst, points = torch.maximum(worst, torch.cat(found)), torch.cat(moved) if moved else points
         del weights
         yield float(share @ worst)

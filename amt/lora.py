@@ -98,7 +98,7 @@ class LoRAPool(Pool):
     def _mixture(self, shares: dict[int, float]) -> Weights:
         """W_res + sum_p c_p B_p A_p."""
         return self.residual | {
-            name: weight + _product(self.A[name], self.B[name], shares).reshape(weight.shape)
+            name: weight + low_rank(*_joined_ranks(self.A[name], self.B[name], shares), weight)
             for name, weight in self.residual.items()
             if name in self.A
         }
@@ -129,11 +129,17 @@ def _equal_up_to_rounding(one: Tensor | None, other: Tensor | None) -> bool:
     return torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-def _product(A: Tensor, B: Tensor, shares: dict[int, float]) -> Tensor:
-    """sum_p c_p B_p A_p over the k adapters of `shares` as one product of rank k r."""
+def _joined_ranks(A: Tensor, B: Tensor, shares: dict[int, float]) -> tuple[Tensor, Tensor]:
+    """Factors of rank k r whose product is sum_p c_p B_p A_p over the k adapters of `shares`."""
     wide_A = torch.cat([A[p] for p in shares], dim=1)
     wide_B = torch.cat([share * B[p] for p, share in shares.items()], dim=2)
-    return wide_B @ wide_A
+    return wide_A, wide_B
+
+
+def low_rank(A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
+    """B A, entry by entry in the order of memory, in the shape of `weight`: whatever the factors' own shapes,
+    of a linear layer or of a convolution."""
+    return (B @ A).reshape(weight.shape)
 
 
 def adapted_layers(weights: Weights, layers: Sequence[str] = VIT_LAYERS) -> list[str]:
@@ -166,7 +172,7 @@ def split_principal(weight: Tensor, rank: int, groups: int = 1) -> tuple[Tensor,
     root = S[:, :rank].sqrt()
     A = root[:, :, None] * Vh[:, :rank]
     B = U[:, :, :rank] * root[:, None]
-    return weight - (B @ A).reshape(weight.shape), A, B
+    return weight - low_rank(A, B, weight), A, B
 
 
 def principal_pool(

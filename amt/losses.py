@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class RobustLoss(NamedTuple):
-    """`total` = `natural` + beta * `robust`; three scalars."""
+    """`total` = `natural` + beta * `robust`; three scalars. See `robust_loss` for what `natural` is."""
 
     total: Tensor
     natural: Tensor
@@ -19,14 +19,20 @@ def kl_sum(clean: Tensor, attacked: Tensor) -> Tensor:
     return F.kl_div(F.log_softmax(attacked, 1), F.log_softmax(clean, 1), reduction="sum", log_target=True)
 
 
-def robust_loss(clean: Tensor, attacked: Tensor, labels: Tensor, beta: float) -> RobustLoss:
-    """Cross-entropy of the clean logits plus beta times the mean KL from clean to attacked.
+def robust_loss(
+    clean: Tensor, attacked: Tensor, labels: Tensor, beta: float, share: float = 1.0
+) -> RobustLoss:
+    """Cross-entropy plus beta times the mean KL from clean to attacked.
 
     Args:
         clean, attacked: logits (Q, N) of the clean and the attacked queries, neither detached.
         labels: (Q,) int64 in 0..N-1.
-        beta: weight of the robust term.
+        beta: weight of the robust term; AutoLoRa's lambda_2.
+        share: of the clean logits in the cross-entropy, in [0, 1]; the attacked ones have the rest. 1 is
+            TRADES; AutoLoRa (Xu et al. 2024, eq. 6) has lambda_1 here.
     """
     natural = F.cross_entropy(clean, labels)
+    if share != 1:
+        natural = share * natural + (1 - share) * F.cross_entropy(attacked, labels)
     robust = kl_sum(clean, attacked) / len(labels)
     return RobustLoss(natural + beta * robust, natural, robust)

@@ -195,10 +195,10 @@ class Ball:
         # Clipping to the valid range moves every value towards the image, so it stays within the ball.
         return (images + move * (self.epsilon / _length(move)).clamp(max=1)).clamp(0, 1)
 
-    def ascend(self, points: Tensor, gradient: Tensor, step: float) -> Tensor:
-        """`points` moved by `step` in the direction of steepest ascent in this norm, not yet projected."""
+    def step(self, points: Tensor, gradient: Tensor, size: float, images: Tensor) -> Tensor:
+        """`points` moved by `size` in the direction of steepest ascent in this norm, and projected."""
         direction = gradient.sign() if self.norm == "linf" else gradient / _length(gradient)
-        return points + step * direction
+        return self.project(points + size * direction, images)
 
 
 def _drawn(draw: Callable[..., Tensor], shape: Sequence[int], generator: Generators) -> Tensor:
@@ -212,6 +212,34 @@ def _length(images: Tensor) -> Tensor:
     return images.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
 
 
+def ascend(
+    loss_of: Callable[[Tensor], Tensor],
+    images: Tensor,
+    points: Tensor,
+    ball: Ball,
+    step_size: float,
+    steps: int,
+) -> Tensor:
+    """Projected gradient ascent that goes on to the last step with every image: the attack of training, and
+    of images that are to fool another network.
+
+    Args:
+        loss_of: moved images (n, 3, H, W) -> scalar to be increased, summed over the images.
+        images: (n, 3, H, W) in [0, 1], the centres of the ball.
+        points: where to start; may lie outside of the valid range, as the first gradient is taken there.
+        step_size: in pixel units, where black is 0 and white is 1.
+        steps: gradients taken, which is all that this costs.
+
+    Returns:
+        (n, 3, H, W) in the ball and in [0, 1], without graph.
+    """
+    for _ in range(steps):
+        points = points.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss_of(points) * _PGD_LOSS_SCALE, points)
+        points = ball.step(points.detach(), gradient, step_size, images)
+    return points
+
+
 def pgd(
     logits_of: Callable[[Tensor], Tensor],
     images: Tensor,
@@ -223,7 +251,6 @@ def pgd(
     generator: Generators,
     norm: str = "linf",
     loss_of: Callable[[Tensor, Tensor], Tensor] | None = None,
-    stop_when_fooled: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Projected gradient ascent from a random start (Madry et al. 2018), the attack of evaluation.
 
@@ -241,8 +268,6 @@ def pgd(
         norm: "linf" or "l2", of the perturbation of one image.
         loss_of: logits (n, N) of some of the images, and which they are (n,) int64 -> (n,), what is to be
             increased; None for the cross-entropy.
-        stop_when_fooled: False goes on to the last step with every image, for images that are to fool
-            another network.
 
     Returns:
         Attacked images (Q, 3, H, W) in [0, 1] within epsilon, and whether each is misclassified (Q,) bool.
@@ -261,17 +286,15 @@ def pgd(
         fooled[active] = wrong
         if step == steps:
             break
-        moving = ~wrong if stop_when_fooled else torch.ones_like(wrong)
-        if not moving.any():
+        if wrong.all():
             break
         if loss_of is None:
             loss = F.cross_entropy(logits, labels[active], reduction="sum")
         else:
             loss = loss_of(logits, active).sum()
         (gradient,) = torch.autograd.grad(loss * _PGD_LOSS_SCALE, points)
-        active = active[moving]
-        moved = ball.ascend(attacked[active], gradient[moving], step_size)
-        attacked[active] = ball.project(moved, images[active])
+        active = active[~wrong]
+        attacked[active] = ball.step(attacked[active], gradient[~wrong], step_size, images[active])
     return attacked, fooled
 
 

@@ -16,7 +16,7 @@ from amt.attacks import BLACK_BOX, NORMS, WHITE_BOX, Attack, attack_queries, on_
 from amt.backbone import CHUNK
 from amt.evaluate import Measurement, union_column
 from amt.meta_tune import stream
-from amt.perturb import pgd
+from amt.perturb import Ball, ascend, pgd
 from amt.predict import Logits, Predictor
 from amt.statistics import paired_difference
 from meta_dataset_readers.episode import Episode
@@ -92,16 +92,14 @@ def probe(
         radius = max(attack.epsilons[-1] for attack in concerned)
         limit = WITHOUT_LIMIT * (1 if norm == "linf" else images[0].numel() ** 0.5)
         unlimited = Attack("pgd", (limit,), norm)
-        climbed, _ = pgd(
-            logits,
+        ball = Ball(norm, radius / 255)
+        climbed = ascend(
+            lambda moved: F.cross_entropy(logits(moved), own, reduction="sum"),
             images,
-            own,
-            epsilon=radius,
-            step_size=radius / 4,
+            ball.start(images, stream(seed, episode.index, 3)),
+            ball,
+            radius / 255 / 4,
             steps=10,
-            generator=stream(seed, episode.index, 3),
-            norm=norm,
-            stop_when_fooled=False,
         )
         by_white, by_black = torch.zeros_like(correct), torch.zeros_like(correct)
         white = [attack for attack in concerned if attack.kind in WHITE_BOX]

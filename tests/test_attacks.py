@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import fails, moved_apart, patterned_episode, random_backbone
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from amt.backbone import Arch
 from amt.evaluate import columns, measure
 from amt.lora import principal_pool
 from amt.merge import Routing, route
-from amt.perturb import Ball, Perturbation, pgd
+from amt.perturb import Ball, Perturbation, ascend, pgd
 from amt.predict import Task, merged_predictor, pretrained_predictor
 
 ARCH = Arch(patch_size=4, dim=12, depth=2, heads=2, pretrained_size=8, image_size=8, mlp_ratio=2.0)
@@ -297,7 +298,9 @@ def test_images_made_for_another_network_go_on_after_it_is_fooled():
     images, labels = plane.images([1.0], "linf"), torch.zeros(1, dtype=torch.int64)
     options = {"epsilon": 8, "step_size": 1, "steps": 10, "generator": generator()}
     stopped, _ = pgd(plane, images, labels, **options)
-    going, _ = pgd(plane, images, labels, **options, stop_when_fooled=False)
+    ball = Ball("linf", 8 / 255)
+    start = ball.start(images, generator())
+    going = ascend(lambda moved: F.cross_entropy(plane(moved), labels), images, start, ball, 1 / 255, 10)
     assert plane(going)[0, 0] < plane(stopped)[0, 0] < 0
 
 
