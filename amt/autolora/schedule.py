@@ -83,9 +83,7 @@ class Verdict(NamedTuple):
     best: int
 
 
-def verdict(
-    accuracies: Sequence[float], windows: Sequence[int], rate: float, divide: float = 2.0
-) -> Verdict:
+def verdict(accuracies: Sequence[float], windows: Sequence[int], rate: float, divide: float = 2.0) -> Verdict:
     """Apply the schedule to a history (method section 4.2 of the paper).
 
     A window (W_w, W_w+1] is looked at after epoch W_w+1 + 1. The rises counted are those of epochs
