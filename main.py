@@ -6,6 +6,10 @@ Each episode gives every level one step: support features make prototypes, the q
 the singular factors are moved uphill, and the natural plus robust loss at the moved factors is descended
 (amt/meta_tune.py). Afterwards test_meta_dataset.py merges the pool anew for every task. A member is a LoRA,
 or with --tune full a complete network; baselines train in the same loop, see --tune and --pgd_method.
+
+    python main.py autolora --dataset cifar10 --data DIR --arch resnet18 --checkpoint FILE --output RUN
+
+is the other path, robust fine-tuning on an ordinary data set: amt/commands/autolora.py.
 """
 
 import argparse
@@ -18,6 +22,7 @@ from torch.utils.data import Subset
 
 from amt import checkpoint, options
 from amt.backbone import Backbone, find_device, load_backbone
+from amt.commands import autolora
 from amt.evaluate import validate
 from amt.full_pool import pretrained_pool
 from amt.journal import Interrupts, Journal
@@ -30,6 +35,8 @@ from meta_dataset_readers.stored_episodes import open_episodes
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["autolora"]:
+        return autolora.main(sys.argv[2:])
     args = options.training_parser().parse(sys.argv[1:])
     options.check_training(args)
     options.check_output(args.output_dir)

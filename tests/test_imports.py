@@ -32,6 +32,12 @@ LAYERS = (
     ("page.markup", "page.pictures", "page.drawing"),
     ("page", "page.charts", "page.svg", "page.files"),
     ("page.document", "board"),
+    ("conclude", "autolora", "autolora.wide_resnet", "autolora.list_files", "autolora.schedule"),
+    ("autolora.networks", "autolora.labelled", "autolora.cifar", "autolora.similarity"),
+    ("autolora.branch", "autolora.datasets", "autolora.pretrained", "autolora.published_settings"),
+    ("autolora.data", "autolora.objectives"),
+    ("autolora.tune", "autolora.corruptions", "autolora.testing"),
+    ("autolora.options", "autolora.journal"),
 )
 # Where the layers would be too generous: all that these may import of amt.
 ONLY = {
@@ -47,7 +53,11 @@ ONLY = {
 }
 # Of the readers amt knows what an episode is and how an error is told; options also how episodes are drawn.
 OF_THE_READERS = {"meta_dataset_readers.episode", "meta_dataset_readers.errors"}
-MORE_OF_THE_READERS = {"options.common": {"meta_dataset_readers.sampling"}}
+MORE_OF_THE_READERS = {
+    "options.common": {"meta_dataset_readers.sampling"},
+    "autolora.labelled": {"meta_dataset_readers.transforms"},
+    "autolora.data": {"meta_dataset_readers.transforms"},
+}
 
 SCRIPTS = {"main", "test_meta_dataset", "studies", "benchmarks", "tools", "tests"}
 

@@ -27,36 +27,41 @@ from amt.perturb import Ball, ascend
 
 MODES = ("SLF", "ALF", "AFF")
 METHODS = ("autolora", "vanilla", "twins")
-STARTS = ("gaussian", "uniform", "uniform_valid", "none")
 
 
 @dataclasses.dataclass(frozen=True)
 class Adversary:
-    """The L-infinity attack of training or validation.
+    """The attack of training or validation: projected ascent.
 
     Args:
         epsilon, step_size: in 1/255 of the pixel range.
         steps: gradients taken.
-        start: "gaussian", 0.001 times a standard normal; "uniform" in the ball, where the first gradient is
-            taken even outside of the pixel range; "uniform_valid", the same clipped; "none", the images.
+        start: of training, "gaussian", 0.001 times a standard normal; "uniform" in an L-infinity ball, where
+            the first gradient is taken even outside of the pixel range; "uniform_valid" in the ball and the
+            pixel range; "none", the images.
+        norm: "linf" or "l2".
     """
 
     epsilon: float = 8.0
     step_size: float = 2.0
     steps: int = 10
     start: str = "gaussian"
+    norm: str = "linf"
+
+    @property
+    def ball(self) -> Ball:
+        return Ball(self.norm, self.epsilon / 255)
 
     def begin(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Where the ascent starts; the noise is drawn on the CPU."""
-        ball = Ball("linf", self.epsilon / 255)
         if self.start == "none":
             return images
         if self.start == "uniform_valid":
-            return ball.start(images, generator)
+            return self.ball.start(images, generator)
         if self.start == "gaussian":
             return images + 0.001 * torch.randn(images.shape, generator=generator).to(images)
         noise = 2 * torch.rand(images.shape, generator=generator) - 1
-        return images + ball.epsilon * noise.to(images)
+        return images + self.ball.epsilon * noise.to(images)
 
 
 class Outcome(NamedTuple):
@@ -93,14 +98,8 @@ def attack(
         found = logits(network, weights, moved)
         return kl_sum(clean, found) if divergence else F.cross_entropy(found, labels, reduction="sum")
 
-    return ascend(
-        loss_of,
-        images,
-        adversary.begin(images, generator),
-        Ball("linf", adversary.epsilon / 255),
-        adversary.step_size / 255,
-        adversary.steps,
-    )
+    start = adversary.begin(images, generator)
+    return ascend(loss_of, images, start, adversary.ball, adversary.step_size / 255, adversary.steps)
 
 
 def autolora(
@@ -154,3 +153,27 @@ def linear(network: Network, student: Student, images: Tensor, labels: Tensor) -
     found = logits(network, student.weights, images)
     loss = F.cross_entropy(found, labels)
     return Outcome(RobustLoss(loss, loss, torch.zeros_like(loss)), found, found)
+
+
+def objective_gradients(
+    network: Network,
+    student: Student,
+    images: Tensor,
+    attacked: Tensor,
+    labels: Tensor,
+    weighing: LossWeights,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What the natural and the adversarial objective would each do to the deployed network: the gradients of
+    CE(nat) and of (1 - l1) CE(adv) + l2 KL(nat || adv) for all but its classifier, by name, in eval mode."""
+    own = f"{network.classifier}."
+    shared = {name: student.weights[name] for name in network.parameters if not name.startswith(own)}
+    shared = {name: weight.detach().requires_grad_() for name, weight in shared.items()}
+    weights = {name: weight.detach() for name, weight in student.weights.items()} | shared
+    clean, moved = logits(network, weights, images), logits(network, weights, attacked)
+    natural = F.cross_entropy(clean, labels)
+    whole = robust_loss(clean, moved, labels, weighing.robust, weighing.natural)
+    adversarial = whole.total - weighing.natural * natural
+    return tuple(
+        dict(zip(shared, torch.autograd.grad(loss, list(shared.values()), retain_graph=True), strict=True))
+        for loss in (natural, adversarial)
+    )

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from amt.autolora.branch import Student, natural_weights, new_factors
 from amt.autolora.networks import Network, logits
-from amt.autolora.objectives import Adversary, Outcome, attack, autolora, linear, twins, vanilla
+from amt.autolora.objectives import (
+    Adversary,
+    Outcome,
+    attack,
+    autolora,
+    linear,
+    objective_gradients,
+    twins,
+    vanilla,
+)
 from amt.autolora.schedule import (
     LOWEST_RATE,
     LossWeights,
@@ -26,6 +35,7 @@ from amt.autolora.schedule import (
     verdict,
     windows,
 )
+from amt.autolora.similarity import gradient_similarity
 from amt.meta_tune import NonFiniteLoss, stream
 from amt.perturb import pgd
 from amt.weight_files import Weights
@@ -59,6 +69,7 @@ class Settings:
             resolution, one BatchNorm set); the branch in some blocks only; windows of 50 epochs for any
             number; at high resolution a divergence divided by the nominal batch size.
         twins_share: weight of the frozen half's loss.
+        similarity_every: batches after which the gradients of the two objectives are compared; 0 for never.
         seed: decides order, augmentation and the attacks' starts.
     """
 
@@ -81,6 +92,7 @@ class Settings:
     whole_passes: bool = False
     published: bool = False
     twins_share: float = 0.3
+    similarity_every: int = 0
     seed: int = 0
 
     @property
@@ -97,7 +109,8 @@ class Settings:
 class StepRecord(NamedTuple):
     """What one batch is remembered by; plain numbers, accuracies in [0, 1] in train mode.
 
-    `natural` is the cross-entropy and `robust` the divergence; both already count in `total` as weighed.
+    `natural` is the cross-entropy and `robust` the divergence, see `robust_loss`; `similarity` the cosine
+    between the gradients of the natural and the adversarial objective by layer, where it was asked for.
     """
 
     total: float
@@ -109,6 +122,7 @@ class StepRecord(NamedTuple):
     lambda1: float
     lambda2: float
     seconds: float
+    similarity: dict[str, float] | None = None
 
 
 def new_student(network: Network, weights: Weights, settings: Settings, norms: Weights) -> Student:
@@ -244,6 +258,7 @@ class FineTuner:
                 f"loss is {outcome.loss.total.item()} at epoch {self.epoch + 1}, batch {self.batch + 1}, "
                 f"learning rate {rate:g}"
             )
+        similarity = self._similarity(images, attacked, labels, weighing)
         self._optimiser.param_groups[0]["lr"] = rate
         self._optimiser.zero_grad()
         outcome.loss.total.backward()
@@ -260,6 +275,7 @@ class FineTuner:
             lambda1=weighing.natural,
             lambda2=weighing.robust,
             seconds=time.perf_counter() - began,
+            similarity=similarity,
         )
 
     def _attacked(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -286,6 +302,14 @@ class FineTuner:
         if settings.method == "autolora":
             return autolora(*common, settings.rank)
         return twins(*common, settings.twins_share) if settings.method == "twins" else vanilla(*common)
+
+    def _similarity(self, images, attacked, labels, weighing: LossWeights) -> dict[str, float] | None:
+        every = self.settings.similarity_every
+        if every == 0 or self.settings.mode != "AFF" or self.batch % every:
+            return None
+        return gradient_similarity(
+            *objective_gradients(self.network, self.student, images, attacked, labels, weighing)
+        )
 
     def _weigh_first(self, images: Tensor, labels: Tensor) -> None:
         """Have an accuracy to weigh the loss by before a batch."""
@@ -436,6 +460,7 @@ def validate(
             epsilon=adversary.epsilon,
             step_size=adversary.step_size,
             steps=adversary.steps,
+            norm=adversary.norm,
             generator=[stream(seed, 2, index) for index in indices[correct.cpu()].tolist()],
         )
         standing += int((~fooled).sum())

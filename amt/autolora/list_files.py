@@ -1,0 +1,107 @@
+"""The small files in which data sets say what their pictures are: text, JSON and MATLAB, read as untrusted.
+
+Whatever is wrong with one is an InputError that names it. Does not know what is in them.
+"""
+
+import io
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.io import loadmat
+
+from meta_dataset_readers.errors import InputError
+
+LARGEST_LIST = 64 * 2**20  # bytes; the longest of the real lists has 4 MB
+
+
+def read_bytes(file: Path, most: int) -> bytes:
+    try:
+        if file.stat().st_size > most:
+            raise InputError(f"{file}: {file.stat().st_size} bytes, at most {most} are read")
+        return file.read_bytes()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror or error})") from error
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a text file, without blank ones."""
+    try:
+        text = read_bytes(file, LARGEST_LIST).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: no text ({error.reason} at byte {error.start})") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def read_pairs(file: Path) -> list[tuple[str, str]]:
+    """The lines of a text file, each "FIRST REST"."""
+    pairs = [tuple(line.split(None, 1)) for line in read_lines(file)]
+    for number, pair in enumerate(pairs, 1):
+        if len(pair) != 2:
+            raise InputError(f"{file}: line {number} is {pair[0][:60]!r}, expected two words or more")
+    return pairs
+
+
+def read_json(file: Path) -> Any:
+    try:
+        return json.loads(read_bytes(file, LARGEST_LIST))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: damaged JSON ({first_line(error)})") from error
+
+
+def read_matlab(file: Path, variable: str) -> np.ndarray:
+    """A variable of a MATLAB file, with one dimension."""
+    try:
+        found = loadmat(io.BytesIO(read_bytes(file, LARGEST_LIST)), squeeze_me=True)
+    except InputError:
+        raise
+    except Exception as error:  # scipy raises almost anything over a damaged file
+        raise InputError(f"{file}: damaged MATLAB file ({first_line(error)})") from error
+    if variable not in found:
+        raise InputError(f"{file}: no variable {variable!r}, expected a list of that name")
+    return np.atleast_1d(found[variable])
+
+
+def matlab_field(file: Path, table: np.ndarray, field: str) -> list:
+    """A field of all rows of a MATLAB structure."""
+    if field not in (table.dtype.names or ()):
+        raise InputError(f"{file}: its annotations have no field {field!r}")
+    return [row[field] for row in table]
+
+
+def as_texts(file: Path, values: Iterable) -> list[str]:
+    values = list(values)
+    for value in values:
+        if not isinstance(value, str):
+            raise InputError(f"{file}: {str(value)[:60]!r} in place of a text")
+    return values
+
+
+def as_integers(file: Path, values: Iterable) -> list[int]:
+    values = list(values)
+    for value in values:
+        if not isinstance(value, int | float | np.number) or not float(value).is_integer():
+            raise InputError(f"{file}: {str(value)[:60]!r} in place of an integer")
+    return [int(value) for value in values]
+
+
+def labels_from_zero(file: Path, labels: Iterable[int], n_classes: int, first: int = 1) -> list[int]:
+    """Labels that count from `first`, counted from 0. Raises InputError for one out of range."""
+    labels = list(labels)
+    for index, label in enumerate(labels):
+        if not first <= label < first + n_classes:
+            expected = f"{first} to {first + n_classes - 1}"
+            raise InputError(f"{file}: label {label} of picture {index}, expected {expected}")
+    return [label - first for label in labels]
+
+
+def first_line(error: Exception) -> str:
+    return (f"{type(error).__name__}: {error}".splitlines() or [""])[0].strip()[:200]
+
+
+def check_same_length(file: Path, **lists: Sequence) -> None:
+    if len({len(entries) for entries in lists.values()}) > 1:
+        found = ", ".join(f"{len(entries)} {name}" for name, entries in lists.items())
+        raise InputError(f"{file}: {found}, expected as many of each")
