@@ -69,25 +69,15 @@ def leaves(student: Student) -> dict[str, Tensor]:
     }
 
 
-def structure(module: nn.Module, **settings) -> Network:
-    def make() -> nn.Module:
-        raise NotImplementedError
-
-    return Network("tiny", module.double(), make, **settings)
+def structure(make, **settings) -> Network:
+    return Network("tiny", make(), make, **settings)
 
 
 def low() -> Network:
-    module = ResNet(BasicBlock, CONFIG["layers"], CONFIG["widths"], CONFIG["K"], small=True)
-    return structure(module, image_size=CONFIG["S"])
+    def make() -> nn.Module:
+        return ResNet(BasicBlock, CONFIG["layers"], CONFIG["widths"], CONFIG["K"], small=True)
 
-
-def low_dual() -> Network:
-    """With the published fault that every shortcut of a downsample is the first image's."""
-    network = low()
-    for name, part in network.module.named_modules():
-        if name.endswith("downsample"):
-            part.register_forward_hook(lambda _module, _inputs, out: out[:1].expand_as(out))
-    return network
+    return structure(make, image_size=CONFIG["S"])
 
 
 class Recorded(Adversary):
@@ -134,10 +124,12 @@ def test_a_convolution_with_its_branch(about):
 @pytest.mark.parametrize("about", ABOUT.get("conv", [None]), ids=str)
 def test_the_shapes_of_the_factors(about):
     out, inside, kernel = (about[name] for name in ("out_channels", "in_channels", "kernel"))
-    module = nn.Sequential(
-        nn.Conv2d(inside, out, kernel, groups=about["groups"]), nn.Flatten(), nn.Linear(1, 1)
-    )
-    network = structure(module, image_size=8)
+
+    def make() -> nn.Module:
+        convolution = nn.Conv2d(inside, out, kernel, groups=about["groups"])
+        return nn.Sequential(convolution, nn.Flatten(), nn.Linear(1, 1))
+
+    network = structure(make, image_size=8)
     found = factor_shapes(network, "0.weight", about["rank"])
     assert [list(shape) for shape in found] == [about["shapes"]["A"], about["shapes"]["B"]]
 
@@ -176,7 +168,7 @@ CASES = ("autolora_generic", "autolora_Bzero", "autolora_fresh", "dualbn_generic
 
 def case(name: str) -> tuple[Network, Student]:
     dual = name.startswith("dual")
-    network = low_dual() if dual else low()
+    network = low().with_published_shortcuts() if dual else low()
     student = student_of(below("state_dual/" if dual else "state_lora/", LOW))
     zero = [n for n in student.factors if n.endswith("lora_B")] if name != CASES[0] and not dual else []
     factors = student.factors | {n: torch.zeros_like(student.factors[n]) for n in zero}
@@ -271,7 +263,7 @@ def test_the_published_fault_of_dual_batchnorm_is_not_ours():
     """Published logits depend on the first image of a batch; ours are the published ones of single images."""
     student, (x, _) = student_of(below("state_dual/", LOW)), data()
     found = below("dualbn_shortcut/", LOW)
-    assert_close(logits(low_dual(), student.weights, x), found["logits_batch"])
+    assert_close(logits(low().with_published_shortcuts(), student.weights, x), found["logits_batch"])
     assert_close(logits(low(), student.weights, x), found["logits_one_by_one"])
     natural = natural_weights(low(), student, CONFIG["r"])
     assert all(natural[name].data_ptr() == norm.data_ptr() for name, norm in student.norms.items())
@@ -330,8 +322,11 @@ class TestHighResolution:
         about = INDEX["highres"][kind]
         block = BasicBlock if kind == "basic" else Bottleneck
         classes = len(HIGH[f"{kind}/state/fc_downstream.bias"])
-        module = ResNet(block, about["layers"], about["widths"], classes, small=False)
-        return structure(module, image_size=HIGH["x"].shape[-1], resize=224)
+
+        def make() -> nn.Module:
+            return ResNet(block, about["layers"], about["widths"], classes, small=False)
+
+        return structure(make, image_size=HIGH["x"].shape[-1], resize=224)
 
     def student(self, kind: str, network: Network) -> Student:
         """Without the branches that the published forward pass does not reach."""
@@ -405,8 +400,11 @@ def test_a_fresh_branch():
     about = ABOUT["conv_init"]
     _, columns = about["A_shape"]
     out, inside = about["B_shape"][0] // 3, columns // 3
-    module = nn.Sequential(nn.Conv2d(inside, out, 3), nn.Flatten(), nn.Linear(1, 1))
-    network = structure(module, image_size=8)
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(inside, out, 3), nn.Flatten(), nn.Linear(1, 1))
+
+    network = structure(make, image_size=8)
     rank = round(1 / about["scaling"])
     found = new_factors(network, ("0.weight",), rank, torch.Generator().manual_seed(0))
     assert list(found["0.weight.lora_A"].shape) == about["A_shape"]

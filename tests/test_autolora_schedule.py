@@ -24,7 +24,7 @@ def names(file: str) -> list[str]:
 
 
 def replayed(accuracies, ends, rate, divide, stop=0.0):
-    """Rate and starting weights of every epoch, and the condition after it, until the rate is below `stop`."""
+    """Rate and starting weights of every epoch, the condition after it, until the rate is below `stop`."""
     found = {"lr": [], "start_weights_of": [], "condition_after_epoch": []}
     start = 0
     for epoch in range(1, len(accuracies) + 1):

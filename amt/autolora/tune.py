@@ -67,7 +67,8 @@ class Settings:
             paper has it; otherwise on the batches as they are trained on, at no cost.
         published: repeat the deviations of the published code: that accuracy without the branch (low
             resolution, one BatchNorm set); the branch in some blocks only; windows of 50 epochs for any
-            number; at high resolution a divergence divided by the nominal batch size.
+            number; at high resolution a divergence divided by the nominal batch size; with two BatchNorm sets
+            the first image's shortcuts for all.
         twins_share: weight of the frozen half's loss.
         similarity_every: batches after which the gradients of the two objectives are compared; 0 for never.
         seed: decides order, augmentation and the attacks' starts.
@@ -174,6 +175,8 @@ class FineTuner:
         n_batches: int,
         training_accuracy: Callable[[Weights], float] | None = None,
     ):
+        if settings.published and settings.dual_norms:
+            network = network.with_published_shortcuts()
         self.network, self.student, self.settings = network, student, settings
         self.n_batches, self.training_accuracy = n_batches, training_accuracy
         self.epoch = 0  # finished epochs

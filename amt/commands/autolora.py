@@ -24,7 +24,7 @@ from amt.autolora.journal import Journal, continued
 from amt.autolora.networks import Network, build
 from amt.autolora.pretrained import Pretrained
 from amt.autolora.testing import check_labels, test
-from amt.autolora.tune import FineTuner, Settings, StepRecord, accuracy, fine_tune, new_student, validate
+from amt.autolora.tune import FineTuner, Settings, accuracy, fine_tune, new_student, validate
 from amt.backbone import find_device
 from amt.journal import Interrupts
 from amt.meta_tune import NonFiniteLoss
@@ -45,6 +45,10 @@ def main(argv: Sequence[str]) -> int:
     network = build(args.arch, len(splits.class_names), args.resize, resize=options.inside(args))
     network, found = open_network(args, network)
     print(f"{args.checkpoint or 'random weights'}: {found.kind}")
+    if args.dualBN and not network.norms:
+        raise InputError(f"--dualBN 1: {network.arch} has no BatchNorm of which there could be two sets")
+    if args.method == "twins" and not network.norms:
+        print(f"note: {network.arch} has no BatchNorm, so the two networks of TWINS are one")
 
     def tested(folder: Path, weights: Weights) -> int:
         return test(
