@@ -14,21 +14,17 @@ and processes with --shard I/N, or under torchrun, share one --output_dir.
 import argparse
 import dataclasses
 import datetime
-import hashlib
 import json
-import resource
 import sys
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
-import torch
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from amt import checkpoint, options, report, runs
+from amt import checkpoint, options, runs
 from amt.backbone import Backbone, find_device, load_backbone
-from amt.board import write_board
+from amt.conclude import conclude
 from amt.deploy import Deployment, as_decided, check_deployment, deploy
 from amt.evaluate import columns, measure
 from amt.journal import Interrupts
@@ -130,7 +126,7 @@ def main() -> int:
         print(f"{found} of {len(readers) * args.nTestEpisode} episodes are done; ", end="")
         print("the same command continues" if interrupts.pending() else "other parts are to follow")
         return 128 + interrupts.caught if interrupts.pending() else 0
-    finish(run, backbone.device)
+    conclude(run, backbone.device)
     return 0
 
 
@@ -172,8 +168,8 @@ def description(args, backbone, saved, deployments, attacks) -> dict:
             "base_sources", options.TRAINING_SOURCES if "published" in saved.about else ()
         )
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    settings |= {"checkpoint": digest(args.resume), "device": backbone.device.type}
-    settings |= {"pretrained_checkpoint": digest(args.pretrained_checkpoint)}
+    settings |= {"checkpoint": checkpoint.digest(args.resume), "device": backbone.device.type}
+    settings |= {"pretrained_checkpoint": checkpoint.digest(args.pretrained_checkpoint)}
     about = {
         **checkpoint.provenance(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -198,54 +194,6 @@ def description(args, backbone, saved, deployments, attacks) -> dict:
 def plain(value: object) -> object:
     """What JSON has no notation for."""
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
-
-
-def digest(path: Path | None) -> str | None:
-    """SHA-256 of a file."""
-    if path is None:
-        return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def finish(run: runs.Run, device: torch.device) -> None:
-    """Write the summary of a complete run, its picture and its TensorBoard events, and print the table."""
-    rows = run.every_row
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    more = {
-        "episode_seconds": round(sum(row["seconds"] for row in rows), 1),
-        "peak_memory_mb": round(
-            max(
-                torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else memory,
-                run.about.get("peak_memory_mb", 0),  # of the process that did the work
-            )
-        ),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "skipped_records": sum(row.get("skipped", 0) for row in rows),
-    }
-    out = run.folder / "results.json"
-    text = json.dumps(runs.summarise_run(run, more), indent=1)
-    checkpoint.replace_file(out, lambda path: path.write_text(text + "\n"))
-    write_board(run, run.folder / "tensorboard")
-    names = [*run.sources, *run.averages]
-    lines = [(name, [run.summary(name, column) for column in run.columns]) for name in names]
-    report.accuracy_picture(run.folder / "accuracy.png", run.columns, lines)
-    decided = dict.fromkeys(about["how"] for about in run.merging.values())
-    print(
-        f"accuracy on {run.about['split']} episodes in per cent, 95% intervals; merging: {'; '.join(decided)}"
-    )
-    for stamp in run.stamps:
-        print(stamp)
-    print(report.table(run.columns, lines, [[run.suspect(name, c) for c in run.columns] for name in names]))
-    for column, variants in run.variants.items():
-        print(f"{column}: {'; or '.join(variants)}")
-    if run.about["attacks"]:
-        verdict = "; something is suspect, see above" if run.findings else "; nothing is suspect"
-        checked = f"checked on {run.checked} images{verdict}" if run.checked else "not checked"
-        print(f"the attacks were {checked}")
-    if more["skipped_records"]:
-        print(f"{more['skipped_records']} damaged records were passed over")
-    print(f"wrote {out} and {run.folder / 'accuracy.png'}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 Every attack is handed functions from images in [0, 1] to logits, and differentiates through them: through
 normalisation, merging and prototypes, in float32 and eval mode. It knows no network and no episode. APGD,
-AutoAttack (Croce & Hein 2020) and Square Attack (Andriushchenko et al. 2020) are those of pyautoattack; PGD
-is amt/perturb.py's. Epsilon is in 1/255 of the pixel range, in both norms.
+AutoAttack (Croce & Hein 2020), FAB (Croce & Hein 2020b) and Square Attack (Andriushchenko et al. 2020) are
+those of pyautoattack; PGD is amt/perturb.py's. Epsilon is in 1/255 of the pixel range, in both norms.
 """
 
 import dataclasses
@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from pyautoattack import AutoAttack
 from pyautoattack.autopgd_base import APGDAttack
+from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from amt.perturb import Ball, Perturbation, ascend, pgd, pyramid_attack, pyramid_start
 from meta_dataset_readers.errors import InputError, nearest
@@ -28,20 +30,22 @@ Logits = Callable[[Tensor], Tensor]
 NORMS = ("linf", "l2")
 LOSSES = {"pgd": ("ce", "kl", "dlr"), "apgd": ("ce", "dlr"), "transfer": ("ce", "kl", "dlr")}
 DLR_WAYS = 4  # with fewer classes there is no third-largest logit besides the right and the nearest wrong one
-STANDARD_TARGETS = 9  # of AutoAttack's targeted attacks
+STANDARD_TARGETS = 9  # of the targeted attacks of AutoAttack
 
 # By kind of attack the options it takes besides norm and epsilon, with their defaults.
 KINDS: dict[str, dict] = {
     "pgd": {"steps": 20, "restarts": 1, "step_size": None, "loss": "ce"},
     "apgd": {"steps": 100, "restarts": 1, "loss": "ce"},
     "autoattack": {"targets": None},
+    "fab": {"steps": 100, "targets": None},
     "square": {"queries": 5000},
     "pyramid": {"steps": 10, "step_size": None},
     "transfer": {"steps": 20, "step_size": None, "loss": "ce"},
     "support": {"steps": 20, "step_size": None},
 }
 PGD_KINDS = ("pgd", "transfer", "support")
-WHITE_BOX = ("pgd", "apgd", "autoattack")
+WHITE_BOX = ("pgd", "apgd", "autoattack", "fab")
+TARGETED = ("autoattack", "fab")
 BLACK_BOX = ("square", "transfer")
 
 
@@ -51,9 +55,10 @@ class Attack:
 
     Args:
         kind: one of `KINDS`. "pgd": projected gradient ascent; "apgd": AutoPGD; "autoattack": APGD-CE,
-            targeted APGD-DLR, targeted FAB and Square in turn; "square": black box, scores only; "pyramid":
-            the training attack of AMT; "transfer": PGD on another network; "support": PGD on the support
-            images, so on routing and prototypes, for all queries at once.
+            targeted APGD-DLR, targeted FAB and Square in turn; "fab": targeted FAB, which looks for the
+            nearest image of another class; "square": black box, scores only; "pyramid": the training attack
+            of AMT; "transfer": PGD on another network; "support": PGD on the support images, so on routing
+            and prototypes, for all queries at once.
         epsilons: increasing radii in 1/255 of the pixel range.
         norm: "linf" or "l2".
         steps, restarts: of gradient ascent.
@@ -61,7 +66,7 @@ class Attack:
         loss: what is increased: "ce", "kl" (from the clean prediction) or "dlr" (difference of logits
             ratio; "ce" for episodes of fewer than 4 ways).
         queries: of Square.
-        targets: classes that AutoAttack's targeted parts try, at most N - 1; None for min(9, N - 1).
+        targets: classes that the targeted attacks try, at most N - 1; None for min(9, N - 1).
     """
 
     kind: str
@@ -206,6 +211,7 @@ def attack_queries(
     n_way: int,
     generators: Sequence[torch.Generator],
     surrogate: Logits | None = None,
+    seed: int = 0,
 ) -> Attacked:
     """Run any attack but "support" at one radius.
 
@@ -215,8 +221,10 @@ def attack_queries(
         images, labels: query images that it classifies correctly, (Q, 3, H, W) in [0, 1] and (Q,) int64.
         n_way: number of classes N; with one class no image can be taken for another.
         generators: a CPU generator for each image, so that its random starts do not depend on which others
-            are attacked; of attacks of the library the first one's decides.
+            are attacked.
         surrogate: for "transfer", the network that the images are made on.
+        seed: in 0..2**31 - 1, decides what the attacks of the library draw, which is the same for every
+            image, and so does not depend on the others either.
     """
     if n_way == 1 or len(images) == 0:
         return Attacked(images, torch.zeros_like(labels, dtype=torch.bool))
@@ -237,11 +245,11 @@ def attack_queries(
             attack.steps,
         )
         return Attacked(found, _wrong(logits, found, labels), _loss_of(attack, n_way)[1])
-    seed = int(torch.randint(2**31, (), generator=generators[0]))
     # The library draws from torch's global generator, which is put back as it was.
     devices = [images.device] if images.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad():
-        found, variant = _LIBRARY[attack.kind](attack, epsilon, logits, images, labels, n_way, seed)
+    with torch.random.fork_rng(devices), torch.no_grad(), _SameForEveryImage() as same:
+        library = _LIBRARY[attack.kind]
+        found, variant = library(attack, epsilon, same.spared(logits), images, labels, n_way, seed)
     return Attacked(found, _wrong(logits, found, labels), variant)
 
 
@@ -351,6 +359,31 @@ def _wrong(logits: Logits, images: Tensor, labels: Tensor) -> Tensor:
         return logits(images).argmax(1) != labels
 
 
+class _SameForEveryImage(TorchFunctionMode):
+    """While active, random numbers for n images (n, C, H, W) are those for one of them, n times.
+
+    The library draws for all images that are left at once, so what it tried on one would otherwise depend on
+    which of the others had fallen, and on the size of the batch.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.rand, torch.randn) and isinstance(args[0], tuple | list) and len(args[0]) == 4:
+            return function(args[0][1:], **(kwargs or {})).expand(args[0])
+        return function(*args, **(kwargs or {}))
+
+    def spared(self, logits: Logits) -> Logits:
+        """The same network, on whose many functions no time is lost with looking for random numbers."""
+
+        def call(images: Tensor) -> Tensor:
+            self.__exit__(None, None, None)
+            try:
+                return logits(images)
+            finally:
+                self.__enter__()
+
+        return call
+
+
 _LIBRARY_NORM = {"linf": "Linf", "l2": "L2"}
 
 
@@ -389,12 +422,21 @@ def autoattack_parts(n_way: int, targets: int | None = None) -> tuple[list[str],
     Raises:
         InputError: more targets than other classes.
     """
+    parts = ["apgd-ce", *(["apgd-t"] if n_way >= DLR_WAYS else []), "fab-t", "square"]
+    return parts, target_count("autoattack", n_way, targets)
+
+
+def target_count(kind: str, n_way: int, targets: int | None = None) -> int:
+    """How many classes a targeted attack tries among N.
+
+    Raises:
+        InputError: more than there are other classes.
+    """
     if targets is not None and targets > n_way - 1:
         raise InputError(
-            f"--attack autoattack targets={targets}: an episode of {n_way} ways has {n_way - 1} other classes"
+            f"--attack {kind} targets={targets}: an episode of {n_way} ways has {n_way - 1} other classes"
         )
-    parts = ["apgd-ce", *(["apgd-t"] if n_way >= DLR_WAYS else []), "fab-t", "square"]
-    return parts, min(STANDARD_TARGETS, n_way - 1) if targets is None else targets
+    return min(STANDARD_TARGETS, n_way - 1) if targets is None else targets
 
 
 def _autoattack(attack, epsilon, logits, images, labels, n_way, seed) -> tuple[Tensor, str]:
@@ -417,4 +459,19 @@ def _autoattack(attack, epsilon, logits, images, labels, n_way, seed) -> tuple[T
     return found, ", ".join(named)
 
 
-_LIBRARY = {"apgd": _apgd, "square": _square, "autoattack": _autoattack}
+def _fab(attack, epsilon, logits, images, labels, n_way, seed) -> tuple[Tensor, str]:
+    targets = target_count("fab", n_way, attack.targets)
+    runner = FABAttack_PT(
+        logits,
+        n_iter=attack.steps,
+        norm=_LIBRARY_NORM[attack.norm],
+        eps=epsilon / 255,
+        seed=seed,
+        targeted=True,
+        n_target_classes=targets,
+        device=images.device,
+    )
+    return runner.perturb(images, labels), f"fab-t x{targets}"
+
+
+_LIBRARY = {"apgd": _apgd, "square": _square, "autoattack": _autoattack, "fab": _fab}

@@ -23,7 +23,7 @@ def write_board(run: Run, folder: Path) -> None:
 
     Scalars are `COLUMN/DOMAIN` in per cent, averages among the domains; the images of a sample are a grid of
     clean, amplified perturbation and attacked, one line per image. The hparams row sets the settings against
-    the averages.
+    the averages. Common corruptions are `corruptions/NAME` in per cent, a step per severity.
 
     Raises:
         InputError: the folder cannot be written to, or a sample is damaged.
@@ -46,6 +46,9 @@ def _write(run: Run, board: SummaryWriter) -> None:
             board.add_scalar(f"{column}/{name}", summary.mean, 0)
             if name in run.averages or len(run.sources) == 1:
                 metrics[f"hparam/{name}/{column}"] = summary.mean
+    for name, accuracies in run.corruptions.items():
+        for severity, accuracy in enumerate(accuracies, 1):
+            board.add_scalar(f"corruptions/{name}", 100 * accuracy, severity)
     for sample in run.samples():
         amplified = np.stack([amplify(each)[0] for each in sample.perturbation])
         lines = [

@@ -6,6 +6,7 @@ to read. Knows no model definitions.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -90,6 +91,14 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     replace_file(path.with_suffix(".json"), lambda part: part.write_text(text + "\n"))
 
 
+def digest(path: Path | None) -> str | None:
+    """SHA-256 of a file, as text; None where none is named."""
+    if path is None:
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write(part)` on a file beside `path`, then put it in its place in one step.
 
@@ -133,6 +142,8 @@ def _parse_own(path: Path, tensors: dict[str, Tensor], text: str) -> Checkpoint:
         about = json.loads(text)
         if about["format"] != FORMAT:
             raise ValueError(f"format {about['format']!r}, expected {FORMAT}")
+        if "kind" in about:
+            raise InputError(f"{path}: holds a {about['kind']} of `main.py autolora`, expected a pool")
         levels = tuple(
             Perturbation(**{k: tuple(v) if isinstance(v, list) else v for k, v in level.items()})
             for level in about.pop("levels")

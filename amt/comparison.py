@@ -1,7 +1,8 @@
 """Two runs on the same episodes: by how much one is better, and how sure that is.
 
-Episodes depend on seed, split and sampling alone, and so do the starts of PGD, image by image; so runs that
-agree in these are compared episode by episode, which takes the spread between episodes out of the interval.
+Episodes depend on seed, split and sampling alone, and so do the starts of attacks, image by image; so runs
+that agree in these are compared episode by episode, which takes the spread between episodes out of the
+interval. Runs on whole test sets are compared image by image.
 An attack's columns carry its settings in their names; a worst case over attacks is compared only where the
 attacks are the same.
 """
@@ -33,7 +34,7 @@ def compare(ours: Run, theirs: Run) -> Comparison:
     for source in [source for source in theirs.sources if source in ours.sources]:
         pair = same_episodes(ours.rows[source], theirs.rows[source])
         if pair is None:
-            refusals.append(f"they share no episode of {source}")
+            refusals.append(f"they share no {theirs.unit} of {source}")
         else:
             pairs[source] = pair
     if not pairs and not refusals:
@@ -73,10 +74,11 @@ def in_words(value: object) -> str:
 
 
 def same_episodes(ours: Sequence[Mapping], theirs: Sequence[Mapping]) -> tuple[list, list] | None:
-    """The rows of the episodes that both runs finished; None if there is none, or the shapes differ."""
+    """The rows of the episodes that both runs finished; None if there is none, or the shapes or labels of
+    some differ, which are then others."""
     by_index = {row["index"]: row for row in theirs}
     pairs = [(row, by_index[row["index"]]) for row in ours if row["index"] in by_index]
-    shape = ("ways", "support", "queries")
+    shape = ("ways", "support", "queries", "label")
     if not pairs or any(a.get(name) != b.get(name) for a, b in pairs for name in shape):
         return None
     return [a for a, _ in pairs], [b for _, b in pairs]

@@ -28,6 +28,7 @@ class Measurement(NamedTuple):
     Args:
         row: plain values for JSON: what the episode was, an accuracy in [0, 1] per column, coefficients.
         task: the classifier.
+        predicted: (Q,) int64, the classes of the queries as they are.
         standing: by column, which queries are classified correctly (Q,) bool.
         attacked: by column of an attack on queries at its largest radius, the query images (Q, 3, H, W) as
             it left them; those that were wrong before are unchanged.
@@ -35,6 +36,7 @@ class Measurement(NamedTuple):
 
     row: dict
     task: Task
+    predicted: Tensor
     standing: dict[str, Tensor]
     attacked: dict[str, Tensor]
 
@@ -45,6 +47,8 @@ def measure(
     attacks: Sequence[Attack] = (),
     seed: int = 0,
     surrogate: Predictor | None = None,
+    numbers: Sequence[int] | None = None,
+    chunk: int = CHUNK,
 ) -> Measurement:
     """Classify one episode's queries, clean and under every attack at every radius.
 
@@ -58,15 +62,19 @@ def measure(
         predict: sees the episode's support set; the attacks see what it returns, and the query labels.
         episode: on the device of the network.
         attacks: any number, of different names.
-        seed: decides, with the episode's index, the attacks' random starts; PGD's image by image.
+        seed: decides, with the episode's index and the queries' numbers, the attacks' random starts, image by
+            image.
         surrogate: makes the network that "transfer" attacks.
+        numbers: of the queries, see `query_generators`; None for 0..Q-1.
+        chunk: images in one pass, which changes nothing but time and memory.
     """
     began = time.perf_counter()
     task = predict(episode)
     labels = episode.query_labels
     with torch.no_grad():
-        logits = torch.cat([task.logits(part) for part in episode.query.split(CHUNK)])
-        correct = logits.argmax(1) == labels
+        logits = torch.cat([task.logits(part) for part in episode.query.split(chunk)])
+    predicted = logits.argmax(1)
+    correct = predicted == labels
     fitted = time.perf_counter()
     standing, attacked, variants = {"clean": correct}, {}, {}
     transfer = any(attack.kind == "transfer" for attack in attacks)
@@ -79,8 +87,8 @@ def measure(
                 left = _under_poison(predict, episode, attack, epsilon, correct, left, generator)
             else:
                 left, images = left.clone(), images.clone()
-                generators = query_generators(episode, seed)
-                for which in left.nonzero().squeeze(1).split(CHUNK):
+                generators = query_generators(episode, seed, numbers)
+                for which in left.nonzero().squeeze(1).split(chunk):
                     found = attack_queries(
                         attack,
                         epsilon,
@@ -90,6 +98,7 @@ def measure(
                         episode.n_way,
                         [generators[k] for k in which.tolist()],
                         other,
+                        library_seed(episode, seed),
                     )
                     left[which], images[which] = ~found.fooled, found.images
                     if found.variant:
@@ -110,13 +119,26 @@ def measure(
         "seconds": round(time.perf_counter() - began, 4),
         **({"variants": variants} if variants else {}),
     }
-    return Measurement(row, task, standing, attacked)
+    return Measurement(row, task, predicted, standing, attacked)
 
 
-def query_generators(episode: Episode, seed: int) -> list[torch.Generator]:
+def query_generators(
+    episode: Episode, seed: int, numbers: Sequence[int] | None = None
+) -> list[torch.Generator]:
     """The generator of each query's random starts: the same whatever network is attacked, and however many
-    of the others it got right."""
-    return [stream(seed, episode.index, 2, k) for k in range(len(episode.query))]
+    of the others it got right.
+
+    Args:
+        numbers: tell the queries from each other, and those of episodes that share an index, such as the
+            batches of one large test set; None for 0..Q-1.
+    """
+    numbers = range(len(episode.query)) if numbers is None else numbers
+    return [stream(seed, episode.index, 2, number) for number in numbers]
+
+
+def library_seed(episode: Episode, seed: int) -> int:
+    """What decides the random numbers of the library's attacks on an episode, see `attack_queries`."""
+    return int(torch.randint(2**31, (), generator=stream(seed, episode.index, 2)))
 
 
 def _under_poison(predict, episode, attack, epsilon, correct, left, generator) -> Tensor:

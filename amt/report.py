@@ -1,6 +1,6 @@
 """Tables and pictures from results; computes nothing that is not in them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -47,6 +47,23 @@ def table(
         blocks.append("\n".join(lines))
     doubts = [f"suspect: {name} {', '.join(named)}: {why}" for (name, why), named in reasons.items()]
     return "\n".join(["\n\n".join(blocks), *doubts])
+
+
+def corruption_table(corruptions: Mapping[str, Sequence[float]]) -> str:
+    """A plain-text table of accuracies in per cent: a line per corruption and one for their mean, a column
+    per severity and one for their mean.
+
+    Args:
+        corruptions: by name the accuracy in [0, 1] at each severity.
+    """
+    lines = {name: [100 * each for each in values] for name, values in corruptions.items()}
+    lines["mean"] = [sum(each) / len(each) for each in zip(*lines.values(), strict=True)]
+    width = max(map(len, lines))
+    severities = range(1, len(lines["mean"]) + 1)
+    head = " ".join([" " * width, *(f"{severity:6d}" for severity in severities), "  mean"])
+    cells = {name: (*values, sum(values) / len(values)) for name, values in lines.items()}
+    body = [" ".join([name.ljust(width), *(f"{c:6.1f}" for c in each)]) for name, each in cells.items()]
+    return "\n".join([head, *body])
 
 
 def accuracy_picture(

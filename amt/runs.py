@@ -7,6 +7,11 @@
     RUN/samples/       a few episodes' images, clean and attacked, as .npz
     RUN/results.json   the summary, written when every episode is there
 
+A test set that is classified as a whole is a run like any other: its unit is the image, so there is a row for
+each, whose accuracies are 0 or 1; and perhaps there is
+
+    RUN/corruptions.json   by common corruption, the accuracy at severities 1 to 5
+
 Knows rows, not how they are computed.
 """
 
@@ -46,6 +51,8 @@ _ABOUT = {
     "seed": int,
 }
 _COUNTS = ("ways", "support", "queries")
+UNITS = ("episode", "image")
+SEVERITIES = 5
 
 
 class Sample(NamedTuple):
@@ -81,12 +88,19 @@ class Run:
         about: run.json, with what results.json adds once the run is complete.
         merging: merging.json, by domain.
         rows: by domain the rows of its episodes, in their order; domains without any are left out.
+        corruptions: by common corruption, the accuracy in [0, 1] at each severity.
     """
 
     folder: Path
     about: dict
     merging: dict
     rows: dict[str, list[dict]]
+    corruptions: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def unit(self) -> str:
+        """What a row is about, one of `UNITS`."""
+        return self.about.get("unit", UNITS[0])
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -162,8 +176,9 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        """Whether every episode that was asked for has its row."""
-        return all(len(self.rows.get(s, ())) == self.about["episodes"] for s in self.about["sources"])
+        """Whether every episode that was asked for has its row, and every corruption its accuracies."""
+        rows = all(len(self.rows.get(s, ())) == self.about["episodes"] for s in self.about["sources"])
+        return rows and all(name in self.corruptions for name in self.about.get("corruptions", ()))
 
     def samples(self) -> list[Sample]:
         """The images that were kept, by domain and episode.
@@ -251,9 +266,9 @@ class Writer:
         self._file.truncate(content.rfind(b"\n") + 1)
         return self
 
-    def append(self, row: Mapping) -> None:
-        """Add a row; when this returns it is on the disk."""
-        self._file.write(json.dumps(row).encode() + b"\n")
+    def append(self, *rows: Mapping) -> None:
+        """Add rows; when this returns they are on the disk."""
+        self._file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -267,6 +282,11 @@ class Writer:
             fcntl.flock(lock, fcntl.LOCK_EX)
             text = json.dumps(read_merging(self.folder) | {source: about}, indent=1)
             replace_file(path, lambda part: part.write_text(text + "\n"))
+
+    def note_corruption(self, name: str, accuracies: Sequence[float]) -> None:
+        """Note the accuracies in [0, 1] under one common corruption, by severity."""
+        text = json.dumps(read_corruptions(self.folder) | {name: list(accuracies)}, indent=1)
+        replace_file(self.folder / "corruptions.json", lambda part: part.write_text(text + "\n"))
 
     def keep(self, sample: Sample) -> None:
         """Keep some images."""
@@ -332,7 +352,7 @@ def peek(folder: Path) -> Run:
             if row["source"] in rows and row["index"] < about["episodes"]:
                 rows[row["source"]].setdefault(row["index"], row)
     kept = {source: [each[i] for i in sorted(each)] for source, each in rows.items() if each}
-    return Run(folder, about, merging, kept)
+    return Run(folder, about, merging, kept, read_corruptions(folder))
 
 
 def summarise_run(run: Run, more: Mapping) -> dict:
@@ -347,7 +367,14 @@ def summarise_run(run: Run, more: Mapping) -> dict:
         },
         "variants": run.variants,
         "suspect": [list(finding) for finding in run.findings],
+        **({"corruption_summary": corruption_summary(run.corruptions)} if run.corruptions else {}),
     }
+
+
+def corruption_summary(corruptions: Mapping[str, Sequence[float]]) -> dict:
+    """Means over common corruptions in per cent: by severity, and over these, which is what papers report."""
+    by_severity = [100 * sum(each) / len(each) for each in zip(*corruptions.values(), strict=True)]
+    return {"by_severity": by_severity, "mean": sum(by_severity) / len(by_severity)}
 
 
 def _plain(summary: Summary) -> dict:
@@ -373,9 +400,11 @@ def _read_about(folder: Path) -> dict:
             raise InputError(f"{path}: {name} is missing or no {kind.__name__}")
     if about.get("format") != FORMAT:
         raise InputError(f"{path}: format is {about.get('format')!r}, expected {FORMAT}")
-    names = [about["sources"], *about["averages"].values(), about["columns"]]
+    if about.get("unit", UNITS[0]) not in UNITS:
+        raise InputError(f"{path}: unit is {about['unit']!r}, expected one of {', '.join(UNITS)}")
+    names = [about["sources"], *about["averages"].values(), about["columns"], about.get("corruptions", [])]
     if not all(isinstance(each, list) and all(isinstance(name, str) for name in each) for each in names):
-        raise InputError(f"{path}: sources, averages or columns holds something else than names")
+        raise InputError(f"{path}: sources, averages, columns or corruptions holds something else than names")
     try:
         for values in about["attacks"]:
             attack_from(values)
@@ -408,6 +437,21 @@ def read_merging(folder: Path) -> dict[str, dict]:
     return found
 
 
+def read_corruptions(folder: Path) -> dict[str, list[float]]:
+    """By common corruption, the accuracy in [0, 1] at each severity; empty before the first one is done.
+
+    Raises:
+        InputError: corruptions.json is damaged.
+    """
+    path = folder / "corruptions.json"
+    found = _read_json(path, dict) if path.exists() else {}
+    for name, values in found.items():
+        good = isinstance(values, list) and len(values) == SEVERITIES
+        if not good or not all(isinstance(each, int | float) and 0 <= each <= 1 for each in values):
+            raise InputError(f"{path}: {name} has no {SEVERITIES} accuracies from 0 to 1")
+    return found
+
+
 def _read_rows(path: Path, columns: Sequence[str]) -> Iterable[dict]:
     """The complete lines of a file of rows."""
     lines = path.read_bytes().split(b"\n")[:-1]
@@ -436,7 +480,7 @@ _SAMPLE_DTYPES = {
 
 def _read_sample(path: Path) -> Sample:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             found = {name: file[name] for name in Sample._fields}
         n = len(found["clean"])
         good = all(

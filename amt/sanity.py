@@ -14,7 +14,7 @@ from torch import Tensor
 
 from amt.attacks import BLACK_BOX, NORMS, WHITE_BOX, Attack, attack_queries, on_queries
 from amt.backbone import CHUNK
-from amt.evaluate import Measurement, union_column
+from amt.evaluate import Measurement, library_seed, union_column
 from amt.meta_tune import stream
 from amt.perturb import Ball, ascend, pgd
 from amt.predict import Logits, Predictor
@@ -70,7 +70,14 @@ def probe(
     def broken_by(attack: Attack, epsilon: float, which: Tensor) -> Tensor:
         generators = [stream(seed, episode.index, 3, k) for k in which.nonzero().squeeze(1).tolist()]
         found = attack_queries(
-            attack, epsilon, logits, episode.query[which], labels[which], episode.n_way, generators
+            attack,
+            epsilon,
+            logits,
+            episode.query[which],
+            labels[which],
+            episode.n_way,
+            generators,
+            seed=library_seed(episode, seed),
         )
         broken = torch.zeros_like(which)
         broken[which] = found.fooled

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 BOOTSTRAP_SAMPLES = 2000
+MANY = 2000  # rows whose resampling matrix would fill the memory; few of their values differ
 
 
 class Summary(NamedTuple):
@@ -104,8 +105,17 @@ def _summary(values: Sequence[float]) -> Summary:
     if len(values) == 1:
         return Summary(mean, float("inf"), 1, mean, mean)
     error = statistics.stdev(values) / len(values) ** 0.5
-    low, high = np.percentile(_resampling(len(values)) @ np.asarray(values), (2.5, 97.5))
+    low, high = np.percentile(_resampled_means(np.asarray(values)), (2.5, 97.5))
     return Summary(mean, 1.96 * error, len(values), float(low), float(high))
+
+
+def _resampled_means(values: np.ndarray) -> np.ndarray:
+    if len(values) <= MANY:
+        return _resampling(len(values)) @ values
+    # The same distribution: of n draws of n values it only matters how often each value comes up.
+    distinct, counts = np.unique(values, return_counts=True)
+    drawn = np.random.default_rng(0).multinomial(len(values), counts / len(values), BOOTSTRAP_SAMPLES)
+    return drawn @ distinct / len(values)
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,18 +1,18 @@
 """Tensors out of files that others wrote: safetensors and torch.save, told apart by what is in them.
 
 A file never gets to run anything. Of a pickle all names are read first, and unless every one of them is in a
-short list (tensors, dictionaries, argparse.Namespace and plain numbers) the file is refused; then torch reads
-it with weights_only. No number in a file is believed before it has been compared with the file's size.
-Knows no network and no name of a tensor.
+short list (tensors, dictionaries, argparse.Namespace and plain numbers) the file is refused. Then the pickle is
+rehearsed, which makes nothing (see `pickles`), and only then torch reads it with weights_only. No number in a
+file is believed before it has been compared with the file's size. Knows no network and no name of a tensor.
 """
 
 import argparse
 import dataclasses
 import io
 import pickle
-import pickletools
 import re
 import struct
+import tarfile
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -23,31 +23,21 @@ import safetensors
 import torch
 from torch import Tensor
 
+from amt import pickles
 from meta_dataset_readers.errors import InputError
 
 Weights = dict[str, Tensor]
-
-# All that a pickle may ask for. numpy's scalars are there because the published training code keeps a few
-# numbers in its arguments as numpy.float64; they are read by the stand-ins below, never by numpy.
-_DTYPES = ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
-_HARMLESS = {
-    "collections.OrderedDict",
-    "torch._utils._rebuild_tensor_v2",
-    "torch._utils._rebuild_parameter",
-    "torch.Size",
-    "argparse.Namespace",
-    "numpy.dtype",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-    "_codecs.encode",
-    *(f"torch.{dtype}Storage" for dtype in _DTYPES),
-}
 
 # The only kinds of numbers a weight may have; the smaller ones are widened, which is exact.
 _EXACT_IN_FLOAT32 = (torch.float32, torch.float16, torch.bfloat16)
 
 _LARGEST_HEADER = 100_000_000  # of a safetensors file, in bytes
-_OLD_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled number that opens torch's old format
+
+# torch's format until version 1.5: pickles of this number, of the format's version, of the writing machine, of
+# what was saved and of the keys of its storages; then the storages in that order, each after its count.
+_OLD_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+_OLD_PICKLES = 5
+_OLD_COUNT = 8  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +78,13 @@ def read(path: Path, what: str = "file", trust: bool = False) -> Content:
             return _read_safetensors(path)
         if trust:
             return Content("torch", _as_dictionary(path, _unpickle_anything(path)), {})
-        if kind == "pickle":
-            _refuse_pickle(path)
-        _check_archive(path)
+        if kind == "zip":
+            _check_archive(path)
+        elif start.startswith(_OLD_TORCH):
+            _check_old(path)
+        else:
+            with path.open("rb") as file:
+                _refuse(path, "a bare pickle", _names(path, file))
         return Content("torch", _as_dictionary(path, _read_torch(path)), {})
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -126,16 +120,16 @@ def _read_safetensors(path: Path) -> Content:
 
 def _check_archive(path: Path) -> None:
     """Raise an `InputError` unless `path` is an archive as torch.save writes them: whole, nothing compressed,
-    and every name in its pickle harmless."""
+    and its pickle harmless."""
     size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             # torch finds entries whatever their case: there must not be a second one for it to find.
-            pickles = [entry for entry in entries if re.fullmatch(r"(?i)[^/]+/data\.pkl", entry.filename)]
+            found = [entry for entry in entries if re.fullmatch(r"(?i)[^/]+/data\.pkl", entry.filename)]
             if any(entry.filename.endswith("/constants.pkl") for entry in entries):
                 raise InputError(f"{path}: a TorchScript program, expected weights")
-            if len(pickles) != 1:
+            if len(found) != 1:
                 raise InputError(f"{path}: a zip archive without a data.pkl, expected a file of torch.save")
             packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
             if packed:
@@ -146,45 +140,59 @@ def _check_archive(path: Path) -> None:
             damaged = archive.testzip()
             if damaged is not None:
                 raise InputError(f"{path}: damaged, the checksum of its entry {damaged!r} is wrong")
-            names = _names_in_pickle(path, io.BytesIO(archive.read(pickles[0])))
+            stream = io.BytesIO(archive.read(found[0]))
     except InputError:
         raise
     except Exception as error:  # zipfile raises almost anything over a damaged archive
         raise InputError(f"{path}: truncated or damaged torch file ({_first_line(error)})") from error
-    if not names <= _HARMLESS:
-        _refuse(path, "a torch file", names)
+    _check_names(path, "a torch file", _names(path, stream))
+    stream.seek(0)
+    _rehearse(path, "a torch file", stream)
 
 
-def _names_in_pickle(path: Path, stream: BinaryIO) -> set[str]:
-    """All classes and functions that a pickle asks for, dotted; it is only parsed, nothing is executed."""
-    names: set[str] = set()
-    texts: list[str] = []  # the operands of STACK_GLOBAL are the last two texts that were put on the stack
-    memo: dict[int, str] = {}
-    memoised = 0
+def _check_old(path: Path) -> None:
+    """Raise an `InputError` unless `path` is a file as torch.save wrote them before version 1.6: its pickles
+    harmless, and all storages that they claim there, whole and nothing else."""
+    what = "a torch file of the old format (before version 1.6)"
+    with path.open("rb") as file:
+        _check_names(path, what, set().union(*(_names(path, file) for _ in range(_OLD_PICKLES))))
+        file.seek(0)
+        *_, (_, storages), (keys, _) = [_rehearse(path, what, file) for _ in range(_OLD_PICKLES)]
+        claimed = file.tell() + sum(_OLD_COUNT + each.count * each.size for each in storages.values())
+    # torch would leave a storage that is not listed as it finds it in memory.
+    if keys != sorted(storages):
+        raise InputError(f"{path}: damaged torch file (its list of storages is not that of its tensors)")
+    size = path.stat().st_size
+    if claimed != size:
+        raise InputError(f"{path}: truncated or damaged torch file ({claimed} bytes long, it says, not {size})")
+    # A file can be this and a tar archive at a time, and torch would rather read the archive.
     try:
-        for operation, argument, _ in pickletools.genops(stream):
-            code = operation.name
-            if code == "GLOBAL" or code == "INST":
-                names.add(_modern(*argument.split(" ", 1)))
-            elif code == "STACK_GLOBAL":
-                names.add(_modern(*(["?", "?"] + texts)[-2:]))
-            elif code.startswith("EXT"):
-                names.add(f"extension {argument}")
-            elif code in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-                memo[memoised if argument is None else argument] = texts[-1] if texts else "?"
-                memoised += 1
-            elif code in ("GET", "BINGET", "LONG_BINGET"):
-                texts.append(memo.get(argument, "?"))
-            elif isinstance(argument, str):
-                texts.append(argument)
-    except Exception as error:  # whatever a damaged stream leads the parser to
-        raise InputError(f"{path}: truncated or damaged pickle ({_first_line(error)})") from error
-    return names
+        archive = tarfile.is_tarfile(path)
+    except Exception as error:  # a damaged header can bring tarfile to raise anything
+        raise InputError(f"{path}: damaged torch file ({_first_line(error)})") from error
+    if archive:
+        raise InputError(f"{path}: a tar archive, expected a file of torch.save")
 
 
-def _modern(module: str, name: str) -> str:
-    """A dotted name as this Python has it; pickles of protocol 2 use Python 2's modules."""
-    return printable(f"{ {'__builtin__': 'builtins', 'copy_reg': 'copyreg'}.get(module, module) }.{name}")
+def _names(path: Path, stream: BinaryIO) -> set[str]:
+    try:
+        return pickles.names(stream)
+    except pickles.Damaged as error:
+        raise InputError(f"{path}: truncated or damaged pickle ({error})") from error
+
+
+def _check_names(path: Path, what: str, names: set[str]) -> None:
+    if not names <= pickles.HARMLESS:
+        _refuse(path, what, names)
+
+
+def _rehearse(path: Path, what: str, stream: BinaryIO) -> tuple[Any, dict[str, pickles.Storage]]:
+    try:
+        return pickles.rehearse(stream)
+    except pickles.Foreign as step:
+        _refuse(path, what, {str(step)})
+    except pickles.Damaged as error:
+        raise InputError(f"{path}: damaged torch file ({printable(str(error))})") from error
 
 
 def printable(name: str) -> str:
@@ -192,18 +200,9 @@ def printable(name: str) -> str:
     return name.encode("unicode_escape").decode("ascii")
 
 
-def _refuse_pickle(path: Path) -> NoReturn:
-    """Refuse a bare pickle, or the row of four pickles that torch wrote before it took to zip archives."""
-    with path.open("rb") as file:
-        old = file.read(64).startswith(_OLD_TORCH)
-        file.seek(0)
-        names = set().union(*(_names_in_pickle(path, file) for _ in range(4 if old else 1)))
-    _refuse(path, "a torch file of the old format (before version 1.6)" if old else "a bare pickle", names)
-
-
 def _refuse(path: Path, what: str, names: set[str]) -> NoReturn:
-    foreign = sorted(names - _HARMLESS)
-    shown = ", ".join(foreign[:3]) + (" and more" if len(foreign) > 3 else "")
+    foreign = sorted(names - pickles.HARMLESS)
+    shown = ", ".join(map(printable, foreign[:3])) + (" and more" if len(foreign) > 3 else "")
     raise InputError(
         f"{path}: {what}{' that asks for ' * bool(foreign)}{shown} is not read here, because such a file can "
         f"run any code; if you trust it, convert it in a safe place: "

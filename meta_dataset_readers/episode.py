@@ -35,8 +35,9 @@ class Episode:
 
     @property
     def n_way(self) -> int:
-        """Number of classes N."""
-        return int(self.support_labels.max()) + 1
+        """Number of classes N; of an episode without support, a part of an ordinary test set, that of the
+        class names."""
+        return int(self.support_labels.max()) + 1 if len(self.support_labels) else len(self.class_names)
 
     def to(self, device) -> "Episode":
         """The same episode with its four tensors on `device`."""

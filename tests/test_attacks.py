@@ -114,6 +114,7 @@ QUICK = {
     "pgd": {"steps": 4},
     "apgd": {"steps": 6},
     "autoattack": {},
+    "fab": {"steps": 6},
     "square": {"queries": 20},
     "pyramid": {"steps": 2},
     "transfer": {"steps": 4},

@@ -9,7 +9,7 @@ import torch
 from conftest import fails
 from PIL import Image
 
-from amt.autolora.corruptions import CORRUPTIONS, corrupted, corruption_table, open_corrupted
+from amt.autolora.corruptions import CORRUPTIONS, corrupted, open_corrupted
 from amt.autolora.data import batches, transforms
 from amt.autolora.labelled import ArrayImages
 
@@ -136,19 +136,3 @@ def test_a_missing_library_is_named_with_how_to_install_it(monkeypatch):
 
 def test_pictures_too_small_to_corrupt():
     fails("image size 28: .* 32 pixels", lambda: corrupted(photos(), 28, False))
-
-
-# --- means -----------------------------------------------------------------------------------------------
-
-
-def test_the_mean_is_of_severities_and_these_of_corruptions():
-    table = corruption_table({"fog": [0.9, 0.8, 0.7, 0.6, 0.5], "snow": [0.5, 0.4, 0.3, 0.2, 0.1]})
-    assert table.by_severity == pytest.approx((0.7, 0.6, 0.5, 0.4, 0.3))
-    assert table.by_corruption == pytest.approx({"fog": 0.7, "snow": 0.3})
-    assert table.mean == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize("accuracies", [{}, {"fog": [0.1] * 4}, {"fog": [0.1] * 5, "snow": [0.1] * 6}])
-def test_an_incomplete_table_is_refused(accuracies):
-    with pytest.raises(ValueError, match="expected 5"):
-        corruption_table(accuracies)

@@ -5,10 +5,8 @@ a library that is an optional extra. Knows corrupted test sets; does not know ne
 """
 
 import contextlib
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -156,31 +154,3 @@ def _numpy_seeded(seed: int) -> Iterator[None]:
         yield
     finally:
         np.random.set_state(before)
-
-
-# --- the numbers that are reported -----------------------------------------------------------------------
-
-
-class CorruptionTable(NamedTuple):
-    """Mean accuracies: of a corruption over severities, of a severity over corruptions, and of the latter."""
-
-    by_corruption: dict[str, float]
-    by_severity: tuple[float, ...]
-    mean: float
-
-
-def corruption_table(accuracies: Mapping[str, Sequence[float]]) -> CorruptionTable:
-    """Sums up accuracies by corruption and severity: five numbers, severity 1 first, for each corruption.
-
-    Raises ValueError for no corruption, or one without exactly five numbers.
-    """
-    if not accuracies or any(len(five) != SEVERITIES for five in accuracies.values()):
-        raise ValueError(f"accuracies of {dict(accuracies)}, expected {SEVERITIES} for each corruption")
-    by_severity = tuple(_mean(severity) for severity in zip(*accuracies.values(), strict=True))
-    return CorruptionTable(
-        {name: _mean(five) for name, five in accuracies.items()}, by_severity, _mean(by_severity)
-    )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)

@@ -10,7 +10,6 @@ RUN/MODE/test is a run directory as of test_meta_dataset.py. The same command co
 
 import argparse
 import dataclasses
-import hashlib
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -194,14 +193,8 @@ def data_protocol(args: argparse.Namespace) -> dict:
         "num_classes": args.num_classes,
         "pretraining": args.pretraining,
         "validation_steps": options.examiner(args).steps,
-        "start": None if args.checkpoint is None else digest(args.checkpoint),
+        "start": checkpoint.digest(args.checkpoint),
     }
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_corrupted(args: argparse.Namespace, splits: Splits):

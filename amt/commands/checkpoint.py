@@ -8,7 +8,6 @@
 can be lost; the file it writes is then safe anywhere.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -141,10 +140,8 @@ def count(tensors: Iterable[Tensor]) -> str:
 
 def hashes(path: Path) -> Lines:
     """A file's digests, and whether it is one of those that the authors released."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     released = published.released_file(path)
-    lines = [("sha256", digest), ("git blob", published.git_blob_id(path))]
+    lines = [("sha256", checkpoint.digest(path)), ("git blob", published.git_blob_id(path))]
     return lines + [("released", f"bit for bit the authors' {released}")] * (released is not None)
 
 

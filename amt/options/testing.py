@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from amt.attacks import PGD_KINDS, Attack, autoattack_parts, parse_attack
+from amt.attacks import PGD_KINDS, TARGETED, Attack, parse_attack, target_count
 from amt.backbone import base_arch
 from amt.deploy import ROUTINGS, SELECTS, Deployment
 from amt.domain_config import DomainSettings, read_domain_config
@@ -156,7 +156,7 @@ def testing_parser() -> Parser:
         nargs="+",
         action="append",
         metavar=("NAME", "OPTION=VALUE"),
-        help="any number of times: pgd, apgd, autoattack, square, pyramid, transfer (images made on the "
+        help="any number of times: pgd, apgd, autoattack, fab, square, pyramid, transfer (images made on the "
         "pretrained network) or support (its images are attacked, not the queries), with any of norm=l2, "
         "epsilon=1,2,4, steps=, restarts=, step_size=, loss=ce|kl|dlr, queries=, targets= "
         "(default: pgd)",
@@ -315,8 +315,8 @@ def attacks(args: argparse.Namespace) -> tuple[Attack, ...]:
     check_distinct("attack", [attack.name for attack in found])
     ways = sampling(args).num_ways or args.min_ways
     for attack in found:
-        if attack.kind == "autoattack":
-            autoattack_parts(ways, attack.targets)
+        if attack.kind in TARGETED:
+            target_count(attack.kind, ways, attack.targets)
     return tuple(found)
 
 

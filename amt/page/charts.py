@@ -162,7 +162,7 @@ def scatter(shown: Sequence[Shown]) -> Figure | None:
     name = next(column for column in robust if column)
     alike = len(set(robust)) == 1
     caption = (
-        f"One point per domain and run over {episode_counts(shown)}; bars: 95% bootstrap intervals. "
+        f"One point per domain and run over {row_counts(shown)}; bars: 95% bootstrap intervals. "
         + (f"Robust accuracy is column {name}." if alike else "The runs share no attack: ")
         + ("" if alike else "; ".join(f"{e.label} has {c}" for e, c in zip(shown, robust, strict=True)) + ".")
         + (f" Lines lead from {series[0].name} to the others." if len(series) > 1 else "")
@@ -235,7 +235,7 @@ def curves(shown: Sequence[Shown]) -> list[Figure]:
         if panels:
             caption = (
                 f"Accuracy under {', '.join(by_attack)} against the size of the perturbation in the "
-                f"{NORMS[norm]} norm, clean at 0; bars: 95% bootstrap intervals, n episodes as noted."
+                f"{NORMS[norm]} norm, clean at 0; bars: 95% bootstrap intervals, n {units(shown)} as noted."
             )
             headings = ("domain", "run", "attack", "epsilon", "accuracy", "±", "from", "to", "n")
             title = f"Robustness curves, {NORMS[norm]}"
@@ -322,7 +322,7 @@ def differences(shown: Sequence[Shown]) -> Differences:
         return Differences(None, by_run, tuple(refusals))
     counts = n_note(summary.n for found in by_run.values() for summary in found.values())
     caption = (
-        f"Accuracy minus that of {reference.label} on the same episodes, in points; "
+        f"Accuracy minus that of {reference.label} on the same {units(shown)}, in points; "
         f"bars: 95% bootstrap intervals of the paired difference, {counts}. "
         f"Right of zero is better than {reference.label}."
     )
@@ -333,22 +333,23 @@ def differences(shown: Sequence[Shown]) -> Differences:
 
 
 def seconds(shown: Sequence[Shown]) -> Figure:
-    """Seconds per episode, by domain and run."""
+    """Seconds per episode or image, by domain and run."""
+    unit = units(shown, plural=False)
     found = {
         (domain, each.label): of_values([row["seconds"] for row in rows])
         for each in shown
         for domain, rows in each.run.rows.items()
         if all("seconds" in row for row in rows)
     }
-    panel = _rows_panel("", "seconds per episode, attacks included", domains(shown), found, shown, {})
+    panel = _rows_panel("", f"seconds per {unit}, attacks included", domains(shown), found, shown, {})
     rows = []
     for (domain, name), summary in found.items():
         texts = (f"{summary.mean:.3g}", *interval_texts(summary, ".2g"))
         values = (summary.mean, summary.interval, summary.low, summary.high)
         rows.append((Cell(domain), Cell(name), *map(Cell, texts, values), Cell(str(summary.n), summary.n)))
-    caption = f"Mean seconds per episode; bars: 95% bootstrap intervals, {counts_note(found.values())}."
+    caption = f"Mean seconds per {unit}; bars: 95% bootstrap intervals, {counts_note(found.values())}."
     headings = ("domain", "run", "seconds", "±", "from", "to", "n")
-    return Figure("seconds", "Time per episode", caption, (panel,), Table(headings, tuple(rows)))
+    return Figure("seconds", f"Time per {unit}", caption, (panel,), Table(headings, tuple(rows)))
 
 
 def _rows_panel(
@@ -473,13 +474,16 @@ def numbers(summary: Summary, with_n: bool = True, signed: bool = False) -> tupl
     return cells + (Cell(str(summary.n), summary.n),) * with_n
 
 
-def episode_counts(shown: Sequence[Shown]) -> str:
-    return episodes({len(rows) for each in shown for rows in each.run.rows.values()}) + " each"
+def units(shown: Sequence[Shown], plural: bool = True) -> str:
+    """What the rows of the runs are about, in words."""
+    return " or ".join(unit + "s" * plural for unit in union([each.run.unit] for each in shown))
 
 
-def episodes(counts: Iterable[int]) -> str:
-    counts = set(counts)
-    return f"{between(counts)} episode{'s' * (counts != {1})}"
+def row_counts(shown: Sequence[Shown]) -> str:
+    """How many episodes or images every domain has, in words."""
+    counts = {len(rows) for each in shown for rows in each.run.rows.values()}
+    words = f"{between(counts)} {units(shown, plural=counts != {1})}"
+    return words + " each" * any(each.run.unit == "episode" for each in shown)
 
 
 def n_note(counts: Iterable[int]) -> str:

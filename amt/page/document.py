@@ -22,13 +22,13 @@ from amt.page.drawing import Cell, Figure, HeatMap, Share, Table, number
 from amt.page.markup import Child, Markup, element, join
 from amt.page.pictures import amplify, data_uri
 from amt.page.svg import figure_svg, strip_svg, swatch
-from amt.runs import Run, Sample, attack_from
+from amt.runs import SEVERITIES, Run, Sample, attack_from, corruption_summary
 from amt.statistics import Summary
 
 SAMPLE_SIDE = 128  # pixels; larger samples are shown smaller
 SAMPLE_BUDGET = 2_000_000  # characters of images in a page
 MOST_IMAGES = 4  # of one episode
-TEXT_COLUMNS = {"domain", "run", "attack", "adapter", "column", "robust column", "device"}
+TEXT_COLUMNS = {"domain", "corruption", "run", "attack", "adapter", "column", "robust column", "device"}
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -45,10 +45,11 @@ def page(runs: Sequence[Run]) -> str:
         ("curves", "Robustness curves", join(figure_block(figure) for figure in charts.curves(shown))),
         ("differences", "Differences between runs", compared and differences_block(compared)),
         ("merging", "Merged adapters", merging_block(charts.heat_maps(shown))),
-        ("samples", "Sample episodes", samples_block(shown)),
+        ("corruptions", "Common corruptions", corruptions_block(shown)),
+        ("samples", f"Sample {charts.units(shown)}", samples_block(shown)),
         ("cost", "Time and memory", cost_block(shown)),
         ("about", "What was run", element("div", *map(about_block, shown), class_="runs")),
-        ("reading", "How to read this page", element("ul", *(element("li", line) for line in READING))),
+        ("reading", "How to read this page", element("ul", *map(_item, reading(shown)))),
     ]
     sections = [(name, title, content) for name, title, content in sections if content]
     body = [
@@ -64,19 +65,31 @@ def page(runs: Sequence[Run]) -> str:
     return _document("Evaluation of " + ", ".join(each.label for each in shown), body)
 
 
-READING = (
-    "Accuracies are means over episodes, in per cent. ± is 1.96 standard errors; the interval in brackets is "
-    "the 95% bootstrap interval, which follows the skew near 0 and 100. The interval of an average is what "
-    "the independent errors of its domains add up to.",
-    "pgd20@8 is 20 steps of PGD within epsilon 8/255; epsilon is in 1/255 of the pixel range in both norms, "
-    "L∞ unless the name says l2.",
-    "union is the worst case, image by image, over several attacks: union@8 over those of one norm within "
-    "that epsilon, union alone over all.",
-    "suspect marks a number that an automatic check of the attacks gives reason to doubt; in the figures its "
-    "marker is hollow.",
-    "Differences are between runs on the same episodes, with the same starts of the attacks, so their "
-    "intervals are narrower than those of the accuracies suggest.",
-)
+def _item(text: str) -> Markup:
+    return element("li", text)
+
+
+def reading(shown: Sequence[Shown]) -> list[str]:
+    """What somebody who meets such a page for the first time has to be told."""
+    units = charts.units(shown)
+    found = [
+        f"Accuracies are means over {units}, in per cent. ± is 1.96 standard errors; the interval in "
+        "brackets is the 95% bootstrap interval, which follows the skew near 0 and 100. The interval of an "
+        "average is what the independent errors of its domains add up to.",
+        "pgd20@8 is 20 steps of PGD within epsilon 8/255; epsilon is in 1/255 of the pixel range in both "
+        "norms, L∞ unless the name says l2.",
+        "union is the worst case, image by image, over several attacks: union@8 over those of one norm "
+        "within that epsilon, union alone over all.",
+        "suspect marks a number that an automatic check of the attacks gives reason to doubt; in the figures "
+        "its marker is hollow.",
+        f"Differences are between runs on the same {units}, with the same starts of the attacks, so their "
+        "intervals are narrower than those of the accuracies suggest.",
+    ]
+    if any(each.run.corruptions for each in shown):
+        found.append(
+            "Common corruptions are no attacks: noise, blur, weather and the like on the same images."
+        )
+    return found
 
 
 def _document(title: str, body: Iterable[Child]) -> str:
@@ -105,10 +118,11 @@ def header(
     shown: Sequence[Shown], compared: Differences | None, sections: Sequence[tuple[str, str]]
 ) -> Markup:
     """What it comes to, in words and in a card per run, with everything that speaks against it."""
+    few_shot = any(each.run.unit == "episode" for each in shown)
     links = (element("li", element("a", title, href=f"#{name}")) for name, title in sections)
     return element(
         "header",
-        element("h1", "Few-shot accuracy, clean and under attack"),
+        element("h1", f"{'Few-shot accuracy' if few_shot else 'Accuracy'}, clean and under attack"),
         element("p", summary_line(shown), class_="lead"),
         *(element("p", stamp, class_="stamp", role="note") for stamp in stamps(shown)),
         *(element("p", notice, class_="notice", role="note") for notice in notices(shown, compared)),
@@ -120,7 +134,10 @@ def header(
 def summary_line(shown: Sequence[Shown]) -> str:
     """A few sentences in plain words."""
     domains = charts.domains(shown)
-    over = f"{len(domains)} domain{'s' * (len(domains) != 1)}, {charts.episode_counts(shown)}"
+    if len(domains) == 1 and charts.units(shown) == "images":
+        over = f"{charts.row_counts(shown)} of {domains[0]}"
+    else:
+        over = f"{len(domains)} domain{'s' * (len(domains) != 1)}, {charts.row_counts(shown)}"
     robust = charts.robust_columns(shown)
     if len(shown) == 1:
         (each,), (column,) = shown, robust
@@ -166,7 +183,7 @@ def notices(shown: Sequence[Shown], compared: Differences | None) -> Iterable[st
         if not each.run.complete:
             asked = each.run.about["episodes"]
             have = ", ".join(f"{s} {len(each.run.rows.get(s, ()))}" for s in each.run.about["sources"])
-            yield f"{each.label} is unfinished: of {asked} episodes per domain it has {have}."
+            yield f"{each.label} is unfinished: of {asked} {each.run.unit}s per domain it has {have}."
     doubts = [(each, finding) for each in shown for finding in each.run.findings]
     if doubts:
         names = ", ".join(dict.fromkeys(f"{each.label} on {finding.source}" for each, finding in doubts))
@@ -213,7 +230,7 @@ def card(each: Shown, shown: Sequence[Shown], compared: Differences | None) -> M
     return element(
         "article",
         element("h3", swatch(each.style) if len(shown) > 1 else None, each.label),
-        element("p", f"{over}, {count} episodes, per cent", class_="over"),
+        element("p", f"{over}, {count} {each.run.unit}s, per cent", class_="over"),
         element("div", *tiles, class_="tiles"),
         element("p", ", ".join(known), class_="over"),
         class_="card",
@@ -278,7 +295,7 @@ def results(shown: Sequence[Shown]) -> Markup:
             element(
                 "p",
                 "Accuracy in per cent, mean ± 1.96 standard errors, below it the 95% bootstrap interval; n "
-                "episodes. Headings sort.",
+                f"{charts.units(shown)}. Headings sort.",
                 class_="caption",
             ),
             element("h3", "Suspect results") if doubts else None,
@@ -417,6 +434,48 @@ def heat_cell(share: Share) -> Markup:
     )
 
 
+# --- common corruptions ----------------------------------------------------------------------------------
+
+
+def corruptions_block(shown: Sequence[Shown]) -> Markup | None:
+    """Accuracy by corruption and severity, and the means that papers report."""
+    having = [each for each in shown if each.run.corruptions]
+    if not having:
+        return None
+    several = len(shown) > 1
+    bodies = []
+    for names in (charts.union(each.run.corruptions for each in having), ["mean"]):
+        bodies.append(
+            [
+                element(
+                    "tr",
+                    element("th", name_of(name), scope="row"),
+                    element("td", name_of(each.label), class_="name") if several else None,
+                    *(element("td", f"{v:.1f}", data_value=f"{v:.4f}") for v in values),
+                )
+                for name in names
+                for each in having
+                if (values := _by_severity(each.run, name)) is not None
+            ]
+        )
+    head = ("corruption", *(["run"] if several else []), *map(str, range(1, SEVERITIES + 1)), "mean")
+    caption = "Accuracy in per cent at severities 1 to 5, and their mean; nothing is attacked. Headings sort."
+    return join(
+        [table(head, bodies, "Accuracy under common corruptions"), element("p", caption, class_="caption")]
+    )
+
+
+def _by_severity(run: Run, name: str) -> list[float] | None:
+    """Per cent at each severity and on average, of a corruption or of the "mean" over them."""
+    if name == "mean":
+        found = corruption_summary(run.corruptions)
+        return [*found["by_severity"], found["mean"]]
+    if name not in run.corruptions:
+        return None
+    values = [100 * each for each in run.corruptions[name]]
+    return [*values, sum(values) / len(values)]
+
+
 # --- samples ---------------------------------------------------------------------------------------------
 
 
@@ -450,9 +509,10 @@ def samples_block(shown: Sequence[Shown]) -> Markup | None:
         return None
     total = sum(len(sample.clean) for _, sample in found)
     caption = (
-        f"{sum(map(len, trios))} of the {total} images kept with the runs, the first of each episode. "
-        "The perturbation is amplified so that its largest value spans the range, by the factor below it; "
-        "grey is no change. An image that is wrong already is not attacked. "
+        f"{sum(map(len, trios))} of the {total} images kept with the runs"
+        + ("" if charts.units(shown) == "images" else ", the first of each episode")
+        + ". The perturbation is amplified so that its largest value spans the range, by the factor below "
+        "it; grey is no change. An image that is wrong already is not attacked. "
         + (f"Larger images are shown with {SAMPLE_SIDE} pixels a side." if _shrunk(found) else "")
     )
     return join([element("p", caption.strip(), class_="caption"), element("div", *blocks, class_="samples")])
@@ -463,7 +523,8 @@ def _shrunk(found: Sequence[tuple[Shown, Sample]]) -> bool:
 
 
 def sample_block(each: Shown, sample: Sample, trios: Sequence[Trio], several: bool) -> Markup:
-    where = f"{sample.source}, episode {sample.index}, {sample.column}" + f": {each.label}" * several
+    place = f", episode {sample.index}" * (each.run.unit == "episode")
+    where = f"{sample.source}{place}, {sample.column}" + f": {each.label}" * several
     rows = []
     for k, taken in enumerate(trios):
         label, before, after = (
@@ -519,12 +580,12 @@ def cost_block(shown: Sequence[Shown]) -> Markup:
     rows = []
     for each in shown:
         about = each.run.about
-        episodes = sum(map(len, each.run.rows.values()))
+        count = sum(map(len, each.run.rows.values()))
         rows.append(
             element(
                 "tr",
                 element("th", name_of(each.label), scope="row"),
-                element("td", episodes, data_value=episodes),
+                element("td", count, data_value=count),
                 *(
                     element("td", shape(about[name]), data_value=about[name])
                     if each.run.complete and isinstance(about.get(name), int | float)
@@ -534,7 +595,7 @@ def cost_block(shown: Sequence[Shown]) -> Markup:
                 element("td", name_of(str(about.get("device") or "–")), class_="name"),
             )
         )
-    head = ("run", "episodes", "time", "peak memory", "device")
+    head = ("run", charts.units(shown), "time", "peak memory", "device")
     return join([table(head, [rows], "Time and memory", "numbers"), figure_block(charts.seconds(shown))])
 
 
@@ -576,7 +637,7 @@ def about_block(each: Shown) -> Markup:
                 ("checkpoint", about.get("checkpoint") or "none, the pretrained network"),
                 ("seed", str(about["seed"])),
                 ("split", about.get("split")),
-                ("episodes", f"{about['episodes']} per domain, {shapes(run)}"),
+                (f"{run.unit}s", shapes(run)),
                 (
                     "attacks",
                     join(element("div", attack_words(attack)) for attack in about["attacks"]) or "none",
@@ -594,9 +655,11 @@ def about_block(each: Shown) -> Markup:
 
 
 def shapes(run: Run) -> str:
-    """How large the episodes were, over all domains."""
+    """How many rows there are in a domain, and how large the episodes were."""
     rows = run.every_row
-    parts = []
+    if run.unit == "image":
+        return f"{run.about['episodes']}, of {charts.between(row['ways'] for row in rows)} classes"
+    parts = [f"{run.about['episodes']} per domain"]
     for name, what in (("ways", "ways"), ("support", "support images"), ("queries", "query images")):
         counts = {row[name] for row in rows if name in row}
         if counts:
