@@ -230,12 +230,18 @@ def test_counters_may_be_missing(tmp_path, mini):
     )
 
 
-def test_exported_files_and_smaller_numbers(tmp_path, mini):
-    """safetensors with plain names, in half precision: widened, which is exact."""
+def test_classifiers_of_ours_and_smaller_numbers(tmp_path, mini):
+    """safetensors with plain names, in half precision: widened, which is exact. The header says how the input
+    is normalised; one that makes no sense, or the state of a training, is refused."""
     net, start, weights = mini
     half = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
-    save_file(half, tmp_path / "classifier.safetensors", {"amt": "{}"})
+    about = {"kind": "classifier", "mean": [0, 0, 0], "std": [1, 1, 1], "image_size": 32}
+    save_file(half, tmp_path / "classifier.safetensors", {"amt": json.dumps(about)})
     found = read(tmp_path / "classifier.safetensors", net, start)
+    assert found.statistics == ((0, 0, 0), (1, 1, 1)) and found.about["image_size"] == 32
+    for fault, reason in (({"std": [1, 0, 1]}, "damaged header"), ({"kind": "fine-tuning"}, "holds a fine-")):
+        save_file(half, tmp_path / "other.safetensors", {"amt": json.dumps(about | fault)})
+        fails(reason, lambda: read(tmp_path / "other.safetensors", net, start))
     assert_same(found.weights, {name: half[name].to(value.dtype) for name, value in weights.items()})
 
 

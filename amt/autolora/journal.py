@@ -16,12 +16,13 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from amt import weight_files
+from amt.autolora.pretrained import CLASSIFIER
 from amt.autolora.tune import FineTuner, StepRecord
 from amt.checkpoint import FORMAT, HEADER, replace_file
 from amt.weight_files import Weights
 from meta_dataset_readers.errors import InputError
 
-CLASSIFIER, STATE = "classifier", "fine-tuning"  # kinds of our files
+STATE = "fine-tuning"  # the kind of our files that a run is continued from
 
 
 class Journal:

@@ -58,7 +58,9 @@ def parser() -> Parser:
         help="cifar10, cifar100, stl10, dtd, dogs, cub, caltech101, caltech256, cars, aircraft, flowers, "
         "food101, or imagefolder: train/CLASS/* and test/CLASS/*, or class folders alone",
     )
-    data.add_argument("--data", "--data_root", type=place, help="where it lies on the disk", required=True)
+    data.add_argument(
+        "--data", "--data_root", type=place, default=Path("data"), help="where it lies on the disk"
+    )
     data.add_argument("--resize", type=positive, help="side in pixels of the images (default: by data set)")
     data.add_argument(
         "--val",

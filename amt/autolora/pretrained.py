@@ -11,10 +11,12 @@ Every tensor of a file is accounted for: it is a weight of the network or by its
 section 8.) Files are read by `weight_files`, which runs nothing of them. Knows no training.
 """
 
+import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from timm.layers import resample_abs_pos_embed
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from amt import weight_files
 from amt.autolora.networks import Network
+from amt.checkpoint import HEADER
 from amt.weight_files import Weights
 from meta_dataset_readers.errors import InputError, nearest
 
@@ -38,6 +41,8 @@ PRETRAININGS = {
     "DynACL_RCS": True,
 }
 
+CLASSIFIER = "classifier"  # the kind of our files that hold one
+
 Triple = tuple[float, float, float]
 
 
@@ -51,6 +56,7 @@ class Pretrained(NamedTuple):
         normalise: whether networks of this pretraining normalise their input; None where nothing tells.
         kind: what was recognised, on one line.
         statistics: the mean and standard deviation in the file, if it keeps them.
+        about: what a classifier of ours says of itself; of other files nothing.
     """
 
     weights: Weights
@@ -59,6 +65,7 @@ class Pretrained(NamedTuple):
     normalise: bool | None
     kind: str
     statistics: tuple[Triple, Triple] | None = None
+    about: Mapping[str, Any] = MappingProxyType({})
 
 
 def read(path: Path, network: Network, start: Weights, pretraining: str | None = None) -> Pretrained:
@@ -78,7 +85,9 @@ def read(path: Path, network: Network, start: Weights, pretraining: str | None =
             unknown.
     """
     normalises = None if pretraining is None else _normalises(pretraining)
-    place, found = _unwrap(path, weight_files.read(path, "checkpoint").data)
+    content = weight_files.read(path, "checkpoint")
+    about = _about(path, content.header)
+    place, found = _unwrap(path, content.data)
     parts = _sort(path, found, network)
     head, note = _choose_head(parts.heads, network, start)
     headless = {name: value for name, value in start.items() if head or not network.is_head(name)}
@@ -93,10 +102,28 @@ def read(path: Path, network: Network, start: Weights, pretraining: str | None =
         {name: weights[name] if name in weights else value.clone() for name, value in start.items()},
         natural,
         bool(head),
-        True if normalises is None and parts.normalisation else normalises,
+        True if normalises is None and (parts.normalisation or about) else normalises,
         "; ".join(filter(None, notes)),
-        _statistics(parts.normalisation),
+        (about["mean"], about["std"]) if about else _statistics(parts.normalisation),
+        about,
     )
+
+
+def _about(path: Path, header: Mapping[str, str]) -> dict:
+    """What the header of a file of ours says; empty for others."""
+    if HEADER not in header:
+        return {}
+    try:
+        found = json.loads(header[HEADER])
+        kind = found["kind"]
+        if kind == CLASSIFIER:
+            mean, std = (tuple(float(value) for value in found[name]) for name in ("mean", "std"))
+            if len(mean) != 3 or len(std) != 3 or not min(std) > 0:
+                raise ValueError(f"mean {mean}, std {std}")
+            return {**found, "mean": mean, "std": std}
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: no classifier, damaged header field {HEADER!r} ({error!r})") from error
+    raise InputError(f"{path}: holds a {kind}, expected a classifier, such as the best.safetensors beside it")
 
 
 def _normalises(pretraining: str) -> bool:

@@ -100,17 +100,23 @@ def open_network(args: argparse.Namespace, network: Network) -> tuple[Network, P
     if not options.high(args):
         start |= {name: torch.zeros_like(start[name]) for name in start if network.is_head(name)}
     if args.checkpoint is None:
-        return network, Pretrained(start, {}, False, None, f"{args.arch}, untrained", None)
+        return network, Pretrained(start, {}, False, None, f"{args.arch}, untrained")
     found = pretrained.read(args.checkpoint, network, start, args.pretraining)
     if args.eval_only and not found.head:
         raise InputError(
             f"{args.checkpoint}: holds no classifier of {network.n_classes} classes to be tested"
         )
+    for name in ("image_size", "resize"):
+        if args.eval_only and found.about and found.about.get(name) != getattr(network, name):
+            raise InputError(
+                f"{args.checkpoint}: was trained with {name} {found.about.get(name)}, not "
+                f"{getattr(network, name)}; see --resize and --resolution"
+            )
     if found.normalise is False:
         network = dataclasses.replace(network, mean=(0.0,) * 3, std=(1.0,) * 3)
     elif found.statistics is not None:
         mean, std = found.statistics
-        network = dataclasses.replace(network, mean=tuple(mean), std=tuple(std))
+        network = dataclasses.replace(network, mean=mean, std=std)
     return network, found
 
 
