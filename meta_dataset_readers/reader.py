@@ -218,11 +218,11 @@ def episode_loader(dataset: Dataset, num_workers: int = 0) -> DataLoader:
         generator=torch.Generator(),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=leave_signals_to_the_parent,
     )
 
 
-def _leave_signals_to_the_parent(_worker: int) -> None:
+def leave_signals_to_the_parent(_worker: int) -> None:
     """Ctrl-C, `timeout` and batch systems signal the whole process group; a worker that died of it would
     take the episode with it that its parent still wants to finish and save."""
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -56,7 +56,7 @@ OF_THE_READERS = {"meta_dataset_readers.episode", "meta_dataset_readers.errors"}
 MORE_OF_THE_READERS = {
     "options.common": {"meta_dataset_readers.sampling"},
     "autolora.labelled": {"meta_dataset_readers.transforms"},
-    "autolora.data": {"meta_dataset_readers.transforms"},
+    "autolora.data": {"meta_dataset_readers.transforms", "meta_dataset_readers.reader"},
 }
 
 SCRIPTS = {"main", "test_meta_dataset", "studies", "benchmarks", "tools", "tests"}

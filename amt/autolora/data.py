@@ -11,7 +11,6 @@ before.
 
 import dataclasses
 import hashlib
-import signal
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from amt.autolora.datasets import known, open_dataset
 from amt.autolora.labelled import Chosen, Labelled, choose_per_class
 from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.reader import leave_signals_to_the_parent
 from meta_dataset_readers.transforms import planes, unit_range
 
 Transform = Callable[[Image.Image, torch.Generator], Tensor]
@@ -229,7 +229,7 @@ class Batches:
             batch_size=None,
             generator=torch.Generator(),
             num_workers=self._workers,
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=leave_signals_to_the_parent,
         )
         iterator = iter(loader)
         for item in iterator:
@@ -277,10 +277,3 @@ def stream(*key: int) -> int:
     """A seed in 0..2^63-1 for a key of integers >= 0; neighbouring keys have unrelated seeds."""
     digest = hashlib.blake2b(struct.pack(f"<{len(key)}Q", *key), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def _leave_signals_to_the_parent(_worker: int) -> None:
-    """Ctrl-C and batch systems signal the whole process group; a worker that died of it would take batches
-    with it that its parent still wants to finish with."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
