@@ -1,8 +1,8 @@
 """What a pickle would do, found out without doing any of it.
 
-Pickles are only parsed here, by pickletools. `names` lists what one asks for; `rehearse` goes through it step by
-step with stand-ins in place of everything it would make, and passes only what files of torch.save consist of.
-A second reader may then read it for good. Knows no files and makes no tensors.
+Pickles are only parsed here, by pickletools. `names` lists what one asks for; `rehearse` goes through it step
+by step, with stand-ins for everything it would make, and passes only what files of torch.save consist of.
+Another reader may then read it for good. Knows no files and makes no tensors.
 """
 
 import pickletools
@@ -96,7 +96,7 @@ def names(stream: BinaryIO) -> set[str]:
                 case _ if isinstance(argument, str):
                     texts.append(argument)
     except Exception as error:  # whatever a damaged stream leads the parser to
-        raise Damaged(_first_line(error)) from error
+        raise Damaged(first_line(error)) from error
     return found
 
 
@@ -114,20 +114,20 @@ def rehearse(stream: BinaryIO) -> tuple[Any, dict[str, Storage]]:
         anything yet.
 
     Raises:
-        Foreign: it has instructions that torch's own careful reader does not know, asks for a name that is not
-            in `HARMLESS`, or uses one in a way that torch.save never does.
+        Foreign: it has instructions that torch's own careful reader does not know, asks for a name that is
+            not in `HARMLESS`, or uses one in a way that torch.save never does.
         Damaged: the stream holds no whole pickle, two storages share a key, or a tensor reaches beyond its
             storage.
     """
     rehearsal = _Rehearsal()
     try:
-        for operation, argument, _ in pickletools.genops(stream):
-            rehearsal.step(operation.name, argument)
+        for operation, argument, place in pickletools.genops(stream):
+            rehearsal.step(operation.name, argument, place)
         return rehearsal.stack.pop(), rehearsal.storages
     except (Foreign, Damaged):
         raise
     except Exception as error:  # the parser's, or an empty stack, or a key that cannot be one
-        raise Damaged(_first_line(error)) from error
+        raise Damaged(first_line(error)) from error
 
 
 _VALUES = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
@@ -144,8 +144,9 @@ class _Rehearsal:
         self.storages: dict[str, Storage] = {}
         self._outer: list[list[Any]] = []  # stacks below a mark
         self._memo: dict[int, Any] = {}
+        self._spent = 0
 
-    def step(self, code: str, argument: Any) -> None:
+    def step(self, code: str, argument: Any, place: int) -> None:
         stack = self.stack
         match code:
             case "PROTO" | "STOP":
@@ -186,6 +187,7 @@ class _Rehearsal:
                 stack.append(_Name(_dotted(*argument.split(" ", 1))))
             case "REDUCE":
                 arguments, called = stack.pop(), stack.pop()
+                self._spend(arguments, place)
                 stack.append(_call(called, arguments))
             case "NEWOBJ":
                 arguments, kind = stack.pop(), stack.pop()
@@ -193,11 +195,21 @@ class _Rehearsal:
                     raise Foreign(f"a new object of {_shown(kind)}")
                 stack.append(_Made("argparse.Namespace"))
             case "BUILD":
-                _check_state(stack[-2], stack.pop())
+                state = stack.pop()
+                self._spend((state,), place)
+                _check_state(stack[-1], state)
             case "BINPERSID":
                 stack.append(self._storage(stack.pop()))
             case _:
                 raise Foreign(f"the instruction {code}")
+
+    def _spend(self, given: tuple, place: int) -> None:
+        """Raise once calls were given more than the pickle is long so far: what they are given they copy, and
+        one text of a megabyte could be given a million times."""
+        parts = (given, *(each for each in given if isinstance(each, str | tuple | list | dict)))
+        self._spent += sum(len(each) for each in parts)
+        if self._spent > place:
+            raise Foreign("copies of the same thing without end")
 
     def _since_mark(self) -> list[Any]:
         items, self.stack = self.stack, self._outer.pop()
@@ -234,16 +246,16 @@ class _Rehearsal:
 def _call(called: Any, arguments: Any) -> _Made:
     """What stands for the result of a call, if it is one that torch.save writes.
 
-    A harmless name is not harmless with any argument: the likes of Counter go through whatever they get, and a
-    tensor of 4 bytes can have 2**40 rows; some encodings double what they are given.
+    A harmless name is not harmless with any argument: the likes of Counter go through whatever they get, and
+    a tensor of 4 bytes can have 2**40 rows; some encodings double what they are given.
     """
-    if not isinstance(called, _Name) or not isinstance(arguments, tuple) or not _is_usual(called, arguments):
+    if not isinstance(called, _Name) or not _is_usual(called.name, arguments):
         raise Foreign(f"an unusual call of {_shown(called)}")
     return _Made(called.name)
 
 
-def _is_usual(called: _Name, arguments: tuple) -> bool:
-    match called.name, arguments:
+def _is_usual(name: str, arguments: tuple) -> bool:
+    match name, arguments:
         case "torch._utils._rebuild_tensor_v2", (Storage(), int(), tuple(), tuple(), *_):
             _check_extent(*arguments[:4])
             return True
@@ -305,5 +317,6 @@ def _shown(thing: Any) -> str:
     return type(thing).__name__
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An exception on one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0].strip()

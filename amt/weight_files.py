@@ -1,9 +1,10 @@
 """Tensors out of files that others wrote: safetensors and torch.save, told apart by what is in them.
 
 A file never gets to run anything. Of a pickle all names are read first, and unless every one of them is in a
-short list (tensors, dictionaries, argparse.Namespace and plain numbers) the file is refused. Then the pickle is
-rehearsed, which makes nothing (see `pickles`), and only then torch reads it with weights_only. No number in a
-file is believed before it has been compared with the file's size. Knows no network and no name of a tensor.
+short list (tensors, dictionaries, argparse.Namespace and plain numbers) the file is refused. Then the pickle
+is rehearsed, which makes nothing (see `pickles`), and only then torch reads it with weights_only. No number
+in a file is believed before it has been compared with the file's size. Knows no network and no name of a
+tensor.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from amt import pickles
+from amt.pickles import first_line
 from meta_dataset_readers.errors import InputError
 
 Weights = dict[str, Tensor]
@@ -33,8 +35,8 @@ _EXACT_IN_FLOAT32 = (torch.float32, torch.float16, torch.bfloat16)
 
 _LARGEST_HEADER = 100_000_000  # of a safetensors file, in bytes
 
-# torch's format until version 1.5: pickles of this number, of the format's version, of the writing machine, of
-# what was saved and of the keys of its storages; then the storages in that order, each after its count.
+# torch's format until version 1.5: pickles of this number, of the format's version, of the writing machine,
+# of what was saved and of the keys of its storages; then the storages in that order, each after its count.
 _OLD_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 _OLD_PICKLES = 5
 _OLD_COUNT = 8  # bytes
@@ -115,7 +117,7 @@ def _read_safetensors(path: Path) -> Content:
             data = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return Content("safetensors", data, file.metadata() or {})
     except (safetensors.SafetensorError, AttributeError, TypeError, ValueError) as error:  # types it lacks
-        raise InputError(f"{path}: truncated or damaged safetensors file ({_first_line(error)})") from error
+        raise InputError(f"{path}: truncated or damaged safetensors file ({first_line(error)})") from error
 
 
 def _check_archive(path: Path) -> None:
@@ -144,7 +146,7 @@ def _check_archive(path: Path) -> None:
     except InputError:
         raise
     except Exception as error:  # zipfile raises almost anything over a damaged archive
-        raise InputError(f"{path}: truncated or damaged torch file ({_first_line(error)})") from error
+        raise InputError(f"{path}: truncated or damaged torch file ({first_line(error)})") from error
     _check_names(path, "a torch file", _names(path, stream))
     stream.seek(0)
     _rehearse(path, "a torch file", stream)
@@ -164,12 +166,12 @@ def _check_old(path: Path) -> None:
         raise InputError(f"{path}: damaged torch file (its list of storages is not that of its tensors)")
     size = path.stat().st_size
     if claimed != size:
-        raise InputError(f"{path}: truncated or damaged torch file ({claimed} bytes long, it says, not {size})")
+        raise InputError(f"{path}: truncated or damaged torch file ({claimed} bytes it says, not {size})")
     # A file can be this and a tar archive at a time, and torch would rather read the archive.
     try:
         archive = tarfile.is_tarfile(path)
     except Exception as error:  # a damaged header can bring tarfile to raise anything
-        raise InputError(f"{path}: damaged torch file ({_first_line(error)})") from error
+        raise InputError(f"{path}: damaged torch file ({first_line(error)})") from error
     if archive:
         raise InputError(f"{path}: a tar archive, expected a file of torch.save")
 
@@ -178,7 +180,7 @@ def _names(path: Path, stream: BinaryIO) -> set[str]:
     try:
         return pickles.names(stream)
     except pickles.Damaged as error:
-        raise InputError(f"{path}: truncated or damaged pickle ({error})") from error
+        raise InputError(f"{path}: truncated or damaged pickle ({printable(str(error))})") from error
 
 
 def _check_names(path: Path, what: str, names: set[str]) -> None:
@@ -238,7 +240,7 @@ def _read_torch(path: Path) -> object:
             warnings.simplefilter("ignore")  # a damaged file is told of once, as an error
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can bring torch's reader to raise anything
-        raise InputError(f"{path}: damaged torch file ({_first_line(error)})") from error
+        raise InputError(f"{path}: damaged torch file ({first_line(error)})") from error
 
 
 def _unpickle_anything(path: Path) -> object:
@@ -246,11 +248,7 @@ def _unpickle_anything(path: Path) -> object:
         with path.open("rb") as file:
             return torch.load(file, map_location="cpu", weights_only=False)
     except Exception as error:  # the file's own code runs here
-        raise InputError(f"{path}: cannot be read even when trusted ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0].strip()
+        raise InputError(f"{path}: cannot be read even when trusted ({first_line(error)})") from error
 
 
 def _as_dictionary(path: Path, found: object) -> dict[str, Any]:

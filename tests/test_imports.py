@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module may import modules of the layers before its own, and none of its own.
 LAYERS = (
+    ("pickles",),
     ("weight_files", "published_flags", "interop_learn2learn"),  # foreign formats
     ("version", "statistics"),
     ("backbone", "perturb", "protonet", "losses"),  # one piece of mathematics each
@@ -41,6 +42,8 @@ LAYERS = (
 )
 # Where the layers would be too generous: all that these may import of amt.
 ONLY = {
+    "pickles": set(),
+    "autolora.published_settings": set(),
     "attacks": {"perturb"},
     "pool": {"weight_files", "perturb"},
     "lora": {"weight_files", "perturb", "pool"},

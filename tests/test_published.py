@@ -348,10 +348,8 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, list[str]]]:
         torch.save(content, folder / f"{name}.pth")
         found[name] = folder / f"{name}.pth", words
     old = {"_use_new_zipfile_serialization": False}
-    torch.save({"a": torch.ones(2)}, folder / "old.pth", **old)
-    found["old"] = folder / "old.pth", ["old format (before version 1.6)", convert]
     torch.save({"a": Runs(folder / "ran")}, folder / "old_runs.pth", **old)
-    found["old_runs"] = folder / "old_runs.pth", ["old format", "mkdir", convert]
+    found["old_runs"] = folder / "old_runs.pth", ["old format (before version 1.6)", "mkdir", convert]
     torch.save({"a": Runs(folder / "ran")}, folder / "runs_4.pth", pickle_protocol=4)
     found["runs_4"] = folder / "runs_4.pth", ["mkdir", convert]
     torch.jit.save(torch.jit.script(torch.nn.ReLU()), folder / "script.pth")
@@ -411,7 +409,7 @@ BAD = (
         "missing",
         "folder",
     ),
-    *("bare_pickle", "bare_pickle_2", "cut_pickle", "runs", "runs_4", "old", "old_runs", "foreign", "path"),
+    *("bare_pickle", "bare_pickle_2", "cut_pickle", "runs", "runs_4", "old_runs", "foreign", "path"),
     *("network", "list", "nothing", "script", "huge", "long", "bomb", "twice", "photos"),
     *("safetensors_cut", "safetensors_cut_early", "safetensors_huge"),
 )

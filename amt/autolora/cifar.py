@@ -85,8 +85,11 @@ def _unpickled(file: Path) -> dict[str, Any]:
         raise InputError(f"{file}: damaged pickle ({first_line(error)})") from error
 
 
-class _CifarUnpickler(pickle.Unpickler):
-    """Reads CIFAR's pickles and nothing else: for the classes they name it has stand-ins, not numpy's own."""
+class _CifarUnpickler(pickle._Unpickler):
+    """Reads CIFAR's pickles and nothing else: for the classes they name it has stand-ins, not numpy's own.
+
+    Of Python's two unpicklers the one written in Python: the other makes room for any number a memo is given.
+    """
 
     def __init__(self, file: Path):
         self._file = file

@@ -13,6 +13,7 @@ from amt.attacks import Attack, parse_attack
 from amt.autolora.datasets import known
 from amt.autolora.objectives import METHODS, MODES, Adversary
 from amt.autolora.pretrained import PRETRAININGS
+from amt.autolora.published_settings import PublishedSettings, published_settings
 from amt.autolora.tune import Settings
 from amt.options.parsing import (
     Parser,
@@ -84,6 +85,9 @@ def parser() -> Parser:
         "deit_small, or timm:NAME",
     )
     model.add_argument("--checkpoint", "--model_path", type=place, help="a robustly pretrained network")
+    model.add_argument(
+        "--load_checkpoint", type=place, help="the published name for --checkpoint beside --todo test"
+    )
     model.add_argument("--no_pretrain", action="store_true", help="start from random weights")
     model.add_argument(
         "--pretraining",
@@ -223,6 +227,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         word.replace("-", "_").startswith(("__model_arch", "__model_path", "__model_root")) for word in argv
     )
     args.eval_only |= args.todo != "train"
+    if args.todo == "test" and args.load_checkpoint is not None:
+        args.checkpoint = args.load_checkpoint
     if args.experiment is not None and args.output is None:
         args.output = Path("checkpoints") / args.experiment
     if args.output is None:
@@ -275,13 +281,16 @@ def settings(args: argparse.Namespace, mode: str) -> Settings:
     full = mode == "AFF"
     automatic = full and args.method == "autolora"
     auto_lr = bool(args.autoLR) if args.autoLR is not None else args.autolora or args.method == "autolora"
-    epochs = args.epochs or (60 if high(args) else 50 if auto_lr else 25)
+    table = published(args, mode, auto_lr)
+    by_table = table if args.pretraining and not auto_lr else None
+    epochs = args.epochs or (by_table.epochs if by_table else 60 if high(args) else 50 if auto_lr else 25)
+    slow = high(args) or not (full or auto_lr)
     return Settings(
         mode=mode,
         method=args.method if full else METHODS[0],
         epochs=epochs,
-        batch_size=args.batch_size or batch_size(args, mode),
-        lr=args.lr if args.lr is not None else (0.01 if high(args) or not (full or auto_lr) else 0.1),
+        batch_size=args.batch_size or (table.batch_size if table else 128),
+        lr=args.lr if args.lr is not None else by_table.lr if by_table else 0.01 if slow else 0.1,
         momentum=args.momentum,
         weight_decay=args.weight_decay if args.weight_decay is not None else (1e-4 if high(args) else 2e-4),
         adversary=adversary(args, mode),
@@ -289,7 +298,7 @@ def settings(args: argparse.Namespace, mode: str) -> Settings:
         auto_weights=full and (bool(args.auto_scalars) if args.auto_scalars is not None else automatic),
         scale=args.scale,
         divide=args.divide,
-        milestones=args.decreasing_lr or milestones(args, epochs),
+        milestones=args.decreasing_lr or (by_table.milestones if by_table else milestones(args, epochs)),
         rank=args.r_nat or 8,
         dual_norms=bool(args.dualBN) and full,
         high_resolution=high(args),
@@ -301,14 +310,12 @@ def settings(args: argparse.Namespace, mode: str) -> Settings:
     )
 
 
-def batch_size(args: argparse.Namespace, mode: str) -> int:
-    """The published batch sizes: 128; of linear modes at low resolutions 512, but 128 for STL-10 at 32 px
-    with ACL, DynACL and what is made of it."""
-    dataset = known(args.dataset).name
-    if mode == "AFF" or high(args) or dataset not in ("cifar10", "cifar100", "stl10"):
-        return 128
-    family = (args.pretraining or "ACL").startswith(("ACL", "DynACL"))
-    return 128 if dataset == "stl10" and args.resize < 64 and family else 512
+def published(args: argparse.Namespace, mode: str, automatic: bool) -> PublishedSettings | None:
+    """What the published tables say; None for data that they do not have."""
+    if high(args):
+        return None
+    name = args.pretraining or "ACL"
+    return published_settings(name, known(args.dataset).name, args.resize, mode, automatic)
 
 
 def milestones(args: argparse.Namespace, epochs: int) -> tuple[int, ...]:

@@ -336,6 +336,16 @@ class FineTuner:
         elif due and not high:
             self._accuracy = self.training_accuracy(self.natural())
 
+    def check_finite(self) -> None:
+        """Raise `NonFiniteLoss` if the last step has left anything that is no number: its own loss still was
+        one, and nothing of the kind may be saved."""
+        for name, tensor in self.student.tensors.items():
+            if not tensor.isfinite().all():
+                raise NonFiniteLoss(
+                    f"{name} is no longer finite at epoch {self.epoch + 1}, batch {self.batch}, "
+                    f"learning rate {self.rate:g}"
+                )
+
     def end_epoch(self, clean: float, robust: float) -> dict:
         """Note the validation accuracies in per cent; keep the best weights, or bring them back.
 
@@ -484,11 +494,16 @@ def fine_tune(
         training: (epoch from 0, first batch) -> the batches of that epoch from that one on.
         validation: accuracies of the student as it is.
         on_step, on_epoch: called after each batch and after each epoch.
+
+    Raises:
+        NonFiniteLoss: a loss or a weight is no number; `on_epoch` was not called since.
     """
     device = next(iter(tuner.student.weights.values())).device
     while not tuner.finished:
         for images, labels, _ in training(tuner.epoch, tuner.batch):
             on_step(tuner, tuner.step(images.to(device), labels.to(device)))
             if interrupted():
+                tuner.check_finite()
                 return
+        tuner.check_finite()
         on_epoch(tuner, tuner.end_epoch(*validation()))

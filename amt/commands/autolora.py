@@ -22,7 +22,7 @@ from amt.autolora.data import Splits, batches, open_splits, transforms
 from amt.autolora.journal import Journal, continued
 from amt.autolora.networks import Network, build
 from amt.autolora.pretrained import Pretrained
-from amt.autolora.testing import check_labels, test
+from amt.autolora.testing import check_attacks, check_labels, test
 from amt.autolora.tune import FineTuner, Settings, accuracy, fine_tune, new_student, validate
 from amt.backbone import find_device
 from amt.journal import Interrupts
@@ -48,8 +48,10 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"--dualBN 1: {network.arch} has no BatchNorm of which there could be two sets")
     if args.method == "twins" and not network.norms:
         print(f"note: {network.arch} has no BatchNorm, so the two networks of TWINS are one")
+    check_attacks(attacks, network.n_classes)  # before hours of training, not after
+    corrupted = open_corrupted(args, splits)
 
-    def tested(folder: Path, weights: Weights) -> int:
+    def tested(folder: Path, weights: Weights, file: Path) -> int:
         return test(
             network,
             {name: weight.to(device) for name, weight in weights.items()},
@@ -57,21 +59,21 @@ def main(argv: Sequence[str]) -> int:
             splits.class_names,
             folder / "test",
             name=splits.name,
-            about={"checkpoint": str(folder / "best.safetensors"), "settings": data_protocol(args)},
+            about={"checkpoint": str(file), "settings": data_protocol(args)},
             transform=transforms(args.resize, options.high(args))[1],
             attacks=attacks,
             seed=args.seed,
             batch_size=args.test_batch_size,
             workers=args.num_workers,
-            corrupted=open_corrupted(args, splits),
+            corrupted=corrupted,
         )
 
     if args.eval_only:
-        return tested(args.output, found.weights)
+        return tested(args.output, found.weights, args.checkpoint)
     for mode in options.modes(args):
         settings = options.settings(args, mode)
         code, weights = tuned(args, network, found, splits, settings, device)
-        code = code or tested(args.output / mode, weights)
+        code = code or tested(args.output / mode, weights, args.output / mode / "best.safetensors")
         if code:
             return code
     if len(options.modes(args)) > 1:
@@ -183,7 +185,7 @@ def tuned(
             raise InputError(f"{folder}: {error}; {kept}") from error
         if not tuner.finished:
             journal.save(tuner)
-    if not tuner.finished:
+    if interrupts.pending():  # perhaps in the very last step: what comes after is not begun
         print(f"stopped after {tuner.epoch} epochs and {tuner.batch} batches; the same command continues")
         return 128 + interrupts.caught, {}
     return 0, tuner.best.weights
