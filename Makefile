@@ -12,7 +12,7 @@ CANDIDATES := python3 python3.13 python3.12 python3.11 python
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 # Only what the demo, the study and the benchmark write: data/ and runs/ also hold the user's own work.
-MADE_HERE := data/mini runs/mini_demo* results/mini_*
+MADE_HERE := data/mini data/autolora_demo runs/mini_demo* results/mini_* results/autolora_demo
 
 # Another environment's settings would leak its packages in here, or send ours elsewhere.
 unexport VIRTUAL_ENV CONDA_PREFIX PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX
@@ -21,10 +21,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test demo results bench learn2learn clean distclean always
+.PHONY: help setup test demo autolora-demo results bench learn2learn clean distclean always
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMP) ## install everything into .venv (PYTHON=/path/to/python chooses the interpreter)
 	@echo "setup: .venv is ready ($$($(PY) --version))"
@@ -43,12 +43,16 @@ demo: $(STAMP) ## make small data sets, meta-train on them, evaluate
 	$(PY) test_meta_dataset.py @recipes/mini_demo_pool.args
 	$(PY) -m amt report results/mini_demo results/mini_demo_pretrained --out results/mini_demo.html
 
+autolora-demo: $(STAMP) ## fine-tune a small ResNet by AutoLoRa and what it is compared with
+	$(PY) -m studies.autolora_demo
+
 results: $(STAMP) ## run the small study
 	$(PY) -m studies.mini_study
 
-bench: $(STAMP) ## time meta-tuning and evaluation
+bench: $(STAMP) ## time meta-tuning, evaluation and AutoLoRa
 	$(PY) benchmarks/meta_tuning.py
 	$(PY) benchmarks/evaluation.py
+	$(PY) benchmarks/autolora.py
 
 learn2learn: $(STAMP) ## build learn2learn 0.2.0 from its Cython sources and install it
 	$(PY) -m tools.install_learn2learn

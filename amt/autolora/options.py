@@ -108,9 +108,8 @@ def parser() -> Parser:
     method.add_argument(
         "--mode",
         choices=["ALL", *MODES],
-        default="AFF",
         help="SLF, ALF: only the classifier, on clean or attacked images; AFF: everything; ALL: one after "
-        "the other, each from the checkpoint",
+        "the other, each from the checkpoint (default: AFF; with the published --experiment ALL)",
     )
     method.add_argument("--method", choices=METHODS, default=METHODS[0], help="how AFF is done")
     method.add_argument("--autolora", action="store_true", help="the published flag for what is the default")
@@ -226,7 +225,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     published_high = any(
         word.replace("-", "_").startswith(("__model_arch", "__model_path", "__model_root")) for word in argv
     )
+    args.mode = args.mode or ("AFF" if args.experiment is None else "ALL")
     args.eval_only |= args.todo != "train"
+    args.eval_AA |= args.todo == "test"
     if args.todo == "test" and args.load_checkpoint is not None:
         args.checkpoint = args.load_checkpoint
     if args.experiment is not None and args.output is None:

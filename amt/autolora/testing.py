@@ -122,7 +122,7 @@ def test(
         print("; the same command continues")
         return 128 + interrupts.caught
     conclude(run, device)
-    return 0
+    return 128 + interrupts.caught if interrupts.pending() else 0
 
 
 def predictor(network: Network, weights: Weights) -> Predictor:
