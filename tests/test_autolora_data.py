@@ -495,7 +495,6 @@ def test_published_names_are_known():
     for name in (*published, "stanford-cars", "flowers102", "food-101", "CUB-200-2011", "caltech101"):
         assert known(name).name in DATASETS
     assert known("dog") is known("dogs") and known("stl-10").image_size == 32
-    assert not known("stl10").high_resolution and known("cub").high_resolution
 
 
 # --- splits ----------------------------------------------------------------------------------------------

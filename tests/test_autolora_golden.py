@@ -181,7 +181,7 @@ def case(name: str) -> tuple[Network, Student]:
 def moved_images(network: Network, student: Student, divergence: bool = False) -> Tensor:
     x, y = data()
     recorded = Recorded(torch.tensor(LOW["noise"]), 0.001)
-    return attack(network, student.weights, x, y, recorded, None, divergence)
+    return attack(network, student.weights, x, y, recorded, None, student.weights if divergence else None)
 
 
 @pytest.mark.parametrize("name", CASES)

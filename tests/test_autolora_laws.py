@@ -259,7 +259,9 @@ def test_an_attack_touches_nothing_and_runs_in_eval_mode(kind, divergence):
     before, images = copies(student.tensors), data()[0]
     hooks = [part.register_forward_pre_hook(look) for part in net.module.modules()]
     try:
-        found = attack(net, student.weights, images, data()[1], SHORT, stream(0), divergence)
+        found = attack(
+            net, student.weights, images, data()[1], SHORT, stream(0), student.weights if divergence else None
+        )
     finally:
         for hook in hooks:
             hook.remove()

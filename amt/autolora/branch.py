@@ -12,7 +12,6 @@ natural one, the classifier from both. Knows no loss and no attack.
 """
 
 import dataclasses
-import math
 
 import torch
 from torch import Tensor
@@ -91,8 +90,3 @@ def natural_weights(network: Network, student: Student, rank: int) -> Weights:
         for name, A in ((key.removesuffix(".lora_A"), A) for key, A in student.factors.items())
         if f"{name}.lora_B" in student.factors
     }
-
-
-def count(tensors: Weights) -> int:
-    """How many numbers they hold."""
-    return sum(math.prod(tensor.shape) for tensor in tensors.values())

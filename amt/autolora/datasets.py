@@ -71,11 +71,6 @@ class Known:
     open: Callable[["_Place", int], Opened]
     aliases: tuple[str, ...] = ()
 
-    @property
-    def high_resolution(self) -> bool:
-        """Whether its pictures go by the transforms for 224 pixels."""
-        return self.image_size == 224
-
 
 def known(name: str) -> Known:
     """The entry of the table by any of its names: case, "-", "_" and spaces do not count.

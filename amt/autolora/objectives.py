@@ -82,24 +82,31 @@ def attack(
     labels: Tensor,
     adversary: Adversary,
     generator: torch.Generator,
-    divergence: bool = False,
+    away_from: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """Training images moved to raise the loss of the network in eval mode: (n, 3, S, S) in [0, 1], no graph.
 
     Args:
-        divergence: raise the KL divergence from the clean prediction, in place of the cross-entropy.
+        away_from: raise the KL divergence from the prediction that these weights make of the images as they
+            are, in place of the cross-entropy.
     """
-    weights = {name: weight.detach() for name, weight in weights.items()}
-    if divergence:
+    weights = _detached(weights)
+    if away_from is not None:
         with torch.no_grad():
-            clean = logits(network, weights, images)
+            clean = logits(network, _detached(away_from), images)
 
     def loss_of(moved: Tensor) -> Tensor:
         found = logits(network, weights, moved)
-        return kl_sum(clean, found) if divergence else F.cross_entropy(found, labels, reduction="sum")
+        if away_from is not None:
+            return kl_sum(clean, found)
+        return F.cross_entropy(found, labels, reduction="sum")
 
     start = adversary.begin(images, generator)
     return ascend(loss_of, images, start, adversary.ball, adversary.step_size / 255, adversary.steps)
+
+
+def _detached(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weight.detach() for name, weight in weights.items()}
 
 
 def autolora(
@@ -138,8 +145,9 @@ def twins(
     for part, weights, training, weight in halves:
         if len(labels[part]) == 0:
             continue
-        clean.append(logits(network, weights, images[part], training=training))
+        # The attacked half first, as the authors have it: the running statistics lean to the later one.
         moved.append(logits(network, weights, attacked[part], training=training))
+        clean.append(logits(network, weights, images[part], training=training))
         # The authors divide a half's divergence by the size of the whole batch.
         beta = weighing.robust * len(labels[part]) / len(labels)
         found = robust_loss(clean[-1], moved[-1], labels[part], beta, weighing.natural)
@@ -168,7 +176,7 @@ def objective_gradients(
     own = f"{network.classifier}."
     shared = {name: student.weights[name] for name in network.parameters if not name.startswith(own)}
     shared = {name: weight.detach().requires_grad_() for name, weight in shared.items()}
-    weights = {name: weight.detach() for name, weight in student.weights.items()} | shared
+    weights = _detached(student.weights) | shared
     clean, moved = logits(network, weights, images), logits(network, weights, attacked)
     natural = F.cross_entropy(clean, labels)
     whole = robust_loss(clean, moved, labels, weighing.robust, weighing.natural)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from amt.attacks import Attack, parse_attack
 from amt.autolora.datasets import known
+from amt.autolora.networks import LARGE
 from amt.autolora.objectives import METHODS, MODES, Adversary
 from amt.autolora.pretrained import PRETRAININGS
 from amt.autolora.published_settings import PublishedSettings, published_settings
@@ -20,17 +21,17 @@ from amt.options.parsing import (
     WithoutEffect,
     amount,
     check_distinct,
+    fraction,
     natural,
     place,
     positive,
 )
 from meta_dataset_readers.errors import InputError
 
-HIGH = 128  # px: images from this side on are of the high-resolution kind
 INSIDE = 224  # px that smaller images are enlarged to inside a network for high resolutions
-FRACTIONS = (
-    0.5  # 1/255: a smaller epsilon is meant as a part of the pixel range, as the published scripts have it
-)
+# 1/255: a smaller epsilon is meant in parts of the pixel range, as the published scripts have it; a radius of
+# the L2 norm between the two may be either.
+FRACTIONS, SMALLEST_L2 = 0.5, 16
 
 # Published flags that nothing here needs: reason -> flags.
 WITHOUT_EFFECT = {
@@ -122,6 +123,11 @@ def parser() -> Parser:
         type=int,
         choices=[0, 1],
         help="1: weights of the loss by the schedule (default: with autolora)",
+    )
+    method.add_argument(
+        "--lambda1",
+        type=fraction,
+        help="without that: share of the clean images in the cross-entropy (default: autolora 0.5, else 1)",
     )
     method.add_argument("--scale", type=amount, default=6.0, help="largest weight of the divergence")
     method.add_argument("--divide", type=amount, default=2.0, help="what a reduction divides the rate by")
@@ -235,7 +241,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.output is None:
         raise InputError("--output is missing: the folder that everything is written to")
     if args.gpu is not None and args.device == "auto":
-        args.device = f"cuda:{args.gpu}"
+        args.device = f"cuda:{args.gpu.partition(',')[0]}"
     if args.checkpoint is None and (args.eval_only or not args.no_pretrain):
         raise InputError("--checkpoint is missing: a file to start from (or --no_pretrain)")
     if args.checkpoint is not None and args.no_pretrain:
@@ -255,11 +261,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.resize = args.resize or entry.image_size
     if args.resolution is None:
         transformer = args.arch.startswith(("vit", "deit", "timm:vit", "timm:deit"))
-        args.resolution = "high" if published_high or transformer or args.resize >= HIGH else "low"
-    for name in ("epsilon", "step_size"):
-        if 0 < getattr(args, name) < FRACTIONS:
-            setattr(args, name, 255 * getattr(args, name))
+        args.resolution = "high" if published_high or transformer or args.resize >= LARGE else "low"
+    if args.perturbation_type == "l2" and FRACTIONS <= args.epsilon < SMALLEST_L2:
+        raise InputError(f"--epsilon {args.epsilon:g}: of l2 is ambiguous, expected 1/255, such as 128")
+    if 0 < args.epsilon < FRACTIONS:
+        args.epsilon, args.step_size = _from_fraction(args.epsilon), _from_fraction(args.step_size)
+    if args.seed >= 2**62:
+        raise InputError(f"--seed {args.seed}: expected less than 2^62")
+    if args.eval_AA and not args.epsilon:
+        raise InputError("--eval_AA: needs an --epsilon above 0")
     return args
+
+
+def _from_fraction(value: float) -> float:
+    """1/255 of the pixel range from its parts, where 0.0314 and 0.00784 are meant as 8 and 2; a value that
+    was in 1/255 already stays."""
+    if value >= FRACTIONS:
+        return value
+    units = 255 * value
+    return float(round(units)) if abs(units - round(units)) < 0.02 else units
 
 
 def high(args: argparse.Namespace) -> bool:
@@ -269,7 +289,12 @@ def high(args: argparse.Namespace) -> bool:
 
 def inside(args: argparse.Namespace) -> int | None:
     """The side that images are enlarged to inside the network, if they are."""
-    return INSIDE if high(args) and args.resize < HIGH else None
+    return INSIDE if high(args) and args.resize < LARGE else None
+
+
+def large_crops(args: argparse.Namespace) -> bool:
+    """Whether images are read as those of 224 px are; smaller ones go whole to where they are enlarged."""
+    return high(args) and inside(args) is None
 
 
 def modes(args: argparse.Namespace) -> tuple[str, ...]:
@@ -297,6 +322,7 @@ def settings(args: argparse.Namespace, mode: str) -> Settings:
         adversary=adversary(args, mode),
         auto_lr=auto_lr,
         auto_weights=full and (bool(args.auto_scalars) if args.auto_scalars is not None else automatic),
+        natural_share=args.lambda1 if args.lambda1 is not None else 0.5 if automatic else 1.0,
         scale=args.scale,
         divide=args.divide,
         milestones=args.decreasing_lr or (by_table.milestones if by_table else milestones(args, epochs)),
@@ -351,7 +377,8 @@ def attacks(args: argparse.Namespace) -> tuple[Attack, ...]:
         for words in args.attack or ([["pgd"]] if args.epsilon else [])
     ]
     if not args.attack:
-        found = [dataclasses.replace(attack, steps=examiner(args).steps) for attack in found]
+        step = None if args.step_size == args.epsilon / 4 else args.step_size
+        found = [dataclasses.replace(attack, steps=examiner(args).steps, step_size=step) for attack in found]
     if args.eval_AA:
         found.append(Attack("autoattack", (args.epsilon,), norm))
     check_distinct("attack", [attack.name for attack in found])

@@ -51,6 +51,7 @@ def test(
     batch_size: int = 128,
     workers: int = 0,
     corrupted: Mapping[str, Sequence[Labelled]] | None = None,
+    corrupted_transform: Transform | None = None,
 ) -> int:
     """Classify a test set under `weights`, and print the table; goes on where an earlier call was stopped.
 
@@ -72,6 +73,7 @@ def test(
         workers: processes that read images.
         corrupted: by common corruption the test set at each severity, of which accuracy is all that is
             measured.
+        corrupted_transform: of these, if another than `transform`.
 
     Returns:
         The exit code: 0, or 128 and the number of the signal that stopped it.
@@ -109,8 +111,9 @@ def test(
                 break
             if corruption not in runs.read_corruptions(folder):
                 parts = tqdm(severities, desc=corruption, unit="severity", leave=False)
+                other = reading | {"transform": corrupted_transform or transform}
                 found = [
-                    _accuracy(predict, part, name, class_names, device, interrupts, reading) for part in parts
+                    _accuracy(predict, part, name, class_names, device, interrupts, other) for part in parts
                 ]
                 if None not in found:
                     out.note_corruption(corruption, found)

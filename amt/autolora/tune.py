@@ -55,7 +55,9 @@ class Settings:
         adversary: of training.
         auto_lr: reduce the rate and bring the best weights back by the validation accuracies; otherwise
             divide by ten after the epochs in `milestones`.
-        auto_weights: weigh the loss by the accuracy on the training data; otherwise 1 and `scale`.
+        auto_weights: weigh the loss by the accuracy on the training data; otherwise by `natural_share` and
+            `scale`.
+        natural_share: the fixed lambda_1.
         scale: the largest (or the fixed) weight of the divergence.
         divide: what a reduction divides the rate by.
         milestones: of the ordinary schedule.
@@ -84,6 +86,7 @@ class Settings:
     adversary: Adversary = dataclasses.field(default_factory=Adversary)
     auto_lr: bool = True
     auto_weights: bool = True
+    natural_share: float = 1.0
     scale: float = 6.0
     divide: float = 2.0
     milestones: tuple[int, ...] = ()
@@ -175,7 +178,7 @@ class FineTuner:
         n_batches: int,
         training_accuracy: Callable[[Weights], float] | None = None,
     ):
-        if settings.published and settings.dual_norms:
+        if settings.published and settings.dual_norms and settings.branch:
             network = network.with_published_shortcuts()
         self.network, self.student, self.settings = network, student, settings
         self.n_batches, self.training_accuracy = n_batches, training_accuracy
@@ -227,7 +230,7 @@ class FineTuner:
     def weighing(self) -> LossWeights:
         """The weights of the loss for the next batch."""
         if not self.settings.weighs or self._accuracy is None:
-            return LossWeights(1.0, self.settings.scale)
+            return LossWeights(self.settings.natural_share, self.settings.scale)
         return loss_weights(self._accuracy, self.settings.scale)
 
     @property
@@ -255,13 +258,13 @@ class FineTuner:
             self._weigh_first(images, labels)
         weighing, rate = self.weighing, self.rate
         attacked = self._attacked(images, labels)
+        similarity = self._similarity(images, attacked, labels, weighing)
         outcome = self._outcome(images, attacked, labels, weighing)
         if not outcome.loss.total.isfinite():
             raise NonFiniteLoss(
                 f"loss is {outcome.loss.total.item()} at epoch {self.epoch + 1}, batch {self.batch + 1}, "
                 f"learning rate {rate:g}"
             )
-        similarity = self._similarity(images, attacked, labels, weighing)
         self._optimiser.param_groups[0]["lr"] = rate
         self._optimiser.zero_grad()
         outcome.loss.total.backward()
@@ -292,7 +295,7 @@ class FineTuner:
             labels,
             settings.adversary,
             stream(settings.seed, 1, self.epoch, self.batch),
-            divergence=settings.mode == "AFF" and settings.method == "vanilla",
+            away_from=self.natural() if settings.mode == "AFF" and settings.method == "vanilla" else None,
         )
 
     def _outcome(self, images: Tensor, attacked: Tensor, labels: Tensor, weighing: LossWeights) -> Outcome:
@@ -317,7 +320,7 @@ class FineTuner:
     def _weigh_first(self, images: Tensor, labels: Tensor) -> None:
         """Have an accuracy to weigh the loss by before a batch."""
         if self.settings.whole_passes:
-            if self.batch == 0:
+            if self.batch == 0 and (self._accuracy is None or not self.settings.high_resolution):
                 self._accuracy = self.training_accuracy(self.natural())
         elif self._accuracy is None:  # the very first batch, for want of any other
             with torch.no_grad():
@@ -330,11 +333,11 @@ class FineTuner:
         memory = self.n_batches if high else max(self.n_batches // 4, 1)
         self._seen = [*self._seen, (right, count)][-memory:]
         due = self.batch == self.n_batches if high else self.batch - 1 in update_batches(self.n_batches)
-        if due and not self.settings.whole_passes:
+        if due and self.settings.whole_passes:
+            self._accuracy = self.training_accuracy(self.natural())
+        elif due:
             rights, counts = zip(*self._seen, strict=True)
             self._accuracy = sum(rights) / sum(counts)
-        elif due and not high:
-            self._accuracy = self.training_accuracy(self.natural())
 
     def check_finite(self) -> None:
         """Raise `NonFiniteLoss` if the last step has left anything that is no number: its own loss still was
@@ -449,9 +452,15 @@ def accuracy(network: Network, weights: Weights, batches: Batches) -> float:
 
 
 def validate(
-    network: Network, weights: Weights, batches: Batches, adversary: Adversary, seed: int
-) -> Accuracy:
-    """Clean accuracy, and robust accuracy under PGD from a uniform start, an image's own every time."""
+    network: Network,
+    weights: Weights,
+    batches: Batches,
+    adversary: Adversary,
+    seed: int,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Accuracy | None:
+    """Clean accuracy, and robust accuracy under PGD from a uniform start, an image's own every time; None if
+    `interrupted()` is true before a batch."""
     weights = {name: weight.detach() for name, weight in weights.items()}
     device = next(iter(weights.values())).device
 
@@ -460,6 +469,8 @@ def validate(
 
     right = standing = count = 0
     for images, labels, indices in batches:
+        if interrupted():
+            return None
         images, labels = images.to(device), labels.to(device)
         with torch.no_grad():
             correct = (logits_of(images).argmax(1) == labels).nonzero().squeeze(1)
@@ -483,7 +494,7 @@ def validate(
 def fine_tune(
     tuner: FineTuner,
     training: Callable[[int, int], Batches],
-    validation: Callable[[], Accuracy],
+    validation: Callable[[], Accuracy | None],
     on_step: Callable[[FineTuner, StepRecord], None],
     on_epoch: Callable[[FineTuner, dict], None],
     interrupted: Callable[[], bool] = lambda: False,
@@ -492,7 +503,7 @@ def fine_tune(
 
     Args:
         training: (epoch from 0, first batch) -> the batches of that epoch from that one on.
-        validation: accuracies of the student as it is.
+        validation: accuracies of the student as it is; None if a signal came first.
         on_step, on_epoch: called after each batch and after each epoch.
 
     Raises:
@@ -506,4 +517,7 @@ def fine_tune(
                 tuner.check_finite()
                 return
         tuner.check_finite()
-        on_epoch(tuner, tuner.end_epoch(*validation()))
+        found = validation()
+        if found is None:
+            return
+        on_epoch(tuner, tuner.end_epoch(*found))

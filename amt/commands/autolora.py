@@ -19,9 +19,11 @@ import torch
 from amt import checkpoint, runs
 from amt.autolora import corruptions, options, pretrained
 from amt.autolora.data import Splits, batches, open_splits, transforms
+from amt.autolora.datasets import known
 from amt.autolora.journal import Journal, continued
 from amt.autolora.networks import Network, build
 from amt.autolora.pretrained import Pretrained
+from amt.autolora.schedule import LOWEST_RATE
 from amt.autolora.testing import check_attacks, check_labels, test
 from amt.autolora.tune import FineTuner, Settings, accuracy, fine_tune, new_student, validate
 from amt.backbone import find_device
@@ -40,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
     check_output(args.output, "--output")
     use_threads(args)
     device = find_device(args.device)
+    torch.backends.cudnn.deterministic = True
     splits = open_data(args)
     network = build(args.arch, len(splits.class_names), args.resize, resize=options.inside(args))
     network, found = open_network(args, network)
@@ -51,6 +54,8 @@ def main(argv: Sequence[str]) -> int:
     check_attacks(attacks, network.n_classes)  # before hours of training, not after
     corrupted = open_corrupted(args, splits)
 
+    _, plain = transforms(args.resize, options.large_crops(args))
+
     def tested(folder: Path, weights: Weights, file: Path) -> int:
         return test(
             network,
@@ -60,12 +65,14 @@ def main(argv: Sequence[str]) -> int:
             folder / "test",
             name=splits.name,
             about={"checkpoint": str(file), "settings": data_protocol(args)},
-            transform=transforms(args.resize, options.high(args))[1],
+            transform=plain,
             attacks=attacks,
             seed=args.seed,
             batch_size=args.test_batch_size,
             workers=args.num_workers,
             corrupted=corrupted,
+            # Pictures that are corrupted here have their final size before that.
+            corrupted_transform=transforms(args.resize, False)[1] if args.corruptions is None else plain,
         )
 
     if args.eval_only:
@@ -104,6 +111,8 @@ def open_network(args: argparse.Namespace, network: Network) -> tuple[Network, P
     if args.checkpoint is None:
         return network, Pretrained(start, {}, False, None, f"{args.arch}, untrained")
     found = pretrained.read(args.checkpoint, network, start, args.pretraining)
+    if found.normalise is None:
+        print("note: nothing tells whether its pre-training normalised images: they are; see --pretraining")
     if args.eval_only and not found.head:
         raise InputError(
             f"{args.checkpoint}: holds no classifier of {network.n_classes} classes to be tested"
@@ -114,6 +123,9 @@ def open_network(args: argparse.Namespace, network: Network) -> tuple[Network, P
                 f"{args.checkpoint}: was trained with {name} {found.about.get(name)}, not "
                 f"{getattr(network, name)}; see --resize and --resolution"
             )
+    if not args.eval_only:  # a head that fits in shape is another data set's
+        head = {name: tensor for name, tensor in start.items() if network.is_head(name)}
+        found = found._replace(weights=found.weights | head)
     if found.normalise is False:
         network = dataclasses.replace(network, mean=(0.0,) * 3, std=(1.0,) * 3)
     elif found.statistics is not None:
@@ -132,7 +144,7 @@ def tuned(
 ) -> tuple[int, Weights]:
     """Fine-tune one mode, or go on with it: an exit code, and the weights of the best validation epoch."""
     folder = args.output / settings.mode
-    augmented, plain = transforms(args.resize, options.high(args))
+    augmented, plain = transforms(args.resize, options.large_crops(args))
 
     def training(epoch: int, start: int):
         return batches(
@@ -155,11 +167,13 @@ def tuned(
             epoch=tuner.epoch,
             workers=args.num_workers,
         )
-        return accuracy(network, weights, seen)
+        return accuracy(tuner.network, weights, seen)
 
     def validation():
         held_out = batches(splits.validation, plain, args.test_batch_size, seed=0, workers=args.num_workers)
-        return validate(network, tuner.student.weights, held_out, options.examiner(args), settings.seed)
+        adversary = options.examiner(args)
+        weights = tuner.student.weights
+        return validate(network, weights, held_out, adversary, settings.seed, interrupts.pending)
 
     weights = {name: weight.to(device) for name, weight in found.weights.items()}
     student = new_student(network, weights, settings, found.natural_norms)
@@ -188,13 +202,16 @@ def tuned(
     if interrupts.pending():  # perhaps in the very last step: what comes after is not begun
         print(f"stopped after {tuner.epoch} epochs and {tuner.batch} batches; the same command continues")
         return 128 + interrupts.caught, {}
+    if tuner.best is None:
+        raise InputError(f"--lr {settings.lr:g}: at high resolution training ends below {LOWEST_RATE:g}")
     return 0, tuner.best.weights
 
 
 def data_protocol(args: argparse.Namespace) -> dict:
     """What results depend on besides the settings of training: data, split, the very file started from."""
     return {
-        "dataset": args.dataset,
+        "dataset": known(args.dataset).name,
+        "arch": args.arch,
         "val": args.val,
         "resize": args.resize,
         "resolution": args.resolution,
@@ -211,7 +228,7 @@ def open_corrupted(args: argparse.Namespace, splits: Splits):
         return None
     if args.corruptions is not None:
         return corruptions.open_corrupted(args.corruptions, len(splits.class_names))
-    return corruptions.corrupted(splits.test, args.resize, options.high(args), args.seed)
+    return corruptions.corrupted(splits.test, args.resize, options.large_crops(args), args.seed)
 
 
 def summarise(args: argparse.Namespace) -> None:
