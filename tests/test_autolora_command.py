@@ -21,14 +21,16 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from amt.autolora import options, testing
+from amt.autolora import options, testing, tune
 from amt.autolora.corruptions import CORRUPTIONS
 from amt.autolora.networks import build, logits
 from amt.autolora.objectives import Adversary
+from amt.autolora.pretrained import Pretrained
 from amt.autolora.tune import FineTuner
 from amt.commands import autolora
 from meta_dataset_readers.errors import exit_on_bad_input
@@ -721,3 +723,114 @@ def test_a_head_may_be_wider_than_the_classes(world, tmp_path):
     ended = command(*world.flags(tmp_path, "--num_classes", 12, "--mode", "SLF", "--epochs", 1))
     assert ended.code == 0, ended.err
     assert load_file(tmp_path / "SLF" / "best.safetensors")["fc.weight"].shape[0] == 12
+
+
+# --- what a reviewer found -------------------------------------------------------------------------------
+
+
+def test_small_pictures_go_whole_into_a_network_for_large_ones(world, tmp_path, monkeypatch):
+    """CIFAR with a transformer is enlarged inside the network: nothing is cut off before."""
+    seen = []
+    monkeypatch.setattr(autolora, "test", lambda *args, **more: seen.append(more["transform"]) or 0)
+    monkeypatch.setattr(autolora, "open_network", lambda args, network: (network, untrained(network)))
+    flags = world.flags(tmp_path, "--arch", "timm:vit_tiny_patch16_224", "--eval_only")
+    ended = command(*flags)
+    assert ended.code == 0, ended.err
+    framed = np.zeros((32, 32, 3), np.uint8)
+    framed[[0, -1]], framed[:, [0, -1]] = 255, 255
+    found = seen[0](Image.fromarray(framed), torch.Generator())
+    assert torch.equal(found, torch.from_numpy(framed).permute(2, 0, 1) / 255)
+
+
+def untrained(network):
+    return Pretrained(network.start(0), {}, True, True, "random", None)
+
+
+def test_a_head_of_another_data_set_is_not_kept(world, tmp_path):
+    """Of a complete file the classifier is made anew for training, and kept for testing alone."""
+    network = build("resnet_mini", 10, 32)
+    full = network.start(5)
+    save_file(full, tmp_path / "full.safetensors")
+    for more, kept in (((), False), (("--eval_only",), True)):
+        args = options.parse(
+            [
+                "--arch",
+                "resnet_mini",
+                "--checkpoint",
+                str(tmp_path / "full.safetensors"),
+                "--output",
+                "x",
+                *more,
+            ]
+        )
+        _, found = autolora.open_network(args, network)
+        assert torch.equal(found.weights["fc.weight"], full["fc.weight"]) == kept
+        assert kept or not found.weights["fc.weight"].any()
+
+
+@pytest.mark.parametrize(
+    "flags, epsilon, step",
+    [
+        ("", 8, 2),
+        ("--epsilon 0.0314 --step_size 0.00784", 8, 2),
+        ("--epsilon 0.0157 --step_size 0.00784", 4, 2),
+        ("--epsilon 1 --step_size 0.25", 1, 0.25),
+        ("-p l2 --epsilon 128 --step_size 15", 128, 15),
+    ],
+)
+def test_training_validation_and_test_have_one_epsilon_and_one_step(flags, epsilon, step):
+    args = options.parse(["--checkpoint", "f", "--output", "o", *flags.split()])
+    for adversary in (options.settings(args, "AFF").adversary, options.examiner(args)):
+        assert (adversary.epsilon, adversary.step_size) == (epsilon, step)
+    (attack,) = options.attacks(args)
+    assert attack.epsilons == (epsilon,) and attack.step_at(epsilon) == step
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        ("-p l2 --epsilon 0.5", "ambiguous"),
+        ("--epsilon 0 --eval_AA", "--eval_AA"),
+        ("--seed 99999999999999999999", "--seed"),
+    ],
+)
+def test_flags_that_used_to_end_in_a_traceback(flags, word):
+    assert_refused(command("--checkpoint", "f", "--output", "o", *flags.split()), word)
+
+
+def test_another_architecture_in_the_same_output_is_named(world, tuned):
+    flags = world.flags(tuned, "--gradient_similarity", 2)
+    where = flags.index("--checkpoint")
+    ended = command(*flags[:where], *flags[where + 2 :], "--arch", "timm:resnet10t", "--no_pretrain")
+    assert_refused(ended, "begun with arch", "resnet_mini")
+
+
+def test_the_mode_of_the_published_script():
+    for flags, mode in (
+        ("--output o", "AFF"),
+        ("--experiment e", "ALL"),
+        ("--experiment e --mode SLF", "SLF"),
+    ):
+        assert options.parse(["--checkpoint", "f", *flags.split()]).mode == mode
+
+
+def test_a_signal_during_validation_stops_before_the_epoch_is_noted(world, tmp_path, monkeypatch):
+    """What was trained is saved, and the same command goes on with the validation."""
+    whole = tmp_path / "whole"
+    assert command(*world.flags(whole)).code == 0
+    wanted, pgd = [True], tune.pgd
+
+    def interrupted(*args, **settings):
+        if wanted:
+            wanted.pop()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return pgd(*args, **settings)
+
+    monkeypatch.setattr(tune, "pgd", interrupted)
+    flags = world.flags(tmp_path / "cut", "--test_batch_size", 4)
+    ended = command(*flags)
+    assert ended.code == 143 and "0 epochs and 3 batches" in ended.out
+    assert command(*flags).code == 0
+    for name in ("best", "last"):
+        files = [folder / "AFF" / f"{name}.safetensors" for folder in (whole, tmp_path / "cut")]
+        assert same_tensors(*files), name

@@ -747,3 +747,15 @@ def test_a_branch_starts_as_a_function_of_the_seed():
     assert changed(one, same) == set()
     assert changed(one, other) == {name for name in one if name.endswith("lora_A")}
     assert not any(one[name].any() for name in one if name.endswith("lora_B"))
+
+
+def test_trades_moves_away_from_the_prediction_that_its_loss_is_about():
+    """With two BatchNorm sets clean images have their own, in the attack as in the loss."""
+    tuner = tuner_of(chosen(method="vanilla", dual_norms=True))
+    student, (images, labels) = tuner.student, data()
+    moved = []
+    for shift in (0, 0.5):
+        norms = {n: norm.detach() + shift * n.endswith(".bias") for n, norm in student.norms.items()}
+        other = FineTuner(tuner.network, dataclasses.replace(student, norms=norms), tuner.settings, 1)
+        moved.append(other._attacked(images, labels))
+    assert not torch.equal(*moved)
