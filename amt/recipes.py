@@ -1,10 +1,12 @@
 """Recipes: a table of a paper as a list of command lines, in a YAML file (recipes/README.md has the format).
 
 Knows how such a file is read and checked, how its flags become command lines, by which files a stage is known
-to be done, and how a command is run to its end. Knows no data, and of flags no more than `--resume`.
+to be done, and how a command is run to its end. Knows no data, and of flags no more than what a stage starts
+from and, of AutoLoRa, `--mode`.
 """
 
 import dataclasses
+import itertools
 import json
 import re
 import shlex
@@ -22,11 +24,22 @@ from meta_dataset_readers.errors import InputError, nearest
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 
-TRAIN, TEST, AMT = "train", "test", "amt"  # what stages run: the two scripts, and `python -m amt`
-NOTE = "stage.json"  # in the folder of a train or test stage: the flags it was begun with
+# What stages run: the two scripts, `main.py autolora`, and `python -m amt`.
+TRAIN, TEST, AUTOLORA, AMT = KINDS = ("train", "test", "autolora", "amt")
+NOTE = "stage.json"  # in the folder of a stage of the first three kinds: the flags it was begun with
+
+PLACES = ("data", "out", "checkpoints", "train", "here", "makes", "runs")  # words in braces
 
 # Flags with one value that say on what a stage runs and not what it computes.
 _MACHINE = {"--device", "--num_workers", "--threads", "--shard"}
+
+_DATA_AND_OUTPUT = {  # flags that every stage gets
+    TRAIN: ("--data_path", "--output_dir"),
+    TEST: ("--data_path", "--output_dir"),
+    AUTOLORA: ("--data", "--output"),
+}
+_STARTS_FROM = {TRAIN: "--resume", TEST: "--resume", AUTOLORA: "--checkpoint"}
+_ALL_MODES = ("SLF", "ALF", "AFF")  # of AutoLoRa, in the order in which `--mode ALL` goes through them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +47,11 @@ class Stage:
     """One command of a recipe.
 
     Args:
-        kind: `TRAIN`, `TEST` or `AMT`.
-        name: of the folder of a train or test stage; for `AMT` the command.
-        flags: with places still in braces; for train and test the common ones first.
+        kind: one of `KINDS`.
+        name: of its folder; for `AMT` the command.
+        flags: with places still in braces; the common ones of the kind first.
         makes: for `AMT` the file that it writes, its place in braces; else empty.
-        optional: it is left out where what it resumes is missing.
+        optional: it is left out where what it starts from is missing.
     """
 
     kind: str
@@ -49,7 +62,7 @@ class Stage:
 
     @property
     def title(self) -> str:
-        """What the stage is called on the command line: `train/NAME`, `test/NAME`, or `report/table`."""
+        """What the stage is called on the command line: its kind and name, or `report/table`."""
         return f"{self.name}/{Path(self.makes).stem}" if self.kind == AMT else f"{self.kind}/{self.name}"
 
 
@@ -70,6 +83,7 @@ class Job:
     Args:
         stage: what it is.
         flags: of its program, complete.
+        folder: what it writes into.
         makes: the file that is there when it is done.
         noted: flags that decide its results, as they are noted in its folder.
         waits_for: the earlier stages whose output it reads.
@@ -77,6 +91,7 @@ class Job:
 
     stage: Stage
     flags: tuple[str, ...]
+    folder: Path
     makes: Path
     noted: tuple[str, ...]
     waits_for: tuple["Job", ...]
@@ -86,14 +101,19 @@ class Job:
         return self.stage.title
 
     @property
-    def folder(self) -> Path:
-        return self.makes.parent
+    def starts_from(self) -> Path | None:
+        """The checkpoint that its flags name, if there is one."""
+        named = _value(self.flags, _STARTS_FROM[self.stage.kind]) if self.stage.kind != AMT else None
+        return Path(named) if named is not None else None
 
     @property
-    def resumes(self) -> Path | None:
-        """The checkpoint that `--resume` names, if there is one."""
-        where = [number for number, word in enumerate(self.flags[:-1]) if word == "--resume"]
-        return Path(self.flags[where[-1] + 1]) if where else None
+    def runs(self) -> tuple[Path, ...]:
+        """The run directories that it makes."""
+        if self.stage.kind == TEST:
+            return (self.folder,)
+        if self.stage.kind == AUTOLORA:
+            return tuple(self.folder / mode / "test" for mode in _modes(self.flags))
+        return ()
 
     def done(self) -> bool:
         """Whether its output is complete and, but for a training, not older than what it was made from."""
@@ -105,9 +125,9 @@ class Job:
         return all(job.done() and job.makes.stat().st_mtime_ns <= made for job in self.waits_for)
 
     def left_out(self) -> bool:
-        """Whether it is optional, and what it resumes is not there and made by no stage."""
-        resumed = self.resumes
-        return self.stage.optional and resumed is not None and not resumed.is_file() and not self.waits_for
+        """Whether it is optional, and what it starts from is not there and made by no stage."""
+        start = self.starts_from
+        return self.stage.optional and start is not None and not start.is_file() and not self.waits_for
 
     def begun(self) -> bool:
         """Whether it is a training of which a part is done and saved."""
@@ -174,8 +194,8 @@ def load(name: str, within: Sequence[str] = ()) -> Recipe:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{file}: cannot be read as YAML: {' '.join(str(error).split())}") from error
-    fields = _Fields(file, "recipe", content, {"table", "needs", "training", TRAIN, TEST, "stages"})
-    common = {TRAIN: fields.flags(TRAIN), TEST: fields.flags(TEST)}
+    fields = _Fields(file, "recipe", content, {"table", "needs", "training", *_DATA_AND_OUTPUT, "stages"})
+    common = {kind: fields.flags(kind) for kind in _DATA_AND_OUTPUT}
     trainings = (
         stage
         for other in fields.get("training", list, [])
@@ -183,7 +203,8 @@ def load(name: str, within: Sequence[str] = ()) -> Recipe:
         if stage.kind == TRAIN
     )
     stages = list(dict.fromkeys(trainings))  # two recipes may have a third one's in common
-    stages += [_stage(file, entry, common) for entry in fields.get("stages", list)]
+    entries = [variant for entry in fields.get("stages", list) for variant in _variants(file, entry)]
+    stages += [_stage(file, entry, common) for entry in entries]
     titles = [stage.title for stage in stages]
     twice = next((title for title in titles if titles.count(title) > 1), None)
     if twice:
@@ -198,16 +219,41 @@ def _load_other(file: Path, name: Any, within: Sequence[str]) -> Recipe:
     return load(name, within)
 
 
+def _variants(file: Path, entry: Any) -> list[Any]:
+    """An entry of `stages` once for every combination of the values in its field `each`, which stand where
+    their names are in braces."""
+    if not isinstance(entry, dict) or "each" not in entry:
+        return [entry]
+    each = entry["each"]
+    if not isinstance(each, dict) or not all(
+        isinstance(name, str) and isinstance(values, list) and values for name, values in each.items()
+    ):
+        raise InputError(f"{file}: field 'each' is {each!r}, expected a list of values for each name")
+    taken = next((name for name in each if name in PLACES), None)
+    if taken:
+        raise InputError(f"{file}: field 'each' has the name {taken!r}, which is a place")
+    variants = []
+    for values in itertools.product(*each.values()):
+        texts = {name: value for name, value in entry.items() if name != "each"}
+        for name, value in zip(each, values, strict=True):
+            texts = {
+                field: text.replace(f"{{{name}}}", str(value)) if isinstance(text, str) else text
+                for field, text in texts.items()
+            }
+        variants.append(texts)
+    return variants
+
+
 def _stage(file: Path, entry: Any, common: Mapping[str, tuple[str, ...]]) -> Stage:
-    kinds = [kind for kind in (TRAIN, TEST, AMT) if isinstance(entry, dict) and kind in entry]
+    kinds = [kind for kind in KINDS if isinstance(entry, dict) and kind in entry]
     if len(kinds) != 1:
-        raise InputError(f"{file}: stage {entry!r}, expected one of train, test and amt with a name")
+        raise InputError(f"{file}: stage {entry!r}, expected one of {', '.join(KINDS)} with a name")
     (kind,) = kinds
     expected = {kind, "flags", "optional"} | ({"makes"} if kind == AMT else set())
     fields = _Fields(file, f"stage {kind} {entry[kind]}", entry, expected)
     name, flags = fields.get(kind, str), common.get(kind, ()) + fields.flags("flags")
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise InputError(f"{file}: stage {kind} {name!r}: expected a name of letters, digits, _, . and -")
+    if not re.fullmatch(r"[\w.+-]+", name):
+        raise InputError(f"{file}: stage {kind} {name!r}: expected a name of letters, digits, _, ., + and -")
     makes = fields.get("makes", str) if kind == AMT else ""
     return Stage(kind, name, flags, makes, fields.get("optional", bool, False))
 
@@ -282,60 +328,79 @@ def plan(
         "train": out / TRAIN,
         "here": out / recipe.name,
     }
-    jobs, runs, earlier = [], [], {}
-    where = ("--data_path", str(data.absolute()))
+    jobs, earlier = [], {}
+    runs: list[tuple[str, Path]] = []
     for stage in recipe.stages:
-        makes = _makes(recipe, stage, places)
-        folder = makes if stage.kind == AMT else makes.parent
         words = (*stage.flags, *extra.get(stage.kind, ()))
+        folder, makes = _output(recipe, stage, words, places)
         flags = [
             filled
             for word in words
             for filled in _filled(recipe, stage, word, places | {"makes": makes}, runs)
         ]
+        noted = _without_machine(words)
         if stage.kind != AMT:
-            flags += ["--data_path", str(data), "--output_dir", str(folder)]
-        waits_for = tuple(job for path, job in earlier.items() if any(_within(word, path) for word in flags))
-        job = earlier[folder] = Job(stage, tuple(flags), makes, (*_without_machine(words), *where), waits_for)
+            for_data, for_output = _DATA_AND_OUTPUT[stage.kind]
+            flags += [for_data, str(data), for_output, str(folder)]
+            noted += (for_data, str(data.absolute()))
+        named = {place for word in flags for place in (Path(word), *Path(word).parents)}
+        waits_for = tuple(job for path, job in earlier.items() if path in named)
+        job = Job(stage, tuple(flags), folder, makes, noted, waits_for)
+        earlier[makes if stage.kind == AMT else folder] = job
         is_chosen = any(fnmatch(stage.title, pattern) for pattern in chosen)
-        if stage.kind == TEST and not job.left_out() and (is_chosen or job.done()):
-            runs.append(folder)
+        if not job.left_out() and (is_chosen or job.done()):
+            runs += [(stage.name, run) for run in job.runs]
         if is_chosen:
             jobs.append(job)
     return jobs
 
 
-def _makes(recipe: Recipe, stage: Stage, places: Mapping[str, Path]) -> Path:
+def _output(
+    recipe: Recipe, stage: Stage, words: Sequence[str], places: Mapping[str, Path]
+) -> tuple[Path, Path]:
+    """The folder of a stage, and the file that is there when it is done."""
+    if stage.kind == AMT:
+        (filled,) = _filled(recipe, stage, stage.makes, places, [])
+        return Path(filled).parent, Path(filled)
+    folder = places["train" if stage.kind == TRAIN else "here"] / stage.name
     if stage.kind == TRAIN:
-        return places["train"] / stage.name / "last.safetensors"
+        return folder, folder / "last.safetensors"
     if stage.kind == TEST:
-        return places["here"] / stage.name / "results.json"
-    (filled,) = _filled(recipe, stage, stage.makes, places, [])
-    return Path(filled)
+        return folder, folder / "results.json"
+    return folder, folder / _modes(words)[-1] / "test" / "results.json"
+
+
+def _modes(words: Sequence[str]) -> tuple[str, ...]:
+    """What a stage of AutoLoRa fine-tunes, one after another."""
+    mode = _value(words, "--mode") or _ALL_MODES[-1]
+    return _ALL_MODES if mode == "ALL" else (mode,)
+
+
+def _value(words: Sequence[str], flag: str) -> str | None:
+    """What follows the last `flag`."""
+    where = [number for number, word in enumerate(words[:-1]) if word == flag]
+    return words[where[-1] + 1] if where else None
 
 
 _PLACE = re.compile(r"\{(\w+)(?::([^{}]+))?\}")
 
 
 def _filled(
-    recipe: Recipe, stage: Stage, word: str, places: Mapping[str, Path], runs: Sequence[Path]
+    recipe: Recipe, stage: Stage, word: str, places: Mapping[str, Path], runs: Sequence[tuple[str, Path]]
 ) -> list[str]:
-    """A word with its place filled in: one word, or as many as there are runs."""
+    """A word with its place filled in: one word, or as many as there are runs, which come with the names of
+    their stages."""
     match = _PLACE.fullmatch(word)
     if match and match[1] == "runs":
-        return [str(run) for run in runs if fnmatch(run.name, match[2] or "*")]
+        return [str(run) for name, run in runs if fnmatch(name, match[2] or "*")]
 
     def value(match: re.Match) -> str:
         if match[1] not in places or match[2]:
-            known = nearest(match[1], [*places, "runs"])
+            known = nearest(match[1], PLACES)
             raise InputError(f"recipe {recipe.name}, stage {stage.title}: no place {match[0]}; {known}")
         return str(places[match[1]])
 
     return [_PLACE.sub(value, word)]
-
-
-def _within(word: str, place: Path) -> bool:
-    return Path(word) == place or place in Path(word).parents
 
 
 def _without_machine(words: Sequence[str]) -> tuple[str, ...]:

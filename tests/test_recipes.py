@@ -37,6 +37,8 @@ from conftest import (
 from safetensors.torch import save_file
 
 from amt import checkpoint, export, options, recipes
+from amt.autolora import networks
+from amt.autolora import options as autolora_options
 from amt.backbone import ARCHS, Arch, build_network
 from amt.commands import recipe
 from amt.journal import Journal
@@ -48,7 +50,8 @@ from meta_dataset_readers.spec import load_spec
 from meta_dataset_readers.tfrecord import encode_example, write_records
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLES = recipes.known()
+AUTOLORA_TABLES = ["autolora_high_resolution", "autolora_low_resolution"]
+TABLES = [name for name in recipes.known() if name not in AUTOLORA_TABLES]
 
 
 # --- a small world ---------------------------------------------------------------------------------------
@@ -220,7 +223,7 @@ def test_there_is_a_recipe_for_every_table():
     assert TABLES == ["bscd_fsl", "fine_grained", "meta_dataset_5w1s", "meta_dataset_5w5s"]
     ended = asked()
     assert ended.code == 0
-    assert [line.split()[0] for line in ended.out.splitlines()] == TABLES
+    assert [line.split()[0] for line in ended.out.splitlines()] == AUTOLORA_TABLES + TABLES
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -257,7 +260,7 @@ def test_every_row_of_the_table_is_there(name):
     shown = {Path(word).name for page in pages for word in page.flags}
     assert shown >= {row for row in rows if not row.startswith("released")}
     trained = [job.stage.name for job in jobs if job.stage.kind == TRAIN]
-    resumed = {job.resumes.parent.name for job in jobs if job.resumes and not job.stage.optional}
+    resumed = {job.starts_from.parent.name for job in jobs if job.starts_from and not job.stage.optional}
     assert resumed == set(trained)  # nothing is trained for nothing
 
 
@@ -330,6 +333,139 @@ def test_the_authors_pool_is_a_row_where_it_is_there(world, here, tmp_path):
     assert (world.out / "meta_dataset_5w1s" / "released" / "results.json").is_file()
     jobs = recipes.plan(recipes.load("meta_dataset_5w1s"), world.data, world.out, tmp_path, {})
     assert str(world.out / "meta_dataset_5w1s" / "released") in jobs[-1].flags
+
+
+# --- AutoLoRa --------------------------------------------------------------------------------------------
+
+
+class Folders(NamedTuple):
+    """A folder of pictures by class, files of a tiny network under the names that recipes look for."""
+
+    data: Path
+    checkpoints: Path
+    out: Path
+
+    def flags(self, name: str, *more) -> list[str]:
+        """Of `python -m amt recipe` for a recipe at toy size; datasets are these pictures."""
+        size = "--arch resnet_mini --resize 16 --resolution low --epochs 1"
+        steps = "--num_steps_train 1 --num_steps_test 1"
+        return [
+            *(name, "--data_path", str(self.data), "--output_dir", str(self.out)),
+            *("--checkpoints", str(self.checkpoints), *map(str, more)),
+            *("--autolora_flags", f"--dataset imagefolder {size} {steps} --num_workers 0 --threads 1"),
+        ]
+
+
+@pytest.fixture
+def folders(tmp_path) -> Folders:
+    for split, n in (("train", 6), ("test", 2)):
+        write_classes(tmp_path / "data" / split, x=n, y=n)
+    network = networks.build("resnet_mini", 2, 16)
+    encoder = {key: tensor for key, tensor in network.start(0).items() if not network.is_head(key)}
+    (tmp_path / "files").mkdir()
+    for name in ("DynACL++_cifar100.pth", "resnet18_linf_eps4.0.ckpt"):
+        torch.save({"state_dict": encoder}, tmp_path / "files" / name)
+    return Folders(tmp_path / "data", tmp_path / "files", tmp_path / "out")
+
+
+def without_autoattack(name: str, folder: Path) -> str:
+    """A copy of a recipe for networks that need not wait for AutoAttack."""
+    file = folder / f"{name}.yaml"
+    file.write_text((recipes.FOLDER / file.name).read_text().replace(" --eval_AA", ""))
+    return str(file)
+
+
+def test_every_stage_of_the_autolora_tables_is_understood():
+    """With the flags of the file, unabridged; and the paper's values arrive."""
+    for name, expected in (
+        ("autolora_low_resolution", {"epochs": 50, "lr": 0.1, "weight_decay": 2e-4, "steps": "pgd20@8"}),
+        ("autolora_high_resolution", {"epochs": 60, "lr": 0.01, "weight_decay": 1e-4, "steps": "pgd10@8"}),
+    ):
+        jobs = planned(name, "autolora/*")
+        assert len({job.title for job in jobs}) == len(jobs) == {"low": 162, "high": 36}[name.split("_")[1]]
+        for job in jobs:
+            args = recipe.parsed(job)
+            attacks = [attack.columns for attack in autolora_options.attacks(args)]
+            assert attacks == [(expected["steps"],), ("autoattack@8",)], job.title
+            settings = autolora_options.settings(args, "AFF")
+            assert (settings.adversary.epsilon, settings.adversary.steps) == (8, 10), job.title
+            if args.method == "autolora":
+                assert (settings.rank, settings.batch_size, settings.scale) == (8, 128, 6)
+                assert settings.auto_lr and settings.auto_weights
+                for field in ("epochs", "lr", "weight_decay"):
+                    assert getattr(settings, field) == expected[field], job.title
+            small = args.dataset.startswith("cifar") and "high" in name
+            assert autolora_options.inside(args) == (224 if small else None)
+
+
+@pytest.mark.parametrize("name", AUTOLORA_TABLES)
+def test_every_method_is_on_the_page_of_its_pair(name):
+    jobs = planned(name)
+    for page in (job for job in jobs if job.stage.kind == AMT):
+        shown = [Path(word).parts for word in page.flags if word.endswith("test")]
+        found = {parts[-3].removeprefix(f"{page.makes.stem}.") for parts in shown}
+        assert found == {"vanilla", "twins", "autolora"}, page.title
+        modes = {parts[-2] for parts in shown if parts[-3].endswith(".autolora")}
+        assert modes == ({"SLF", "ALF", "AFF"} if "low" in name else {"AFF"})
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "runs"),
+    [
+        (
+            "autolora_low_resolution",
+            ["autolora/DynACL++_cifar100_stl10.autolora", "report/DynACL++_cifar100_stl10"],
+            ["autolora/SLF/test", "autolora/ALF/test", "autolora/AFF/test"],
+        ),
+        (
+            "autolora_high_resolution",
+            ["*/resnet18_dtd*"],
+            ["vanilla/AFF/test", "twins/AFF/test", "autolora/AFF/test"],
+        ),
+    ],
+)
+def test_an_autolora_recipe_runs_to_its_end_and_then_has_nothing_to_do(
+    folders, here, tmp_path, name, stages, runs
+):
+    """For one pair of a file and a dataset; every run is on the page."""
+    flags = folders.flags(without_autoattack(name, tmp_path), "--stages", *stages)
+    ended = asked(*flags)
+    assert ended.code == 0, ended.out + ended.err
+    assert all(words[1:3] == ["main.py", "autolora"] for words in here[:-1])
+    shown = [word for word in here[-1] if word.endswith("test")]
+    assert [word.rpartition(".")[2] for word in shown] == runs
+    page = Path(here[-1][-1]).read_text()
+    assert all(run in page for run in runs)
+    n_stages = len(here)
+    here.clear()
+    again = asked(*flags)
+    assert again.code == 0 and not here and again.out.count(": done, ") == n_stages
+    dry = asked(*flags, "--dry-run")
+    assert dry.code == 0 and "missing" not in dry.out and "to do" not in dry.out
+    # What is asked for with other flags is not taken for the same.
+    flags[-1] += " --scale 3"
+    assert "was made with other flags (then no more; now --scale 3)" in asked(*flags).err
+
+
+def test_a_dry_run_names_missing_datasets_and_networks(folders):
+    """Each once, however many stages need it; and what is there."""
+    (folders.checkpoints / "ACL_cifar10.pth").touch()
+    ended = asked(*folders.flags("autolora_low_resolution", "--stages", "*ACL_cifar10_*", "--dry-run")[:-2])
+    assert ended.code == 1
+    lines = ended.out.splitlines()
+    missing = [line for line in lines if line.startswith("missing: ")]
+    network = f"robustly pretrained network {folders.checkpoints}/"
+    assert f"missing: {network}DynACL_cifar10.pth: no such file" in missing
+    assert f"there: {network}ACL_cifar10.pth: a file" in lines
+    assert len([line for line in missing if "dataset stl10" in line and "stl10_binary" in line]) == 1
+    assert "autolora/ACL_cifar10_stl10.twins: to do" in lines
+    assert not any("check DATA_PATH" in line for line in lines)
+    ended = asked(*folders.flags("autolora_high_resolution", "--stages", "*/resnet18_*", "--dry-run"))
+    assert ended.code == 0, ended.out
+    assert (
+        f"there: dataset imagefolder: 2 classes, 10/2/4 images to train, validate and test, in {folders.data}"
+        in ended.out
+    )
 
 
 # --- going on --------------------------------------------------------------------------------------------
@@ -573,8 +709,12 @@ def test_bad_flags_are_one_line(flags, complaint):
         ("table: a\nneeds: {}\ntests: x\n", "- test: a", "no field 'tests'; did you mean 'test'"),
         ("table: 3\nneeds: {}\n", "- test: a", "field 'table' is 3, expected a text"),
         ("table: a\nneeds: no\n", "- test: a", "field 'needs' is False, expected fields by name"),
-        ("table: a\nneeds: {}\n", "- flags: a", "expected one of train, test and amt"),
-        ("table: a\nneeds: {}\n", "- x", "expected one of train, test and amt"),
+        ("table: a\nneeds: {}\n", "- flags: a", "expected one of train, test, autolora, amt"),
+        ("table: a\nneeds: {}\n", "- x", "expected one of train, test, autolora, amt"),
+        ("table: a\nneeds: {}\n", "- test: a\n  each: [x]", "field 'each' is ['x'], expected a list"),
+        ("table: a\nneeds: {}\n", "- test: a\n  each: {x: y}", "field 'each' is {'x': 'y'}, expected a list"),
+        ("table: a\nneeds: {}\n", "- test: a\n  each: {out: [1]}", "the name 'out', which is a place"),
+        ("table: a\nneeds: {}\n", "- test: a\n  each: {x: [1, 2]}", "two stages are called test/a"),
         ("table: a\nneeds: {}\n", "- test: a\n- test: a", "two stages are called test/a"),
         ("table: a\nneeds: {}\n", "- test: a/b", "expected a name of letters"),
         ("table: a\nneeds: {}\n", "- test: a\n  flags: '\"x'", "field 'flags': '\"x' cannot be split"),

@@ -27,6 +27,7 @@ from meta_dataset_readers.errors import InputError, nearest
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+SMALLEST = 16  # px: under it a last stage has one value per channel, of which there are no statistics
 SMALL = 64  # px: images under this side get a ResNet's stem that does not shrink them
 LARGE = 128  # px: from this side on the published code is its high-resolution one
 TOKENS = 4  # patches per side, at the least: of fewer, attention has nothing to tell apart
@@ -97,6 +98,11 @@ class Network:
     def is_head(self, name: str) -> bool:
         """Whether the weight called `name` is the classifier's."""
         return name.startswith(f"{self.classifier}.")
+
+    @functools.cached_property
+    def constants(self) -> Weights:
+        """What the module computes for itself and no state dict has, such as tables of positions."""
+        return {name: tensor for name, tensor in self.module.named_buffers() if name not in self.names}
 
     @property
     def n_classes(self) -> int:
@@ -179,8 +185,10 @@ def logits(network: Network, weights: Weights, images: Tensor, training: bool = 
         raise ValueError(f"the weights lack {sorted(missing)[:3]}")
     if network.resize is not None:
         images = F.interpolate(images, size=(network.resize, network.resize), mode="nearest")
-    mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (network.mean, network.std))
+    mean, std = _statistics(network.mean, network.std, images.dtype, images.device)
     normal = (images - mean) / std
+    if network.constants:
+        weights = {name: tensor.to(images.device) for name, tensor in network.constants.items()} | weights
     if training:
         network.module.train()
     try:
@@ -188,6 +196,11 @@ def logits(network: Network, weights: Weights, images: Tensor, training: bool = 
     finally:
         if training:
             network.module.eval()
+
+
+@functools.lru_cache(maxsize=8)  # made anew they would be sent to the device at every pass
+def _statistics(mean, std, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    return tuple(torch.tensor(values, dtype=dtype, device=device).view(3, 1, 1) for values in (mean, std))
 
 
 class ResNet(nn.Module):
@@ -255,7 +268,7 @@ _RESNETS = {
     "resnet18": _Residual(BasicBlock, (2, 2, 2, 2)),
     "resnet34": _Residual(BasicBlock, (3, 4, 6, 3)),
     "resnet50": _Residual(Bottleneck, (3, 4, 6, 3)),
-    "resnet_mini": _Residual(BasicBlock, (1, 1, 1), (16, 32, 64)),
+    "resnet_mini": _Residual(BasicBlock, (1, 1, 1), (8, 16, 32)),
 }
 _WIDE = {"wrn28-10": (28, 10)}  # depth and widening
 _OF_TIMM = {
@@ -296,6 +309,8 @@ def build(
     """
     arch = _ALIASES.get(arch, arch)
     side = resize or image_size
+    if side < SMALLEST and (arch in _RESNETS or arch in _WIDE):
+        raise InputError(f"--arch {arch!r}: {side} px are too small, expected {SMALLEST} px or more")
     if arch in _RESNETS:
         block, depths, widths = _RESNETS[arch]
         make = functools.partial(ResNet, block, depths, widths, n_classes, side < SMALL)
@@ -330,6 +345,11 @@ def _make_of_timm(arch: str, name: str, n_classes: int, side: int) -> nn.Module:
     except Exception as error:  # whatever a network makes of a size it cannot have
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"--arch {arch!r} cannot be built for images of {side} px: {reason}") from error
+    for part in module.modules():  # a network's own noise would not follow the seed of a run
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        elif isinstance(part, timm.layers.DropPath):
+            part.drop_prob = 0.0
     _check_patches(arch, module, side)
     if isinstance(module, timm.models.ResNet) and side < SMALL:
         _keep_resolution(module)

@@ -7,7 +7,8 @@
 Stages that are done are passed over, a training goes on from its last checkpoint, an evaluation from its last
 episode. A stage that fails ends the recipe with its exit code. Before anything runs, and with --dry-run
 instead of it, everything the stages need is looked for; if something is missing the exit code is 1. Nothing
-is downloaded here; main.py and test_meta_dataset.py fetch pretrained weights, where there is a way.
+is downloaded here; main.py and test_meta_dataset.py fetch pretrained weights, where there is a way (but not
+robustly pretrained ones for AutoLoRa).
 """
 
 import argparse
@@ -23,22 +24,24 @@ from typing import NamedTuple
 import huggingface_hub
 
 from amt import options, recipes
+from amt.autolora import options as autolora_options
+from amt.autolora.data import open_splits
 from amt.backbone import CHECKPOINTS, base_arch, untrained
 from amt.options import Parser, place
-from amt.recipes import AMT, TEST, TRAIN, Job, Recipe, follow
+from amt.recipes import AMT, AUTOLORA, TEST, TRAIN, Job, Recipe, follow
 from meta_dataset_readers.domains import DOMAINS
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.reader import EpisodeReader
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-_PROGRAMS = {TRAIN: "main.py", TEST: "test_meta_dataset.py"}
+_PROGRAMS = {TRAIN: ("main.py",), TEST: ("test_meta_dataset.py",), AUTOLORA: ("main.py", "autolora")}
 
 
 def main(argv: Sequence[str]) -> int:
     args = parser().parse(_joined(argv))
     if args.name is None:
         for name in recipes.known():
-            print(f"{name:20} {recipes.load(name).table}")
+            print(f"{name:24} {recipes.load(name).table}")
         return 0
     recipe = recipes.load(args.name)
     for flag in ("data_path", "output_dir"):
@@ -48,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
             )
     extra = {
         kind: [options.spelling(word) for word in recipes.split(text, f"--{kind}_flags")]
-        for kind, text in ((TRAIN, args.train_flags), (TEST, args.test_flags))
+        for kind in _PROGRAMS
+        for text in [getattr(args, f"{kind}_flags")]
     }
     jobs = recipes.plan(recipe, args.data_path, args.output_dir, args.checkpoints, extra, args.stages)
     for job in jobs:
@@ -71,12 +75,15 @@ def parser() -> Parser:
     parser.add_argument(
         "name", nargs="?", metavar="NAME", help="a recipe, or a .yaml file (default: list them)"
     )
-    parser.add_argument("--data_path", type=place, help="folder with one folder per source")
+    parser.add_argument("--data_path", type=place, help="folder with one folder per source or dataset")
     parser.add_argument("--output_dir", type=place, help="where all stages write; recipes may share it")
-    parser.add_argument("--checkpoints", type=place, default=CHECKPOINTS, help="where released pools are")
+    parser.add_argument("--checkpoints", type=place, default=CHECKPOINTS, help="where released files are")
     parser.add_argument("--train_flags", default="", metavar="FLAGS", help="more flags for every main.py")
     parser.add_argument(
         "--test_flags", default="", metavar="FLAGS", help="more for every test_meta_dataset.py"
+    )
+    parser.add_argument(
+        "--autolora_flags", default="", metavar="FLAGS", help="more for every main.py autolora"
     )
     parser.add_argument(
         "--stages", nargs="+", default=["*"], metavar="STAGE", help="only these, such as 'test/*'"
@@ -91,7 +98,7 @@ def _joined(argv: Sequence[str]) -> list[str]:
     """`--train_flags FLAGS` as one word: argparse would take a FLAGS such as --no_pretrain for our own."""
     words, joined = iter(argv), []
     for word in words:
-        if options.spelling(word) in ("--train_flags", "--test_flags"):
+        if options.spelling(word) in [f"--{kind}_flags" for kind in _PROGRAMS]:
             word = "=".join([word, *itertools.islice(words, 1)])
         joined.append(word)
     return joined
@@ -158,8 +165,29 @@ _untrained = functools.cache(untrained)
 
 
 def _needs_of_flags(job: Job) -> Iterator[Need]:
-    if job.stage.kind == AMT:
-        return
+    if job.stage.kind in (TRAIN, TEST):
+        yield from _needs_of_episodes(job)
+    elif job.stage.kind == AUTOLORA:
+        args = parsed(job)
+        if args.checkpoint is not None and not job.waits_for:
+            problem = "" if args.checkpoint.is_file() else "no such file"
+            yield Need(f"robustly pretrained network {args.checkpoint}", found="a file", problem=problem)
+        yield _dataset(args.dataset, args.data, args.val, args.seed)
+
+
+@functools.cache  # a small one is read as a whole to be opened, and dozens of stages ask for it
+def _dataset(name: str, folder: Path, val: float, seed: int) -> Need:
+    what = f"dataset {name}"
+    try:
+        splits = open_splits(name, folder, val, seed)
+    except InputError as error:
+        return Need(what, problem=str(error))
+    sizes = "/".join(str(len(part)) for part in (splits.train, splits.validation, splits.test))
+    classes = len(splits.class_names)
+    return Need(what, found=f"{classes} classes, {sizes} images to train, validate and test, in {folder}")
+
+
+def _needs_of_episodes(job: Job) -> Iterator[Need]:
     args = parsed(job)
     arch = base_arch(args.arch)
     if not args.no_pretrain and (args.resume is None or _on_untuned(job.stage.kind, args)):
@@ -177,10 +205,12 @@ def _on_untuned(kind: str, args: argparse.Namespace) -> bool:
 
 
 def parsed(job: Job) -> argparse.Namespace:
-    """The flags of a training or an evaluation, as its own program reads them."""
+    """The flags of any stage but one of `AMT`, as its own program reads them."""
     training = job.stage.kind == TRAIN
-    parser = options.training_parser() if training else options.testing_parser()
     try:
+        if job.stage.kind == AUTOLORA:
+            return autolora_options.parse(list(job.flags))
+        parser = options.training_parser() if training else options.testing_parser()
         args = parser.parse_args(list(job.flags))
         (options.check_training if training else options.check_testing)(args)
         if not training:
@@ -263,12 +293,13 @@ def show(recipe: Recipe, jobs: Sequence[Job], needed: Sequence[Need]) -> None:
     print()
     for need in needed:
         print(need.line())
-    print("whether every picture can be read: python -m meta_dataset_readers.check DATA_PATH")
+    if any(job.stage.kind in (TRAIN, TEST) for job in jobs):
+        print("whether every picture can be read: python -m meta_dataset_readers.check DATA_PATH")
 
 
 def _state(job: Job) -> str:
     if job.left_out():
-        return f"left out, {job.resumes} is not there"
+        return f"left out, {job.starts_from} is not there"
     if job.done():
         return f"done, {job.makes}"
     return f"to be continued from {job.makes}" if job.begun() else "to do"
@@ -279,7 +310,8 @@ def command(job: Job) -> list[str]:
     if job.stage.kind == AMT:
         return [sys.executable, "-m", "amt", job.stage.name, *job.flags]
     going_on = ["--resume", str(job.makes)] if job.begun() else []
-    return [sys.executable, os.path.relpath(ROOT / _PROGRAMS[job.stage.kind]), *job.flags, *going_on]
+    script, *words = _PROGRAMS[job.stage.kind]
+    return [sys.executable, os.path.relpath(ROOT / script), *words, *job.flags, *going_on]
 
 
 def run(jobs: Sequence[Job]) -> int:
