@@ -32,7 +32,7 @@ setup: $(STAMP) ## install everything into .venv (PYTHON=/path/to/python chooses
 test: $(STAMP) ## ruff, then the test suite
 	@$(PY) -m ruff check .
 	@$(PY) -m tools.install_learn2learn || echo "learn2learn could not be built here: its tests are skipped"
-	@$(PY) -m pytest tests -q
+	@$(PY) -m pytest tests -q -n 2
 
 demo: $(STAMP) ## make small data sets, meta-train on them, evaluate
 	@echo "demo: data sets, training, evaluation; about four minutes on two cores"

@@ -70,7 +70,8 @@ class Settings:
         published: repeat the deviations of the published code: that accuracy without the branch (low
             resolution, one BatchNorm set); the branch in some blocks only; windows of 50 epochs for any
             number; at high resolution a divergence divided by the nominal batch size; with two BatchNorm sets
-            the first image's shortcuts for all.
+            the first image's shortcuts for all. Not repeated: choices on test data, and at high resolution
+            an attack of validation that starts at the images.
         twins_share: weight of the frozen half's loss.
         similarity_every: batches after which the gradients of the two objectives are compared; 0 for never.
         seed: decides order, augmentation and the attacks' starts.

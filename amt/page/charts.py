@@ -73,6 +73,8 @@ class Shown:
 def label(runs: Sequence[Run]) -> list[Shown]:
     """The runs under the names of their folders, with as many parents as tell them apart."""
     paths = [run.folder.absolute().parts for run in runs]
+    while len(paths) > 1 and min(map(len, paths)) > 1 and len({path[-1] for path in paths}) == 1:
+        paths = [path[:-1] for path in paths]  # what all have in common tells nothing
     names = [path[-1] for path in paths]
     for depth in range(2, max(map(len, paths)) + 1):
         twice = {name for name in names if names.count(name) > 1}
@@ -288,13 +290,16 @@ class Differences(NamedTuple):
 def differences(shown: Sequence[Shown]) -> Differences:
     """Paired differences of every other run from the first, where they scored the same episodes."""
     reference = shown[0]
-    by_run, refusals = {}, []
+    by_run, concerned = {}, {}
     for each in shown[1:]:
         found = compare(each.run, reference.run)
         by_run[each.label] = found.differences
-        refusals += [
-            f"no differences of {each.label} from {reference.label}: {reason}" for reason in found.refusals
-        ]
+        for reason in found.refusals:
+            concerned.setdefault(reason, []).append(each.label)
+    refusals = [
+        f"no differences of {', '.join(labels)} from {reference.label}: {reason}"
+        for reason, labels in concerned.items()
+    ]
     names = union((name for name, _ in found) for found in by_run.values())
     names.sort(key=lambda name: name in reference.run.averages)
     panels, rows = [], []
