@@ -10,7 +10,7 @@ attacks are the same.
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from amt.runs import Run
+from amt.runs import UNITS, Run
 from amt.statistics import Summary, average_summary, paired_difference
 
 
@@ -57,8 +57,12 @@ def compare(ours: Run, theirs: Run) -> Comparison:
 
 
 def other_episodes(ours: Mapping, theirs: Mapping) -> str | None:
-    """Why two runs, by what their run.json says, did not draw the same episodes; None if they did."""
-    for name in ("seed", "split", "sampling"):
+    """Why two runs, by what their run.json says, did not draw the same episodes; None if they did. Of a whole
+    test set nothing is drawn: there the seed decides the attacks' starts alone."""
+    units = [about.get("unit", UNITS[0]) for about in (ours, theirs)]
+    if units[0] != units[1]:
+        return f"its rows are of one {units[0]} each, not of one {units[1]}"
+    for name in ("split",) if units[0] == "image" else ("seed", "split", "sampling"):
         if ours.get(name) != theirs.get(name):
             return f"its {name} is {in_words(ours.get(name))}, not {in_words(theirs.get(name))}"
     return None

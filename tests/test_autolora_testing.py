@@ -19,7 +19,7 @@ from amt.autolora import testing
 from amt.autolora.labelled import ArrayImages
 from amt.autolora.networks import Network, logits
 from amt.commands import compare as compare_command
-from amt.comparison import compare
+from amt.comparison import compare, other_episodes
 from amt.evaluate import columns, measure
 from amt.page.document import page
 from amt.statistics import summarise
@@ -474,3 +474,11 @@ def test_measuring_by_numbers(weights):
     assert torch.equal(alone.predicted, together.predicted[8:])
     assert torch.equal(alone.standing[column], together.standing[column][8:])
     torch.testing.assert_close(alone.attacked[column], together.attacked[column][8:])
+
+
+def test_runs_of_other_seeds_are_compared_image_by_image():
+    """A test set is the same for every seed; episodes are not, and images are no episodes."""
+    image, episode = {"unit": "image", "split": "test"}, {"split": "TEST"}
+    assert other_episodes(image | {"seed": 1}, image | {"seed": 2}) is None
+    assert other_episodes(episode | {"seed": 1}, episode | {"seed": 2}) == "its seed is 1, not 2"
+    assert "one image each" in other_episodes(image, episode)
