@@ -39,7 +39,7 @@ from typing import NamedTuple
 import autolora_baseline
 import side_by_side
 import torch
-from harness import digits, spread
+from harness import digits, ratio, spread
 from side_by_side import (
     IMPLEMENTATIONS,
     Machine,
@@ -370,8 +370,6 @@ HEADING = (
 def table_row(job: Job, row: dict[str, Measured]) -> str:
     """A line under `HEADING`; where a cell holds two figures, ours comes first."""
     mine, other = row["ours"], row["baseline"]
-    ratio = statistics.median(other.seconds) / statistics.median(mine.seconds)
-    turns = [b / a for a, b in zip(mine.seconds, other.seconds, strict=True)]
     name = job.name
     if job.kind == "validation":
         name += f", {mine.accuracy:.0f}% to the end"
@@ -379,7 +377,7 @@ def table_row(job: Job, row: dict[str, Measured]) -> str:
         name,
         spread(mine.seconds),
         spread(other.seconds),
-        f"{ratio:.2f} ({min(turns):.2f}-{max(turns):.2f})",
+        ratio(mine.seconds, other.seconds),
         f"{mine.counts.forwards:.3g} / {other.counts.forwards:.3g}",
         f"{mine.counts.backwards:.3g} / {other.counts.backwards:.3g}",
         f"{100 * mine.gemm_share:.0f}% / {100 * other.gemm_share:.0f}%",

@@ -33,7 +33,7 @@ from typing import NamedTuple
 import side_by_side
 import torch
 from baseline import Network, evaluate_episode
-from harness import digits, spread
+from harness import digits, ratio, spread
 from side_by_side import (
     IMPLEMENTATIONS,
     N_WAY,
@@ -262,13 +262,11 @@ HEADING = (
 def table_row(job: Job, difference: Difference, row: dict[str, Measured]) -> str:
     """A line under `HEADING`; where a cell holds two figures, ours comes first."""
     mine, other = row["ours"], row["baseline"]
-    ratio = statistics.median(other.seconds) / statistics.median(mine.seconds)
-    turns = [b / a for a, b in zip(mine.seconds, other.seconds, strict=True)]
     cells = (
         job.name,
         spread([job.episodes / seconds for seconds in mine.seconds]),
         spread([job.episodes / seconds for seconds in other.seconds]),
-        f"{ratio:.2f} ({min(turns):.2f}-{max(turns):.2f})",
+        ratio(mine.seconds, other.seconds),
         f"{100 * mine.gemm_share:.0f}% / {100 * other.gemm_share:.0f}%",
         f"{100 * mine.accuracy:.0f}%",
         f"{difference.logits:.0e}",

@@ -25,6 +25,13 @@ def spread(values: Sequence[float]) -> str:
     return f"{digits(statistics.median(values))} ({digits(min(values))}-{digits(max(values))})"
 
 
+def ratio(ours: Sequence[float], baseline: Sequence[float]) -> str:
+    """Of the medians, baseline to ours, with the least and greatest of turns that were taken side by side."""
+    whole = statistics.median(baseline) / statistics.median(ours)
+    turns = [theirs / mine for mine, theirs in zip(ours, baseline, strict=True)]
+    return f"{whole:.2f} ({min(turns):.2f}-{max(turns):.2f})"
+
+
 def digits(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 

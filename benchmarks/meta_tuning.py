@@ -30,7 +30,7 @@ from collections.abc import Callable
 import side_by_side
 import torch
 from baseline import Learner, Network, evaluate_episode, training_step
-from harness import digits, spread
+from harness import digits, ratio, spread
 from side_by_side import (
     IMPLEMENTATIONS,
     LEVEL,
@@ -300,8 +300,6 @@ HEADING = (
 def table_row(workload: Workload, row: dict[str, Measured]) -> str:
     """A line under `HEADING`; where a cell holds two figures, ours comes first."""
     ours, baseline = row["ours"], row["baseline"]
-    ratio = statistics.median(baseline.seconds) / statistics.median(ours.seconds)
-    turns = [b / a for a, b in zip(ours.seconds, baseline.seconds, strict=True)]
     name = workload.name
     if workload.job == "episode" and workload.steps and ours.accuracy < 1:
         name += f", of which {100 * ours.accuracy:.0f}% to the end"
@@ -309,7 +307,7 @@ def table_row(workload: Workload, row: dict[str, Measured]) -> str:
         name,
         spread(ours.seconds),
         spread(baseline.seconds),
-        f"{ratio:.2f} ({min(turns):.2f}-{max(turns):.2f})",
+        ratio(ours.seconds, baseline.seconds),
         f"{100 * ours.gemm_share:.0f}% / {100 * baseline.gemm_share:.0f}%",
         f"{ours.peak_memory:.0f} / {baseline.peak_memory:.0f}",
         str(len(ours.seconds)),
