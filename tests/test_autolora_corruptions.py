@@ -1,6 +1,5 @@
 """Corrupted test sets: the files of CIFAR-10-C, those a library makes, and the means that are reported."""
 
-import importlib.util
 import sys
 
 import numpy as np
@@ -13,9 +12,13 @@ from amt.autolora.corruptions import CORRUPTIONS, corrupted, open_corrupted
 from amt.autolora.data import batches, transforms
 from amt.autolora.labelled import ArrayImages
 
-needs_library = pytest.mark.skipif(
-    importlib.util.find_spec("imagecorruptions") is None, reason="pip install imagecorruptions-imaug"
-)
+try:
+    import imagecorruptions  # noqa: F401
+except ImportError as error:  # it is not there, or OpenCV misses a library of the system
+    reason = f"pip install imagecorruptions-imaug: {error}"
+else:
+    reason = ""
+needs_library = pytest.mark.skipif(bool(reason), reason=reason)
 
 
 def write_cifar_c(folder, n=4, dtype=np.uint8):
