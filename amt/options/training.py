@@ -38,7 +38,10 @@ _ATTACK_DEFAULTS = {
 
 def training_parser() -> Parser:
     """The flags of main.py."""
-    parser = Parser("Meta-tune a pool, one LoRA or network per robustness level, under dual perturbation.")
+    parser = Parser(
+        "Meta-tune a pool, one LoRA or network per robustness level, under dual perturbation. "
+        "`main.py autolora --help` explains the other path, fine-tuning on an ordinary data set."
+    )
     add_common(parser, "base_sources", TRAINING_SOURCES, "sources to train on, drawn uniformly")
     parser.add_argument("--arch", default="dino_small_patch16_amt", help="backbone, for example vit_mini_amt")
     parser.add_argument(
