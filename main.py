@@ -22,7 +22,6 @@ from torch.utils.data import Subset
 
 from amt import checkpoint, options
 from amt.backbone import Backbone, find_device, load_backbone
-from amt.commands import autolora
 from amt.evaluate import validate
 from amt.full_pool import pretrained_pool
 from amt.journal import Interrupts, Journal
@@ -36,6 +35,8 @@ from meta_dataset_readers.stored_episodes import open_episodes
 
 def main() -> int:
     if sys.argv[1:2] == ["autolora"]:
+        from amt.commands import autolora  # brings matplotlib and more, which meta-training need not wait for
+
         return autolora.main(sys.argv[2:])
     args = options.training_parser().parse(sys.argv[1:])
     options.check_training(args)

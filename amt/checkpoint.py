@@ -78,16 +78,25 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         tensors |= {f"residual/{name}": tensor for name, tensor in pool.residual.items()}
     tensors |= {"head/scale": pool.scale, "head/bias": pool.bias}
     tensors |= {f"momentum/{name}": tensor for name, tensor in checkpoint.momentum.items()}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     about = {
         "format": FORMAT,
         "tune": pool.tune,
         "levels": [dataclasses.asdict(level) for level in pool.levels],
         **checkpoint.about,
     }
-    text = json.dumps(about, indent=1)
+    write(path, tensors, about)
 
-    replace_file(path, lambda part: part.write_bytes(serialise(tensors, metadata={HEADER: text})))
+
+def write(path: Path, tensors: Weights, about: dict) -> None:
+    """Write tensors as `path` (ending in .safetensors) with `about` in its header, and a readable .json of it
+    beside it, each replaced atomically.
+
+    Raises:
+        InputError: the place cannot be written to; what was there stays as it was.
+    """
+    text = json.dumps(about, indent=1)
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    replace_file(path, lambda part: part.write_bytes(serialise(held, metadata={HEADER: text})))
     replace_file(path.with_suffix(".json"), lambda part: part.write_text(text + "\n"))
 
 

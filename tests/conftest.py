@@ -27,6 +27,16 @@ from meta_dataset_readers.tfrecord import encode_example, write_records
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """A single thread of torch: small networks would only wait for more, and sums depend on their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 SPLITS = ("TRAIN", "VALID", "TEST")
 
 

@@ -39,13 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "lorry")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As the processes have it: sums depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Ended(NamedTuple):

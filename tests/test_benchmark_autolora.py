@@ -44,13 +44,7 @@ NETWORKS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These networks are so small that threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

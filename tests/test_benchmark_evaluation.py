@@ -29,13 +29,7 @@ ARCH = Arch(patch_size=4, dim=24, depth=2, heads=2, pretrained_size=16, image_si
 MACHINE = side_by_side.Machine("cpu", 1, None, gemm_side=64)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These networks are so small that threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -44,6 +44,10 @@ class Student:
             for name, tensor in sorted(getattr(self, field.name).items())
         }
 
+    def copy(self) -> "Student":
+        """The same values in tensors of its own, without gradients."""
+        return Student.of_tensors({name: tensor.detach().clone() for name, tensor in self.tensors.items()})
+
     @classmethod
     def of_tensors(cls, tensors: Weights) -> "Student":
         """The inverse of `tensors`."""
@@ -85,8 +89,9 @@ def natural_weights(network: Network, student: Student, rank: int) -> Weights:
         name: weight if name.startswith(own) else weight.detach() for name, weight in student.weights.items()
     }
     fixed |= {name: norm.detach() for name, norm in student.norms.items()}
+    factors = student.factors
+    adapted = [name.removesuffix(".lora_A") for name in factors if name.endswith(".lora_A")]
     return fixed | {
-        name: fixed[name] + low_rank(A, student.factors[f"{name}.lora_B"], fixed[name]) / rank
-        for name, A in ((key.removesuffix(".lora_A"), A) for key, A in student.factors.items())
-        if f"{name}.lora_B" in student.factors
+        name: fixed[name] + low_rank(factors[f"{name}.lora_A"], factors[f"{name}.lora_B"], fixed[name]) / rank
+        for name in adapted
     }

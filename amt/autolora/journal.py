@@ -11,15 +11,13 @@ steers it. Knows no data set.
 import json
 from pathlib import Path
 
-from safetensors.torch import save as serialise
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from amt import weight_files
 from amt.autolora.pretrained import CLASSIFIER
 from amt.autolora.tune import FineTuner, StepRecord
-from amt.checkpoint import FORMAT, HEADER, replace_file
-from amt.weight_files import Weights
+from amt.checkpoint import FORMAT, HEADER, write
 from meta_dataset_readers.errors import InputError
 
 STATE = "fine-tuning"  # the kind of our files that a run is continued from
@@ -79,14 +77,14 @@ class Journal:
         """Write `last.safetensors`, from which the run continues exactly."""
         tensors, numbers = tuner.state()
         path = self.folder / "last.safetensors"
-        _write(path, tensors, {**self._described(tuner), "kind": STATE, "tuner": numbers})
+        write(path, tensors, {**self._described(tuner), "kind": STATE, "tuner": numbers})
         self._board.flush()
         return path
 
     def save_classifier(self, tuner: FineTuner) -> None:
         """Write `best.safetensors`: the weights as they are, without branch, by the architecture's names."""
         weights = {name: tensor.detach() for name, tensor in tuner.student.weights.items()}
-        _write(self.folder / "best.safetensors", weights, {**self._described(tuner), "kind": CLASSIFIER})
+        write(self.folder / "best.safetensors", weights, {**self._described(tuner), "kind": CLASSIFIER})
 
     def say(self, line: str) -> None:
         """Print a line without breaking the progress bar."""
@@ -101,13 +99,6 @@ class Journal:
     def __exit__(self, *_exception) -> None:
         self._progress.close()
         self._board.close()
-
-
-def _write(path: Path, tensors: Weights, about: dict) -> None:
-    text = json.dumps(about, indent=1)
-    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    replace_file(path, lambda part: part.write_bytes(serialise(held, metadata={HEADER: text})))
-    replace_file(path.with_suffix(".json"), lambda part: part.write_text(text + "\n"))
 
 
 def continued(folder: Path, about: dict, tuner: FineTuner) -> bool:

@@ -116,15 +116,22 @@ def autolora(
 
     Both passes are in train mode, so running statistics are updated twice where there is one BatchNorm set.
     """
-    clean = logits(network, natural_weights(network, student, rank), images, training=True)
-    moved = logits(network, student.weights, attacked, training=True)
-    return Outcome(robust_loss(clean, moved, labels, weighing.robust, weighing.natural), clean, moved)
+    natural = natural_weights(network, student, rank)
+    return _two_passes(network, natural, student.weights, images, attacked, labels, weighing)
 
 
 def vanilla(network: Network, student: Student, images, attacked, labels, weighing: LossWeights) -> Outcome:
     """TRADES; with a second BatchNorm set clean images have that one, and train its parameters."""
-    clean = logits(network, student.weights | student.norms, images, training=True)
-    moved = logits(network, student.weights, attacked, training=True)
+    natural = student.weights | student.norms
+    return _two_passes(network, natural, student.weights, images, attacked, labels, weighing)
+
+
+def _two_passes(
+    network: Network, natural, weights, images, attacked, labels, weighing: LossWeights
+) -> Outcome:
+    """Clean images through the one set of weights, then attacked ones through the other, in train mode."""
+    clean = logits(network, natural, images, training=True)
+    moved = logits(network, weights, attacked, training=True)
     return Outcome(robust_loss(clean, moved, labels, weighing.robust, weighing.natural), clean, moved)
 
 

@@ -365,9 +365,7 @@ class FineTuner:
         found = self.verdict
         note |= {"condition": found.condition, "best": found.best}
         if found.best == self.epoch:
-            self.best = Student.of_tensors(
-                {name: tensor.detach().clone() for name, tensor in self.student.tensors.items()}
-            )
+            self.best = self.student.copy()
         elif found.condition:  # the optimiser's momentum stays as it is
             _overwrite(self.student, self.best)
         return note
@@ -401,9 +399,7 @@ class FineTuner:
             rooms[room if room in rooms else "student"][rest if room in rooms else name] = tensor
         _overwrite(self.student, Student.of_tensors(rooms["student"]))
         if rooms["best"]:
-            self.best = Student.of_tensors(
-                {name: tensor.detach().clone() for name, tensor in self.student.tensors.items()}
-            )
+            self.best = self.student.copy()
             _overwrite(self.best, Student.of_tensors(rooms["best"]))
         for name, buffer in rooms["momentum"].items():
             parameter = self.trained[name]
