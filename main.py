@@ -4,12 +4,12 @@
 
 Each episode gives every level one step: support features make prototypes, the query images are attacked,
 the singular factors are moved uphill, and the natural plus robust loss at the moved factors is descended
-(amt/meta_tune.py). Afterwards test_meta_dataset.py merges the pool anew for every task. A member is a LoRA,
-or with --tune full a complete network; baselines train in the same loop, see --tune and --pgd_method.
+(amt/training/meta_tune.py). Afterwards test_meta_dataset.py merges the pool anew for every task. A member
+is a LoRA, or with --tune full a complete network; baselines train in the same loop, see --tune and --pgd_method.
 
     python main.py autolora --dataset cifar10 --data DIR --arch resnet18 --checkpoint FILE --output RUN
 
-is the other path, robust fine-tuning on an ordinary data set: amt/commands/autolora.py.
+is the other path, robust fine-tuning on an ordinary data set: amt/cli/autolora.py.
 """
 
 import argparse
@@ -20,14 +20,15 @@ from functools import partial
 
 from torch.utils.data import Subset
 
-from amt import checkpoint, options
-from amt.backbone import Backbone, find_device, load_backbone
-from amt.evaluate import validate
-from amt.full_pool import pretrained_pool
-from amt.journal import Interrupts, Journal
-from amt.lora import principal_pool
-from amt.meta_tune import NonFiniteLoss, Tuner, TuneSettings, meta_tune
-from amt.pool import Pool
+from amt.cli import options
+from amt.evaluation.evaluate import validate
+from amt.files import checkpoint
+from amt.models.full_pool import pretrained_pool
+from amt.models.lora import principal_pool
+from amt.models.network import Backbone, find_device, load_backbone
+from amt.models.pool import Pool
+from amt.training.journal import Interrupts, Journal
+from amt.training.meta_tune import NonFiniteLoss, Tuner, TuneSettings, meta_tune
 from meta_dataset_readers.errors import InputError, exit_on_bad_input
 from meta_dataset_readers.reader import EpisodeReader, SourceMixture, episode_loader
 from meta_dataset_readers.stored_episodes import open_episodes
@@ -35,7 +36,7 @@ from meta_dataset_readers.stored_episodes import open_episodes
 
 def main() -> int:
     if sys.argv[1:2] == ["autolora"]:
-        from amt.commands import autolora  # brings matplotlib and more, which meta-training need not wait for
+        from amt.cli import autolora  # brings matplotlib and more, which meta-training need not wait for
 
         return autolora.main(sys.argv[2:])
     args = options.training_parser().parse(sys.argv[1:])

@@ -3,8 +3,8 @@
     python test_meta_dataset.py --arch vit_mini_amt_merge --resume runs/x/best.safetensors \\
         --data_path data/mini --test_sources mini_signs digits --output_dir results/x --epsilon 4 8
 
-For each episode the support set decides the coefficients (amt/merge.py), the adapters are merged into one
-network, singular values are trimmed if asked for, and prototypes classify the query images; then the same
+For each episode the support set decides the coefficients (amt/tasks/merge.py), the adapters are merged into
+one network, singular values are trimmed if asked for, and prototypes classify the query images; then the same
 network is attacked. Nothing is chosen on the episodes that are scored, unless --select published says so.
 
 Every episode's row is on the disk as soon as it is known: the same command continues a run that was stopped,
@@ -22,15 +22,17 @@ from functools import partial
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from amt import checkpoint, options, runs
-from amt.backbone import Backbone, find_device, load_backbone
-from amt.conclude import conclude
-from amt.deploy import Deployment, as_decided, check_deployment, deploy
-from amt.evaluate import columns, measure
-from amt.journal import Interrupts
-from amt.predict import Predictor, pretrained_predictor
-from amt.sanity import probe
-from amt.statistics import groups
+from amt.cli import options
+from amt.evaluation import runs
+from amt.evaluation.deploy import Deployment, as_decided, check_deployment, deploy
+from amt.evaluation.evaluate import columns, measure
+from amt.evaluation.sanity import probe
+from amt.evaluation.statistics import groups
+from amt.files import checkpoint
+from amt.models.network import Backbone, find_device, load_backbone
+from amt.report.finish import conclude
+from amt.tasks.classifier import Predictor, pretrained_predictor
+from amt.training.journal import Interrupts
 from meta_dataset_readers.domains import DOMAINS
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError, exit_on_bad_input

@@ -55,13 +55,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from amt import options
-from amt.autolora.branch import Student
-from amt.autolora.networks import build, logits
-from amt.autolora.objectives import Adversary
-from amt.autolora.tune import FineTuner, Settings, accuracy, new_student, validate
-from amt.meta_tune import stream
-from amt.perturb import pgd
+from amt.attacks.perturb import pgd
+from amt.cli import options
+from amt.models.branch import Student
+from amt.models.classifiers import build, logits
+from amt.training.autolora import FineTuner, Settings, accuracy, new_student, validate
+from amt.training.meta_tune import stream
+from amt.training.objectives import Adversary
 from meta_dataset_readers.errors import InputError, exit_on_bad_input
 
 CLASSES = 10

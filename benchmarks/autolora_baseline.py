@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from baseline import pgd
 from torch import Tensor, nn
 
-from amt.attacks import Attack
-from amt.autolora.branch import Student
-from amt.autolora.networks import Network
-from amt.autolora.objectives import Adversary
-from amt.autolora.schedule import loss_weights
-from amt.autolora.tune import Accuracy
-from amt.losses import RobustLoss, robust_loss
-from amt.meta_tune import stream
+from amt.attacks.evaluation import Attack
+from amt.models.branch import Student
+from amt.models.classifiers import Network
+from amt.training.autolora import Accuracy
+from amt.training.losses import RobustLoss, robust_loss
+from amt.training.meta_tune import stream
+from amt.training.objectives import Adversary
+from amt.training.schedule import loss_weights
 
 
 class LoRALayer(nn.Module):
@@ -139,7 +139,7 @@ def attack(
 
 
 def validate(model: Model, images: Tensor, labels: Tensor, adversary: Adversary, seed: int) -> Accuracy:
-    """Clean and robust accuracy in per cent; an image's start is that of `amt.autolora.tune.validate`."""
+    """Clean and robust accuracy in per cent; an image's start is that of `amt.training.autolora.validate`."""
     model.eval()
     model.take_thread(natural=False)
     with torch.no_grad():

@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amt.attacks import Attack
-from amt.backbone import Backbone, resize_positions
-from amt.lora import LoRAPool, Trim, truncate
-from amt.losses import RobustLoss, kl_sum, robust_loss
-from amt.merge import Coefficients, Routing, augment, blend, compactness
-from amt.perturb import Perturbation, pyramid_attack
-from amt.protonet import cosine_logits, prototypes
+from amt.attacks.evaluation import Attack
+from amt.attacks.perturb import Perturbation, pyramid_attack
+from amt.models.heads import cosine_logits, prototypes
+from amt.models.lora import LoRAPool, Trim, truncate
+from amt.models.network import Backbone, resize_positions
+from amt.tasks.merge import Coefficients, Routing, augment, blend, compactness
+from amt.training.losses import RobustLoss, kl_sum, robust_loss
 from meta_dataset_readers.episode import Episode
 
 

@@ -55,13 +55,13 @@ from side_by_side import (
 )
 from torch import Tensor
 
-from amt.attacks import Attack
-from amt.backbone import ARCHS, Backbone
-from amt.evaluate import measure, query_generators
-from amt.lora import LoRAPool, Trim
-from amt.merge import Routing, route, uniform
-from amt.meta_tune import stream
-from amt.predict import merged_predictor
+from amt.attacks.evaluation import Attack
+from amt.evaluation.evaluate import measure, query_generators
+from amt.models.lora import LoRAPool, Trim
+from amt.models.network import ARCHS, Backbone
+from amt.tasks.classifier import merged_predictor
+from amt.tasks.merge import Routing, route, uniform
+from amt.training.meta_tune import stream
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import exit_on_bad_input
 

@@ -51,14 +51,14 @@ from side_by_side import (
 )
 from torch import Tensor
 
-from amt.attacks import Attack
-from amt.backbone import ARCHS, Backbone
-from amt.evaluate import evaluate, query_generators
-from amt.lora import LoRAPool
-from amt.merge import Routing, route
-from amt.meta_tune import Tuner, TuneSettings, stream
-from amt.perturb import pyramid_start
-from amt.predict import merged_predictor
+from amt.attacks.evaluation import Attack
+from amt.attacks.perturb import pyramid_start
+from amt.evaluation.evaluate import evaluate, query_generators
+from amt.models.lora import LoRAPool
+from amt.models.network import ARCHS, Backbone
+from amt.tasks.classifier import merged_predictor
+from amt.tasks.merge import Routing, route
+from amt.training.meta_tune import Tuner, TuneSettings, stream
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import exit_on_bad_input
 

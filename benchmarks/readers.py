@@ -52,7 +52,7 @@ from readers_baseline import H5Episodes, write_class
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from amt import options
+from amt.cli import options
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError, exit_on_bad_input
 from meta_dataset_readers.reader import EpisodeReader, episode_loader

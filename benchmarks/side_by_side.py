@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from amt import options
-from amt.backbone import ARCHS, Backbone, base_arch, build_network, find_device
-from amt.lora import LoRAPool, adapted_layers
-from amt.perturb import Perturbation
+from amt.attacks.perturb import Perturbation
+from amt.cli import options
+from amt.models.lora import LoRAPool, adapted_layers
+from amt.models.network import ARCHS, Backbone, base_arch, build_network, find_device
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 

@@ -32,9 +32,9 @@ from typing import NamedTuple
 from PIL import Image
 from safetensors import safe_open
 
-from amt import runs
-from amt.checkpoint import HEADER
-from amt.commands import autolora, report
+from amt.cli import autolora, report
+from amt.evaluation import runs
+from amt.files.checkpoint import HEADER
 from meta_dataset_readers.errors import exit_on_bad_input
 from meta_dataset_readers.mini.sources import Source, build
 

@@ -22,12 +22,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from amt import checkpoint, runs
-from amt.backbone import load_backbone
-from amt.merge import Routing, compactness, support_cosines
-from amt.meta_tune import stream
-from amt.report import mixing_picture
-from amt.statistics import Summary, average_summary, summarise
+from amt.evaluation import runs
+from amt.evaluation.statistics import Summary, average_summary, summarise
+from amt.files import checkpoint
+from amt.models.network import load_backbone
+from amt.report.tables import mixing_picture
+from amt.tasks.merge import Routing, compactness, support_cosines
+from amt.training.meta_tune import stream
 from meta_dataset_readers import EpisodeReader, EpisodeSampling, episode_loader
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from amt import runs
-from amt.report import mixing_picture
-from amt.statistics import Summary
+from amt.evaluation import runs
+from amt.evaluation.statistics import Summary
+from amt.report.tables import mixing_picture
 from meta_dataset_readers.errors import InputError, exit_on_bad_input
 
 ROOT = Path(__file__).resolve().parent.parent

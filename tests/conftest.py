@@ -17,8 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from amt.backbone import Arch, Backbone, build_network
-from amt.lora import LoRAPool
+from amt.models.lora import LoRAPool
+from amt.models.network import Arch, Backbone, build_network
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.tfrecord import encode_example, write_records

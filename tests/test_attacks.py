@@ -10,7 +10,7 @@ from conftest import fails, moved_apart, patterned_episode, random_backbone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amt.attacks import (
+from amt.attacks.evaluation import (
     KINDS,
     Attack,
     attack_queries,
@@ -19,12 +19,12 @@ from amt.attacks import (
     dlr,
     parse_attack,
 )
-from amt.backbone import Arch
-from amt.evaluate import columns, measure
-from amt.lora import principal_pool
-from amt.merge import Routing, route
-from amt.perturb import Ball, Perturbation, ascend, pgd
-from amt.predict import Task, merged_predictor, pretrained_predictor
+from amt.attacks.perturb import Ball, Perturbation, ascend, pgd
+from amt.evaluation.evaluate import columns, measure
+from amt.models.lora import principal_pool
+from amt.models.network import Arch
+from amt.tasks.classifier import Task, merged_predictor, pretrained_predictor
+from amt.tasks.merge import Routing, route
 
 ARCH = Arch(patch_size=4, dim=12, depth=2, heads=2, pretrained_size=8, image_size=8, mlp_ratio=2.0)
 EPISODE = patterned_episode(1, n_way=5, shots=2, queries=4, noise=0.1)

@@ -26,13 +26,15 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from amt.autolora import options, testing, tune
-from amt.autolora.corruptions import CORRUPTIONS
-from amt.autolora.networks import build, logits
-from amt.autolora.objectives import Adversary
-from amt.autolora.pretrained import Pretrained
-from amt.autolora.tune import FineTuner
-from amt.commands import autolora
+from amt.cli import autolora
+from amt.cli.options import autolora as options
+from amt.data.corruptions import CORRUPTIONS
+from amt.evaluation import test_set as testing
+from amt.files.robust_weights import Pretrained
+from amt.models.classifiers import build, logits
+from amt.training import autolora as tune
+from amt.training.autolora import FineTuner
+from amt.training.objectives import Adversary
 from meta_dataset_readers.errors import exit_on_bad_input
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,9 +8,9 @@ import torch
 from conftest import fails
 from PIL import Image
 
-from amt.autolora.corruptions import CORRUPTIONS, corrupted, open_corrupted
-from amt.autolora.data import batches, transforms
-from amt.autolora.labelled import ArrayImages
+from amt.data.corruptions import CORRUPTIONS, corrupted, open_corrupted
+from amt.data.labelled import ArrayImages
+from amt.data.loading import batches, transforms
 
 try:
     import imagecorruptions  # noqa: F401

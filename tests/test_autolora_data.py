@@ -15,9 +15,9 @@ import torchvision
 from conftest import by_pil, fails, write_classes, write_picture
 from PIL import Image
 
-from amt.autolora.data import batches, open_splits, transforms
-from amt.autolora.datasets import DATASETS, known, open_dataset
-from amt.autolora.labelled import ArrayImages, choose_per_class
+from amt.data.datasets import DATASETS, known, open_dataset
+from amt.data.labelled import ArrayImages, choose_per_class
+from amt.data.loading import batches, open_splits, transforms
 from meta_dataset_readers.errors import InputError
 
 # --- the formats -----------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from amt import runs
-from amt.checkpoint import HEADER
-from amt.commands import autolora
+from amt.cli import autolora
+from amt.evaluation import runs
+from amt.files.checkpoint import HEADER
 from meta_dataset_readers.mini.sources import build
 from studies.autolora_demo import ROWS, Demo, Finished, demonstrate, markdown, write_folders
 

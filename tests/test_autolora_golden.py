@@ -11,13 +11,13 @@ from autolora_golden import INDEX, arrays, below, golden
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from amt.autolora.branch import Student, factor_shapes, natural_weights, new_factors
-from amt.autolora.networks import Network, ResNet, logits
-from amt.autolora.objectives import Adversary, attack, autolora, vanilla
-from amt.autolora.schedule import LossWeights
-from amt.autolora.tune import FineTuner, Settings, accuracy
-from amt.lora import low_rank
-from amt.perturb import Ball, ascend
+from amt.attacks.perturb import Ball, ascend
+from amt.models.branch import Student, factor_shapes, natural_weights, new_factors
+from amt.models.classifiers import Network, ResNet, logits
+from amt.models.lora import low_rank
+from amt.training.autolora import FineTuner, Settings, accuracy
+from amt.training.objectives import Adversary, attack, autolora, vanilla
+from amt.training.schedule import LossWeights
 
 pytestmark = golden
 

@@ -17,15 +17,15 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from amt.autolora.branch import Student, factor_shapes, natural_weights, new_factors
-from amt.autolora.data import batches, transforms
-from amt.autolora.journal import Journal, continued
-from amt.autolora.labelled import ArrayImages
-from amt.autolora.networks import Network, ResNet, logits
-from amt.autolora.objectives import Adversary, attack, autolora, twins, vanilla
-from amt.autolora.schedule import LossWeights, loss_weights
-from amt.autolora.tune import Accuracy, FineTuner, Settings, accuracy, fine_tune, new_student, validate
-from amt.meta_tune import NonFiniteLoss, stream
+from amt.data.labelled import ArrayImages
+from amt.data.loading import batches, transforms
+from amt.models.branch import Student, factor_shapes, natural_weights, new_factors
+from amt.models.classifiers import Network, ResNet, logits
+from amt.training.autolora import Accuracy, FineTuner, Settings, accuracy, fine_tune, new_student, validate
+from amt.training.autolora_journal import Journal, continued
+from amt.training.meta_tune import NonFiniteLoss, stream
+from amt.training.objectives import Adversary, attack, autolora, twins, vanilla
+from amt.training.schedule import LossWeights, loss_weights
 
 SIDE, CLASSES, RANK = 8, 3, 2
 SHORT = Adversary(steps=2)

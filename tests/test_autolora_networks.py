@@ -10,16 +10,8 @@ from conftest import fails
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from amt.autolora.networks import (
-    ARCHS,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Network,
-    ResNet,
-    build,
-    logits,
-)
-from amt.autolora.wide_resnet import WideResNet
+from amt.models.classifiers import ARCHS, IMAGENET_MEAN, IMAGENET_STD, Network, ResNet, build, logits
+from amt.models.wide_resnet import WideResNet
 
 
 def unmade(arch: str, *arguments, **more) -> Network:

@@ -15,9 +15,9 @@ from conftest import fails
 from safetensors.torch import save_file
 from torch import Tensor
 
-from amt.autolora.networks import IMAGENET_MEAN, IMAGENET_STD, Network, build, logits
-from amt.autolora.pretrained import PRETRAININGS, read
-from amt.autolora.wide_resnet import WideResNet
+from amt.files.robust_weights import PRETRAININGS, read
+from amt.models.classifiers import IMAGENET_MEAN, IMAGENET_STD, Network, build, logits
+from amt.models.wide_resnet import WideResNet
 
 Weights = dict[str, Tensor]
 

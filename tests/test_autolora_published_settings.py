@@ -5,8 +5,8 @@ import json
 import pytest
 from autolora_golden import INDEX, ROOT, golden
 
-from amt.autolora.pretrained import PRETRAININGS
-from amt.autolora.published_settings import PublishedSettings, published_settings
+from amt.cli.options.published_settings import PublishedSettings, published_settings
+from amt.files.robust_weights import PRETRAININGS
 
 MODES = ("SLF", "ALF", "AFF")
 PLACES = (("cifar10", 32), ("cifar100", 32), ("stl10", 32), ("stl10", 96))

@@ -6,14 +6,7 @@ from autolora_golden import INDEX, arrays, below, golden
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amt.autolora.schedule import (
-    LOWEST_RATE,
-    loss_weights,
-    step_rate,
-    update_batches,
-    verdict,
-    windows,
-)
+from amt.training.schedule import LOWEST_RATE, loss_weights, step_rate, update_batches, verdict, windows
 
 ACCURACIES = st.lists(st.integers(0, 10).map(float), min_size=1, max_size=60)
 TRACES = {file: arrays(file) for file in ("lr_traces_low.npz", "lr_traces_high.npz")}

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amt.autolora.similarity import gradient_similarity
+from amt.training.similarity import gradient_similarity
 
 
 def gradients(seed: int, scale: float = 1.0) -> dict[str, torch.Tensor]:

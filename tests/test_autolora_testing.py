@@ -13,16 +13,16 @@ from conftest import fails
 from pyautoattack.square import SquareAttack
 from torch import nn
 
-from amt import runs
-from amt.attacks import Attack, attack_queries
-from amt.autolora import testing
-from amt.autolora.labelled import ArrayImages
-from amt.autolora.networks import Network, logits
-from amt.commands import compare as compare_command
-from amt.comparison import compare, other_episodes
-from amt.evaluate import columns, measure
-from amt.page.document import page
-from amt.statistics import summarise
+from amt.attacks.evaluation import Attack, attack_queries
+from amt.cli import compare as compare_command
+from amt.data.labelled import ArrayImages
+from amt.evaluation import runs
+from amt.evaluation import test_set as testing
+from amt.evaluation.comparison import compare, other_episodes
+from amt.evaluation.evaluate import columns, measure
+from amt.evaluation.statistics import summarise
+from amt.models.classifiers import Network, logits
+from amt.report.document import page
 from meta_dataset_readers.transforms import planes, unit_range
 
 CLASSES = ("red", "green", "blue", "dark", "light")

@@ -15,9 +15,11 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from amt import backbone as backbones
-from amt import checkpoint
-from amt.backbone import (
+from amt.attacks.perturb import Perturbation
+from amt.files import checkpoint
+from amt.models import network as backbones
+from amt.models.lora import principal_pool
+from amt.models.network import (
     ARCHS,
     Arch,
     Backbone,
@@ -31,9 +33,7 @@ from amt.backbone import (
     matching_archs,
     read_weights,
 )
-from amt.lora import principal_pool
-from amt.meta_tune import Tuner, TuneSettings
-from amt.perturb import Perturbation
+from amt.training.meta_tune import Tuner, TuneSettings
 from meta_dataset_readers.errors import InputError
 
 ARCH = Arch(patch_size=4, dim=24, depth=2, heads=2, pretrained_size=16, image_size=16, mlp_ratio=2.0)

@@ -21,20 +21,21 @@ from safetensors.torch import load_file, save_file
 from test_commands import World, about, command, error_line, process, same_tensors, signal_after, world
 from torch import Tensor, nn
 
-from amt import checkpoint, export, options
-from amt.backbone import Arch, Backbone
-from amt.checkpoint import Checkpoint
-from amt.commands import checkpoint as describing
-from amt.commands import export as exporting
-from amt.commands import pool as pooling
-from amt.finetune import Finetuning, finetune, finetuned_predictor
-from amt.full_pool import FullPool, pretrained_pool
-from amt.lora import Trim, principal_pool, trim_singular_values
-from amt.merge import AUGMENTATIONS, augment
-from amt.meta_tune import ALONE, Tuner, TuneSettings, natural_outcome, querying_outcome
-from amt.perturb import Perturbation, pyramid_start
-from amt.pool import Pool
-from amt.predict import prototype_task
+from amt.attacks.perturb import Perturbation, pyramid_start
+from amt.cli import checkpoint as describing
+from amt.cli import export as exporting
+from amt.cli import options
+from amt.cli import pool as pooling
+from amt.files import checkpoint, export
+from amt.files.checkpoint import Checkpoint
+from amt.models.full_pool import FullPool, pretrained_pool
+from amt.models.lora import Trim, principal_pool, trim_singular_values
+from amt.models.network import Arch, Backbone
+from amt.models.pool import Pool
+from amt.tasks.classifier import prototype_task
+from amt.tasks.finetune import Finetuning, finetune, finetuned_predictor
+from amt.tasks.merge import AUGMENTATIONS, augment
+from amt.training.meta_tune import ALONE, Tuner, TuneSettings, natural_outcome, querying_outcome
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 

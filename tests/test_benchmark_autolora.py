@@ -15,11 +15,11 @@ import torch
 from timm.models import VisionTransformer
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from amt.autolora import networks
-from amt.autolora.networks import Network, ResNet
-from amt.autolora.objectives import Adversary, attack
-from amt.autolora.tune import validate
-from amt.meta_tune import stream
+from amt.models import classifiers as networks
+from amt.models.classifiers import Network, ResNet
+from amt.training.autolora import validate
+from amt.training.meta_tune import stream
+from amt.training.objectives import Adversary, attack
 from meta_dataset_readers.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from amt.attacks import Attack
-from amt.backbone import Arch, Backbone, build_network
-from amt.evaluate import measure, query_generators
-from amt.lora import Trim
-from amt.merge import Routing
-from amt.meta_tune import stream
-from amt.predict import merged_predictor
+from amt.attacks.evaluation import Attack
+from amt.evaluation.evaluate import measure, query_generators
+from amt.models.lora import Trim
+from amt.models.network import Arch, Backbone, build_network
+from amt.tasks.classifier import merged_predictor
+from amt.tasks.merge import Routing
+from amt.training.meta_tune import stream
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from amt.attacks import Attack
-from amt.backbone import Arch, Backbone, build_network, features
-from amt.evaluate import evaluate, query_generators
-from amt.merge import Routing, route
-from amt.meta_tune import Tuner, TuneSettings, query_outcome, stream
-from amt.perturb import Perturbation, pyramid_start
-from amt.predict import merged_predictor
+from amt.attacks.evaluation import Attack
+from amt.attacks.perturb import Perturbation, pyramid_start
+from amt.evaluation.evaluate import evaluate, query_generators
+from amt.models.network import Arch, Backbone, build_network, features
+from amt.tasks.classifier import merged_predictor
+from amt.tasks.merge import Routing, route
+from amt.training.meta_tune import Tuner, TuneSettings, query_outcome, stream
 from meta_dataset_readers.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -26,11 +26,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from amt import checkpoint, options, runs
-from amt.backbone import ARCHS, build_network
-from amt.journal import Journal
-from amt.lora import principal_pool
-from amt.perturb import Perturbation
+from amt.attacks.perturb import Perturbation
+from amt.cli import options
+from amt.evaluation import runs
+from amt.files import checkpoint
+from amt.models.lora import principal_pool
+from amt.models.network import ARCHS, build_network
+from amt.training.journal import Journal
 from meta_dataset_readers.errors import exit_on_bad_input
 from meta_dataset_readers.reader import EpisodeReader, SourceMixture
 from meta_dataset_readers.sampling import EpisodeSampling

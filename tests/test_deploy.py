@@ -12,20 +12,20 @@ import torch.nn.functional as F
 from conftest import fails, moved_apart, patterned_episode, random_backbone
 from torch import Tensor, nn
 
-from amt.attacks import Attack
-from amt.backbone import Arch, Backbone, features
-from amt.deploy import STAMP, Deployment, as_decided, check_deployment, check_trims, deploy
-from amt.evaluate import evaluate
-from amt.finetune import Finetuning
-from amt.full_pool import FullPool, pretrained_pool
-from amt.lora import LoRAPool, Trim, principal_pool
-from amt.merge import Routing, augment, route, soup, uniform
-from amt.meta_tune import stream
-from amt.perturb import Perturbation
-from amt.pool import Pool
-from amt.predict import Task, prototype_task
-from amt.protonet import prototypes
-from amt.select import support_predictor
+from amt.attacks.evaluation import Attack
+from amt.attacks.perturb import Perturbation
+from amt.evaluation.deploy import STAMP, Deployment, as_decided, check_deployment, check_trims, deploy
+from amt.evaluation.evaluate import evaluate
+from amt.evaluation.select import support_predictor
+from amt.models.full_pool import FullPool, pretrained_pool
+from amt.models.heads import prototypes
+from amt.models.lora import LoRAPool, Trim, principal_pool
+from amt.models.network import Arch, Backbone, features
+from amt.models.pool import Pool
+from amt.tasks.classifier import Task, prototype_task
+from amt.tasks.finetune import Finetuning
+from amt.tasks.merge import Routing, augment, route, soup, uniform
+from amt.training.meta_tune import stream
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 

@@ -3,11 +3,11 @@
 import pytest
 from conftest import fails
 
-from amt import options
-from amt.domain_config import LARGEST, DomainSettings, read_domain_config
-from amt.lora import Trim
-from amt.merge import Routing
-from amt.select import published_grid
+from amt.cli import options
+from amt.cli.options.domain_config import LARGEST, DomainSettings, read_domain_config
+from amt.evaluation.select import published_grid
+from amt.models.lora import Trim
+from amt.tasks.merge import Routing
 
 SOURCES = ("signs", "digits")
 POOL = "--data_path d --test_sources signs digits --output_dir o --arch vit_mini --resume pool.safetensors"

@@ -10,13 +10,13 @@ from conftest import moved_apart, patterned_episode, random_backbone
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amt.attacks import Attack
-from amt.backbone import Arch, Backbone
-from amt.evaluate import columns, evaluate, measure, validate
-from amt.lora import LoRAPool, principal_pool
-from amt.perturb import Perturbation
-from amt.predict import Task, merged_predictor, pretrained_predictor
-from amt.statistics import summarise
+from amt.attacks.evaluation import Attack
+from amt.attacks.perturb import Perturbation
+from amt.evaluation.evaluate import columns, evaluate, measure, validate
+from amt.evaluation.statistics import summarise
+from amt.models.lora import LoRAPool, principal_pool
+from amt.models.network import Arch, Backbone
+from amt.tasks.classifier import Task, merged_predictor, pretrained_predictor
 from meta_dataset_readers.episode import Episode
 
 ARCH = Arch(patch_size=4, dim=12, depth=2, heads=2, pretrained_size=8, image_size=8, mlp_ratio=2.0)

@@ -16,8 +16,8 @@ from test_commands import (
     world,
 )
 
-from amt import runs
-from amt.commands import compare
+from amt.cli import compare
+from amt.evaluation import runs
 from meta_dataset_readers.errors import exit_on_bad_input
 
 __all__ = ["trained", "world"]  # fixtures, found by their names
@@ -122,7 +122,7 @@ def test_what_was_chosen_is_not_chosen_again(flags, tmp_path, monkeypatch):
     choosing += ("--trim_candidates", "fc1:0:0.5")
     assert command("test_meta_dataset", *flags(tmp_path / "whole", *choosing)).code == 0
     assert command("test_meta_dataset", *flags(tmp_path / "two", *choosing, "--nTestEpisode", 2)).code == 0
-    monkeypatch.setattr("amt.deploy.select", None)
+    monkeypatch.setattr("amt.evaluation.deploy.select", None)
     ended = command("test_meta_dataset", *flags(tmp_path / "two", *choosing))
     assert ended.code == 0, ended.err
     assert untimed(tmp_path / "two") == untimed(tmp_path / "whole")
@@ -132,7 +132,7 @@ def test_what_was_chosen_is_not_chosen_again(flags, tmp_path, monkeypatch):
 
 
 def test_domains_that_choose_alike_choose_once(flags, tmp_path, monkeypatch):
-    from amt import deploy
+    from amt.evaluation import deploy
 
     calls = []
     select = deploy.select

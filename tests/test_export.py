@@ -15,16 +15,16 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from amt import checkpoint, export
-from amt.backbone import ARCHS, Arch, Backbone, features, freeze, load_backbone, untrained
-from amt.checkpoint import Checkpoint
-from amt.commands import export as command
-from amt.evaluate import merged_predictor
-from amt.export import MergedNetwork, Support, merged_network
-from amt.lora import LoRAPool, Trim, principal_pool
-from amt.merge import Routing, route
-from amt.perturb import Perturbation
-from amt.protonet import cosine_logits
+from amt.attacks.perturb import Perturbation
+from amt.cli import export as command
+from amt.evaluation.evaluate import merged_predictor
+from amt.files import checkpoint, export
+from amt.files.checkpoint import Checkpoint
+from amt.files.export import MergedNetwork, Support, merged_network
+from amt.models.heads import cosine_logits
+from amt.models.lora import LoRAPool, Trim, principal_pool
+from amt.models.network import ARCHS, Arch, Backbone, features, freeze, load_backbone, untrained
+from amt.tasks.merge import Routing, route
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 

@@ -20,14 +20,7 @@ import torch.nn.functional as F
 from test_backbone import write_official
 from torch import Tensor
 
-from amt import merge, meta_tune
-from amt.backbone import Arch, Backbone, build_network, features, read_weights, resize_positions
-from amt.checkpoint import Checkpoint, check_architecture, load, save
-from amt.lora import LoRAPool, Trim, split_principal, trim_singular_values, truncate
-from amt.losses import kl_sum, robust_loss
-from amt.merge import Coefficients, Routing, average_of, blend, compactness, support_cosines
-from amt.meta_tune import Tuner, TuneSettings, query_outcome
-from amt.perturb import (
+from amt.attacks.perturb import (
     PIXELS,
     Perturbation,
     ValueSpace,
@@ -36,9 +29,17 @@ from amt.perturb import (
     pyramid_attack,
     pyramid_step,
 )
-from amt.predict import prototype_task
-from amt.protonet import cosine_logits, prototypes
-from amt.published import pool_from_published, published_shapes
+from amt.files.checkpoint import Checkpoint, check_architecture, load, save
+from amt.files.published import pool_from_published, published_shapes
+from amt.models.heads import cosine_logits, prototypes
+from amt.models.lora import LoRAPool, Trim, split_principal, trim_singular_values, truncate
+from amt.models.network import Arch, Backbone, build_network, features, read_weights, resize_positions
+from amt.tasks import merge
+from amt.tasks.classifier import prototype_task
+from amt.tasks.merge import Coefficients, Routing, average_of, blend, compactness, support_cosines
+from amt.training import meta_tune
+from amt.training.losses import kl_sum, robust_loss
+from amt.training.meta_tune import Tuner, TuneSettings, query_outcome
 from meta_dataset_readers.episode import Episode
 
 FOLDER = os.environ.get("AMT_GOLDEN", Path(__file__).resolve().parents[2] / "shared" / "golden")

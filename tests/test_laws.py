@@ -18,15 +18,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from amt import checkpoint as checkpoints
-from amt import meta_tune
-from amt.attacks import Attack
-from amt.backbone import Arch, Backbone, features
-from amt.checkpoint import Checkpoint
-from amt.evaluate import evaluate
-from amt.lora import LoRAPool, Trim, principal_pool, split_principal, trim_singular_values
-from amt.merge import Routing, blend, route
-from amt.meta_tune import (
+from amt.attacks.evaluation import Attack
+from amt.attacks.perturb import Perturbation, pgd, pyramid_attack, pyramid_start
+from amt.evaluation.evaluate import evaluate
+from amt.files import checkpoint as checkpoints
+from amt.files.checkpoint import Checkpoint
+from amt.models.heads import cosine_logits, prototypes
+from amt.models.lora import LoRAPool, Trim, principal_pool, split_principal, trim_singular_values
+from amt.models.network import Arch, Backbone, features
+from amt.tasks.classifier import merged_predictor
+from amt.tasks.merge import Routing, blend, route
+from amt.training import meta_tune
+from amt.training.meta_tune import (
     NonFiniteLoss,
     StepRecord,
     Tuner,
@@ -35,9 +38,6 @@ from amt.meta_tune import (
     learning_rate,
     query_outcome,
 )
-from amt.perturb import Perturbation, pgd, pyramid_attack, pyramid_start
-from amt.predict import merged_predictor
-from amt.protonet import cosine_logits, prototypes
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 

@@ -21,14 +21,14 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.transforms import v2
 
-from amt.attacks import Attack
-from amt.backbone import Arch
-from amt.evaluate import evaluate
-from amt.interop_learn2learn import EpisodeTaskset, TasksetEpisodes, task_of
-from amt.lora import principal_pool
-from amt.meta_tune import Tuner, TuneSettings, meta_tune
-from amt.perturb import Perturbation
-from amt.predict import pretrained_predictor
+from amt.attacks.evaluation import Attack
+from amt.attacks.perturb import Perturbation
+from amt.evaluation.evaluate import evaluate
+from amt.files.learn2learn import EpisodeTaskset, TasksetEpisodes, task_of
+from amt.models.lora import principal_pool
+from amt.models.network import Arch
+from amt.tasks.classifier import pretrained_predictor
+from amt.training.meta_tune import Tuner, TuneSettings, meta_tune
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.reader import EpisodeReader, episode_loader
@@ -135,7 +135,7 @@ def test_bad_orders_and_empty_sources_are_refused():
 
 def test_a_task_source_needs_no_learn2learn():
     """Who only hands episodes over, or only imports amt, must not need it."""
-    assert not [name for name in imports("amt.interop_learn2learn") if below(name, "learn2learn")]
+    assert not [name for name in imports("amt.files.learn2learn") if below(name, "learn2learn")]
 
 
 def test_maml_adapts_to_our_episodes(l2l):

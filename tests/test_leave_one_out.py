@@ -10,9 +10,11 @@ from conftest import moved_apart, patterned_episode, random_backbone
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amt import leave_one_out
-from amt.backbone import Arch, Backbone, features
-from amt.leave_one_out import (
+from amt.attacks.perturb import Perturbation
+from amt.models.lora import principal_pool
+from amt.models.network import Arch, Backbone, features
+from amt.tasks import leave_one_out
+from amt.tasks.leave_one_out import (
     STEPS,
     Network,
     leave_one_out_logits,
@@ -20,8 +22,6 @@ from amt.leave_one_out import (
     lowest_loss,
     new_trial,
 )
-from amt.lora import principal_pool
-from amt.perturb import Perturbation
 from meta_dataset_readers.episode import Episode
 
 ARCH = Arch(patch_size=4, dim=12, depth=2, heads=2, pretrained_size=8, image_size=8, mlp_ratio=2.0)

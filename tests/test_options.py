@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amt import options
-from amt.attacks import Attack
-from amt.lora import Trim
-from amt.merge import Routing
-from amt.published_flags import is_published
-from amt.select import BETAS, GAMMAS
+from amt.attacks.evaluation import Attack
+from amt.cli import options
+from amt.cli.options.published_flags import is_published
+from amt.evaluation.select import BETAS, GAMMAS
+from amt.models.lora import Trim
+from amt.tasks.merge import Routing
 from meta_dataset_readers.errors import InputError
 
 TRAIN = ["--data_path", "data", "--base_sources", "a", "--output_dir", "out", "--arch", "vit_mini_amt"]

@@ -17,14 +17,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from toy_runs import ATTACKS, DOMAINS, write_run
 
-from amt import runs
-from amt.attacks import Attack
-from amt.commands import report
-from amt.page import charts, drawing, files
-from amt.page.document import SAMPLE_SIDE, page
-from amt.page.markup import Markup, element, join
-from amt.page.pictures import amplify, data_uri
-from amt.statistics import paired_difference
+from amt.attacks.evaluation import Attack
+from amt.cli import report
+from amt.evaluation import runs
+from amt.evaluation.statistics import paired_difference
+from amt.report import charts, drawing
+from amt.report import figures as files
+from amt.report.document import SAMPLE_SIDE, page
+from amt.report.markup import Markup, element, join
+from amt.report.pictures import amplify, data_uri
 
 EVIL = "<script>alert('x')</script>\"'&amp;"
 
@@ -406,7 +407,7 @@ def test_large_samples_are_reduced_and_a_perturbation_keeps_its_values():
 
 
 def test_images_have_a_budget_shared_by_all_episodes(load, monkeypatch):
-    monkeypatch.setattr("amt.page.document.SAMPLE_BUDGET", 1)
+    monkeypatch.setattr("amt.report.tables.document.SAMPLE_BUDGET", 1)
     reader = Reader(page([load(samples=4)]))
     assert "1 of the 12 images kept with the runs" in reader.text
     assert sum(tag == "img" for tag, _ in reader.tags) == 3
@@ -483,7 +484,7 @@ def test_bad_input_is_one_line_and_nothing_is_overwritten(tmp_path, flags, messa
     (tmp_path / "folder.html").mkdir()
     (tmp_path / "file").write_text("")
     (tmp_path / "page.html").write_text("before")
-    monkeypatch.setattr("amt.runs.judge", lambda *_: pytest.fail("long work before the check"))
+    monkeypatch.setattr("amt.evaluation.runs.judge", lambda *_: pytest.fail("long work before the check"))
     fails(message, lambda: report.main([flag.format(run=run, tmp=tmp_path) for flag in flags]))
     assert (tmp_path / "page.html").read_text() == "before"
     assert sorted(path.name for path in tmp_path.iterdir()) == [

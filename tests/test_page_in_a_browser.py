@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from toy_runs import write_run
 
-from amt import runs
-from amt.page.document import page
+from amt.evaluation import runs
+from amt.report.document import page
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="playwright, which drives a browser, is missing"

@@ -24,14 +24,16 @@ from test_backbone import write_official
 from test_commands import command
 from torch import Tensor
 
-from amt import checkpoint, options, published, runs
-from amt.backbone import Arch, features, load_backbone
-from amt.checkpoint import Checkpoint
-from amt.commands import checkpoint as describing
-from amt.commands import pool as pooling
-from amt.lora import LoRAPool, principal_pool
-from amt.perturb import Perturbation
-from amt.published import POOL_EPSILONS, pool_from_published, published_shapes
+from amt.attacks.perturb import Perturbation
+from amt.cli import checkpoint as describing
+from amt.cli import options
+from amt.cli import pool as pooling
+from amt.evaluation import runs
+from amt.files import checkpoint, published
+from amt.files.checkpoint import Checkpoint
+from amt.files.published import POOL_EPSILONS, pool_from_published, published_shapes
+from amt.models.lora import LoRAPool, principal_pool
+from amt.models.network import Arch, features, load_backbone
 from meta_dataset_readers.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -36,13 +36,14 @@ from conftest import (
 )
 from safetensors.torch import save_file
 
-from amt import checkpoint, export, options, recipes
-from amt.autolora import networks
-from amt.autolora import options as autolora_options
-from amt.backbone import ARCHS, Arch, build_network
-from amt.commands import recipe
-from amt.journal import Journal
-from amt.recipes import AMT, TEST, TRAIN
+from amt.cli import options, recipe
+from amt.cli.options import autolora as autolora_options
+from amt.cli.options import recipes
+from amt.cli.options.recipes import AMT, TEST, TRAIN
+from amt.files import checkpoint, export
+from amt.models import classifiers as networks
+from amt.models.network import ARCHS, Arch, build_network
+from amt.training.journal import Journal
 from meta_dataset_readers.bscd import CHESTX_FINDINGS, CHESTX_IMAGES, CHESTX_LABELS, ISIC_IMAGES, ISIC_LABELS
 from meta_dataset_readers.errors import InputError, exit_on_bad_input
 from meta_dataset_readers.sampling import check_sampling
@@ -186,7 +187,7 @@ def stage_here(words: list[str]) -> int:
     _python, script, *flags = words
     if script == "-m":
         _amt, name, *flags = flags
-        command = importlib.import_module(f"amt.commands.{name}")
+        command = importlib.import_module(f"amt.cli.{name}")
         ended = called(lambda: command.main(flags), "amt", name, *flags)
     else:
         spec = importlib.util.spec_from_file_location(Path(script).stem, script)
@@ -232,7 +233,7 @@ def test_every_stage_is_understood_by_its_program(name):
     jobs = planned(name)
     for job in jobs:
         if job.stage.kind == AMT:
-            importlib.import_module(f"amt.commands.{job.stage.name}")
+            importlib.import_module(f"amt.cli.{job.stage.name}")
             continue
         args = recipe.parsed(job)
         assert args.arch == "dino_small_patch16" and "without_effect" not in args, job.title

@@ -8,10 +8,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy_runs import DOMAINS, write_run
 
-from amt import runs
-from amt.board import write_board
-from amt.report import accuracy_picture, mixing_picture, table
-from amt.statistics import Summary
+from amt.evaluation import runs
+from amt.evaluation.statistics import Summary
+from amt.report.tables import accuracy_picture, mixing_picture, table
+from amt.report.tensorboard import write_board
 from meta_dataset_readers.errors import InputError
 
 COLUMNS = ["clean", "pgd20@8"]

@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import fails, patterned_episode
 
-from amt import runs
-from amt.attacks import Attack
-from amt.evaluate import columns, measure
-from amt.predict import Task
-from amt.runs import Writer
+from amt.attacks.evaluation import Attack
+from amt.evaluation import runs
+from amt.evaluation.evaluate import columns, measure
+from amt.evaluation.runs import Writer
+from amt.tasks.classifier import Task
 
 ATTACKS = (Attack("pgd", (2, 8), steps=3),)
 ABOUT = {

@@ -6,13 +6,13 @@ import pytest
 import torch
 from conftest import moved_apart, patterned_episode, random_backbone
 
-from amt.attacks import Attack
-from amt.backbone import Arch
-from amt.evaluate import Measurement, measure
-from amt.lora import principal_pool
-from amt.perturb import Perturbation
-from amt.predict import Task, merged_predictor
-from amt.sanity import judge, probe
+from amt.attacks.evaluation import Attack
+from amt.attacks.perturb import Perturbation
+from amt.evaluation.evaluate import Measurement, measure
+from amt.evaluation.sanity import judge, probe
+from amt.models.lora import principal_pool
+from amt.models.network import Arch
+from amt.tasks.classifier import Task, merged_predictor
 
 ARCH = Arch(patch_size=4, dim=12, depth=2, heads=2, pretrained_size=8, image_size=8, mlp_ratio=2.0)
 ATTACKS = (Attack("pgd", (20, 80), steps=10), Attack("pgd", (900,), "l2", steps=10))
@@ -110,7 +110,7 @@ def test_a_constant_network_is_suspected():
 
 def test_an_attack_that_forgets_is_suspected(monkeypatch):
     """One that breaks images at a small radius and cannot any more at a large one."""
-    from amt import evaluate, sanity
+    from amt.evaluation import evaluate, sanity
 
     honest = evaluate.attack_queries
 

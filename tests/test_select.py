@@ -13,18 +13,11 @@ from conftest import moved_apart, patterned_episode, random_backbone
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amt import leave_one_out
-from amt import select as selecting
-from amt.attacks import Attack
-from amt.backbone import Arch, Backbone
-from amt.evaluate import evaluate
-from amt.leave_one_out import leave_one_out_loss, new_trial
-from amt.lora import LoRAPool, Trim, principal_pool
-from amt.merge import Routing, route
-from amt.meta_tune import stream
-from amt.perturb import Perturbation
-from amt.predict import merged_predictor
-from amt.select import (
+from amt.attacks.evaluation import Attack
+from amt.attacks.perturb import Perturbation
+from amt.evaluation import select as selecting
+from amt.evaluation.evaluate import evaluate
+from amt.evaluation.select import (
     BETAS,
     GAMMAS,
     names,
@@ -34,6 +27,13 @@ from amt.select import (
     selection_attacks,
     support_predictor,
 )
+from amt.models.lora import LoRAPool, Trim, principal_pool
+from amt.models.network import Arch, Backbone
+from amt.tasks import leave_one_out
+from amt.tasks.classifier import merged_predictor
+from amt.tasks.leave_one_out import leave_one_out_loss, new_trial
+from amt.tasks.merge import Routing, route
+from amt.training.meta_tune import stream
 from meta_dataset_readers.episode import Episode
 
 ARCH = Arch(patch_size=4, dim=12, depth=2, heads=2, pretrained_size=8, image_size=8, mlp_ratio=2.0)

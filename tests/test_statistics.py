@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amt.statistics import Summary, average_summary, groups, paired_difference, summarise
+from amt.evaluation.statistics import Summary, average_summary, groups, paired_difference, summarise
 
 
 def test_a_summary_by_hand():

@@ -21,7 +21,7 @@ from conftest import fails
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amt import pickles, weight_files
+from amt.files import pickles, weight_files
 from meta_dataset_readers.errors import InputError
 
 # dill's pickler is Python's own pickler in Python, with ways to write functions beside it.

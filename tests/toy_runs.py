@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from amt.attacks import Attack
-from amt.evaluate import columns
+from amt.attacks.evaluation import Attack
+from amt.evaluation.evaluate import columns
 
 ATTACKS = (
     Attack("pgd", (2, 4, 8)),

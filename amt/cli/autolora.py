@@ -1,0 +1,245 @@
+"""Fine-tune a robustly pretrained network on an ordinary data set by AutoLoRa, and test it.
+
+    python main.py autolora --dataset cifar10 --data DIR --arch resnet18 --checkpoint FILE --output RUN
+
+Read downward: the data set is split, the file read into a plain network, and each mode fine-tuned from it
+(amt/training/autolora.py), its schedules following the validation part of the training images. The
+classifier of the best validation epoch is RUN/MODE/best.safetensors; it alone sees the test set, once, and
+RUN/MODE/test is a run directory as of test_meta_dataset.py. The same command continues what was stopped.
+"""
+
+import argparse
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from amt.cli.options import autolora as options
+from amt.cli.options import check_output, use_threads
+from amt.data import corruptions
+from amt.data.datasets import known
+from amt.data.loading import Splits, batches, open_splits, transforms
+from amt.evaluation import runs
+from amt.evaluation.test_set import check_attacks, check_labels, test
+from amt.files import checkpoint
+from amt.files import robust_weights as pretrained
+from amt.files.robust_weights import Pretrained
+from amt.files.weight_files import Weights
+from amt.models.classifiers import Network, build
+from amt.models.network import find_device
+from amt.training.autolora import FineTuner, Settings, accuracy, fine_tune, new_student, validate
+from amt.training.autolora_journal import Journal, continued
+from amt.training.journal import Interrupts
+from amt.training.meta_tune import NonFiniteLoss
+from amt.training.schedule import LOWEST_RATE
+from meta_dataset_readers.errors import InputError
+
+_PASSES = 1 << 20  # sets the seeds of passes over the training set apart from those of training
+
+
+def main(argv: Sequence[str]) -> int:
+    args = options.parse(list(argv))
+    attacks = options.attacks(args)
+    check_output(args.output, "--output")
+    use_threads(args)
+    device = find_device(args.device)
+    torch.backends.cudnn.deterministic = True
+    splits = open_data(args)
+    network = build(args.arch, len(splits.class_names), args.resize, resize=options.inside(args))
+    network, found = open_network(args, network)
+    print(f"{args.checkpoint or 'random weights'}: {found.kind}")
+    if args.dualBN and not network.norms:
+        raise InputError(f"--dualBN 1: {network.arch} has no BatchNorm of which there could be two sets")
+    if args.method == "twins" and not network.norms:
+        print(f"note: {network.arch} has no BatchNorm, so the two networks of TWINS are one")
+    check_attacks(attacks, network.n_classes)  # before hours of training, not after
+    corrupted = open_corrupted(args, splits)
+
+    _, plain = transforms(args.resize, options.large_crops(args))
+
+    def tested(folder: Path, weights: Weights, file: Path) -> int:
+        return test(
+            network,
+            {name: weight.to(device) for name, weight in weights.items()},
+            splits.test,
+            splits.class_names,
+            folder / "test",
+            name=splits.name,
+            about={"checkpoint": str(file), "settings": data_protocol(args)},
+            transform=plain,
+            attacks=attacks,
+            seed=args.seed,
+            batch_size=args.test_batch_size,
+            workers=args.num_workers,
+            corrupted=corrupted,
+            # Pictures that are corrupted here have their final size before that.
+            corrupted_transform=transforms(args.resize, False)[1] if args.corruptions is None else plain,
+        )
+
+    if args.eval_only:
+        return tested(args.output, found.weights, args.checkpoint)
+    for mode in options.modes(args):
+        settings = options.settings(args, mode)
+        code, weights = tuned(args, network, found, splits, settings, device)
+        code = code or tested(args.output / mode, weights, args.output / mode / "best.safetensors")
+        if code:
+            return code
+    if len(options.modes(args)) > 1:
+        summarise(args)
+    return 0
+
+
+def open_data(args: argparse.Namespace) -> Splits:
+    """The data set, split; with a class name for every output of the head."""
+    splits = open_splits(args.dataset, args.data, args.val, args.seed)
+    if len(splits.validation) == 0:
+        raise InputError(f"--val {args.val:g}: leaves no image of {args.data} to validate on")
+    spare = (args.num_classes or len(splits.class_names)) - len(splits.class_names)
+    names = splits.class_names[: args.num_classes] + tuple(f"unused {k}" for k in range(spare))
+    for part in (splits.train, splits.validation, splits.test):
+        check_labels(f"--num_classes: {args.data}", part.labels, len(names))
+    return dataclasses.replace(splits, class_names=names)
+
+
+def open_network(args: argparse.Namespace, network: Network) -> tuple[Network, Pretrained]:
+    """The structure, normalising as the file's pre-training did, and the weights to start from.
+
+    A new head starts at zero; at high resolution at random, as published.
+    """
+    start = network.start(args.seed)
+    if not options.high(args):
+        start |= {name: torch.zeros_like(start[name]) for name in start if network.is_head(name)}
+    if args.checkpoint is None:
+        return network, Pretrained(start, {}, False, None, f"{args.arch}, untrained")
+    found = pretrained.read(args.checkpoint, network, start, args.pretraining)
+    if found.normalise is None:
+        print("note: nothing tells whether its pre-training normalised images: they are; see --pretraining")
+    if args.eval_only and not found.head:
+        raise InputError(
+            f"{args.checkpoint}: holds no classifier of {network.n_classes} classes to be tested"
+        )
+    for name in ("image_size", "resize"):
+        if args.eval_only and found.about and found.about.get(name) != getattr(network, name):
+            raise InputError(
+                f"{args.checkpoint}: was trained with {name} {found.about.get(name)}, not "
+                f"{getattr(network, name)}; see --resize and --resolution"
+            )
+    if not args.eval_only:  # a head that fits in shape is another data set's
+        head = {name: tensor for name, tensor in start.items() if network.is_head(name)}
+        found = found._replace(weights=found.weights | head)
+    if found.normalise is False:
+        network = dataclasses.replace(network, mean=(0.0,) * 3, std=(1.0,) * 3)
+    elif found.statistics is not None:
+        mean, std = found.statistics
+        network = dataclasses.replace(network, mean=mean, std=std)
+    return network, found
+
+
+def tuned(
+    args: argparse.Namespace,
+    network: Network,
+    found: Pretrained,
+    splits: Splits,
+    settings: Settings,
+    device: torch.device,
+) -> tuple[int, Weights]:
+    """Fine-tune one mode, or go on with it: an exit code, and the weights of the best validation epoch."""
+    folder = args.output / settings.mode
+    augmented, plain = transforms(args.resize, options.large_crops(args))
+
+    def training(epoch: int, start: int):
+        return batches(
+            splits.train,
+            augmented,
+            settings.batch_size,
+            seed=settings.seed,
+            epoch=epoch,
+            shuffle=True,
+            workers=args.num_workers,
+            start=start,
+        )
+
+    def training_accuracy(weights: Weights) -> float:
+        seen = batches(
+            splits.train,
+            augmented,
+            settings.batch_size,
+            seed=settings.seed + _PASSES,
+            epoch=tuner.epoch,
+            workers=args.num_workers,
+        )
+        return accuracy(tuner.network, weights, seen)
+
+    def validation():
+        held_out = batches(splits.validation, plain, args.test_batch_size, seed=0, workers=args.num_workers)
+        adversary = options.examiner(args)
+        weights = tuner.student.weights
+        return validate(network, weights, held_out, adversary, settings.seed, interrupts.pending)
+
+    weights = {name: weight.to(device) for name, weight in found.weights.items()}
+    student = new_student(network, weights, settings, found.natural_norms)
+    tuner = FineTuner(network, student, settings, len(training(0, 0)), training_accuracy)
+    about = {
+        "arch": network.arch,
+        "class_names": splits.class_names,
+        "image_size": network.image_size,
+        "resize": network.resize,
+        "mean": network.mean,
+        "std": network.std,
+        "protocol": {**data_protocol(args), **dataclasses.asdict(settings)},
+        **checkpoint.provenance(),
+    }
+    if continued(folder, about, tuner):
+        print(f"{folder}: goes on after {tuner.epoch} epochs and {tuner.batch} batches")
+
+    with Journal(folder, about, tuner) as journal, Interrupts() as interrupts:
+        try:
+            fine_tune(tuner, training, validation, journal.on_step, journal.on_epoch, interrupts.pending)
+        except NonFiniteLoss as error:
+            kept = "its last good state is kept" if tuner.history else "no epoch was complete"
+            raise InputError(f"{folder}: {error}; {kept}") from error
+        if not tuner.finished:
+            journal.save(tuner)
+    if interrupts.pending():  # perhaps in the very last step: what comes after is not begun
+        print(f"stopped after {tuner.epoch} epochs and {tuner.batch} batches; the same command continues")
+        return 128 + interrupts.caught, {}
+    if tuner.best is None:
+        raise InputError(f"--lr {settings.lr:g}: at high resolution training ends below {LOWEST_RATE:g}")
+    return 0, tuner.best.weights
+
+
+def data_protocol(args: argparse.Namespace) -> dict:
+    """What results depend on besides the settings of training: data, split, the very file started from."""
+    return {
+        "dataset": known(args.dataset).name,
+        "arch": args.arch,
+        "val": args.val,
+        "resize": args.resize,
+        "resolution": args.resolution,
+        "num_classes": args.num_classes,
+        "pretraining": args.pretraining,
+        "validation_steps": options.examiner(args).steps,
+        "start": checkpoint.digest(args.checkpoint),
+    }
+
+
+def open_corrupted(args: argparse.Namespace, splits: Splits):
+    """The test set under common corruptions, if asked for."""
+    if not args.eval_OOD:
+        return None
+    if args.corruptions is not None:
+        return corruptions.open_corrupted(args.corruptions, len(splits.class_names))
+    return corruptions.corrupted(splits.test, args.resize, options.large_crops(args), args.seed)
+
+
+def summarise(args: argparse.Namespace) -> None:
+    """Print the mean over modes of every accuracy, as the published script does."""
+    found = [runs.load(args.output / mode / "test") for mode in options.modes(args)]
+    for column in found[0].columns:
+        means = [run.summary(run.sources[0], column).mean for run in found]
+        listed = ", ".join(
+            f"{mode} {mean:.2f}" for mode, mean in zip(options.modes(args), means, strict=True)
+        )
+        print(f"{column}: {statistics.fmean(means):.2f} on average ({listed})")

@@ -1,0 +1,162 @@
+"""Describe any checkpoint or file of weights, or convert it into a safe one.
+
+    python -m amt checkpoint FILE                                    what is in it, and whose it is
+    python -m amt checkpoint FILE --convert OUT.safetensors          LoRAs in our format, weights in timm's
+    python -m amt checkpoint FILE --convert OUT.safetensors --trust  the same for a file that can run code
+
+--trust lets FILE run whatever its author put into it. Use it for files of your own, in a place where nothing
+can be lost; the file it writes is then safe anywhere.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+from amt.cli.options import Parser, place
+from amt.files import checkpoint, published, weight_files
+from amt.files.checkpoint import Checkpoint
+from amt.files.weight_files import Content, Weights
+from amt.models import network as backbone
+from amt.models.lora import LoRAPool
+from amt.models.network import matching_archs, pretraining_only
+from meta_dataset_readers.errors import InputError
+
+Lines = list[tuple[str, str]]
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(__doc__.partition("\n")[0])
+    parser.prog = "python -m amt checkpoint"
+    parser.add_argument(
+        "file", type=place, help="safetensors or .pth: ours, the published code's, or weights"
+    )
+    parser.add_argument(
+        "--convert", type=place, metavar="OUT", help="write its contents to this .safetensors"
+    )
+    parser.add_argument(
+        "--trust", action="store_true", help="with --convert: let FILE run any code it brings"
+    )
+    args = parser.parse(argv)
+    if args.trust and args.convert is None:
+        raise InputError("--trust is for --convert: nothing needs to be run to describe a file")
+    content = weight_files.read(args.file, "checkpoint", args.trust)
+    if checkpoint.HEADER in content.header or published.find_state(content.data) is not None:
+        found = checkpoint.parse(args.file, content)
+        about = describe_pool(found, content)
+    else:
+        found, about = describe_weights(args.file, content)
+    if args.convert is not None:
+        convert(args.file, found, args.convert)
+        print(f"wrote {args.convert}")
+        return 0
+    for name, value in [("file", str(args.file)), *about, *hashes(args.file)]:
+        print(f"{name:12} {value}")
+    return 0
+
+
+def describe_pool(found: Checkpoint, content: Content) -> Lines:
+    """What is known about a pool, ours or published."""
+    pool, about = found.pool, found.about
+    loras = isinstance(pool, LoRAPool)
+    levels = ", ".join(f"{level.epsilon:g}" for level in pool.levels) + " (of 255)"
+    if checkpoint.HEADER in content.header:
+        unfinished = "tuner" in about and not about.get("finished")
+        kind = "our pool of " + ("LoRAs" if loras else "complete networks")
+        kind += ", of an unfinished training that main.py --resume continues" * unfinished
+        state = content.data
+    else:
+        kind = {
+            "pool": "published pool of LoRAs (dino_small_patch16_amt_merge and its like)",
+            "training": "published training checkpoint of one LoRA (dino_small_patch16_amt and its like)",
+        }[about["published"]]
+        state = published.find_state(content.data)
+    if "levels_from" in about:
+        source = about["levels_from"]
+        levels = "not in the file" if source == "nowhere" else f"{levels}, from {source}"
+    arch = f"{about['arch']}, it says; " if about.get("arch") else ""
+    lines = [
+        ("kind", kind),
+        ("container", content.container),
+        ("arch", arch + possible_archs(pool[0].merge((1.0,)))),
+        ("adapters", f"{len(pool)} of rank {pool.rank} on {len(pool.A)} layers" if loras else f"{len(pool)}"),
+        ("levels", levels),
+        ("tensors", count(state.values())),
+    ]
+    if about.get("epoch") is not None:
+        lines.append(("epoch", str(about["epoch"])))
+    notes = about.get("notes", [])
+    return lines + [("note", str(note)) for note in (notes if isinstance(notes, list) else [notes])]
+
+
+def describe_weights(path: Path, content: Content) -> tuple[Weights, Lines]:
+    """The weights of a backbone without what served its pretraining only, and what is known about them.
+
+    Raises:
+        InputError: there are no weights of a vision transformer, or they are not sound.
+    """
+    where, state = backbone.unwrap(path, content.data)
+    weights = {name: tensor for name, tensor in state.items() if not pretraining_only(name)}
+    if not {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= weights.keys():
+        raise InputError(
+            f"{path}: neither a pool of LoRAs nor the weights of a vision transformer; "
+            f"it holds {', '.join(map(weight_files.printable, list(state)[:3]))} and the like"
+        )
+    sound = weight_files.check_fit(path, weights, {name: tuple(t.shape) for name, t in weights.items()})
+    left_out = Counter(part for name in state if (part := pretraining_only(name)))
+    layout = {
+        "": "a plain state dict",
+        "teacher": "the teacher of a DINO or iBOT checkpoint",
+        "student": "the student of a DINO or iBOT checkpoint",
+    }.get(where, f"a checkpoint that keeps them as {where!r}, as DeiT does")
+    return sound, [
+        ("kind", f"weights of a vision transformer, {layout}"),
+        ("container", content.container),
+        ("arch", possible_archs(weights)),
+        ("tensors", count(weights.values())),
+        *(("left out", f"{number} tensors: {part}") for part, number in left_out.items()),
+    ]
+
+
+def possible_archs(weights: Mapping[str, Tensor]) -> str:
+    """What the shapes of weights say about their architecture."""
+    names = matching_archs(weights)
+    told = f"by its shapes {' or '.join(names)}" if names else "none in our table"
+    stem = weights.get("patch_embed.proj.weight")
+    if stem is not None and stem.ndim == 4:
+        dim, _, patch, _ = stem.shape
+        depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+        told += f" (dim {dim}, depth {depth}, patch {patch})"
+    return told
+
+
+def count(tensors: Iterable[Tensor]) -> str:
+    """For example: 248 tensors, 22,329,218 numbers, float32."""
+    tensors = list(tensors)
+    kinds = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
+    return f"{len(tensors)}, {sum(tensor.numel() for tensor in tensors):,} numbers, {' and '.join(kinds)}"
+
+
+def hashes(path: Path) -> Lines:
+    """A file's digests, and whether it is one of those that the authors released."""
+    released = published.released_file(path)
+    lines = [("sha256", checkpoint.digest(path)), ("git blob", published.git_blob_id(path))]
+    return lines + [("released", f"bit for bit the authors' {released}")] * (released is not None)
+
+
+def convert(path: Path, found: Checkpoint | Weights, out: Path) -> None:
+    """Write what a file holds as safetensors: LoRAs as a checkpoint of ours, weights by timm's names.
+
+    Raises:
+        InputError: the place is unsuitable, or the levels of the LoRAs are not known.
+    """
+    if out.suffix != ".safetensors":
+        raise InputError(f"--convert {out}: expected a name that ends in .safetensors")
+    if isinstance(found, Checkpoint):
+        checkpoint.require_levels(path, found)
+        checkpoint.save(out, found)
+    else:
+        data = serialise(found, metadata={"format": "pt"})
+        checkpoint.replace_file(out, lambda part: part.write_bytes(data))

@@ -1,0 +1,73 @@
+"""Say by how much one run of test_meta_dataset.py is better than another on the same episodes.
+
+    python -m amt compare RUN_A RUN_B                  A minus B, in points, with 95% intervals
+
+The runs need the same seed, split and sampling: then their episodes and the starts of their attacks are the
+same, and the difference is taken episode by episode. A star marks a difference both of whose intervals leave
+out zero.
+"""
+
+from collections.abc import Sequence
+
+from amt.cli.options import Parser, place
+from amt.evaluation import runs
+from amt.evaluation.comparison import compare
+from amt.evaluation.runs import Run
+from amt.evaluation.statistics import Summary
+from meta_dataset_readers.errors import InputError
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(__doc__.partition("\n")[0])
+    parser.prog = "python -m amt compare"
+    parser.add_argument("ours", type=place, metavar="RUN_A", help="--output_dir of an evaluation")
+    parser.add_argument("theirs", type=place, metavar="RUN_B", help="the one that it is compared with")
+    args = parser.parse(argv)
+    ours, theirs = runs.load(args.ours), runs.load(args.theirs)
+    found = compare(ours, theirs)
+    if not found.differences:
+        raise InputError(f"{args.ours} cannot be compared with {args.theirs}: {'; '.join(found.refusals)}")
+    columns = list(dict.fromkeys(column for _, column in found.differences))
+    print(f"accuracy of {args.ours} minus that of {args.theirs}, in points; 95% intervals of the paired")
+    print("difference: normal, and in brackets by the bootstrap; with a star where both leave out zero")
+    for line in lines(found.differences, columns):
+        print(line)
+    for reason in found.refusals:
+        print(f"left out: {reason}")
+    for path, run in ((args.ours, ours), (args.theirs, theirs)):
+        for stamp in run.stamps:
+            print(f"{path}: {stamp}")
+        for line in doubts(run, columns):
+            print(f"suspect: {path}: {line}")
+    return 0
+
+
+def lines(differences: dict[tuple[str, str], Summary], columns: Sequence[str]) -> list[str]:
+    """The table, a line per domain or average."""
+    names = list(dict.fromkeys(name for name, _ in differences))
+    body = [
+        [name, *(cell(differences[name, column]) for column in columns), str(differences[name, columns[0]].n)]
+        for name in names
+    ]
+    head = ["", *columns, "n"]
+    widths = [max(len(line[k]) for line in [head, *body]) for k in range(len(head))]
+    return [
+        "  ".join(
+            [line[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(line[1:], widths[1:], strict=True))]
+        )
+        for line in [head, *body]
+    ]
+
+
+def cell(difference: Summary) -> str:
+    """For example `+3.1 +- 1.2 [+1.9, +4.2]*`."""
+    sure = abs(difference.mean) > difference.interval and (difference.low > 0 or difference.high < 0)
+    return (
+        f"{difference.mean:+.1f} +- {difference.interval:.1f} "
+        f"[{difference.low:+.1f}, {difference.high:+.1f}]{'*' if sure else ' '}"
+    )
+
+
+def doubts(run: Run, columns: Sequence[str]) -> list[str]:
+    """What is suspect about the results that were compared."""
+    return [f"{f.source} {f.column}: {f.reason}" for f in run.findings if f.column in columns]

@@ -1,0 +1,180 @@
+"""Write a pool, or the network it becomes for one task, in the formats of other tools.
+
+    python -m amt export POOL --to timm --support FOLDER --out net.safetensors    a state dict for timm
+    python -m amt export POOL --to peft --adapter 0 --out ADAPTER                 a folder for PEFT
+    python -m amt export POOL --to onnx --coefficients 0.7 0.3 0 0 --out net.onnx pixels in, features out
+    python -m amt export POOL --to torch --support FOLDER --out net.pt2           the same for torch.export
+    python -m amt export POOL --to published --out pool.pth                       for the authors' own code
+
+One network of a pool is one adapter, a mixture by given coefficients, or what test_meta_dataset.py would
+merge for the task whose labelled images are in FOLDER, in one folder per class. With --support the prototypes
+of its classes are written as well, and the networks of onnx and torch also return logits. What goes in, what
+comes out and how to load it is said in a README.txt beside every export.
+"""
+
+import argparse
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from amt.cli import options
+from amt.cli.options import Parser, natural, place, positive
+from amt.evaluation.deploy import check_trims
+from amt.files import checkpoint, export
+from amt.files.export import FORMATS, Support
+from amt.models.network import Backbone, base_arch, load_backbone, untrained
+from amt.models.pool import Pool
+from amt.tasks.merge import Coefficients, average_of, route
+from amt.training.meta_tune import stream
+from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.folders import FileStore, class_files, class_folders
+from meta_dataset_readers.transforms import eval_transform
+
+MOST_SUPPORT = 2000  # images; Meta-Dataset's largest support sets have 500, and all are held at once
+
+
+def parser() -> Parser:
+    """The flags of the command."""
+    parser = Parser(__doc__.partition("\n")[0])
+    parser.prog = "python -m amt export"
+    parser.add_argument("pool", type=place, help="checkpoint of LoRAs, ours or published")
+    parser.add_argument("--to", choices=FORMATS, required=True, help="whose format")
+    parser.add_argument("--out", type=place, required=True, help="the file, for peft the folder, to write")
+    parser.add_argument("--arch", help="backbone (default: what the checkpoint says)")
+    parser.add_argument(
+        "--pretrained_checkpoint",
+        type=place,
+        help="weights the pool was trained from, which only peft needs (default: shipped, or timm's hub)",
+    )
+    parser.add_argument(
+        "--image_size", type=positive, help="side in pixels of the exported network (default: the backbone's)"
+    )
+
+    which = parser.add_argument_group("which network")
+    which.add_argument("--adapter", type=natural, metavar="P", help="this adapter alone")
+    which.add_argument(
+        "--support",
+        type=place,
+        metavar="FOLDER",
+        help="images in one folder per class: write prototypes, and decide the coefficients if not given",
+    )
+    options.add_merging(which)
+    which.add_argument("--seed", type=natural, default=0, help="of the augmentation or the attack")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parser().parse(argv)
+    check(args)
+    logging.getLogger("onnxscript").setLevel(
+        logging.ERROR
+    )  # it reports on every node that it leaves as it is
+    saved = checkpoint.load(args.pool)
+    pool = saved.pool
+    check_pool(args, pool)
+    if args.to == "published":
+        written = export.save_published(args.out, pool, args.adapter)
+    else:
+        backbone = backbone_of(args, saved.about)
+        checkpoint.check_architecture(args.pool, pool, backbone.weights, backbone.arch)
+        support = None if args.support is None else read_support(args.support, backbone.image_size)
+        coefficients = coefficients_of(args, backbone, pool, support)
+        network = export.merged_network(backbone, pool, coefficients, args.trim, support)
+        written = export.save(args.out, args.to, network, pool)
+        print(f"coefficients {' '.join(f'{c:.4g}' for c in coefficients)}")
+    for path in written:
+        print(f"wrote {path}")
+    return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise an `InputError` for flags that are wrong together, and for an impossible place."""
+    if args.adapter is not None and args.coefficients is not None:
+        raise InputError("--adapter and --coefficients exclude each other")
+    if args.coefficients is not None and abs(sum(args.coefficients) - 1) > 1e-4:
+        raise InputError(f"--coefficients sum to {sum(args.coefficients):g}, expected 1")
+    options.routing(args)
+    if args.to == "published":
+        for flag in ("coefficients", "support", "image_size", "trim"):
+            if getattr(args, flag):
+                raise InputError(
+                    f"--{flag} does not go with --to published: that code merges a pool anew for every task; "
+                    "expected the whole pool, or --adapter P"
+                )
+    if args.to == "peft" and args.trim:
+        raise InputError("--trim does not go with --to peft: trimming is no low-rank change of the weights")
+    export.check_place(args.out, args.to)
+
+
+def check_pool(args: argparse.Namespace, pool: Pool) -> None:
+    """Raise an `InputError` for flags that do not fit the pool."""
+    export.check_kind(pool, args.to, str(args.pool))
+    if args.adapter is not None and args.adapter >= len(pool):
+        raise InputError(f"--adapter {args.adapter}: {args.pool} holds adapters 0 to {len(pool) - 1}")
+    if args.coefficients is not None and len(args.coefficients) != len(pool):
+        raise InputError(
+            f"--coefficients has {len(args.coefficients)} values, {args.pool} holds {len(pool)} adapters"
+        )
+    given = (args.adapter, args.coefficients, args.support)
+    if args.to != "published" and len(pool) > 1 and given == (None,) * 3:
+        raise InputError(
+            f"{args.pool} holds {len(pool)} adapters, --to {args.to} takes one network: "
+            "choose by --adapter P, --coefficients C ..., or --support FOLDER"
+        )
+    check_trims(args.trim, pool)
+
+
+def backbone_of(args: argparse.Namespace, about: dict) -> Backbone:
+    """The pool's network; with pretrained weights only where they are needed, so that a pool's file suffices.
+
+    Raises:
+        InputError: nobody says which network it is, or its pretrained weights are needed and not to be had.
+    """
+    arch = args.arch or about.get("arch")
+    if not isinstance(arch, str):
+        raise InputError(f"{args.pool}: does not say its architecture; name it by --arch")
+    if args.to == "peft":
+        return load_backbone(arch, args.pretrained_checkpoint, image_size=args.image_size)
+    backbone, _ = untrained(base_arch(arch))
+    backbone = dataclasses.replace(backbone, image_size=args.image_size or backbone.image_size)
+    if backbone.image_size < backbone.patch_size:
+        raise InputError(
+            f"--image_size is {backbone.image_size}, expected at least a patch of {backbone.patch_size} px"
+        )
+    return backbone
+
+
+def read_support(folder: Path, image_size: int) -> Support:
+    """The images of a folder of class folders, resized as for evaluation; classes by sorted name.
+
+    Raises:
+        InputError: there is no class folder, one has no picture or a damaged one, or there are too many.
+    """
+    classes = [class_files(folder, name) for name in class_folders(folder)]
+    count = sum(len(each.files) for each in classes)
+    if count > MOST_SUPPORT:
+        raise InputError(f"--support {folder}: {count} images, a support set has {MOST_SUPPORT} at most")
+    store = FileStore(folder, folder.name, [each.files for each in classes])
+    labels = [label for label, each in enumerate(classes) for _ in each.files]
+    images = [
+        eval_transform(store.image(label, index), image_size)
+        for label, each in enumerate(classes)
+        for index in range(len(each.files))
+    ]
+    return Support(torch.stack(images), torch.tensor(labels), tuple(each.name for each in classes))
+
+
+def coefficients_of(
+    args: argparse.Namespace, backbone: Backbone, pool: Pool, support: Support | None
+) -> Coefficients:
+    """One number per adapter: as given, or as test_meta_dataset.py decides for the first episode of a run."""
+    if args.coefficients is not None:
+        return tuple(args.coefficients)
+    if args.adapter is not None or support is None:
+        return average_of(pool, [args.adapter or 0])
+    return route(
+        backbone, pool, support.images, support.labels, stream(args.seed, 0, 1), options.routing(args)
+    )

@@ -1,0 +1,59 @@
+"""The command lines: every flag once, checked once, turned into typed settings."""
+
+from amt.cli.options.common import reading, sampling, use_threads
+from amt.cli.options.parsing import Parser, amount, check_output, natural, place, positive, spelling
+from amt.cli.options.testing import (
+    TEST_SOURCES,
+    add_merging,
+    attacks,
+    check_testing,
+    deployments,
+    finetuning,
+    part,
+    routing,
+    selection,
+    test_sources,
+    testing_parser,
+)
+from amt.cli.options.training import (
+    TRAINING_SOURCES,
+    autocast,
+    check_training,
+    levels,
+    method,
+    training_parser,
+    training_sources,
+    tune_settings,
+)
+
+__all__ = [
+    "TEST_SOURCES",
+    "TRAINING_SOURCES",
+    "Parser",
+    "add_merging",
+    "amount",
+    "attacks",
+    "autocast",
+    "check_output",
+    "check_testing",
+    "check_training",
+    "deployments",
+    "finetuning",
+    "levels",
+    "method",
+    "natural",
+    "part",
+    "place",
+    "positive",
+    "reading",
+    "routing",
+    "sampling",
+    "selection",
+    "spelling",
+    "test_sources",
+    "testing_parser",
+    "training_parser",
+    "training_sources",
+    "tune_settings",
+    "use_threads",
+]

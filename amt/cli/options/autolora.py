@@ -1,0 +1,400 @@
+"""The flags of `autolora`: those of the two published scripts with their meanings, and ours, as settings.
+Knows no tensors.
+
+The published defaults depend on the script: AutoLoRa.py is for 32 to 96 px, AutoLoRa_high_resolution.py for
+224 px. Here `--resolution` says which, and follows from the data and the flags where it is not given.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from amt.attacks.evaluation import Attack, parse_attack
+from amt.cli.options.parsing import (
+    Parser,
+    WithoutEffect,
+    amount,
+    check_distinct,
+    fraction,
+    natural,
+    place,
+    positive,
+)
+from amt.cli.options.published_settings import PublishedSettings, published_settings
+from amt.data.datasets import known
+from amt.files.robust_weights import PRETRAININGS
+from amt.models.classifiers import LARGE
+from amt.training.autolora import Settings
+from amt.training.objectives import METHODS, MODES, Adversary
+from meta_dataset_readers.errors import InputError
+
+INSIDE = 224  # px that smaller images are enlarged to inside a network for high resolutions
+# 1/255: a smaller epsilon is meant in parts of the pixel range, as the published scripts have it; a radius of
+# the L2 norm between the two may be either.
+FRACTIONS, SMALLEST_L2 = 0.5, 16
+
+# Published flags that nothing here needs: reason -> flags.
+WITHOUT_EFFECT = {
+    "the data set has one name, --dataset": "data_name",
+    "everything is written to --output": "log_root affix",
+    "never used by the method": "beta_unlabel occupy",
+    "the last state and the best weights are always kept": "save_all n_checkpoint_step",
+    "an epoch is looked at when it ends": "n_eval_step test_frequency",
+    "the report shows images": "n_store_image_step",
+    "training is adversarial in any case": "adv_train",
+}
+_FLAGS_ALONE = ("occupy", "save_all", "adv_train")
+
+
+def parser() -> Parser:
+    """The flags of the command."""
+    parser = Parser(
+        "Fine-tune a robustly pretrained network by AutoLoRa, and test it clean and under attack."
+    )
+    parser.prog = "python main.py autolora"
+    parser.usage = "%(prog)s --dataset NAME --data DIR --arch NAME --checkpoint FILE --output DIR [flags]"
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--dataset",
+        default="cifar10",
+        help="cifar10, cifar100, stl10, dtd, dogs, cub, caltech101, caltech256, cars, aircraft, flowers, "
+        "food101, or imagefolder: train/CLASS/* and test/CLASS/*, or class folders alone",
+    )
+    data.add_argument(
+        "--data", "--data_root", type=place, default=Path("data"), help="where it lies on the disk"
+    )
+    data.add_argument("--resize", type=positive, help="side in pixels of the images (default: by data set)")
+    data.add_argument(
+        "--val",
+        type=float,
+        default=0.1,
+        help="share of the training images, of every class, that learning rate, restores and the reported "
+        "epoch are decided on",
+    )
+    data.add_argument(
+        "--num_classes", type=positive, help="outputs of the head (default: as many as classes)"
+    )
+    data.add_argument("--num_workers", type=natural, default=2, help="processes that read images")
+
+    model = parser.add_argument_group("network")
+    model.add_argument(
+        "--arch",
+        "--model",
+        "--model_arch",
+        default="resnet18",
+        help="resnet18, resnet34, resnet50 (or r18, r34, r50), wrn28-10, vit_small, vit_base, deit_tiny, "
+        "deit_small, or timm:NAME",
+    )
+    model.add_argument("--checkpoint", "--model_path", type=place, help="a robustly pretrained network")
+    model.add_argument(
+        "--load_checkpoint", type=place, help="the published name for --checkpoint beside --todo test"
+    )
+    model.add_argument("--no_pretrain", action="store_true", help="start from random weights")
+    model.add_argument(
+        "--pretraining",
+        type=_pretraining,
+        metavar="NAME",
+        help=f"what the file was made by, of {', '.join(PRETRAININGS)} (default: its content tells)",
+    )
+    model.add_argument(
+        "--resolution",
+        choices=["low", "high"],
+        help="schedules and augmentation for up to 96 px, or for 224 px, which smaller images are enlarged "
+        "to inside the network (default: by --resize; high for transformers and the flags of the published "
+        "high-resolution script)",
+    )
+    model.add_argument("--dualBN", type=int, choices=[0, 1], default=0, help="1: two BatchNorm sets")
+
+    method = parser.add_argument_group("method")
+    method.add_argument(
+        "--mode",
+        choices=["ALL", *MODES],
+        help="SLF, ALF: only the classifier, on clean or attacked images; AFF: everything; ALL: one after "
+        "the other, each from the checkpoint (default: AFF; with the published --experiment ALL)",
+    )
+    method.add_argument("--method", choices=METHODS, default=METHODS[0], help="how AFF is done")
+    method.add_argument("--autolora", action="store_true", help="the published flag for what is the default")
+    method.add_argument("--r_nat", type=natural, help="rank of the low-rank branch (default: 8)")
+    method.add_argument(
+        "--autoLR", type=int, choices=[0, 1], help="1: learning rate by the schedule (default: with autolora)"
+    )
+    method.add_argument(
+        "--auto_scalars",
+        type=int,
+        choices=[0, 1],
+        help="1: weights of the loss by the schedule (default: with autolora)",
+    )
+    method.add_argument(
+        "--lambda1",
+        type=fraction,
+        help="without that: share of the clean images in the cross-entropy (default: autolora 0.5, else 1)",
+    )
+    method.add_argument("--scale", type=amount, default=6.0, help="largest weight of the divergence")
+    method.add_argument("--divide", type=amount, default=2.0, help="what a reduction divides the rate by")
+    method.add_argument(
+        "--whole_passes",
+        action="store_true",
+        help="weigh the loss by passes over the training set, as published, and not by the batches as they "
+        "come, which costs nothing",
+    )
+    method.add_argument(
+        "--published",
+        action="store_true",
+        help="repeat what the published code does otherwise than the paper (implies --whole_passes)",
+    )
+    method.add_argument("--twins_lambda", type=amount, default=0.3, help="weight of the frozen half of TWINS")
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", "--max_epoch", "-m_e", type=positive, help="default: 50; high: 60")
+    training.add_argument("--batch_size", "-b", type=positive, help="default: 128; linear modes: see README")
+    training.add_argument(
+        "--lr", "--learning_rate", "-lr", type=amount, help="first rate (default: 0.1; high: 0.01)"
+    )
+    training.add_argument(
+        "--decreasing_lr",
+        type=_epochs,
+        help="without the automatic schedule: divide by ten after these epochs, such as 15,20",
+    )
+    training.add_argument("--momentum", "-m", type=amount, default=0.9)
+    training.add_argument("--weight_decay", "--wd", "-w", type=amount, help="default: 2e-4; high: 1e-4")
+    training.add_argument(
+        "--epsilon",
+        "-e",
+        type=amount,
+        default=8.0,
+        help="in 1/255 of the pixel range; below 0.5 in its parts",
+    )
+    training.add_argument(
+        "--step_size", "--alpha", "-a", type=amount, default=2.0, help="in the same unit (0.00784: 2/255)"
+    )
+    training.add_argument("--perturbation_type", "-p", choices=["linf", "l2"], default="linf", help="norm")
+    training.add_argument("--num_steps_train", "--k", "-k", type=positive, default=10, help="attack steps")
+    training.add_argument(
+        "--gradient_similarity",
+        type=natural,
+        default=0,
+        metavar="N",
+        help="every N batches note the cosine between the natural and the adversarial gradient, per layer",
+    )
+
+    testing = parser.add_argument_group("testing")
+    testing.add_argument("--num_steps_test", type=positive, help="PGD steps (default: 20; high: 10)")
+    testing.add_argument("--test_batch_size", type=positive, default=128)
+    testing.add_argument("--eval_only", action="store_true", help="test --checkpoint, which has its head")
+    testing.add_argument(
+        "--todo", choices=["train", "valid", "test"], default="train", help="other than train: --eval_only"
+    )
+    testing.add_argument("--eval_AA", action="store_true", help="also under AutoAttack")
+    testing.add_argument(
+        "--attack",
+        nargs="+",
+        action="append",
+        metavar=("NAME", "OPTION=VALUE"),
+        help="instead of PGD, any number of times: pgd, apgd, fab, autoattack, square; see "
+        "test_meta_dataset.py --help",
+    )
+    testing.add_argument(
+        "--eval_OOD", action="store_true", help="also under common corruptions: --corruptions, or made here"
+    )
+    testing.add_argument("--corruptions", type=place, help="folder of CIFAR-10-C or CIFAR-100-C")
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--output", "--output_dir", "--model_root", type=place, help="where everything is written"
+    )
+    machine.add_argument("--experiment", help="the published name for an output of checkpoints/NAME")
+    machine.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto: cuda if there is one")
+    machine.add_argument("--gpu", "-g", help="the published name for --device cuda:N")
+    machine.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
+    machine.add_argument("--seed", type=natural, default=1, help="decides everything that is random")
+    without = parser.add_argument_group("accepted from published command lines, without effect")
+    for reason, flags in WITHOUT_EFFECT.items():
+        for flag in flags.split():
+            without.add_argument(
+                f"--{flag}",
+                nargs=0 if flag in _FLAGS_ALONE else 1,
+                action=WithoutEffect,
+                default=argparse.SUPPRESS,
+                metavar=None if flag in _FLAGS_ALONE else "X",
+                help=reason,
+            )
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The flags, checked once, with every default filled in that depends on others.
+
+    Raises:
+        InputError: a flag is unknown, or wrong by itself or beside another.
+    """
+    args = parser().parse(argv)
+    published_high = any(
+        word.replace("-", "_").startswith(("__model_arch", "__model_path", "__model_root")) for word in argv
+    )
+    args.mode = args.mode or ("AFF" if args.experiment is None else "ALL")
+    args.eval_only |= args.todo != "train"
+    args.eval_AA |= args.todo == "test"
+    if args.todo == "test" and args.load_checkpoint is not None:
+        args.checkpoint = args.load_checkpoint
+    if args.experiment is not None and args.output is None:
+        args.output = Path("checkpoints") / args.experiment
+    if args.output is None:
+        raise InputError("--output is missing: the folder that everything is written to")
+    if args.gpu is not None and args.device == "auto":
+        args.device = f"cuda:{args.gpu.partition(',')[0]}"
+    if args.checkpoint is None and (args.eval_only or not args.no_pretrain):
+        raise InputError("--checkpoint is missing: a file to start from (or --no_pretrain)")
+    if args.checkpoint is not None and args.no_pretrain:
+        raise InputError("--checkpoint and --no_pretrain: give one of them")
+    if not 0 < args.val <= 0.5:
+        raise InputError(
+            f"--val is {args.val:g}, expected more than 0 and at most 0.5 (the published 0 validates on the "
+            "training images)"
+        )
+    if args.divide <= 1:
+        raise InputError(f"--divide is {args.divide:g}, expected more than 1")
+    if args.r_nat == 0 and args.method == "autolora":
+        raise InputError("--r_nat is 0: without a low-rank branch it is --method vanilla")
+    if args.corruptions is not None and not args.eval_OOD:
+        raise InputError("--corruptions: is read with --eval_OOD")
+    entry = known(args.dataset)
+    args.resize = args.resize or entry.image_size
+    if args.resolution is None:
+        transformer = args.arch.startswith(("vit", "deit", "timm:vit", "timm:deit"))
+        args.resolution = "high" if published_high or transformer or args.resize >= LARGE else "low"
+    if args.perturbation_type == "l2" and FRACTIONS <= args.epsilon < SMALLEST_L2:
+        raise InputError(f"--epsilon {args.epsilon:g}: of l2 is ambiguous, expected 1/255, such as 128")
+    if 0 < args.epsilon < FRACTIONS:
+        args.epsilon, args.step_size = _from_fraction(args.epsilon), _from_fraction(args.step_size)
+    if args.seed >= 2**62:
+        raise InputError(f"--seed {args.seed}: expected less than 2^62")
+    if args.eval_AA and not args.epsilon:
+        raise InputError("--eval_AA: needs an --epsilon above 0")
+    return args
+
+
+def _from_fraction(value: float) -> float:
+    """1/255 of the pixel range from its parts, where 0.0314 and 0.00784 are meant as 8 and 2; a value that
+    was in 1/255 already stays."""
+    if value >= FRACTIONS:
+        return value
+    units = 255 * value
+    return float(round(units)) if abs(units - round(units)) < 0.02 else units
+
+
+def high(args: argparse.Namespace) -> bool:
+    """Whether schedules and augmentation are those for 224 px."""
+    return args.resolution == "high"
+
+
+def inside(args: argparse.Namespace) -> int | None:
+    """The side that images are enlarged to inside the network, if they are."""
+    return INSIDE if high(args) and args.resize < LARGE else None
+
+
+def large_crops(args: argparse.Namespace) -> bool:
+    """Whether images are read as those of 224 px are; smaller ones go whole to where they are enlarged."""
+    return high(args) and inside(args) is None
+
+
+def modes(args: argparse.Namespace) -> tuple[str, ...]:
+    """What is trained, one after another."""
+    return MODES if args.mode == "ALL" else (args.mode,)
+
+
+def settings(args: argparse.Namespace, mode: str) -> Settings:
+    """How one mode is trained."""
+    full = mode == "AFF"
+    automatic = full and args.method == "autolora"
+    auto_lr = bool(args.autoLR) if args.autoLR is not None else args.autolora or args.method == "autolora"
+    table = published(args, mode, auto_lr)
+    by_table = table if args.pretraining and not auto_lr else None
+    epochs = args.epochs or (by_table.epochs if by_table else 60 if high(args) else 50 if auto_lr else 25)
+    slow = high(args) or not (full or auto_lr)
+    return Settings(
+        mode=mode,
+        method=args.method if full else METHODS[0],
+        epochs=epochs,
+        batch_size=args.batch_size or (table.batch_size if table else 128),
+        lr=args.lr if args.lr is not None else by_table.lr if by_table else 0.01 if slow else 0.1,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay if args.weight_decay is not None else (1e-4 if high(args) else 2e-4),
+        adversary=adversary(args, mode),
+        auto_lr=auto_lr,
+        auto_weights=full and (bool(args.auto_scalars) if args.auto_scalars is not None else automatic),
+        natural_share=args.lambda1 if args.lambda1 is not None else 0.5 if automatic else 1.0,
+        scale=args.scale,
+        divide=args.divide,
+        milestones=args.decreasing_lr or (by_table.milestones if by_table else milestones(args, epochs)),
+        rank=args.r_nat or 8,
+        dual_norms=bool(args.dualBN) and full,
+        high_resolution=high(args),
+        whole_passes=args.whole_passes or args.published,
+        published=args.published,
+        twins_share=args.twins_lambda,
+        similarity_every=args.gradient_similarity,
+        seed=args.seed,
+    )
+
+
+def published(args: argparse.Namespace, mode: str, automatic: bool) -> PublishedSettings | None:
+    """What the published tables say; None for data that they do not have."""
+    if high(args):
+        return None
+    name = args.pretraining or "ACL"
+    return published_settings(name, known(args.dataset).name, args.resize, mode, automatic)
+
+
+def milestones(args: argparse.Namespace, epochs: int) -> tuple[int, ...]:
+    """The ordinary schedule: after 15 and 20 of 25 epochs; at high resolution after 30 and 50 of 60."""
+    shares = (30 / 60, 50 / 60) if high(args) else (15 / 25, 20 / 25)
+    return tuple(round(share * epochs) for share in shares)
+
+
+def adversary(args: argparse.Namespace, mode: str) -> Adversary:
+    """The attack of training."""
+    start = "gaussian" if mode == "AFF" else "uniform"
+    if high(args) or args.perturbation_type == "l2":
+        start = "uniform_valid"
+    return Adversary(args.epsilon, args.step_size, args.num_steps_train, start, args.perturbation_type)
+
+
+def examiner(args: argparse.Namespace) -> Adversary:
+    """The attack of validation."""
+    steps = args.num_steps_test or (10 if high(args) else 20)
+    return dataclasses.replace(adversary(args, "ALF"), steps=steps)
+
+
+def attacks(args: argparse.Namespace) -> tuple[Attack, ...]:
+    """The attacks of testing.
+
+    Raises:
+        InputError: one of them makes no sense, or two have the same name.
+    """
+    norm = args.perturbation_type
+    found = [
+        parse_attack(words, epsilon=(args.epsilon,), norm=norm)
+        for words in args.attack or ([["pgd"]] if args.epsilon else [])
+    ]
+    if not args.attack:
+        step = None if args.step_size == args.epsilon / 4 else args.step_size
+        found = [dataclasses.replace(attack, steps=examiner(args).steps, step_size=step) for attack in found]
+    if args.eval_AA:
+        found.append(Attack("autoattack", (args.epsilon,), norm))
+    check_distinct("attack", [attack.name for attack in found])
+    return tuple(found)
+
+
+def _pretraining(text: str) -> str:
+    """A published name, with hyphens or underscores."""
+    names = {name.replace("-", "_").lower(): name for name in PRETRAININGS}
+    if text.replace("-", "_").lower() not in names:
+        raise argparse.ArgumentTypeError(f"{text!r} is not known, expected one of {', '.join(PRETRAININGS)}")
+    return names[text.replace("-", "_").lower()]
+
+
+def _epochs(text: str) -> tuple[int, ...]:
+    numbers = tuple(positive(part) for part in text.split(","))
+    if list(numbers) != sorted(set(numbers)):
+        raise argparse.ArgumentTypeError(f"{text} is not increasing")
+    return numbers

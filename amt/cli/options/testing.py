@@ -1,0 +1,435 @@
+"""The flags of test_meta_dataset.py: every flag once, checked once, turned into attacks and deployments.
+
+Knows no tensors, and of the disk only --domain_config.
+"""
+
+import argparse
+import itertools
+import os
+import re
+from collections.abc import Sequence
+
+from amt.attacks.evaluation import PGD_KINDS, TARGETED, Attack, parse_attack, target_count
+from amt.cli.options.common import add_common, check_episodes, folder_source, sampling
+from amt.cli.options.domain_config import DomainSettings, read_domain_config
+from amt.cli.options.parsing import (
+    Parser,
+    WithoutEffect,
+    amount,
+    check_distinct,
+    fraction,
+    listed,
+    natural,
+    place,
+    positive,
+    trim,
+)
+from amt.evaluation.deploy import ROUTINGS, SELECTS, Deployment
+from amt.evaluation.select import BETAS, GAMMAS, published_grid
+from amt.models.network import base_arch
+from amt.tasks.finetune import Finetuning
+from amt.tasks.merge import AUGMENTATIONS, Routing
+from meta_dataset_readers.errors import InputError
+
+TEST_SOURCES = (
+    *("traffic_sign", "mscoco", "ilsvrc_2012", "omniglot", "aircraft"),
+    *("cu_birds", "dtd", "quickdraw", "fungi", "vgg_flower"),
+)
+
+
+_NEEDING_A_POOL = ("trim", "trim_candidates", "select_on", "domain_config")
+
+
+_FLAGS = {"beta": "blend_beta", "gamma": "blend_gamma"}  # where a setting is not called as its flag
+
+
+def shard(text: str) -> tuple[int, int]:
+    """I/N with 0 <= I < N."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected I/N with I from 0 to N - 1, such as 0/2")
+    return int(match[1]), int(match[2])
+
+
+def add_merging(group: argparse._ArgumentGroup) -> None:
+    """The flags that say how a pool becomes one network, wherever that is done."""
+    group.add_argument(
+        "--coefficients", type=amount, nargs="+", metavar="C", help="one number per adapter, summing to 1"
+    )
+    several = "; several values are for --select to choose from"
+    group.add_argument(
+        "--blend_beta",
+        type=amount,
+        nargs="+",
+        metavar="BETA",
+        help=f"sharpness of the scores{several} (default: 1, or with --select {listed(BETAS)})",
+    )
+    group.add_argument(
+        "--blend_gamma",
+        type=amount,
+        nargs="+",
+        metavar="GAMMA",
+        help=f"balance of intra and inter{several} (default: 0.6, or with --select {listed(GAMMAS)})",
+    )
+    group.add_argument(
+        "--top_k",
+        type=positive,
+        nargs="+",
+        metavar="K",
+        help=f"adapters that share the weight{several} (default: 2)",
+    )
+    group.add_argument(
+        "--route_epsilon",
+        type=amount,
+        nargs="+",
+        metavar="E",
+        help="from clean to robust: score the adapters on support images attacked within E/255; 0: the "
+        f"published scores, on clean ones{several} (default: 0; ours)",
+    )
+    group.add_argument("--aug_prob", type=fraction, default=0.9, help="chance of augmenting the support")
+    group.add_argument(
+        "--trim",
+        type=trim,
+        nargs="+",
+        default=[],
+        metavar="NAME:BLOCK:KEEP",
+        help="keep a fraction of the singular values of these layers; block -1 for all",
+    )
+
+
+def _add_finetuning(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--ada_steps",
+        type=natural,
+        default=100,
+        help="steps of Adam; 100 is the published example's, 50 and 40 are elsewhere in that code",
+    )
+    group.add_argument(
+        "--ada_lr",
+        type=amount,
+        default=1e-4,
+        help="its rate, which matters most: 0.0001 is the published example's; per domain its authors choose "
+        "one of 0, 0.0001, 0.001 and 0.01 on labelled episodes",
+    )
+    group.add_argument(
+        "--aug_types",
+        nargs="+",
+        choices=AUGMENTATIONS,
+        default=list(AUGMENTATIONS),
+        help="how the support is augmented for it, with the chance --aug_prob (as published)",
+    )
+
+
+def testing_parser() -> Parser:
+    """The flags of test_meta_dataset.py."""
+    parser = Parser("Evaluate a pool per domain: route, merge, trim, classify; clean and under attack.")
+    add_common(parser, "test_sources", TEST_SOURCES, "domains to evaluate on, one after another")
+    parser.add_argument(
+        "--cdfsl_domains",
+        nargs="+",
+        metavar="SOURCE",
+        help="domains of BSCD-FSL and fine-grained ones instead, --test_n_way --n_shot with 15 queries",
+    )
+    parser.add_argument("--test_n_way", type=positive, default=5, help="ways with --cdfsl_domains")
+    parser.add_argument("--n_shot", type=positive, default=5, help="shots with --cdfsl_domains")
+    parser.add_argument("--arch", required=True, help="backbone, for example vit_mini_amt_merge")
+    parser.add_argument(
+        "--resume", type=place, help="checkpoint, ours or a published .pth; none: the pretrained network"
+    )
+    parser.add_argument("--eval", action="store_true", help="what this script does anyway")
+    parser.add_argument(
+        "--deploy",
+        choices=["vanilla", "merge-vanilla", "finetune"],
+        help="vanilla: at most one adapter; merge-vanilla: a pool; finetune: as P>M>F, one network all of "
+        "whose weights are tuned on each support set (default: vanilla or merge-vanilla, as --resume holds)",
+    )
+    parser.add_argument("--output_dir", type=place, required=True, help="where results.json and pictures go")
+    parser.add_argument("--nTestEpisode", type=positive, default=600, help="episodes per domain")
+    parser.add_argument("--split", choices=["TRAIN", "VALID", "TEST"], default="TEST")
+    parser.add_argument(
+        "--dump", type=place, metavar="DIR", help="also write every episode there, in Meta-Dataset's format"
+    )
+
+    attack = parser.add_argument_group("attack")
+    attack.add_argument(
+        "--attack",
+        nargs="+",
+        action="append",
+        metavar=("NAME", "OPTION=VALUE"),
+        help="any number of times: pgd, apgd, autoattack, fab, square, pyramid, transfer (images made on the "
+        "pretrained network) or support (its images are attacked, not the queries), with any of norm=l2, "
+        "epsilon=1,2,4, steps=, restarts=, step_size=, loss=ce|kl|dlr, queries=, targets= "
+        "(default: pgd)",
+    )
+    attack.add_argument(
+        "--epsilon",
+        type=amount,
+        nargs="*",
+        default=[8.0],
+        help="in 1/255 of the pixel range, increasing, for attacks that name none; none: clean only",
+    )
+    attack.add_argument("--attack_iters", type=positive, default=20, help="steps of PGD")
+    attack.add_argument(
+        "--alpha", type=amount, help="step size of PGD in 1/255 (default: a quarter of each epsilon)"
+    )
+    attack.add_argument(
+        "--probe_episodes",
+        type=natural,
+        default=2,
+        help="episodes per domain on which the attacks themselves are checked; 0: none",
+    )
+
+    running = parser.add_argument_group("run")
+    running.add_argument(
+        "--samples", type=natural, default=1, help="episodes per domain whose images are kept for the report"
+    )
+    running.add_argument(
+        "--shard",
+        type=shard,
+        metavar="I/N",
+        help="do only part I (from 0) of N parts, in processes that share --output_dir "
+        "(default: what torchrun says, else everything)",
+    )
+    for flag in ("--fp16", "--bf16"):
+        parser.add_argument(
+            flag,
+            nargs=0,
+            action=WithoutEffect,
+            default=argparse.SUPPRESS,
+            help="evaluation is in float32, as the attacks need it",
+        )
+
+    merging = parser.add_argument_group("merging")
+    merging.add_argument(
+        "--routing",
+        choices=ROUTINGS,
+        default="amt",
+        help="amt: the published scores; uniform: equal shares; soup: factors A and B averaged separately; "
+        "best: the single adapter that --select finds best",
+    )
+    merging.add_argument(
+        "--specified_expert", type=natural, nargs="+", metavar="P", help="plain average of these adapters"
+    )
+    add_merging(merging)
+    merging.add_argument(
+        "--select",
+        choices=SELECTS,
+        default="none",
+        help="choose beta, gamma and whatever has several values; valid: on labelled episodes of the "
+        "domain's own VALID classes; support: for every task by leave-one-out on its support set; published: "
+        "on 6 labelled episodes of the split that is scored, for comparison only",
+    )
+    merging.add_argument(
+        "--select_on", metavar="SOURCE", help="--select valid, but on VALID episodes of this source"
+    )
+    merging.add_argument("--nSelectEpisode", type=positive, default=40, help="VALID episodes to choose on")
+    merging.add_argument(
+        "--trim_candidates",
+        type=trim,
+        nargs="+",
+        default=[],
+        metavar="NAME:BLOCK:KEEP",
+        help="trimmings of which --select may add one",
+    )
+    merging.add_argument(
+        "--domain_config",
+        type=place,
+        metavar="FILE.yaml",
+        help="settings per domain, over these flags: beta, gamma, top_k, route_epsilon, trim, search_scale, "
+        "search_step, candidate_pool (amt/cli/options/domain_config.py)",
+    )
+    _add_finetuning(parser.add_argument_group("test-time fine-tuning, with --deploy finetune"))
+    parser.add_published()
+    return parser
+
+
+def check_testing(args: argparse.Namespace) -> None:
+    """The same for the flags of test_meta_dataset.py."""
+    base_arch(args.arch)
+    given = [flag for flag in ("specified_expert", "coefficients") if getattr(args, flag) is not None]
+    if len(given) > 1:
+        raise InputError("--specified_expert and --coefficients exclude each other")
+    needy = [*given, *(flag for flag in _NEEDING_A_POOL if getattr(args, flag))]
+    needy += ["select"] if args.select != "none" else []
+    needy += ["routing"] if args.routing != "amt" else []
+    needy += ["route_epsilon"] if any(args.route_epsilon or ()) else []
+    if args.resume is None and needy:
+        raise InputError(f"--{needy[0]} needs a pool; name its checkpoint with --resume")
+    if args.deploy == "merge-vanilla" and args.resume is None:
+        raise InputError("--deploy merge-vanilla needs a pool; name its checkpoint with --resume")
+    _check_selection(args, given)
+    if args.cdfsl_domains and args.test_sources:
+        raise InputError("--cdfsl_domains and --test_sources exclude each other")
+    sources = test_sources(args)
+    if args.coefficients is not None and abs(sum(args.coefficients) - 1) > 1e-4:
+        raise InputError(f"--coefficients sum to {sum(args.coefficients):g}, expected 1")
+    if any(a >= b for a, b in itertools.pairwise(args.epsilon)):
+        raise InputError(f"--epsilon {' '.join(f'{e:g}' for e in args.epsilon)}: expected increasing values")
+    check_distinct("test_sources", sources)
+    check_episodes(args)
+
+
+def _check_selection(args: argparse.Namespace, given: Sequence[str]) -> None:
+    """Raise an `InputError` for a selection that cannot be, or would look at what it must not."""
+    way = selection(args)
+    if args.select_on and way != "valid":
+        raise InputError(f"--select_on {args.select_on} is for --select valid, found --select {way}")
+    if args.trim_candidates and way == "none":
+        raise InputError("--trim_candidates are for --select to choose from, for example --select support")
+    if given and args.routing != "amt":
+        raise InputError(f"--{given[0]} and --routing {args.routing} exclude each other")
+    if args.routing == "best" and way == "none":
+        raise InputError("--routing best: which adapter is best has to be chosen, say by --select valid")
+    scored = test_sources(args)
+    if args.split == "VALID" and way == "valid" and (args.select_on is None or args.select_on in scored):
+        on = f"--select_on {args.select_on}" if args.select_on else "--select valid"
+        raise InputError(f"{on} would choose on the very VALID episodes it then scores")
+    if any(args.route_epsilon or ()) and way != "support" and (given or args.routing != "amt"):
+        raise InputError("--route_epsilon is for the scores of --routing amt, or for --select support")
+    for flag in ("blend_beta", "blend_gamma", "top_k", "route_epsilon"):
+        check_distinct(flag, getattr(args, flag) or ())
+
+
+def test_sources(args: argparse.Namespace) -> tuple[str, ...]:
+    """The domains that test_meta_dataset.py evaluates on."""
+    return tuple(args.cdfsl_domains or args.test_sources or folder_source(args) or TEST_SOURCES)
+
+
+def attacks(args: argparse.Namespace) -> tuple[Attack, ...]:
+    """The attacks of evaluation.
+
+    Raises:
+        InputError: one of them makes no sense, or two have the same name.
+    """
+    epsilons = [epsilon for epsilon in args.epsilon if epsilon > 0]
+    found = []
+    for words in args.attack or ([["pgd"]] if epsilons else []):
+        own = {word.partition("=")[0]: word.partition("=")[2] for word in words[1:]}
+        linf = own.get("norm", "linf") == "linf"  # the norm that --epsilon and --alpha are meant in
+        if not linf and "epsilon" not in own:
+            raise InputError(f"--attack {' '.join(words)}: another norm than linf needs an epsilon=... too")
+        defaults = {"epsilon": epsilons}
+        if words[0] in PGD_KINDS:
+            defaults |= {"steps": args.attack_iters, "step_size": args.alpha if linf else None}
+        found.append(parse_attack(words, **defaults))
+    check_distinct("attack", [attack.name for attack in found])
+    ways = sampling(args).num_ways or args.min_ways
+    for attack in found:
+        if attack.kind in TARGETED:
+            target_count(attack.kind, ways, attack.targets)
+    return tuple(found)
+
+
+def part(args: argparse.Namespace) -> tuple[int, int]:
+    """Which part of how many this process does.
+
+    Raises:
+        InputError: torchrun's variables make no sense.
+    """
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    try:
+        return args.shard or shard(f"{rank}/{world}")
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"RANK/WORLD_SIZE is {error}") from error
+
+
+def finetuning(args: argparse.Namespace) -> Finetuning:
+    """The settings of `--deploy finetune`."""
+    return Finetuning(args.ada_steps, args.ada_lr, args.aug_prob, tuple(args.aug_types))
+
+
+def routing(args: argparse.Namespace) -> Routing:
+    """The settings of the router.
+
+    Raises:
+        InputError: a flag has several values.
+    """
+    (found,) = _routings(args, DomainSettings(), "none", "")
+    return found
+
+
+def selection(args: argparse.Namespace) -> str:
+    """How settings are chosen, one of `SELECTS`: --select_on SOURCE is a way of --select valid."""
+    return "valid" if args.select_on and args.select == "none" else args.select
+
+
+def deployments(args: argparse.Namespace) -> dict[str, Deployment]:
+    """By test source how the pool is deployed there.
+
+    Raises:
+        InputError: --domain_config is at fault, there are several values and no --select, or a --select and
+            nowhere anything to choose from.
+    """
+    sources, way = test_sources(args), selection(args)
+    own = dict.fromkeys(sources, DomainSettings())
+    if args.domain_config is not None:
+        own = read_domain_config(args.domain_config, sources)
+    found = {source: _deployment(args, own[source], source) for source in sources}
+    open_to = [
+        len(each.routings) > 1 or each.trim_candidates or each.routing == "best" for each in found.values()
+    ]
+    if way != "none" and not any(open_to):
+        raise InputError(
+            "--select or --select_on has nothing to choose from: expected --routing amt or best, several "
+            "values of a flag, or --trim_candidates"
+        )
+    return found
+
+
+def _deployment(args: argparse.Namespace, domain: DomainSettings, source: str) -> Deployment:
+    way = selection(args)
+    where = f"--domain_config {args.domain_config}: {source}: "
+    if way == "none" and (domain.search_scale or domain.candidate_pool):
+        field = "search_scale" if domain.search_scale else "candidate_pool"
+        raise InputError(f"{where}{field} is for --select to choose from, found --select none")
+    epsilons = domain.route_epsilon or args.route_epsilon or (Routing.epsilon,)
+    routes = args.routing == "amt" and args.specified_expert is None and args.coefficients is None
+    given = ("beta", "gamma", "top_k", "route_epsilon", "search_scale")
+    idle = [name for name in given if getattr(domain, name) and (name, way) != ("route_epsilon", "support")]
+    if idle and not routes:
+        raise InputError(f"{where}{idle[0]} is for the scores of --routing amt")
+    return Deployment(
+        routing=args.routing,
+        coefficients=None if args.coefficients is None else tuple(args.coefficients),
+        experts=None if args.specified_expert is None else tuple(args.specified_expert),
+        routings=_routings(args, domain, way, where) if routes else (),
+        trims=tuple(args.trim if domain.trim is None else domain.trim),
+        trim_candidates=tuple(
+            args.trim_candidates if domain.candidate_pool is None else domain.candidate_pool
+        ),
+        select=way,
+        select_on=args.select_on,
+        select_episodes=args.nSelectEpisode,
+        support_epsilon=max(epsilons) if way == "support" else 0.0,
+        split=args.split,
+        single=args.deploy == "vanilla",
+        finetune=finetuning(args) if args.deploy == "finetune" else None,
+    )
+
+
+def _routings(args: argparse.Namespace, domain: DomainSettings, way: str, where: str) -> tuple[Routing, ...]:
+    """The routers' settings: a domain's own before those of the flags, or what there is to choose from."""
+    values = {
+        "beta": args.blend_beta or (BETAS if way != "none" else (Routing.beta,)),
+        "gamma": args.blend_gamma or (GAMMAS if way != "none" else (Routing.gamma,)),
+        "top_k": args.top_k or (Routing.top_k,),
+        "route_epsilon": args.route_epsilon or (Routing.epsilon,),
+    }
+    own = {name: getattr(domain, name) for name in values if getattr(domain, name)}
+    if domain.search_scale:
+        own["beta"], own["gamma"] = published_grid(domain.search_scale, domain.search_step)
+    values |= own
+    several = [name for name, found in values.items() if len(found) > 1]
+    if way == "none" and several:
+        name = several[0]
+        flag = f"{where}{name}" if name in own else f"--{_FLAGS.get(name, name)}"
+        raise InputError(
+            f"{flag} has {len(values[name])} values, expected one; among several chooses --select of "
+            "test_meta_dataset.py"
+        )
+    return tuple(
+        Routing(beta, gamma, top_k, args.aug_prob, epsilon)
+        for top_k, epsilon, beta, gamma in itertools.product(
+            *(values[name] for name in ("top_k", "route_epsilon", "beta", "gamma"))
+        )
+    )

@@ -1,0 +1,50 @@
+"""Show runs of test_meta_dataset.py as one HTML page, with tables, figures and sample images.
+
+    python -m amt report RUN --out report.html
+    python -m amt report RUN OTHER ... --out report.html --figures figures
+
+The page is one file that needs no network. The first run is the one that the others are compared with, where
+they scored the same episodes. --figures writes the same figures as PNG and PDF.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from amt.cli.options import Parser, check_output, place
+from amt.evaluation import runs
+from amt.files.checkpoint import replace_file
+from meta_dataset_readers.errors import InputError
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(__doc__.partition("\n")[0])
+    parser.prog = "python -m amt report"
+    parser.add_argument("runs", type=place, nargs="+", metavar="RUN", help="--output_dir of an evaluation")
+    parser.add_argument("--out", type=place, required=True, help="the page, an .html")
+    parser.add_argument("--figures", type=place, metavar="DIR", help="where figures go, as PNG and PDF")
+    args = parser.parse(argv)
+    if args.out.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"--out {args.out}: expected a name that ends in .html")
+    if args.out.is_dir():
+        raise InputError(f"--out {args.out}: is a folder, expected the name of a file")
+    check_output(args.out.parent, "--out")
+    if args.figures is not None:
+        check_output(args.figures, "--figures")
+    seen: dict[Path, Path] = {}
+    for folder in args.runs:
+        if (resolved := folder.resolve()) in seen:
+            raise InputError(f"{folder}: is the same run as {seen[resolved]}")
+        seen[resolved] = folder
+    found = [runs.load(folder) for folder in args.runs]
+
+    # These bring matplotlib and templates, which nobody should wait for who mistyped a folder.
+    from amt.report import charts, document
+    from amt.report import figures as files
+
+    text = document.page(found)
+    replace_file(args.out, lambda part: part.write_text(text, encoding="utf-8"))
+    print(f"wrote {args.out} ({len(text.encode()) / 1e6:.1f} MB)")
+    if args.figures is not None:
+        written = files.write(charts.figures(charts.label(found)), args.figures)
+        print(f"wrote {len(written)} files in {args.figures}")
+    return 0

@@ -1,1 +1,0 @@
-"""One module per command of `python -m amt`: each has `main(argv) -> int`, its first line is its summary."""

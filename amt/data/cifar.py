@@ -1,0 +1,198 @@
+"""CIFAR-10 and CIFAR-100 in both forms they are distributed in: pickles of Python 2, and binary records.
+
+A pickle can run any code while it is read. These are read without the classes they name: stand-ins take
+their place, and a pickle that asks for anything else is refused.
+"""
+
+import io
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from amt.data.list_files import as_integers, as_texts, first_line, read_bytes, read_lines
+from meta_dataset_readers.errors import InputError
+
+
+class Form(NamedTuple):
+    """One form in which CIFAR is distributed: its folder and files, and how they are read."""
+
+    folder: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    names: str
+    read_names: Callable[[Path], list[str]]
+    read_batch: Callable[[Path], tuple[np.ndarray, list[int]]]  # pixels (n, 3072), labels
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (*self.train, *self.test, self.names)
+
+
+def _pickled_names(key: str) -> Callable[[Path], list[str]]:
+    return lambda file: as_texts(file, _listed(file, _unpickled(file), key))
+
+
+def _pickled_batch(key: str) -> Callable[[Path], tuple[np.ndarray, list[int]]]:
+    def read(file: Path) -> tuple[np.ndarray, list[int]]:
+        content = _unpickled(file)
+        pixels = content.get("data")
+        if not isinstance(pixels, np.ndarray):
+            raise InputError(f"{file}: no array 'data', expected the pictures")
+        return pixels, as_integers(file, _listed(file, content, key))
+
+    return read
+
+
+def _listed(file: Path, content: dict, key: str) -> list:
+    values = content.get(key)
+    if not isinstance(values, list | np.ndarray):
+        raise InputError(f"{file}: no list {key!r}")
+    return list(values)
+
+
+def _binary_batch(label_bytes: int) -> Callable[[Path], tuple[np.ndarray, list[int]]]:
+    """Records of a few labels, of which the last is the finest, and 3072 bytes of pixels."""
+
+    def read(file: Path) -> tuple[np.ndarray, list[int]]:
+        size, record = file.stat().st_size, label_bytes + 3072
+        if size == 0 or size % record:
+            raise InputError(f"{file}: {size} bytes, expected a multiple of {record}")
+        records = np.fromfile(file, np.uint8).reshape(-1, record)
+        return records[:, label_bytes:], records[:, label_bytes - 1].tolist()
+
+    return read
+
+
+def _unpickled(file: Path) -> dict[str, Any]:
+    """The dictionary in a pickle of texts, numbers, lists and arrays of integers."""
+    try:
+        content = _CifarUnpickler(file).load()
+        if not isinstance(content, dict):
+            raise InputError(f"{file}: holds a {type(content).__name__}, expected a dictionary")
+        # Keys are bytes where Python 3 has rewritten a pickle of Python 2.
+        content = {key.decode("latin-1") if isinstance(key, bytes) else key: content[key] for key in content}
+        return {
+            key: value.array() if isinstance(value, _PickledArray) else value
+            for key, value in content.items()
+        }
+    except InputError:
+        raise
+    except Exception as error:  # a damaged pickle can bring its reader to raise anything
+        raise InputError(f"{file}: damaged pickle ({first_line(error)})") from error
+
+
+class _CifarUnpickler(pickle._Unpickler):
+    """Reads CIFAR's pickles and nothing else: for the classes they name it has stand-ins, not numpy's own.
+
+    Of Python's two unpicklers the one written in Python: the other makes room for any number a memo is given.
+    """
+
+    def __init__(self, file: Path):
+        self._file = file
+        super().__init__(io.BytesIO(read_bytes(file, 2**30)), encoding="latin-1")  # as Python 2 wrote them
+
+    def find_class(self, module: str, name: str) -> object:
+        try:
+            return _STAND_INS[f"{module.replace('numpy._core', 'numpy.core')}.{name}"]
+        except KeyError:
+            asked = f"{module}.{name}".encode("unicode_escape").decode()[:200]
+            reason = "a dictionary of arrays needs no such thing, and reading it could run any code"
+            raise InputError(f"{self._file}: the pickle asks for {asked}: {reason}") from None
+
+
+class _PickledType:
+    """Stands in for numpy.dtype, of integers only."""
+
+    def __init__(self, code: str, *_):
+        self._code, self._order = code, "<"
+
+    def __setstate__(self, state: tuple) -> None:
+        self._order = state[1]
+
+    def numpy(self) -> np.dtype:
+        if not re.fullmatch(r"[iu][1248]", self._code) or self._order not in ("<", ">", "|", "="):
+            raise ValueError(f"an array of type {self._code!r}, expected integers")
+        return np.dtype(self._order + self._code)
+
+
+class _PickledArray:
+    """Stands in for numpy.ndarray."""
+
+    def __init__(self, *_):
+        self._state: tuple | None = None
+
+    def __setstate__(self, state: tuple) -> None:
+        self._state = state
+
+    def array(self) -> np.ndarray:
+        _, shape, kind, column_major, data = self._state
+        data = data.encode("latin-1") if isinstance(data, str) else data
+        return np.frombuffer(data, kind.numpy()).reshape(shape, order="F" if column_major else "C")
+
+
+def _pickled_from_buffer(data: bytes, kind: _PickledType, shape: tuple, order: str) -> _PickledArray:
+    array = _PickledArray()
+    array.__setstate__((1, shape, kind, order == "F", data))
+    return array
+
+
+def _pickled_scalar(kind: _PickledType, data: bytes | str) -> int:
+    array = _pickled_from_buffer(data, kind, (), "C")
+    return int(array.array())
+
+
+def _pickled_bytes(text: str, encoding: str) -> bytes:
+    if encoding not in ("latin1", "latin-1"):
+        raise ValueError(f"bytes written as {encoding!r}")
+    return text.encode("latin-1")
+
+
+_STAND_INS = {
+    "numpy.core.multiarray._reconstruct": _PickledArray,
+    "numpy.core.multiarray.scalar": _pickled_scalar,
+    "numpy.core.numeric._frombuffer": _pickled_from_buffer,
+    "numpy.ndarray": _PickledArray,
+    "numpy.dtype": _PickledType,
+    "_codecs.encode": _pickled_bytes,
+}
+
+CIFAR10 = (
+    Form(
+        "cifar-10-batches-py",
+        tuple(f"data_batch_{number}" for number in range(1, 6)),
+        ("test_batch",),
+        "batches.meta",
+        _pickled_names("label_names"),
+        _pickled_batch("labels"),
+    ),
+    Form(
+        "cifar-10-batches-bin",
+        tuple(f"data_batch_{number}.bin" for number in range(1, 6)),
+        ("test_batch.bin",),
+        "batches.meta.txt",
+        read_lines,
+        _binary_batch(1),
+    ),
+)
+CIFAR100 = (
+    Form(
+        "cifar-100-python",
+        ("train",),
+        ("test",),
+        "meta",
+        _pickled_names("fine_label_names"),
+        _pickled_batch("fine_labels"),
+    ),
+    Form(
+        "cifar-100-binary",
+        ("train.bin",),
+        ("test.bin",),
+        "fine_label_names.txt",
+        read_lines,
+        _binary_batch(2),
+    ),
+)

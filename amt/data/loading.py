@@ -1,0 +1,279 @@
+"""Training, validation and test splits of a data set, and batches of them.
+
+The published code let training or test pictures choose the learning rate, the restored weights and the
+reported epoch. Here validation is a part of the training set that is not trained on, and the test set is
+nothing else's. Knows splits, the published transforms and the order of batches; does not know networks or
+attacks, and does not normalise. Files on disk are known to `datasets`.
+
+What is random is a function of (seed, epoch, picture): not of the number of workers, nor of what was read
+before.
+"""
+
+import dataclasses
+import hashlib
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from amt.data.datasets import known, open_dataset
+from amt.data.labelled import Chosen, Labelled, choose_per_class
+from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.reader import leave_signals_to_the_parent
+from meta_dataset_readers.transforms import planes, unit_range
+
+Transform = Callable[[Image.Image, torch.Generator], Tensor]
+
+_PADDING = 4  # pixels on each side, of which a random crop takes none to all; the same at every size
+_CROP_AREA = (0.08, 1.0)  # of the picture
+_CROP_RATIO = (3 / 4, 4 / 3)  # width / height
+_CROP_TRIES = 10
+
+_VALIDATION = 1  # sets the choice of validation pictures apart from other choices by the same seed
+
+
+# --- splits ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """A data set: pictures to train on, to choose by, and to report. No picture is in two of them."""
+
+    name: str
+    class_names: tuple[str, ...]
+    train: Labelled
+    validation: Labelled
+    test: Labelled
+
+
+def open_splits(name: str, folder: Path, validation: float = 0.1, seed: int = 0) -> Splits:
+    """The data set `name` in `folder`, see `datasets.open_dataset`; no picture is decoded.
+
+    `validation` is the share of each class of the training set that is set aside, rounded: at least one
+    picture of a class of two or more, never the last one. 0 sets nothing aside; a folder with pictures for
+    validation of its own gives these instead, for any other share. `seed` chooses them; what is tested on is
+    the same for every seed.
+
+    Raises InputError as `open_dataset`, and for a share outside [0, 1).
+    """
+    if not 0 <= validation < 1:
+        raise InputError(f"validation {validation}: expected a share of the training set, 0 <= share < 1")
+    opened = open_dataset(name, folder)
+    train, held_out = opened.train, opened.validation
+    if validation == 0:
+        held_out = Chosen(train, np.empty(0, np.int64))
+    elif held_out is None:
+        chosen, others = choose_per_class(
+            train.labels, lambda n: _validation_share(n, validation), (seed, _VALIDATION)
+        )
+        train, held_out = Chosen(train, others), Chosen(train, chosen)
+    name = known(name).name
+    return Splits(
+        folder.resolve().name if name == "imagefolder" else name,
+        opened.class_names,
+        train,
+        held_out,
+        opened.test,
+    )
+
+
+def _validation_share(n: int, share: float) -> int:
+    return min(max(1, round(share * n)), n - 1)
+
+
+# --- transforms ------------------------------------------------------------------------------------------
+
+
+def transforms(image_size: int, high_resolution: bool) -> tuple["PixelTransform", "PixelTransform"]:
+    """The published (training, test) transforms: RGB pictures of any size to float32 (3, S, S) in [0, 1].
+
+    Low resolution: resized to S x S; for training a random crop of that, padded by 4 black pixels on each
+    side, and a flip. High resolution: the shorter side to 256/224 S; for training a random resized crop and
+    a flip, for the test the centre. Resizing is bilinear with antialiasing, as torchvision's on pictures.
+    The generator is the only source of randomness; tests draw nothing from it.
+
+    Raises InputError for a size below 1.
+    """
+    if image_size < 1:
+        raise InputError(f"image size {image_size}: expected 1 or more")
+    if high_resolution:
+        return PixelTransform(image_size, _random_resized_crop), PixelTransform(image_size, _centre_crop)
+    return PixelTransform(image_size, _padded_crop), PixelTransform(image_size, _resized_pixels)
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelTransform:
+    """A transform by way of uint8 pixels (3, S, S), a quarter of the size to send from process to process."""
+
+    image_size: int
+    view: Callable[[Image.Image, int, torch.Generator], np.ndarray]
+
+    def pixels(self, image: Image.Image, generator: torch.Generator) -> np.ndarray:
+        return self.view(image, self.image_size, generator)
+
+    def __call__(self, image: Image.Image, generator: torch.Generator) -> Tensor:
+        return unit_range(self.pixels(image, generator))
+
+
+def _resized_pixels(image: Image.Image, size: int, _generator: torch.Generator) -> np.ndarray:
+    return planes(_resized(image, size, size))
+
+
+def _padded_crop(image: Image.Image, size: int, generator: torch.Generator) -> np.ndarray:
+    padded = np.zeros((3, size + 2 * _PADDING, size + 2 * _PADDING), np.uint8)
+    padded[:, _PADDING:-_PADDING, _PADDING:-_PADDING] = planes(_resized(image, size, size))
+    top, left, flip = _integers(generator, 2 * _PADDING + 1, 2 * _PADDING + 1, 2)
+    crop = padded[:, top : top + size, left : left + size]
+    return crop[:, :, ::-1] if flip else crop
+
+
+def _centre_crop(image: Image.Image, size: int, _generator: torch.Generator) -> np.ndarray:
+    image = _shorter_side_resized(image, size)
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    return planes(image.crop((left, top, left + size, top + size)))
+
+
+def _random_resized_crop(image: Image.Image, size: int, generator: torch.Generator) -> np.ndarray:
+    image = _shorter_side_resized(image, size)
+    crop = planes(
+        image.crop(_random_box(image.width, image.height, generator)).resize((size, size), _BILINEAR)
+    )
+    return crop[:, :, ::-1] if _integers(generator, 2)[0] else crop
+
+
+_BILINEAR = Image.Resampling.BILINEAR
+
+
+def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
+    return image if image.size == (width, height) else image.resize((width, height), _BILINEAR)
+
+
+def _shorter_side_resized(image: Image.Image, size: int) -> Image.Image:
+    shorter = round(256 * size / 224)
+    if image.height < image.width:
+        return _resized(image, shorter * image.width // image.height, shorter)
+    return _resized(image, shorter, shorter * image.height // image.width)
+
+
+def _random_box(width: int, height: int, generator: torch.Generator) -> tuple[int, int, int, int]:
+    """The box (left, top, right, bottom) of torchvision's RandomResizedCrop."""
+    areas = torch.empty(_CROP_TRIES).uniform_(*_CROP_AREA, generator=generator) * (width * height)
+    ratios = torch.empty(_CROP_TRIES).uniform_(*map(np.log, _CROP_RATIO), generator=generator).exp()
+    wide, high = (areas * ratios).sqrt().round().int(), (areas / ratios).sqrt().round().int()
+    for w, h in zip(wide.tolist(), high.tolist(), strict=True):
+        if 0 < w <= width and 0 < h <= height:
+            left, top = _integers(generator, width - w + 1, height - h + 1)
+            return left, top, left + w, top + h
+    # Too elongated for any such crop: the largest centred box of an admissible shape.
+    w = max(1, min(width, round(height * _CROP_RATIO[1])))
+    h = max(1, min(height, round(width / _CROP_RATIO[0])))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def _integers(generator: torch.Generator, *bounds: int) -> list[int]:
+    """For each bound an integer in 0..bound-1."""
+    draws = torch.rand(len(bounds), dtype=torch.float64, generator=generator).tolist()
+    return [int(draw * bound) for draw, bound in zip(draws, bounds, strict=True)]
+
+
+# --- batches ---------------------------------------------------------------------------------------------
+
+
+def batches(
+    part: Labelled,
+    transform: Transform,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int = 0,
+    shuffle: bool = False,
+    workers: int = 0,
+    start: int = 0,
+) -> "Batches":
+    """All pictures of `part` once: an iterable of (images, labels, indices), as often as it is asked for.
+
+    Images are float32 (n, 3, S, S) in [0, 1], labels and indices (into `part`) int64 (n,). The order, if
+    `shuffle`, is a function of (seed, epoch), what `transform` draws for picture i of (seed, epoch, i).
+    `start` batches at the beginning are left out: those that a run to be resumed has seen. The last batch may
+    be short. `len()` is the number of batches from `start` on. With `workers` processes (0: this one)
+    batches are prepared ahead; torch's global generator is left alone.
+
+    Raises InputError here for numbers out of range, and while iterating for a picture at fault.
+    """
+    least = (("batch size", batch_size, 1), ("seed", seed, 0), ("epoch", epoch, 0), ("workers", workers, 0))
+    for name, value, smallest in (*least, ("start", start, 0)):
+        if value < smallest:
+            raise InputError(f"{name} {value}: expected {smallest} or more")
+    order = np.random.default_rng([seed, epoch]).permutation(len(part)) if shuffle else np.arange(len(part))
+    return Batches(_Source(part, transform, batch_size, (seed, epoch), order), start, workers)
+
+
+class Batches:
+    """See `batches`."""
+
+    def __init__(self, source: "_Source", start: int, workers: int):
+        self._source, self._start, self._workers = source, start, workers
+
+    def __len__(self) -> int:
+        return max(0, len(self._source) - self._start)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        loader = DataLoader(
+            Subset(self._source, range(self._start, self._start + len(self))),
+            batch_size=None,
+            generator=torch.Generator(),
+            num_workers=self._workers,
+            worker_init_fn=leave_signals_to_the_parent,
+        )
+        iterator = iter(loader)
+        for item in iterator:
+            if isinstance(item, InputError):
+                break
+            images, labels, indices = item
+            yield (unit_range(images.numpy()) if images.dtype == torch.uint8 else images), labels, indices
+        else:
+            return
+        del iterator  # stops the workers: left to the garbage collector, they linger for seconds
+        raise item
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source(Dataset):
+    """Batches by number. An InputError is an item, since torch would wrap one that is raised in a worker in a
+    traceback; pixels stay uint8 if the transform has them so, since shared memory is dear."""
+
+    part: Labelled
+    transform: Transform
+    batch_size: int
+    key: tuple[int, int]  # seed, epoch
+    order: np.ndarray
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.batch_size)
+
+    def __getitem__(self, batch: int) -> tuple[Tensor, Tensor, Tensor] | InputError:
+        indices = torch.from_numpy(self.order[batch * self.batch_size : (batch + 1) * self.batch_size])
+        try:
+            return self._images(indices.tolist()), self.part.labels[indices], indices
+        except InputError as error:
+            return error
+
+    def _images(self, indices: list[int]) -> Tensor:
+        generator = torch.Generator()
+        view = getattr(self.transform, "pixels", self.transform)
+        images = [
+            view(self.part.image(index), generator.manual_seed(stream(*self.key, index))) for index in indices
+        ]
+        return torch.stack(images) if isinstance(images[0], Tensor) else torch.from_numpy(np.stack(images))
+
+
+def stream(*key: int) -> int:
+    """A seed in 0..2^63-1 for a key of integers >= 0; neighbouring keys have unrelated seeds."""
+    digest = hashlib.blake2b(struct.pack(f"<{len(key)}Q", *key), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,1 @@
+"""Rows, statistics and the choice of settings."""

@@ -1,0 +1,499 @@
+"""Run directories: the results of an evaluation, written as they come, resumed, shared out and read again.
+
+    RUN/run.json       what was asked for, written first
+    RUN/merging.json   by domain, how its merging was decided, before its first episode
+    RUN/rows.jsonl     a line per episode, appended and synchronised with the disk; of part I of N processes
+                       rows.IofN.jsonl
+    RUN/samples/       a few episodes' images, clean and attacked, as .npz
+    RUN/results.json   the summary, written when every episode is there
+
+A test set that is classified as a whole is a run like any other: its unit is the image, so there is a row for
+each, whose accuracies are 0 or 1; and perhaps there is
+
+    RUN/corruptions.json   by common corruption, the accuracy at severities 1 to 5
+
+Knows rows, not how they are computed.
+"""
+
+import dataclasses
+import fcntl
+import functools
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from amt.attacks.evaluation import Attack
+from amt.evaluation.evaluate import Measurement
+from amt.evaluation.sanity import Finding, judge
+from amt.evaluation.statistics import Summary, average_summary, summarise
+from amt.files.checkpoint import replace_file
+from amt.models.heads import place_in_class
+from meta_dataset_readers.episode import Episode
+from meta_dataset_readers.errors import InputError
+
+FORMAT = 1
+SAMPLED = 10  # images kept of an episode
+_ABOUT = {
+    "settings": dict,
+    "deployments": dict,
+    "attacks": list,
+    "columns": list,
+    "sources": list,
+    "averages": dict,
+    "episodes": int,
+    "seed": int,
+}
+_COUNTS = ("ways", "support", "queries")
+UNITS = ("episode", "image")
+SEVERITIES = 5
+
+
+class Sample(NamedTuple):
+    """Some images of one episode, for people to look at.
+
+    Args:
+        source, index: which episode.
+        column: the attack.
+        clean, attacked: (n, H, W, 3) uint8.
+        perturbation: (n, H, W, 3) float16, attacked - clean in 1/255 of the pixel range.
+        labels, predicted_clean, predicted_attacked: (n,) int64.
+        class_names: (N,).
+    """
+
+    source: str
+    index: int
+    column: str
+    clean: np.ndarray
+    attacked: np.ndarray
+    perturbation: np.ndarray
+    labels: np.ndarray
+    predicted_clean: np.ndarray
+    predicted_attacked: np.ndarray
+    class_names: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run directory as it was read.
+
+    Args:
+        folder: where.
+        about: run.json, with what results.json adds once the run is complete.
+        merging: merging.json, by domain.
+        rows: by domain the rows of its episodes, in their order; domains without any are left out.
+        corruptions: by common corruption, the accuracy in [0, 1] at each severity.
+    """
+
+    folder: Path
+    about: dict
+    merging: dict
+    rows: dict[str, list[dict]]
+    corruptions: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def unit(self) -> str:
+        """What a row is about, one of `UNITS`."""
+        return self.about.get("unit", UNITS[0])
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(self.about["columns"])
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The domains that have results."""
+        return tuple(self.rows)
+
+    @property
+    def averages(self) -> dict[str, tuple[str, ...]]:
+        """The domains behind each average, of those that have results."""
+        found = {
+            name: tuple(source for source in members if source in self.rows)
+            for name, members in self.about["averages"].items()
+        }
+        return {name: members for name, members in found.items() if members}
+
+    @functools.cached_property
+    def _summaries(self) -> dict[tuple[str, str], Summary]:
+        found = {}
+        for column in self.columns:
+            for source, rows in self.rows.items():
+                found[source, column] = summarise(rows, column)
+            for name, members in self.averages.items():
+                found[name, column] = average_summary([found[source, column] for source in members])
+        return found
+
+    def summary(self, name: str, column: str) -> Summary | None:
+        """Of a domain or an average; None where there is no result."""
+        return self._summaries.get((name, column))
+
+    @functools.cached_property
+    def findings(self) -> list[Finding]:
+        """Everything suspect about the results."""
+        attacks = [attack_from(values) for values in self.about["attacks"]]
+        return [finding for rows in self.rows.values() for finding in judge(rows, attacks)]
+
+    def suspect(self, name: str, column: str) -> str | None:
+        """Why the result of a domain, or of an average it is part of, is not to be believed, if so."""
+        members = self.averages.get(name, (name,))
+        reasons = [
+            f.reason if f.source == name else f"{f.source}: {f.reason}"
+            for f in self.findings
+            if f.source in members and f.column == column
+        ]
+        return "; ".join(reasons) or None
+
+    @property
+    def every_row(self) -> list[dict]:
+        """The rows of all domains."""
+        return [row for rows in self.rows.values() for row in rows]
+
+    @property
+    def stamps(self) -> tuple[str, ...]:
+        """What has to be printed beside every result, where settings were not chosen honestly."""
+        return tuple(dict.fromkeys(about["stamp"] for about in self.merging.values() if "stamp" in about))
+
+    @property
+    def variants(self) -> dict[str, tuple[str, ...]]:
+        """By column what was run under its name, where the episode's ways decide that."""
+        found: dict[str, dict[str, None]] = {}
+        for row in self.every_row:
+            for column, variant in row.get("variants", {}).items():
+                found.setdefault(column, {})[variant] = None
+        return {column: tuple(variants) for column, variants in found.items()}
+
+    @property
+    def checked(self) -> int:
+        """On how many images the attacks were checked."""
+        return sum(row["checks"]["images"] for row in self.every_row if "checks" in row)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every episode that was asked for has its row, and every corruption its accuracies."""
+        rows = all(len(self.rows.get(s, ())) == self.about["episodes"] for s in self.about["sources"])
+        return rows and all(name in self.corruptions for name in self.about.get("corruptions", ()))
+
+    def samples(self) -> list[Sample]:
+        """The images that were kept, by domain and episode.
+
+        Raises:
+            InputError: a file is damaged.
+        """
+        found = [_read_sample(path) for path in sorted((self.folder / "samples").glob("*.npz"))]
+        order = {source: k for k, source in enumerate(self.about["sources"])}
+        return sorted(found, key=lambda sample: (order.get(sample.source, len(order)), sample.index))
+
+
+def sample_of(episode: Episode, measured: Measurement) -> Sample:
+    """Up to `SAMPLED` queries of an episode, classes in turn, before and after the last attack on them."""
+    column, attacked = list(measured.attacked.items())[-1]
+    labels = episode.query_labels
+    chosen = (place_in_class(labels) * episode.n_way + labels).argsort()[:SAMPLED]
+    clean, attacked = episode.query[chosen], attacked[chosen]
+    with torch.no_grad():
+        guesses = [measured.task.logits(images).argmax(1) for images in (clean, attacked)]
+
+    def pixels(images: Tensor) -> np.ndarray:
+        return (255 * images).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+    return Sample(
+        episode.source,
+        episode.index,
+        column,
+        pixels(clean),
+        pixels(attacked),
+        (255 * (attacked - clean)).half().permute(0, 2, 3, 1).cpu().numpy(),
+        *(numbers.cpu().numpy() for numbers in (labels[chosen], *guesses)),
+        episode.class_names or tuple(f"class {label}" for label in range(episode.n_way)),
+    )
+
+
+class Writer:
+    """Adds to a run directory: a new one, or an unfinished one of the same settings and the same code.
+
+    Use it as a context manager; `append` is all that follows.
+
+    Args:
+        folder: created if missing.
+        about: what run.json says; its settings and commit decide whether the run may be resumed.
+        part: (i, n) for part i of n processes that share the directory.
+
+    Raises:
+        InputError: the directory holds a run of other settings or another commit, another process writes
+            this part of it, or it cannot be written to.
+    """
+
+    def __init__(self, folder: Path, about: Mapping, part: tuple[int, int] = (0, 1)):
+        self.folder = folder
+        self._about = json.loads(json.dumps({"format": FORMAT, **about}))
+        if (folder / "run.json").exists():
+            earlier = _read_about(folder)
+            check_same(folder / "run.json", earlier, self._about)
+            # Of domains left out this time the rows stay, and so must what decided them.
+            self._about["deployments"] = earlier["deployments"] | self._about["deployments"]
+        else:
+            for path in (folder / "results.json", *folder.glob("rows*.jsonl")):
+                if path.exists():
+                    raise InputError(f"{folder}: has {path.name} but no run.json; name an empty --output_dir")
+        i, n = part
+        self._path = folder / ("rows.jsonl" if n == 1 else f"rows.{i}of{n}.jsonl")
+
+    def __enter__(self) -> "Writer":
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._path, "a+b")
+        except OSError as error:
+            raise InputError(f"{self._path}: cannot be written ({error.strerror})") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise InputError(f"{self._path}: another process is writing this file") from error
+        # Only now: who was refused must not have changed what others read at their end. And again for the
+        # sake of more episodes or domains: nothing that decides a row has changed.
+        text = json.dumps(self._about, indent=1) + "\n"
+        replace_file(self.folder / "run.json", lambda path: path.write_text(text))
+        # A line without its end was cut short by a crash; its episode is done again.
+        self._file.seek(0)
+        content = self._file.read()
+        self._file.truncate(content.rfind(b"\n") + 1)
+        return self
+
+    def append(self, *rows: Mapping) -> None:
+        """Add rows; when this returns they are on the disk."""
+        self._file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def __exit__(self, *_exception) -> None:
+        self._file.close()
+
+    def note_merging(self, source: str, about: Mapping) -> None:
+        """Note how a domain's merging was decided."""
+        path = self.folder / "merging.json"
+        with open(self.folder / ".lock", "a") as lock:  # the other parts add their domains to the same file
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            text = json.dumps(read_merging(self.folder) | {source: about}, indent=1)
+            replace_file(path, lambda part: part.write_text(text + "\n"))
+
+    def note_corruption(self, name: str, accuracies: Sequence[float]) -> None:
+        """Note the accuracies in [0, 1] under one common corruption, by severity."""
+        text = json.dumps(read_corruptions(self.folder) | {name: list(accuracies)}, indent=1)
+        replace_file(self.folder / "corruptions.json", lambda part: part.write_text(text + "\n"))
+
+    def keep(self, sample: Sample) -> None:
+        """Keep some images."""
+        path = self.folder / "samples" / f"{sample.source}-{sample.index}.npz"
+        path.parent.mkdir(exist_ok=True)
+
+        def write(part: Path) -> None:
+            with open(part, "wb") as file:
+                np.savez_compressed(file, **sample._asdict())
+
+        replace_file(path, write)
+
+
+def check_same(path: Path, found: Mapping, asked: Mapping) -> None:
+    """Raise an `InputError` that names the first difference between two runs' settings or commits.
+
+    Domains may be added and left out; those in both must be deployed alike.
+    """
+    pairs = [
+        (name, found["settings"].get(name), asked["settings"].get(name))
+        for name in sorted(found["settings"].keys() | asked["settings"].keys())
+    ]
+    for source in sorted(found["deployments"].keys() & asked["deployments"].keys()):
+        before, now = found["deployments"][source], asked["deployments"][source]
+        pairs += [
+            (f"{name} of {source}", before.get(name), now.get(name))
+            for name in sorted(before.keys() | now.keys())
+        ]
+    for name, before, now in pairs:
+        if before != now:
+            raise InputError(
+                f"{path}: this run was begun with {name} {json.dumps(before)}, not {json.dumps(now)}; "
+                "name another --output_dir, or the same settings to resume it"
+            )
+    if found.get("commit") != asked.get("commit"):
+        raise InputError(
+            f"{path}: this run was begun with commit {found.get('commit')}, the code is now "
+            f"{asked.get('commit')}; name another --output_dir, or go back to that commit to resume it"
+        )
+
+
+def load(folder: Path) -> Run:
+    """Read a run directory, complete or not.
+
+    Raises:
+        InputError: there is none, it has no rows yet, or a file is damaged.
+    """
+    run = peek(folder)
+    if not run.rows:
+        raise InputError(f"{folder}: no results yet, no episode is finished")
+    return run
+
+
+def peek(folder: Path) -> Run:
+    """Read a run directory that may hold no row yet; otherwise as `load`."""
+    about = _read_about(folder)
+    if (folder / "results.json").exists():
+        about = _read_json(folder / "results.json", dict) | about
+    merging = read_merging(folder)
+    rows: dict[str, dict[int, dict]] = {source: {} for source in about["sources"]}
+    for path in sorted(folder.glob("rows*.jsonl")):
+        for row in _read_rows(path, about["columns"]):
+            if row["source"] in rows and row["index"] < about["episodes"]:
+                rows[row["source"]].setdefault(row["index"], row)
+    kept = {source: [each[i] for i in sorted(each)] for source, each in rows.items() if each}
+    return Run(folder, about, merging, kept, read_corruptions(folder))
+
+
+def summarise_run(run: Run, more: Mapping) -> dict:
+    """The content of results.json: run.json's, `more`, a summary per domain and average, what is suspect."""
+    names = [*run.sources, *run.averages]
+    return {
+        **run.about,
+        **more,
+        "merging": run.merging,
+        "summary": {
+            name: {column: _plain(run.summary(name, column)) for column in run.columns} for name in names
+        },
+        "variants": run.variants,
+        "suspect": [list(finding) for finding in run.findings],
+        **({"corruption_summary": corruption_summary(run.corruptions)} if run.corruptions else {}),
+    }
+
+
+def corruption_summary(corruptions: Mapping[str, Sequence[float]]) -> dict:
+    """Means over common corruptions in per cent: by severity, and over these, which is what papers report."""
+    by_severity = [100 * sum(each) / len(each) for each in zip(*corruptions.values(), strict=True)]
+    return {"by_severity": by_severity, "mean": sum(by_severity) / len(by_severity)}
+
+
+def _plain(summary: Summary) -> dict:
+    """A summary in JSON, which has no infinity: null stands for the interval of a single episode."""
+    return {
+        name: value if not isinstance(value, float) or math.isfinite(value) else None
+        for name, value in summary._asdict().items()
+    }
+
+
+def attack_from(values: Mapping) -> Attack:
+    """The attack behind an entry of run.json's "attacks"."""
+    return Attack(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _read_about(folder: Path) -> dict:
+    path = folder / "run.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: no run directory, it has no run.json")
+    about = _read_json(path, dict)
+    for name, kind in _ABOUT.items():
+        if not isinstance(about.get(name), kind):
+            raise InputError(f"{path}: {name} is missing or no {kind.__name__}")
+    if about.get("format") != FORMAT:
+        raise InputError(f"{path}: format is {about.get('format')!r}, expected {FORMAT}")
+    if about.get("unit", UNITS[0]) not in UNITS:
+        raise InputError(f"{path}: unit is {about['unit']!r}, expected one of {', '.join(UNITS)}")
+    names = [about["sources"], *about["averages"].values(), about["columns"], about.get("corruptions", [])]
+    if not all(isinstance(each, list) and all(isinstance(name, str) for name in each) for each in names):
+        raise InputError(f"{path}: sources, averages, columns or corruptions holds something else than names")
+    try:
+        for values in about["attacks"]:
+            attack_from(values)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: attacks holds something else than an attack ({error})") from error
+    return about
+
+
+def _read_json(path: Path, kind: type):
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(found, kind):
+        raise InputError(f"{path}: holds a {type(found).__name__}, expected a {kind.__name__}")
+    return found
+
+
+def read_merging(folder: Path) -> dict[str, dict]:
+    """By domain how its merging was decided; empty before the first one was.
+
+    Raises:
+        InputError: merging.json is damaged.
+    """
+    path = folder / "merging.json"
+    found = _read_json(path, dict) if path.exists() else {}
+    for source, about in found.items():
+        if not isinstance(about, dict) or not isinstance(about.get("how"), str):
+            raise InputError(f"{path}: {source} does not say how it was merged")
+    return found
+
+
+def read_corruptions(folder: Path) -> dict[str, list[float]]:
+    """By common corruption, the accuracy in [0, 1] at each severity; empty before the first one is done.
+
+    Raises:
+        InputError: corruptions.json is damaged.
+    """
+    path = folder / "corruptions.json"
+    found = _read_json(path, dict) if path.exists() else {}
+    for name, values in found.items():
+        good = isinstance(values, list) and len(values) == SEVERITIES
+        if not good or not all(isinstance(each, int | float) and 0 <= each <= 1 for each in values):
+            raise InputError(f"{path}: {name} has no {SEVERITIES} accuracies from 0 to 1")
+    return found
+
+
+def _read_rows(path: Path, columns: Sequence[str]) -> Iterable[dict]:
+    """The complete lines of a file of rows."""
+    lines = path.read_bytes().split(b"\n")[:-1]
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            good = isinstance(row["source"], str) and isinstance(row["index"], int)
+            good = good and all(0 <= row[column] <= 1 for column in columns)
+            good = good and all(row[name] >= 0 for name in ("seconds", *_COUNTS))
+            good = good and all(0 <= share <= 1 + 1e-3 for share in row["coefficients"])
+            checks, variants = row.get("checks", {"images": 0, "changed": 0}), row.get("variants", {})
+            good = good and isinstance(variants, dict) and isinstance(checks, dict)
+            good = good and {"images", "changed"} <= checks.keys()
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{path}, line {number}: no row of results ({error!r})") from error
+        if not good:
+            raise InputError(f"{path}, line {number}: a value is out of range, such as an accuracy beyond 1")
+        yield row
+
+
+_SAMPLE_DTYPES = {
+    **{"clean": "u1", "attacked": "u1", "perturbation": "f2"},
+    **{"labels": "i8", "predicted_clean": "i8", "predicted_attacked": "i8"},
+}
+
+
+def _read_sample(path: Path) -> Sample:
+    try:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            found = {name: file[name] for name in Sample._fields}
+        n = len(found["clean"])
+        good = all(
+            found[name].dtype == dtype and len(found[name]) == n for name, dtype in _SAMPLE_DTYPES.items()
+        )
+        good = good and found["clean"].ndim == 4 and found["clean"].shape[-1] == 3
+        good = good and found["clean"].shape == found["attacked"].shape == found["perturbation"].shape
+        names = tuple(str(name) for name in found["class_names"])
+        for name in ("labels", "predicted_clean", "predicted_attacked"):
+            good = good and bool(((found[name] >= 0) & (found[name] < len(names))).all())
+        source, index, column = str(found["source"]), int(found["index"]), str(found["column"])
+    except Exception as error:  # numpy and zipfile raise a dozen kinds over damaged files
+        raise InputError(f"{path}: no sample of images ({error!r})") from error
+    if not good:
+        raise InputError(f"{path}: no sample of images (its arrays do not fit each other)")
+    return Sample(**found | {"source": source, "index": index, "column": column, "class_names": names})

@@ -1,0 +1,1 @@
+"""Everything that touches bytes of others: weight files, checkpoints, other tools' formats."""

@@ -1,0 +1,281 @@
+"""Checkpoints on disk: our own format; those of the published code are read through amt/files/published.py.
+
+Ours is a single safetensors file, replaced atomically, whose header carries one JSON text: how the pool was
+tuned, arch, levels, settings, command, versions, seed, scores. The same JSON is written beside it for people
+to read. Knows no model definitions.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import timm
+import torch
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+from amt.attacks.perturb import Perturbation
+from amt.files import published, weight_files
+from amt.files.version import commit
+from amt.files.weight_files import Weights
+from amt.models.full_pool import FullPool
+from amt.models.lora import LoRAPool
+from amt.models.pool import Pool
+from amt.training.meta_tune import TuneSettings
+from meta_dataset_readers.errors import InputError
+
+FORMAT = 1
+HEADER = "amt"  # the field of a safetensors header that makes a file ours
+
+Levels = tuple[Perturbation, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A pool with what is known about it.
+
+    Args:
+        pool: on the CPU.
+        about: arch, settings, command, versions, seed, scores, ...: plain JSON values.
+        momentum: the optimisers' buffers of an unfinished training, else empty.
+    """
+
+    pool: Pool
+    about: dict
+    momentum: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
+def provenance() -> dict:
+    """Command, commit and versions, for whoever wants to reproduce a file."""
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "numpy": numpy.__version__,
+        },
+    }
+
+
+def save(path: Path, checkpoint: Checkpoint) -> None:
+    """Write `path` (ending in .safetensors) and a readable .json beside it, each replaced atomically.
+
+    Raises:
+        InputError: the place cannot be written to; what was there stays as it was.
+    """
+    pool = checkpoint.pool
+    tensors = {f"factors/{name}": tensor for name, tensor in pool.factors.items()}
+    if isinstance(pool, LoRAPool):
+        tensors |= {f"residual/{name}": tensor for name, tensor in pool.residual.items()}
+    tensors |= {"head/scale": pool.scale, "head/bias": pool.bias}
+    tensors |= {f"momentum/{name}": tensor for name, tensor in checkpoint.momentum.items()}
+    about = {
+        "format": FORMAT,
+        "tune": pool.tune,
+        "levels": [dataclasses.asdict(level) for level in pool.levels],
+        **checkpoint.about,
+    }
+    write(path, tensors, about)
+
+
+def write(path: Path, tensors: Weights, about: dict) -> None:
+    """Write tensors as `path` (ending in .safetensors) with `about` in its header, and a readable .json of it
+    beside it, each replaced atomically.
+
+    Raises:
+        InputError: the place cannot be written to; what was there stays as it was.
+    """
+    text = json.dumps(about, indent=1)
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    replace_file(path, lambda part: part.write_bytes(serialise(held, metadata={HEADER: text})))
+    replace_file(path.with_suffix(".json"), lambda part: part.write_text(text + "\n"))
+
+
+def digest(path: Path | None) -> str | None:
+    """SHA-256 of a file, as text; None where none is named."""
+    if path is None:
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write(part)` on a file beside `path`, then put it in its place in one step.
+
+    Raises:
+        InputError: the place cannot be written to.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        os.replace(part, path)
+    except OSError as error:
+        if part.is_file():
+            part.unlink()
+        raise InputError(f"{path}: cannot be written ({error})") from error
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint written by `save`, or one of the published code (see `published.read_pool`).
+
+    Raises:
+        InputError: the file is missing, is no checkpoint, or its tensors do not form a pool.
+    """
+    return parse(path, weight_files.read(path, "checkpoint"))
+
+
+def parse(path: Path, content: weight_files.Content) -> Checkpoint:
+    """The checkpoint in a file's contents; `path` is for errors, see `load`."""
+    if HEADER in content.header:
+        return _parse_own(path, content.data, content.header[HEADER])
+    if published.find_state(content.data) is None:
+        raise InputError(
+            f"{path}: holds no LoRAs, so it is not a pool; weights of a backbone are named by "
+            "--pretrained_checkpoint"
+        )
+    return Checkpoint(*published.read_pool(path, content.data))
+
+
+def _parse_own(path: Path, tensors: dict[str, Tensor], text: str) -> Checkpoint:
+    try:
+        about = json.loads(text)
+        if about["format"] != FORMAT:
+            raise ValueError(f"format {about['format']!r}, expected {FORMAT}")
+        if "kind" in about:
+            raise InputError(f"{path}: holds a {about['kind']} of `main.py autolora`, expected a pool")
+        levels = tuple(
+            Perturbation(**{k: tuple(v) if isinstance(v, list) else v for k, v in level.items()})
+            for level in about.pop("levels")
+        )
+        about.pop("format")
+        tune = about.pop("tune", LoRAPool.tune)  # older files hold LoRAs and do not say so
+        if not levels or tune not in _KINDS:
+            raise ValueError(f"{len(levels)} levels, tuned {tune!r}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: damaged header field 'amt' ({error!r})") from error
+    return _assemble(path, tensors, tune, levels, about)
+
+
+def _assemble(path: Path, tensors: Weights, tune: str, levels: Levels, about: dict) -> Checkpoint:
+    rooms: dict[str, Weights] = {"residual": {}, "factors": {}, "head": {}, "momentum": {}}
+    for name, tensor in tensors.items():
+        room, _, rest = name.partition("/")
+        if room not in rooms:
+            raise InputError(f"{path}: unexpected tensor {name!r}")
+        rooms[room][rest] = tensor
+    head = rooms["head"]
+    for name in ("scale", "bias"):
+        if name not in head or tuple(head[name].shape) != (len(levels),):
+            raise InputError(f"{path}: tensor head/{name} is missing or not of shape ({len(levels)},)")
+    pool = _KINDS[tune](path, rooms["residual"], rooms["factors"], head, levels)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise InputError(f"{path}: tensor {name} is {tensor.dtype}, expected a floating-point type")
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{path}: tensor {name} holds values that are not finite")
+    return Checkpoint(pool, about, rooms["momentum"])
+
+
+def _lora_pool(path: Path, residual: Weights, factors: Weights, head: Weights, levels: Levels) -> LoRAPool:
+    adapted = [name for name in residual if f"{name}.lora_A" in factors]
+    A = {name: factors[f"{name}.lora_A"] for name in adapted}
+    B = {name: factors.get(f"{name}.lora_B") for name in adapted}
+    if not adapted or len(factors) != 2 * len(adapted):
+        raise InputError(f"{path}: the factors do not belong to the weights beside them")
+    for name in adapted:
+        check_factors(path, name, residual[name], A[name], B[name], len(levels))
+    return LoRAPool(residual, A, B, head["scale"], head["bias"], levels)
+
+
+def _full_pool(path: Path, residual: Weights, factors: Weights, head: Weights, levels: Levels) -> FullPool:
+    if not factors or residual:
+        raise InputError(f"{path}: holds no complete weights, which are expected as factors/NAME alone")
+    for name, weight in factors.items():
+        if weight.ndim < 1 or len(weight) != len(levels):
+            raise InputError(
+                f"{path}: tensor factors/{name} has shape {tuple(weight.shape)}, "
+                f"expected one weight for each of {len(levels)} levels"
+            )
+    return FullPool(factors, head["scale"], head["bias"], levels)
+
+
+_KINDS = {LoRAPool.tune: _lora_pool, FullPool.tune: _full_pool}
+
+
+def check_factors(path: Path, name: str, weight: Tensor, A: Tensor, B: Tensor | None, adapters: int) -> None:
+    """Raise an `InputError` unless A (P, g, r, in) and B (P, g, out/g, r) adapt `weight`."""
+    if weight.ndim >= 2 and A.ndim == 4 and B is not None and B.ndim == 4:
+        groups, rank = A.shape[1:3]
+        inputs = weight[0].numel()
+        expected = (adapters, groups, rank, inputs), (adapters, groups, len(weight) // max(groups, 1), rank)
+        if (tuple(A.shape), tuple(B.shape)) == expected and groups * B.shape[2] == len(weight):
+            return
+    shapes = tuple(A.shape), None if B is None else tuple(B.shape)
+    raise InputError(
+        f"{path}: factors of {name} have shapes {shapes[0]} and {shapes[1]}, "
+        f"which do not adapt a weight of shape {tuple(weight.shape)} for {adapters} levels"
+    )
+
+
+def check_architecture(path: Path, pool: Pool, weights: Weights, arch: str) -> None:
+    """Raise an `InputError` unless the pool merges to the names and shapes of the backbone's weights."""
+    shapes = pool.shapes
+    for name in sorted(weights.keys() | shapes.keys()):
+        found = shapes.get(name, "absent")
+        expected = tuple(weights[name].shape) if name in weights else "absent"
+        if found != expected:
+            raise InputError(f"{path}: tensor {name} is {found}, but --arch {arch} has it {expected}")
+
+
+def require_levels(path: Path, found: Checkpoint) -> None:
+    """Raise an `InputError` if nobody knows what the LoRAs of a published pool were trained for."""
+    if found.about.get("levels_from") == "nowhere":
+        values = " ".join(f"E{p}" for p in range(len(found.pool)))
+        raise InputError(
+            f"{path}: does not say the levels of its LoRAs; give them, one for each: "
+            f"python -m amt pool {path} --epsilon {values} --out POOL.safetensors"
+        )
+
+
+def check_resumable(
+    path: Path,
+    saved: Checkpoint,
+    settings: TuneSettings,
+    levels: Levels,
+    tuned: dict,
+    protocol: dict,
+) -> None:
+    """Raise an `InputError` unless `saved` is an unfinished run of these very settings and `protocol`.
+
+    Args:
+        tuned: `tune` and `rank` of the pool that the flags ask for.
+    """
+    if "published" in saved.about:
+        raise InputError(
+            f"{path}: a checkpoint of the published code, whose training cannot be continued exactly; "
+            "expected a last.safetensors of ours"
+        )
+    if "tuner" not in saved.about:
+        raise InputError(f"{path}: holds no optimiser state; continue from a last.safetensors")
+    for name, kind in {"tuner": dict, "settings": dict, "protocol": dict, "history": list}.items():
+        if not isinstance(saved.about.get(name), kind):
+            raise InputError(f"{path}: damaged header field 'amt': {name} is missing or no {kind.__name__}")
+    if saved.about.get("finished"):
+        raise InputError(f"{path}: this run is finished, nothing is left to resume")
+    asked = tuned | protocol | dataclasses.asdict(settings) | {"levels": levels}
+    pool = saved.pool
+    found = saved.about["protocol"] | saved.about["settings"]
+    found |= {"tune": pool.tune, "rank": pool.rank, "levels": pool.levels}
+    for name, value in asked.items():
+        if found.get(name) != value:
+            raise InputError(f"{path}: was trained with {name} {found.get(name)!r}, not {value!r}")

@@ -1,0 +1,1 @@
+"""Networks, pools of adapters, heads: arithmetic on dictionaries of weights."""

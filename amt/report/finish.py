@@ -1,0 +1,68 @@
+"""The end of an evaluation: what a complete run leaves in its directory, and the table that is printed.
+
+Computes nothing that the run does not hold, but for the time and memory it took.
+"""
+
+import json
+import resource
+
+import torch
+
+from amt.evaluation import runs
+from amt.evaluation.runs import Run
+from amt.files.checkpoint import replace_file
+from amt.report import tables as report
+from amt.report.tensorboard import write_board
+
+
+def conclude(run: Run, device: torch.device) -> None:
+    """Write results.json, the picture and the TensorBoard events of a complete run, and print its table.
+
+    Args:
+        device: that this process worked on.
+
+    Raises:
+        InputError: the directory cannot be written to, or a sample is damaged.
+    """
+    more = cost(run, device)
+    out = run.folder / "results.json"
+    text = json.dumps(runs.summarise_run(run, more), indent=1)
+    replace_file(out, lambda path: path.write_text(text + "\n"))
+    write_board(run, run.folder / "tensorboard")
+    names = [*run.sources, *run.averages]
+    lines = [(name, [run.summary(name, column) for column in run.columns]) for name in names]
+    report.accuracy_picture(run.folder / "accuracy.png", run.columns, lines)
+    decided = dict.fromkeys(about["how"] for about in run.merging.values())
+    merging = f"; merging: {'; '.join(decided)}" if decided else ""
+    print(f"accuracy on {run.about.get('split')} {run.unit}s in per cent, 95% intervals{merging}")
+    for stamp in run.stamps:
+        print(stamp)
+    print(report.table(run.columns, lines, [[run.suspect(name, c) for c in run.columns] for name in names]))
+    for column, variants in run.variants.items():
+        print(f"{column}: {'; or '.join(variants)}")
+    if run.about["attacks"]:
+        verdict = "; something is suspect, see above" if run.findings else "; nothing is suspect"
+        checked = f"checked on {run.checked} images{verdict}" if run.checked else "not checked"
+        print(f"the attacks were {checked}")
+    if run.corruptions:
+        print("accuracy under common corruptions in per cent, by severity and on average")
+        print(report.corruption_table(run.corruptions))
+    if more["skipped_records"]:
+        print(f"{more['skipped_records']} damaged records were passed over")
+    print(f"wrote {out} and {run.folder / 'accuracy.png'}")
+
+
+def cost(run: Run, device: torch.device) -> dict:
+    """What the run took, for results.json."""
+    rows = run.every_row
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device) / 2**20
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {
+        "episode_seconds": round(sum(row["seconds"] for row in rows), 1),
+        # Whoever only shows a finished run has used less than the process that did the work.
+        "peak_memory_mb": round(max(memory, run.about.get("peak_memory_mb", 0))),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "skipped_records": sum(row.get("skipped", 0) for row in rows),
+    }

@@ -1,0 +1,1 @@
+"""From a support set to a classifier: merging, fine-tuning, leave-one-out."""

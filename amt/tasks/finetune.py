@@ -1,0 +1,109 @@
+"""Test-time fine-tuning: all weights of one network adapted to each task's support set.
+
+The last step of P>M>F (Hu et al. 2022, arxiv.org/abs/2204.07305). With support images x of labels y, weights
+W, prototypes c and an augmentation a drawn anew in every step:
+
+    for K steps:    Adam step on W for the cross-entropy of  scale * (cos(f_W(a(x)), c_W(x)) + bias)  with y
+    afterwards:     prototypes of x under the tuned W classify the query
+
+Both features carry gradients; scale and bias stay. Starts every task from the same weights, which are an
+argument: no network is written to. Sees no query image and no query label.
+"""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from amt.models.heads import cosine_logits, prototypes
+from amt.models.network import Backbone, Weights, features
+from amt.tasks.classifier import Predictor, Task, prototype_task
+from amt.tasks.merge import AUGMENTATIONS, augment
+from amt.training.meta_tune import stream
+from meta_dataset_readers.episode import Episode
+from meta_dataset_readers.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetuning:
+    """How a task's support set is learnt from.
+
+    Args:
+        steps: of Adam, with its usual momenta 0.9 and 0.999 and no weight decay, as published.
+        lr: its rate; 0 leaves the weights as they are.
+        augment_probability: chance that a step augments the support set at all.
+        augment_kinds: of `merge.augment`.
+    """
+
+    steps: int = 100
+    lr: float = 1e-4
+    augment_probability: float = 0.9
+    augment_kinds: tuple[str, ...] = AUGMENTATIONS
+
+
+def finetuned_predictor(
+    backbone: Backbone,
+    weights: Weights,
+    scale: Tensor | float,
+    bias: Tensor | float,
+    settings: Finetuning,
+    seed: int,
+) -> Predictor:
+    """For every task: fine-tune `weights` on the support set, then prototypes; no coefficients.
+
+    Args:
+        weights: complete, such as a pool merges to, or the pretrained ones.
+        scale, bias: of the logits, in fine-tuning and after it.
+        seed: decides, with the episode's index, the augmentation.
+    """
+
+    def predict(episode: Episode) -> Task:
+        generator = stream(seed, episode.index, 3)
+        support, labels = episode.support, episode.support_labels
+        tuned = finetune(backbone, weights, scale, bias, support, labels, settings, generator)
+        return prototype_task(backbone, tuned, episode, scale, bias)
+
+    return predict
+
+
+@torch.enable_grad()
+def finetune(
+    backbone: Backbone,
+    weights: Weights,
+    scale: Tensor | float,
+    bias: Tensor | float,
+    support: Tensor,
+    labels: Tensor,
+    settings: Finetuning,
+    generator: torch.Generator,
+) -> Weights:
+    """`weights` tuned to a support set, without graph; in float32, whatever the backbone's precision.
+
+    Args:
+        support: (S, 3, H, W) in [0, 1].
+        labels: (S,) int64 in 0..N-1.
+        generator: a CPU generator for the augmentation.
+
+    Raises:
+        InputError: the rate is so large that the weights ended as no numbers.
+    """
+    if settings.lr == 0:
+        return weights
+    backbone = dataclasses.replace(backbone, autocast=None)  # Adam's small steps would drown in float16
+    n_way = int(labels.max()) + 1
+    leaves = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
+    optimiser = torch.optim.Adam(leaves.values(), settings.lr)
+    for _ in range(settings.steps):
+        view = support
+        if torch.rand((), generator=generator) < settings.augment_probability:
+            normal = augment(backbone.normalise(support), generator, settings.augment_kinds)
+            view = backbone.denormalise(normal)
+        plain, seen = features(backbone, leaves, torch.cat([support, view])).chunk(2)
+        logits = cosine_logits(seen, prototypes(plain, labels, n_way), scale, bias)
+        optimiser.zero_grad()
+        F.cross_entropy(logits, labels).backward()
+        optimiser.step()
+    if not all(leaf.isfinite().all() for leaf in leaves.values()):
+        raise InputError(f"--ada_lr is {settings.lr:g}: fine-tuning diverges, expected a smaller rate")
+    return {name: leaf.detach() for name, leaf in leaves.items()}

@@ -1,0 +1,183 @@
+"""How well networks tell a support set's own images apart, each image against the prototypes of the others.
+
+With f_i the feature of support image i of class y_i, which has n_i images, the image is classified against
+
+    (sum of the class's features - f_i) / (n_i - 1)     in its own class,
+    the prototype as it is                              in every other.
+
+An image that is its class's only one stands for the class, and an augmented view of it is classified. The
+loss is the cross-entropy, not the error rate: 25 images make steps of 4 per cent, within which most networks
+worth comparing tie. Every class counts the same, as in a query set. Sees no query; knows no pool.
+"""
+
+import dataclasses
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from amt.attacks.perturb import Ball
+from amt.models.heads import cosine_logits, place_in_class, prototypes
+from amt.models.network import CHUNK, Backbone, Weights, features, fixed_features
+from amt.tasks.merge import augment
+
+# Of larger support sets as many are attacked as bring 100 images, at least one of a class: they say enough,
+# and each costs as much as a query image.
+ATTACKED = 100
+STEPS = 3  # of that attack, each of epsilon / 2
+
+
+class Network(NamedTuple):
+    """Complete weights, with the logit scale and bias of their head."""
+
+    weights: Weights
+    scale: Tensor | float
+    bias: Tensor | float
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What is asked of every network that is compared on one support set; `new_trial` makes it.
+
+    Args:
+        support, labels: (S, 3, H, W) in [0, 1], and (S,) int64 in 0..N-1.
+        which: (n,) the support images that are classified.
+        held_out: (n, 3, H, W) what is shown of them.
+        alone: (n,) bool, which of them are their class's only image, so that another view is shown.
+        start: (n, 3, H, W) where their attack starts; None: they are not attacked.
+        epsilon: bound of the attack in 1/255 of the pixel range.
+    """
+
+    support: Tensor
+    labels: Tensor
+    which: Tensor
+    held_out: Tensor
+    alone: Tensor
+    start: Tensor | None = None
+    epsilon: float = 0.0
+
+    @property
+    def points(self) -> int:
+        """How many times each image is classified: once, or at the start and after every step."""
+        return 1 if self.start is None else STEPS + 1
+
+
+def new_trial(
+    backbone: Backbone, support: Tensor, labels: Tensor, epsilon: float, generator: torch.Generator
+) -> Trial:
+    """The same held-out images, and the same start of their attack, for all networks.
+
+    Args:
+        epsilon: in 1/255 of the pixel range; 0: they are not attacked.
+        generator: a CPU generator for the augmentation and the start.
+    """
+    which = torch.arange(len(labels), device=labels.device)
+    if epsilon > 0:
+        n_way = int(labels.max()) + 1
+        which = which[place_in_class(labels) < max(ATTACKED // n_way, 1)]
+    images, alone = support[which], (labels.bincount()[labels] == 1)[which]
+    if alone.any():
+        views = backbone.denormalise(augment(backbone.normalise(images[alone]), generator))
+        images[alone] = views.clamp(0, 1)  # an image is what is classified, and attacked
+    if epsilon == 0:
+        return Trial(support, labels, which, images, alone)
+    start = Ball("linf", epsilon / 255).start(images, generator)
+    return Trial(support, labels, which, images, alone, start, epsilon)
+
+
+def lowest_loss(
+    backbone: Backbone, networks: Sequence[Callable[[], Network]], trial: Trial
+) -> tuple[int, float]:
+    """Which network has the least `leave_one_out_loss`, the first of equals, and that loss.
+
+    The loss at the worst points seen can only grow, so a network is attacked no longer than it takes to see
+    that another is better: it is always the one of the least loss so far that goes on.
+
+    Args:
+        networks: called whenever the network is needed, so that not all have to be in memory.
+    """
+    running = [_losses(backbone, network, trial) for network in networks]
+    queue = [(0.0, k, 0) for k in range(len(networks))]
+    while True:
+        loss, k, points = heapq.heappop(queue)
+        if points == trial.points:
+            return k, loss
+        heapq.heappush(queue, (next(running[k]), k, points + 1))
+
+
+def leave_one_out_loss(backbone: Backbone, network: Network, trial: Trial) -> float:
+    """Mean cross-entropy of the held-out images, each at the worst point of its attack that was seen."""
+    return lowest_loss(backbone, [lambda: network], trial)[1]
+
+
+def leave_one_out_logits(
+    views: Tensor,
+    support: Tensor,
+    labels: Tensor,
+    which: Tensor,
+    scale: Tensor | float = 1.0,
+    bias: Tensor | float = 0.0,
+) -> Tensor:
+    """Logits (n, N) of held-out images: of their own class without them, of the others as they are.
+
+    Args:
+        views: (n, D) features of what is shown of the images `which`; may carry a graph.
+        support: (S, D) features of all support images.
+        labels: (S,) int64 in 0..N-1.
+        which: (n,) int64.
+        scale, bias: of the logits, see `cosine_logits`.
+    """
+    n_way = int(labels.max()) + 1
+    centres, own = prototypes(support, labels, n_way), labels[which]
+    count, image = labels.bincount()[own][:, None], support[which]
+    rest = torch.where(count > 1, (count * centres[own] - image) / (count - 1).clamp(min=1), image)
+    against_rest = scale * (F.cosine_similarity(views, rest, eps=1e-12) + bias)
+    against_all = cosine_logits(views, centres, scale, bias)
+    return torch.where(F.one_hot(own, n_way).bool(), against_rest[:, None], against_all)
+
+
+def _losses(backbone: Backbone, network: Callable[[], Network], trial: Trial) -> Iterator[float]:
+    """The loss after each of the `trial.points`, never decreasing. Between them it holds no weights."""
+    backbone = dataclasses.replace(backbone, autocast=None)  # as for routing
+    plain = fixed_features(backbone, network().weights, trial.support)
+    share = _shares(trial.labels[trial.which])
+
+    def errors(views: Tensor, which: Tensor, scale: Tensor | float, bias: Tensor | float) -> Tensor:
+        logits = leave_one_out_logits(views, plain, trial.labels, which, scale, bias)
+        return F.cross_entropy(logits, trial.labels[which], reduction="none")
+
+    if trial.start is None:
+        weights, scale, bias = network()
+        views = plain[trial.which]
+        if trial.alone.any():
+            views[trial.alone] = fixed_features(backbone, weights, trial.held_out[trial.alone])
+        yield float(share @ errors(views, trial.which, scale, bias))
+        return
+    ball, step, points = Ball("linf", trial.epsilon / 255), trial.epsilon / 255 / 2, trial.start
+    worst = torch.zeros_like(share)
+    for k in range(trial.points):
+        weights, scale, bias = network()
+        last = k + 1 == trial.points
+        found, moved = [], []
+        for images, at, which in zip(
+            trial.held_out.split(CHUNK), points.split(CHUNK), trial.which.split(CHUNK), strict=True
+        ):
+            at = at.clone().requires_grad_(not last)
+            with torch.set_grad_enabled(not last):
+                error = errors(features(backbone, weights, at), which, scale, bias)
+            found.append(error.detach())
+            if not last:
+                (gradient,) = torch.autograd.grad(error.sum(), at)
+                moved.append(ball.step(at.detach(), gradient, step, images))
+        worst, points = torch.maximum(worst, torch.cat(found)), torch.cat(moved) if moved else points
+        del weights
+        yield float(share @ worst)
+
+
+def _shares(labels: Tensor) -> Tensor:
+    """(n,) weights of images, of sum 1, that count every class the same."""
+    counts = labels.bincount()
+    return 1 / ((counts > 0).sum() * counts[labels])

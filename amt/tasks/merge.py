@@ -1,0 +1,262 @@
+"""Test-time merging: which adapters a new task gets, decided from its support set alone.
+
+The published rule scores every adapter by how compact it makes the support classes and how far apart:
+
+    intra_p = mean_c mean_{i in c} cos(i, prototype_c)
+    inter_p = mean_c mean_{i in c} 1/(N-1) sum_{c' != c} cos(i, prototype_c')
+    u_p     = exp(beta * (gamma * intra_p - (1 - gamma) * inter_p) - beta)
+
+and shares the weight among the top k adapters in proportion to u (AMT, section 3.4). There i is a clean
+support image, augmented; ours is to attack it as well, which asks the same of an adapter under attack. No
+query image and no query label can be seen from here: `route` is not given any.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from amt.attacks.perturb import Perturbation, pyramid_attack, pyramid_start
+from amt.models.heads import cosine_logits, prototypes
+from amt.models.network import CHUNK, Backbone, Weights, features, fixed_features
+from amt.models.pool import Pool
+
+Coefficients = tuple[float, ...]
+Members = Callable[[int], Weights]  # the complete weights of a pool's member, by its number
+
+AUGMENTATIONS = ("color", "translation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """How support scores become merging coefficients.
+
+    Args:
+        beta, gamma: sharpness and balance, as in the module's docstring (the published blend_beta and
+            blend_gamma).
+        top_k: how many adapters share the weight.
+        augment_probability: chance that the support images compared with the prototypes are augmented at
+            all, where they are not attacked.
+        epsilon: the knob from clean to robust, in 1/255 of the pixel range. 0: the published scores. Above:
+            the same scores of support images that each adapter sees attacked within epsilon. As these are
+            not augmented, 0 is a rule of its own and not the limit of small values.
+        steps: of that attack, each of epsilon / 4.
+    """
+
+    beta: float = 1.0
+    gamma: float = 0.6
+    top_k: int = 2
+    augment_probability: float = 0.9
+    epsilon: float = 0.0
+    steps: int = 5
+
+    @property
+    def view(self) -> tuple[float, float]:
+        """All that decides which images are scored: equal views have equal cosines."""
+        return (self.epsilon, self.steps) if self.epsilon > 0 else (0.0, self.augment_probability)
+
+
+def route(
+    backbone: Backbone,
+    pool: Pool,
+    support: Tensor,
+    labels: Tensor,
+    generator: torch.Generator,
+    routing: Routing,
+    members: Members | None = None,
+) -> Coefficients:
+    """Merging coefficients of a task, one per adapter, summing to 1.
+
+    Args:
+        support: (S, 3, H, W) in [0, 1].
+        labels: (S,) int64 in 0..N-1.
+        generator: a CPU generator for the augmentation or the attack's start; left as it was.
+        members: `kept_members(pool)` where many tasks are routed.
+    """
+    (coefficients,) = route_each(backbone, pool, support, labels, generator, [routing], members)
+    return coefficients
+
+
+def route_each(
+    backbone: Backbone,
+    pool: Pool,
+    support: Tensor,
+    labels: Tensor,
+    generator: torch.Generator,
+    routings: Sequence[Routing],
+    members: Members | None = None,
+) -> list[Coefficients]:
+    """What `route` gives for each of `routings`; what they have in common is computed once."""
+    by_view = {routing.view: routing for routing in routings}
+    cosines = _cosines(backbone, pool, support, labels, generator, list(by_view.values()), members)
+    scores = {view: compactness(found, labels) for view, found in zip(by_view, cosines, strict=True)}
+    return [blend(*scores[routing.view], routing) for routing in routings]
+
+
+def support_cosines(
+    backbone: Backbone,
+    pool: Pool,
+    support: Tensor,
+    labels: Tensor,
+    generator: torch.Generator,
+    routing: Routing,
+) -> Tensor:
+    """(P, S, N) cosines, for every adapter alone, of the support's views with the support's prototypes."""
+    (cosines,) = _cosines(backbone, pool, support, labels, generator, [routing], None)
+    return cosines
+
+
+def _cosines(
+    backbone: Backbone,
+    pool: Pool,
+    support: Tensor,
+    labels: Tensor,
+    generator: torch.Generator,
+    routings: Sequence[Routing],
+    members: Members | None,
+) -> list[Tensor]:
+    """`support_cosines` for each of `routings`; the prototypes are computed once."""
+    backbone = dataclasses.replace(backbone, autocast=None)  # scores differ in the third digit: keep float32
+    n_way = int(labels.max()) + 1
+    # Each view draws what it would draw alone.
+    generators = [generator.clone_state() for _ in routings]
+    augmented = [
+        _augmented(backbone, support, draws, routing)
+        for routing, draws in zip(routings, generators, strict=True)
+    ]
+    cosines: list[list[Tensor]] = [[] for _ in routings]
+    for p in range(len(pool)):
+        weights = _alone(pool, p) if members is None else members(p)
+        plain = fixed_features(backbone, weights, support)
+        centres = prototypes(plain, labels, n_way)
+
+        def loss_of(
+            images: Tensor, part: slice, weights=weights, centres=centres, scale=pool.scale[p]
+        ) -> Tensor:
+            logits = cosine_logits(features(backbone, weights, images), centres, scale)
+            return F.cross_entropy(logits, labels[part], reduction="sum")
+
+        for k, routing in enumerate(routings):
+            view = augmented[k]
+            if routing.epsilon > 0:
+                view = _attacked(loss_of, support, routing, generators[k])
+            seen = plain if view is support else fixed_features(backbone, weights, view)
+            cosines[k].append(cosine_logits(seen, centres))
+    return [torch.stack(found) for found in cosines]
+
+
+def kept_members(pool: Pool) -> Members:
+    """Every member is merged when it is first asked for, and then kept: with one image per class that would
+    be a fifth of the time of routing. Takes the memory of P networks."""
+    return functools.cache(functools.partial(_alone, pool))
+
+
+def _alone(pool: Pool, p: int) -> Weights:
+    return pool[p].merge((1.0,))
+
+
+def _augmented(backbone: Backbone, support: Tensor, generator: torch.Generator, routing: Routing) -> Tensor:
+    """The published view of the support, which sometimes is the support itself."""
+    if routing.epsilon > 0 or torch.rand((), generator=generator) >= routing.augment_probability:
+        return support
+    return backbone.denormalise(augment(backbone.normalise(support), generator))
+
+
+def _attacked(
+    loss_of: Callable[[Tensor, slice], Tensor], images: Tensor, routing: Routing, generator: torch.Generator
+) -> Tensor:
+    """Images within routing.epsilon that increase `loss_of(some of them, which)`, a sum over images."""
+    level = Perturbation(
+        routing.epsilon,
+        routing.epsilon / 4,
+        routing.steps,
+        grids=(0,),
+        scalars=(1.0,),
+        start="random1",
+    )
+    (start,) = pyramid_start(images, level, generator)
+    found = []
+    for first in range(0, len(images), CHUNK):
+        part = slice(first, first + CHUNK)
+        found.append(pyramid_attack(lambda x, p=part: loss_of(x, p), images[part], [start[part]], level))
+    return torch.cat(found)
+
+
+def compactness(cosines: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Class-balanced intra- and inter-class cosines: (P, S, N) and (S,) int64 -> (P,), (P,)."""
+    n_way = cosines.shape[-1]
+    member = F.one_hot(labels, n_way).to(cosines.dtype)
+    share = (member / member.sum(0)).sum(1) / n_way  # weight of an image: its class counts as one of N
+    own = (cosines * member).sum(-1)
+    others = (cosines.sum(-1) - own) / max(n_way - 1, 1)
+    return own @ share, others @ share
+
+
+def blend(intra: Tensor, inter: Tensor, routing: Routing) -> Coefficients:
+    """Coefficients from the scores (P,), (P,): exponential weights of the top k, normalised."""
+    score = (routing.gamma * intra - (1 - routing.gamma) * inter).double()
+    # Of equal scores (one shot, gamma 1) the first count; topk would leave that open.
+    values, order = (each[: routing.top_k] for each in score.sort(descending=True, stable=True))
+    # exp(beta * score - beta) over its sum is a softmax, which does not underflow at a large beta.
+    shares = torch.zeros_like(score).scatter(0, order, (routing.beta * values).softmax(0))
+    return tuple(shares.tolist())
+
+
+def uniform(pool: Pool) -> Coefficients:
+    """The same share for every adapter."""
+    return average_of(pool, range(len(pool)))
+
+
+def average_of(pool: Pool, adapters) -> Coefficients:
+    """The plain average of some adapters, by their numbers."""
+    chosen = set(adapters)
+    return tuple(1 / len(chosen) if p in chosen else 0.0 for p in range(len(pool)))
+
+
+def soup(pool: Pool) -> Pool:
+    """A pool of one member whose factors, scale and bias are the means of all members'.
+
+    Of LoRAs that is W_res + mean(B) mean(A), another network than their uniform merge; complete sets of
+    weights are averaged either way.
+    """
+    means = {name: factor.mean(0, keepdim=True) for name, factor in pool.factors.items()}
+    return dataclasses.replace(
+        pool[0].with_factors(means), scale=pool.scale.mean()[None], bias=pool.bias.mean()[None]
+    )
+
+
+def augment(images: Tensor, generator: torch.Generator, kinds: Sequence[str] = AUGMENTATIONS) -> Tensor:
+    """The published differentiable augmentation of normalised images (N, 3, H, W); nothing is clamped.
+
+    The batch is flipped as a whole half of the time. Then image by image, for the `kinds` asked for: "color",
+    brightness +-0.5, saturation x U[0, 2] and contrast x U[0.5, 1.5]; "translation" of up to an eighth of the
+    side, filled with zeros.
+    """
+    n, _, height, width = images.shape
+
+    def uniform_numbers() -> Tensor:
+        return torch.rand(n, 1, 1, 1, generator=generator).to(images)
+
+    if torch.rand((), generator=generator) < 0.5:
+        images = images.flip(3)
+    if "color" in kinds:
+        images = images + uniform_numbers() - 0.5
+        grey = images.mean(1, keepdim=True)
+        images = (images - grey) * (2 * uniform_numbers()) + grey
+        mean = images.mean((1, 2, 3), keepdim=True)
+        images = (images - mean) * (uniform_numbers() + 0.5) + mean
+    if "translation" not in kinds:
+        return images
+    reach_y, reach_x = int(height / 8 + 0.5), int(width / 8 + 0.5)
+    shift_y = torch.randint(-reach_y, reach_y + 1, (n,), generator=generator).tolist()
+    shift_x = torch.randint(-reach_x, reach_x + 1, (n,), generator=generator).tolist()
+    padded = F.pad(images, (reach_x, reach_x, reach_y, reach_y))
+    return torch.stack(
+        [
+            image[:, reach_y + y : reach_y + y + height, reach_x + x : reach_x + x + width]
+            for image, y, x in zip(padded, shift_y, shift_x, strict=True)
+        ]
+    )

@@ -1,0 +1,1 @@
+"""Meta-tuning of a pool, and AutoLoRa on an ordinary data set."""

@@ -1,0 +1,520 @@
+"""Fine-tuning step by step: what is attacked, descended and scheduled, and what a run is continued from.
+
+A `FineTuner` has all that changes during a run; `fine_tune` feeds it batches and validation accuracies, from
+whose history alone learning rate and restores follow (amt/training/schedule.py). Knows no file, no data set
+and no test data.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from amt.attacks.perturb import pgd
+from amt.files.weight_files import Weights
+from amt.models.branch import Student, natural_weights, new_factors
+from amt.models.classifiers import Network, logits
+from amt.training.meta_tune import NonFiniteLoss, stream
+from amt.training.objectives import (
+    Adversary,
+    Outcome,
+    attack,
+    autolora,
+    linear,
+    objective_gradients,
+    twins,
+    vanilla,
+)
+from amt.training.schedule import (
+    LOWEST_RATE,
+    LossWeights,
+    Verdict,
+    loss_weights,
+    step_rate,
+    update_batches,
+    verdict,
+    windows,
+)
+from amt.training.similarity import gradient_similarity
+
+Batches = Iterable[tuple[Tensor, Tensor, Tensor]]  # images, labels, indices
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How one mode is fine-tuned; plain values but for `adversary`.
+
+    Args:
+        mode: "SLF", "ALF" or "AFF".
+        method: of AFF, "autolora", "vanilla" or "twins".
+        epochs, batch_size: length of the run.
+        lr, momentum, weight_decay: of SGD, over everything that is trained.
+        adversary: of training.
+        auto_lr: reduce the rate and bring the best weights back by the validation accuracies; otherwise
+            divide by ten after the epochs in `milestones`.
+        auto_weights: weigh the loss by the accuracy on the training data; otherwise by `natural_share` and
+            `scale`.
+        natural_share: the fixed lambda_1.
+        scale: the largest (or the fixed) weight of the divergence.
+        divide: what a reduction divides the rate by.
+        milestones: of the ordinary schedule.
+        rank: of the low-rank branch.
+        dual_norms: clean images have a BatchNorm set of their own.
+        high_resolution: the schedule for 224 px: windows of four epochs, an end at a rate under 1e-5, and
+            weights of the loss that are set once per epoch.
+        whole_passes: measure the accuracy that weighs the loss by passes over the whole training set, as the
+            paper has it; otherwise on the batches as they are trained on, at no cost.
+        published: repeat the deviations of the published code: that accuracy without the branch (low
+            resolution, one BatchNorm set); the branch in some blocks only; windows of 50 epochs for any
+            number; at high resolution a divergence divided by the nominal batch size; with two BatchNorm sets
+            the first image's shortcuts for all. Not repeated: choices on test data, and at high resolution
+            an attack of validation that starts at the images.
+        twins_share: weight of the frozen half's loss.
+        similarity_every: batches after which the gradients of the two objectives are compared; 0 for never.
+        seed: decides order, augmentation and the attacks' starts.
+    """
+
+    mode: str = "AFF"
+    method: str = "autolora"
+    epochs: int = 50
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 2e-4
+    adversary: Adversary = dataclasses.field(default_factory=Adversary)
+    auto_lr: bool = True
+    auto_weights: bool = True
+    natural_share: float = 1.0
+    scale: float = 6.0
+    divide: float = 2.0
+    milestones: tuple[int, ...] = ()
+    rank: int = 8
+    dual_norms: bool = False
+    high_resolution: bool = False
+    whole_passes: bool = False
+    published: bool = False
+    twins_share: float = 0.3
+    similarity_every: int = 0
+    seed: int = 0
+
+    @property
+    def branch(self) -> bool:
+        """Whether a low-rank branch is trained."""
+        return self.mode == "AFF" and self.method == "autolora"
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the weights of the loss are scheduled."""
+        return self.mode == "AFF" and self.auto_weights
+
+
+class StepRecord(NamedTuple):
+    """What one batch is remembered by; plain numbers, accuracies in [0, 1] in train mode.
+
+    `natural` is the cross-entropy and `robust` the divergence, see `robust_loss`; `similarity` the cosine
+    between the gradients of the natural and the adversarial objective by layer, where it was asked for.
+    """
+
+    total: float
+    natural: float
+    robust: float
+    clean_accuracy: float
+    robust_accuracy: float
+    lr: float
+    lambda1: float
+    lambda2: float
+    seconds: float
+    similarity: dict[str, float] | None = None
+
+
+def new_student(network: Network, weights: Weights, settings: Settings, norms: Weights) -> Student:
+    """The student as it starts, on the device of `weights`; its tensors are copies.
+
+    Args:
+        weights: complete state dict, with the classifier.
+        norms: the pre-training's BatchNorm set for clean images, empty if there is none: then that of
+            `weights` is both.
+    """
+    factors: Weights = {}
+    if settings.branch:
+        names = network.adapted(settings.published)
+        factors = new_factors(network, names, settings.rank, stream(settings.seed, 0))
+    device = next(iter(weights.values())).device
+    second: Weights = {}
+    if settings.mode == "AFF" and network.norms:
+        if settings.method == "twins":
+            second = {name: weights[name] for name in network.norms}
+        elif settings.dual_norms:
+            second = {name: norms.get(name, weights[name]) for name in network.norms}
+
+    def copied(tensors: Weights) -> Weights:
+        return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+
+    return Student(copied(weights), copied(factors), copied(second))
+
+
+class FineTuner:
+    """A student in training, its optimiser, and how far the run is.
+
+    `step` and `end_epoch` are all that changes it. State goes out and in by `state` and `restore`, and a
+    restored tuner continues exactly as the saved one would have.
+
+    Args:
+        network: its structure.
+        student: see `new_student`; becomes leaves that are trained in place.
+        settings: of the run.
+        n_batches: in an epoch.
+        training_accuracy: the accuracy in [0, 1] of weights on the whole training set, augmented and in eval
+            mode; needed with `settings.whole_passes` only.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        student: Student,
+        settings: Settings,
+        n_batches: int,
+        training_accuracy: Callable[[Weights], float] | None = None,
+    ):
+        if settings.published and settings.dual_norms and settings.branch:
+            network = network.with_published_shortcuts()
+        self.network, self.student, self.settings = network, student, settings
+        self.n_batches, self.training_accuracy = n_batches, training_accuracy
+        self.epoch = 0  # finished epochs
+        self.batch = 0  # finished batches of the next one
+        self.history: list[dict] = []
+        self.best: Student | None = None
+        self._accuracy: float | None = None  # that weighs the loss
+        self._seen: list[tuple[int, int]] = []  # right and all, of the latest batches
+        self.trained = {name: student.tensors[name].requires_grad_() for name in self._trained_names()}
+        self._optimiser = torch.optim.SGD(
+            list(self.trained.values()),
+            settings.lr,
+            settings.momentum,
+            weight_decay=settings.weight_decay,
+        )
+
+    def _trained_names(self) -> list[str]:
+        network, settings = self.network, self.settings
+        parameters = set(network.parameters)
+        if settings.mode != "AFF":
+            parameters = {name for name in parameters if name.startswith(f"{network.classifier}.")}
+        rooms = {"weights": parameters, "factors": set(self.student.factors), "norms": set()}
+        if settings.method != "autolora":  # in whose natural thread BatchNorm has no gradient
+            rooms["norms"] = set(network.parameters)
+        return [
+            name
+            for name in self.student.tensors
+            for room, _, rest in [name.partition("/")]
+            if rest in rooms[room]
+        ]
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the schedule makes of the history."""
+        settings = self.settings
+        accuracies = [note["robust"] for note in self.history]
+        ends = windows(settings.mode, settings.epochs, settings.high_resolution, settings.published)
+        return verdict(accuracies, ends if settings.auto_lr else (), settings.lr, settings.divide)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the coming epoch."""
+        if self.settings.auto_lr:
+            return self.verdict.rate
+        return step_rate(self.settings.lr, self.epoch + 1, self.settings.milestones)
+
+    @property
+    def weighing(self) -> LossWeights:
+        """The weights of the loss for the next batch."""
+        if not self.settings.weighs or self._accuracy is None:
+            return LossWeights(self.settings.natural_share, self.settings.scale)
+        return loss_weights(self._accuracy, self.settings.scale)
+
+    @property
+    def finished(self) -> bool:
+        settings = self.settings
+        too_slow = settings.high_resolution and settings.auto_lr and self.rate < LOWEST_RATE
+        return self.epoch >= settings.epochs or too_slow
+
+    def natural(self) -> Weights:
+        """The weights whose accuracy on clean training images weighs the loss."""
+        settings, student = self.settings, self.student
+        deviates = settings.published and not settings.high_resolution and not settings.dual_norms
+        if settings.method == "autolora" and not deviates:
+            return natural_weights(self.network, student, settings.rank)
+        return student.weights if settings.method == "twins" else student.weights | student.norms
+
+    def step(self, images: Tensor, labels: Tensor) -> StepRecord:
+        """Train on one batch: (n, 3, S, S) float in [0, 1] and (n,) int64, on the student's device.
+
+        Raises:
+            NonFiniteLoss: before anything was changed but running statistics.
+        """
+        began = time.perf_counter()
+        if self.settings.weighs:
+            self._weigh_first(images, labels)
+        weighing, rate = self.weighing, self.rate
+        attacked = self._attacked(images, labels)
+        similarity = self._similarity(images, attacked, labels, weighing)
+        outcome = self._outcome(images, attacked, labels, weighing)
+        if not outcome.loss.total.isfinite():
+            raise NonFiniteLoss(
+                f"loss is {outcome.loss.total.item()} at epoch {self.epoch + 1}, batch {self.batch + 1}, "
+                f"learning rate {rate:g}"
+            )
+        self._optimiser.param_groups[0]["lr"] = rate
+        self._optimiser.zero_grad()
+        outcome.loss.total.backward()
+        self._optimiser.step()
+        self.batch += 1
+        right = int((outcome.clean.argmax(1) == labels).sum())
+        if self.settings.weighs:
+            self._weigh(right, len(labels))
+        return StepRecord(
+            *(part.item() for part in outcome.loss),
+            clean_accuracy=right / len(labels),
+            robust_accuracy=float((outcome.attacked.argmax(1) == labels).double().mean()),
+            lr=rate,
+            lambda1=weighing.natural,
+            lambda2=weighing.robust,
+            seconds=time.perf_counter() - began,
+            similarity=similarity,
+        )
+
+    def _attacked(self, images: Tensor, labels: Tensor) -> Tensor:
+        settings = self.settings
+        if settings.mode == "SLF":
+            return images
+        return attack(
+            self.network,
+            self.student.weights,
+            images,
+            labels,
+            settings.adversary,
+            stream(settings.seed, 1, self.epoch, self.batch),
+            away_from=self.natural() if settings.mode == "AFF" and settings.method == "vanilla" else None,
+        )
+
+    def _outcome(self, images: Tensor, attacked: Tensor, labels: Tensor, weighing: LossWeights) -> Outcome:
+        settings = self.settings
+        if settings.mode != "AFF":
+            return linear(self.network, self.student, attacked, labels)
+        if settings.published and settings.high_resolution:
+            weighing = weighing._replace(robust=weighing.robust * len(labels) / settings.batch_size)
+        common = (self.network, self.student, images, attacked, labels, weighing)
+        if settings.method == "autolora":
+            return autolora(*common, settings.rank)
+        return twins(*common, settings.twins_share) if settings.method == "twins" else vanilla(*common)
+
+    def _similarity(self, images, attacked, labels, weighing: LossWeights) -> dict[str, float] | None:
+        every = self.settings.similarity_every
+        if every == 0 or self.settings.mode != "AFF" or self.batch % every:
+            return None
+        return gradient_similarity(
+            *objective_gradients(self.network, self.student, images, attacked, labels, weighing)
+        )
+
+    def _weigh_first(self, images: Tensor, labels: Tensor) -> None:
+        """Have an accuracy to weigh the loss by before a batch."""
+        if self.settings.whole_passes:
+            if self.batch == 0 and (self._accuracy is None or not self.settings.high_resolution):
+                self._accuracy = self.training_accuracy(self.natural())
+        elif self._accuracy is None:  # the very first batch, for want of any other
+            with torch.no_grad():
+                guesses = logits(self.network, self.natural(), images).argmax(1)
+            self._accuracy = float((guesses == labels).double().mean())
+
+    def _weigh(self, right: int, count: int) -> None:
+        """Set the accuracy anew after a batch, where it is due."""
+        high = self.settings.high_resolution
+        memory = self.n_batches if high else max(self.n_batches // 4, 1)
+        self._seen = [*self._seen, (right, count)][-memory:]
+        due = self.batch == self.n_batches if high else self.batch - 1 in update_batches(self.n_batches)
+        if due and self.settings.whole_passes:
+            self._accuracy = self.training_accuracy(self.natural())
+        elif due:
+            rights, counts = zip(*self._seen, strict=True)
+            self._accuracy = sum(rights) / sum(counts)
+
+    def check_finite(self) -> None:
+        """Raise `NonFiniteLoss` if the last step has left anything that is no number: its own loss still was
+        one, and nothing of the kind may be saved."""
+        for name, tensor in self.student.tensors.items():
+            if not tensor.isfinite().all():
+                raise NonFiniteLoss(
+                    f"{name} is no longer finite at epoch {self.epoch + 1}, batch {self.batch}, "
+                    f"learning rate {self.rate:g}"
+                )
+
+    def end_epoch(self, clean: float, robust: float) -> dict:
+        """Note the validation accuracies in per cent; keep the best weights, or bring them back.
+
+        Returns:
+            What is noted: epoch, rate, weights of the loss, accuracies, the schedule's condition and best.
+        """
+        rate, weighing = self.rate, self.weighing
+        self.epoch, self.batch = self.epoch + 1, 0
+        note = {"epoch": self.epoch, "lr": rate, "clean": clean, "robust": robust}
+        if self.settings.weighs:
+            note |= {"lambda1": weighing.natural, "lambda2": weighing.robust}
+        self.history.append(note)
+        found = self.verdict
+        note |= {"condition": found.condition, "best": found.best}
+        if found.best == self.epoch:
+            self.best = self.student.copy()
+        elif found.condition:  # the optimiser's momentum stays as it is
+            _overwrite(self.student, self.best)
+        return note
+
+    def state(self) -> tuple[Weights, dict]:
+        """What a run is continued from: all tensors by name, and plain numbers."""
+        tensors = {name: tensor.detach() for name, tensor in self.student.tensors.items()}
+        if self.best is not None:
+            tensors |= {f"best/{name}": tensor for name, tensor in self.best.tensors.items()}
+        for name, parameter in self.trained.items():
+            buffer = self._optimiser.state.get(parameter, {}).get("momentum_buffer")
+            if buffer is not None:
+                tensors[f"momentum/{name}"] = buffer
+        return tensors, {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "accuracy": self._accuracy,
+            "seen": self._seen,
+            "history": self.history,
+        }
+
+    def restore(self, tensors: Weights, numbers: dict) -> None:
+        """Take over what `state` gave.
+
+        Raises:
+            KeyError, TypeError or ValueError: it is not the state of such a tuner.
+        """
+        rooms: dict[str, Weights] = {"best": {}, "momentum": {}, "student": {}}
+        for name, tensor in tensors.items():
+            room, _, rest = name.partition("/")
+            rooms[room if room in rooms else "student"][rest if room in rooms else name] = tensor
+        _overwrite(self.student, Student.of_tensors(rooms["student"]))
+        if rooms["best"]:
+            self.best = self.student.copy()
+            _overwrite(self.best, Student.of_tensors(rooms["best"]))
+        for name, buffer in rooms["momentum"].items():
+            parameter = self.trained[name]
+            if buffer.shape != parameter.shape:
+                raise ValueError(f"momentum of {name} has shape {tuple(buffer.shape)}")
+            self._optimiser.state[parameter] = {"momentum_buffer": buffer.to(parameter.device, copy=True)}
+        self.epoch, self.batch = int(numbers["epoch"]), int(numbers["batch"])
+        self._accuracy = None if numbers["accuracy"] is None else float(numbers["accuracy"])
+        self._seen = [(int(right), int(count)) for right, count in numbers["seen"]]
+        self.history = [dict(note) for note in numbers["history"]]
+
+
+def _overwrite(student: Student, source: Student) -> None:
+    """Make `student` equal to `source`, in place.
+
+    Raises:
+        ValueError: they differ in names or shapes.
+    """
+    targets, values = student.tensors, source.tensors
+    for name in sorted(targets.keys() | values.keys()):
+        found = tuple(values[name].shape) if name in values else "absent"
+        expected = tuple(targets[name].shape) if name in targets else "absent"
+        if found != expected:
+            raise ValueError(f"tensor {name} is {found}, expected {expected}")
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(values[name])
+
+
+class Accuracy(NamedTuple):
+    """Of one network on one set of images, in per cent."""
+
+    clean: float
+    robust: float
+
+
+def accuracy(network: Network, weights: Weights, batches: Batches) -> float:
+    """The share of images that are classified correctly, in [0, 1], in eval mode."""
+    device = next(iter(weights.values())).device
+    right = count = 0
+    with torch.no_grad():
+        for images, labels, _ in batches:
+            found = logits(network, weights, images.to(device)).argmax(1)
+            right += int((found == labels.to(device)).sum())
+            count += len(labels)
+    return right / max(count, 1)
+
+
+def validate(
+    network: Network,
+    weights: Weights,
+    batches: Batches,
+    adversary: Adversary,
+    seed: int,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Accuracy | None:
+    """Clean accuracy, and robust accuracy under PGD from a uniform start, an image's own every time; None if
+    `interrupted()` is true before a batch."""
+    weights = {name: weight.detach() for name, weight in weights.items()}
+    device = next(iter(weights.values())).device
+
+    def logits_of(images: Tensor) -> Tensor:
+        return logits(network, weights, images)
+
+    right = standing = count = 0
+    for images, labels, indices in batches:
+        if interrupted():
+            return None
+        images, labels = images.to(device), labels.to(device)
+        with torch.no_grad():
+            correct = (logits_of(images).argmax(1) == labels).nonzero().squeeze(1)
+        right, count = right + len(correct), count + len(labels)
+        if len(correct) == 0:
+            continue
+        _, fooled = pgd(
+            logits_of,
+            images[correct],
+            labels[correct],
+            epsilon=adversary.epsilon,
+            step_size=adversary.step_size,
+            steps=adversary.steps,
+            norm=adversary.norm,
+            generator=[stream(seed, 2, index) for index in indices[correct.cpu()].tolist()],
+        )
+        standing += int((~fooled).sum())
+    return Accuracy(100 * right / max(count, 1), 100 * standing / max(count, 1))
+
+
+def fine_tune(
+    tuner: FineTuner,
+    training: Callable[[int, int], Batches],
+    validation: Callable[[], Accuracy | None],
+    on_step: Callable[[FineTuner, StepRecord], None],
+    on_epoch: Callable[[FineTuner, dict], None],
+    interrupted: Callable[[], bool] = lambda: False,
+) -> None:
+    """Train until the run is finished, or `interrupted()` is true after a step.
+
+    Args:
+        training: (epoch from 0, first batch) -> the batches of that epoch from that one on.
+        validation: accuracies of the student as it is; None if a signal came first.
+        on_step, on_epoch: called after each batch and after each epoch.
+
+    Raises:
+        NonFiniteLoss: a loss or a weight is no number; `on_epoch` was not called since.
+    """
+    device = next(iter(tuner.student.weights.values())).device
+    while not tuner.finished:
+        for images, labels, _ in training(tuner.epoch, tuner.batch):
+            on_step(tuner, tuner.step(images.to(device), labels.to(device)))
+            if interrupted():
+                tuner.check_finite()
+                return
+        tuner.check_finite()
+        found = validation()
+        if found is None:
+            return
+        on_epoch(tuner, tuner.end_epoch(*found))

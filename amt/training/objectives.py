@@ -1,0 +1,194 @@
+"""What a training step attacks and what it descends: AutoLoRa, and the methods it is compared with.
+
+    SLF          cross-entropy of clean images, only the classifier is trained (standard linear fine-tuning)
+    ALF          the same on attacked images (adversarial linear fine-tuning)
+    AFF          everything is trained (adversarial full fine-tuning), by one of
+      autolora     l1 CE(nat) + (1 - l1) CE(adv) + l2 KL(nat || adv), nat being through the low-rank branch
+      vanilla      CE(nat) + l2 KL(nat || adv), both through the network: TRADES (Zhang et al. 2019)
+      twins        the same on two halves of the batch, one normalised by the pre-training's statistics
+                   (Liu et al. 2023)
+
+The attack is always on the network that is deployed, in eval mode, and builds no parameter gradient. The loss
+and the ascent are those of meta-tuning. Knows no optimiser, no schedule and no data.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from amt.attacks.perturb import Ball, ascend
+from amt.models.branch import Student, natural_weights
+from amt.models.classifiers import Network, logits
+from amt.training.losses import RobustLoss, kl_sum, robust_loss
+from amt.training.schedule import LossWeights
+
+MODES = ("SLF", "ALF", "AFF")
+METHODS = ("autolora", "vanilla", "twins")
+
+
+@dataclasses.dataclass(frozen=True)
+class Adversary:
+    """The attack of training or validation: projected ascent.
+
+    Args:
+        epsilon, step_size: in 1/255 of the pixel range.
+        steps: gradients taken.
+        start: of training, "gaussian", 0.001 times a standard normal; "uniform" in an L-infinity ball, where
+            the first gradient is taken even outside of the pixel range; "uniform_valid" in the ball and the
+            pixel range; "none", the images.
+        norm: "linf" or "l2".
+    """
+
+    epsilon: float = 8.0
+    step_size: float = 2.0
+    steps: int = 10
+    start: str = "gaussian"
+    norm: str = "linf"
+
+    @property
+    def ball(self) -> Ball:
+        return Ball(self.norm, self.epsilon / 255)
+
+    def begin(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Where the ascent starts; the noise is drawn on the CPU."""
+        if self.start == "none":
+            return images
+        if self.start == "uniform_valid":
+            return self.ball.start(images, generator)
+        if self.start == "gaussian":
+            return images + 0.001 * torch.randn(images.shape, generator=generator).to(images)
+        noise = 2 * torch.rand(images.shape, generator=generator) - 1
+        return images + self.ball.epsilon * noise.to(images)
+
+
+class Outcome(NamedTuple):
+    """One batch: the loss, and the logits (n, K) of clean and attacked images that it was made of.
+
+    For the linear modes `attacked` is the same tensor as `clean`.
+    """
+
+    loss: RobustLoss
+    clean: Tensor
+    attacked: Tensor
+
+
+def attack(
+    network: Network,
+    weights: dict[str, Tensor],
+    images: Tensor,
+    labels: Tensor,
+    adversary: Adversary,
+    generator: torch.Generator,
+    away_from: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """Training images moved to raise the loss of the network in eval mode: (n, 3, S, S) in [0, 1], no graph.
+
+    Args:
+        away_from: raise the KL divergence from the prediction that these weights make of the images as they
+            are, in place of the cross-entropy.
+    """
+    weights = _detached(weights)
+    if away_from is not None:
+        with torch.no_grad():
+            clean = logits(network, _detached(away_from), images)
+
+    def loss_of(moved: Tensor) -> Tensor:
+        found = logits(network, weights, moved)
+        if away_from is not None:
+            return kl_sum(clean, found)
+        return F.cross_entropy(found, labels, reduction="sum")
+
+    start = adversary.begin(images, generator)
+    return ascend(loss_of, images, start, adversary.ball, adversary.step_size / 255, adversary.steps)
+
+
+def _detached(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weight.detach() for name, weight in weights.items()}
+
+
+def autolora(
+    network: Network, student: Student, images, attacked, labels, weighing: LossWeights, rank: int
+) -> Outcome:
+    """AutoLoRa's loss (eq. 6): clean images through the branch first, then attacked ones through the network.
+
+    Both passes are in train mode, so running statistics are updated twice where there is one BatchNorm set.
+    """
+    natural = natural_weights(network, student, rank)
+    return _two_passes(network, natural, student.weights, images, attacked, labels, weighing)
+
+
+def vanilla(network: Network, student: Student, images, attacked, labels, weighing: LossWeights) -> Outcome:
+    """TRADES; with a second BatchNorm set clean images have that one, and train its parameters."""
+    natural = student.weights | student.norms
+    return _two_passes(network, natural, student.weights, images, attacked, labels, weighing)
+
+
+def _two_passes(
+    network: Network, natural, weights, images, attacked, labels, weighing: LossWeights
+) -> Outcome:
+    """Clean images through the one set of weights, then attacked ones through the other, in train mode."""
+    clean = logits(network, natural, images, training=True)
+    moved = logits(network, weights, attacked, training=True)
+    return Outcome(robust_loss(clean, moved, labels, weighing.robust, weighing.natural), clean, moved)
+
+
+def twins(
+    network: Network, student: Student, images, attacked, labels, weighing: LossWeights, share: float
+) -> Outcome:
+    """TRADES on two halves of the batch: the first through the frozen network, whose BatchNorm normalises by
+    the statistics it was pre-trained with (its second set, with parameters of its own), the second through
+    the adaptive one, which is deployed. A batch of one image is the adaptive network's.
+
+    Args:
+        share: weight of the frozen half's loss, the authors' lambda; the other half has 1.
+    """
+    half = len(images) // 2
+    frozen, adaptive = student.weights | student.norms, student.weights
+    halves = ((slice(None, half), frozen, False, share), (slice(half, None), adaptive, True, 1.0))
+    losses, clean, moved = [], [], []
+    for part, weights, training, weight in halves:
+        if len(labels[part]) == 0:
+            continue
+        # The attacked half first, as the authors have it: the running statistics lean to the later one.
+        moved.append(logits(network, weights, attacked[part], training=training))
+        clean.append(logits(network, weights, images[part], training=training))
+        # The authors divide a half's divergence by the size of the whole batch.
+        beta = weighing.robust * len(labels[part]) / len(labels)
+        found = robust_loss(clean[-1], moved[-1], labels[part], beta, weighing.natural)
+        losses.append([weight * term for term in found])
+    total, natural, robust = (sum(terms) for terms in zip(*losses, strict=True))
+    return Outcome(RobustLoss(total, natural, robust), torch.cat(clean), torch.cat(moved))
+
+
+def linear(network: Network, student: Student, images: Tensor, labels: Tensor) -> Outcome:
+    """Cross-entropy in eval mode: BatchNorm stays as it is."""
+    found = logits(network, student.weights, images)
+    loss = F.cross_entropy(found, labels)
+    return Outcome(RobustLoss(loss, loss, torch.zeros_like(loss)), found, found)
+
+
+def objective_gradients(
+    network: Network,
+    student: Student,
+    images: Tensor,
+    attacked: Tensor,
+    labels: Tensor,
+    weighing: LossWeights,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What the natural and the adversarial objective would each do to the deployed network: the gradients of
+    CE(nat) and of (1 - l1) CE(adv) + l2 KL(nat || adv) for all but its classifier, by name, in eval mode."""
+    own = f"{network.classifier}."
+    shared = {name: student.weights[name] for name in network.parameters if not name.startswith(own)}
+    shared = {name: weight.detach().requires_grad_() for name, weight in shared.items()}
+    weights = _detached(student.weights) | shared
+    clean, moved = logits(network, weights, images), logits(network, weights, attacked)
+    natural = F.cross_entropy(clean, labels)
+    whole = robust_loss(clean, moved, labels, weighing.robust, weighing.natural)
+    adversarial = whole.total - weighing.natural * natural
+    return tuple(
+        dict(zip(shared, torch.autograd.grad(loss, list(shared.values()), retain_graph=True), strict=True))
+        for loss in (natural, adversarial)
+    )
