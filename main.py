@@ -5,7 +5,8 @@
 Each episode gives every level one step: support features make prototypes, the query images are attacked,
 the singular factors are moved uphill, and the natural plus robust loss at the moved factors is descended
 (amt/training/meta_tune.py). Afterwards test_meta_dataset.py merges the pool anew for every task. A member
-is a LoRA, or with --tune full a complete network; baselines train in the same loop, see --tune and --pgd_method.
+is a LoRA, or with --tune full a complete network; baselines train in the same loop, see --tune and
+--pgd_method.
 
     python main.py autolora --dataset cifar10 --data DIR --arch resnet18 --checkpoint FILE --output RUN
 
@@ -23,11 +24,13 @@ from torch.utils.data import Subset
 from amt.cli import options
 from amt.evaluation.evaluate import validate
 from amt.files import checkpoint
+from amt.files.pretrained import load_network
+from amt.files.signals import Interrupts
 from amt.models.full_pool import pretrained_pool
 from amt.models.lora import principal_pool
-from amt.models.network import Backbone, find_device, load_backbone
+from amt.models.network import Network, find_device
 from amt.models.pool import Pool
-from amt.training.journal import Interrupts, Journal
+from amt.training.journal import Journal
 from amt.training.meta_tune import NonFiniteLoss, Tuner, TuneSettings, meta_tune
 from meta_dataset_readers.errors import InputError, exit_on_bad_input
 from meta_dataset_readers.reader import EpisodeReader, SourceMixture, episode_loader
@@ -44,7 +47,7 @@ def main() -> int:
     options.check_output(args.output_dir)
     options.use_threads(args)
     settings = options.tune_settings(args)
-    backbone = load_backbone(
+    network = load_network(
         args.arch,
         args.pretrained_checkpoint,
         find_device(args.device),
@@ -53,28 +56,28 @@ def main() -> int:
         pretrained=not args.no_pretrain,
     )
     total = settings.epochs * settings.episodes_per_epoch
-    open_source = partial(EpisodeReader, **options.reading(args, backbone.image_size))
+    open_source = partial(EpisodeReader, **options.reading(args, network.image_size))
     training = [
         open_source(source=source, split="TRAIN", n_episodes=total, augment=True)
         for source in options.training_sources(args)
     ]
     episodes = SourceMixture(training, total, args.seed)
-    validation = [open_episodes(path, backbone.image_size) for path in args.val_episodes] or [
+    validation = [open_episodes(path, network.image_size) for path in args.val_episodes] or [
         open_source(source=source, split="VALID", n_episodes=args.nValEpisode)
         for source in args.val_sources or options.training_sources(args)
         if args.nValEpisode
     ]
-    tuner, history = resumed(args, backbone, settings) if args.resume else fresh(args, backbone, settings)
+    tuner, history = resumed(args, network, settings) if args.resume else fresh(args, network, settings)
 
     def score(pool: Pool) -> list[dict[str, float]]:
         """Validate on the same episodes each time, read anew: together they would fill the memory."""
         fixed = (episode for each in validation for episode in episode_loader(each, args.num_workers))
-        on_device = (episode.to(backbone.device) for episode in journal.watch(fixed))
-        return validate(backbone, pool, on_device, robust=settings.adversarial)
+        on_device = (episode.to(network.device) for episode in journal.watch(fixed))
+        return validate(network, pool, on_device, robust=settings.adversarial)
 
     journal = Journal(
         args.output_dir,
-        about={"arch": backbone.arch, "protocol": protocol(args, backbone), **checkpoint.provenance()},
+        about={"arch": network.arch, "protocol": protocol(args, network), **checkpoint.provenance()},
         validate=score if validation else None,
         total=total,
         done=tuner.episodes_done,
@@ -102,40 +105,40 @@ def main() -> int:
     return 0
 
 
-def protocol(args: argparse.Namespace, backbone: Backbone) -> dict:
+def protocol(args: argparse.Namespace, network: Network) -> dict:
     """What a run's weights depend on besides its settings and levels, as plain JSON values."""
     found = {
         "base_sources": options.training_sources(args),
-        "image_size": backbone.image_size,
-        "autocast": str(backbone.autocast),
+        "image_size": network.image_size,
+        "autocast": str(network.autocast),
         "augmented": ["support", "query"],
         **dataclasses.asdict(options.sampling(args)),
     }
     return json.loads(json.dumps(found))
 
 
-def fresh(args: argparse.Namespace, backbone: Backbone, settings: TuneSettings) -> tuple[Tuner, list[dict]]:
+def fresh(args: argparse.Namespace, network: Network, settings: TuneSettings) -> tuple[Tuner, list[dict]]:
     """A tuner at the start of its run, and an empty history."""
     levels = options.levels(args)
     if args.tune == "full":
-        pool = pretrained_pool(backbone.weights, levels)
+        pool = pretrained_pool(network.weights, levels)
     else:
         try:
-            pool = principal_pool(backbone.weights, args.rank, levels)
+            pool = principal_pool(network.weights, args.rank, levels)
         except ValueError as error:
             raise InputError(f"--rank is {args.rank}: {error}") from error
-    return Tuner(backbone, pool, settings), []
+    return Tuner(network, pool, settings), []
 
 
-def resumed(args: argparse.Namespace, backbone: Backbone, settings: TuneSettings) -> tuple[Tuner, list[dict]]:
+def resumed(args: argparse.Namespace, network: Network, settings: TuneSettings) -> tuple[Tuner, list[dict]]:
     """The tuner that `--resume` saved, and the history of its run."""
     saved = checkpoint.load(args.resume)
-    checkpoint.check_architecture(args.resume, saved.pool, backbone.weights, backbone.arch)
+    checkpoint.check_architecture(args.resume, saved.pool, network.weights, network.arch)
     tuned = {"tune": args.tune, "rank": args.rank if args.tune == "lora" else None}
     checkpoint.check_resumable(
-        args.resume, saved, settings, options.levels(args), tuned, protocol(args, backbone)
+        args.resume, saved, settings, options.levels(args), tuned, protocol(args, network)
     )
-    tuner = Tuner(backbone, saved.pool.to(backbone.device), settings)
+    tuner = Tuner(network, saved.pool.to(network.device), settings)
     try:
         tuner.restore(saved.momentum, saved.about["tuner"])
     except (KeyError, IndexError, TypeError, ValueError) as error:

@@ -28,11 +28,12 @@ from amt.evaluation.deploy import Deployment, as_decided, check_deployment, depl
 from amt.evaluation.evaluate import columns, measure
 from amt.evaluation.sanity import probe
 from amt.evaluation.statistics import groups
-from amt.files import checkpoint
-from amt.models.network import Backbone, find_device, load_backbone
+from amt.files import checkpoint, writing
+from amt.files.pretrained import load_network
+from amt.files.signals import Interrupts
+from amt.models.network import Network, find_device
 from amt.report.finish import conclude
 from amt.tasks.classifier import Predictor, pretrained_predictor
-from amt.training.journal import Interrupts
 from meta_dataset_readers.domains import DOMAINS
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError, exit_on_bad_input
@@ -57,14 +58,14 @@ def main() -> int:
         raise InputError(
             "--attack transfer makes its images on the pretrained network: not with --no_pretrain"
         )
-    backbone = load_backbone(
+    network = load_network(
         args.arch,
         args.pretrained_checkpoint,
         find_device(args.device),
         image_size=args.image_size,
         pretrained=not args.no_pretrain and (args.resume is None or transfer),
     )
-    open_source = partial(EpisodeReader, **options.reading(args, backbone.image_size))
+    open_source = partial(EpisodeReader, **options.reading(args, network.image_size))
 
     def open_episodes(source: str, split: str, n: int, seed: int | None = None):
         other_seed = {} if seed is None else {"seed": seed}
@@ -72,8 +73,8 @@ def main() -> int:
             open_source(source=source, split=split, n_episodes=n, **other_seed), args.num_workers
         )
 
-    saved = load_pool(args, backbone) if args.resume else None
-    pool = saved.pool.to(backbone.device) if saved else None
+    saved = load_pool(args, network) if args.resume else None
+    pool = saved.pool.to(network.device) if saved else None
     readers = {
         source: open_source(source=source, split=args.split, n_episodes=args.nTestEpisode)
         for source in deployments
@@ -85,7 +86,7 @@ def main() -> int:
 
     part, parts = options.part(args)
     todo = range(part, args.nTestEpisode, parts)
-    about = description(args, backbone, saved, deployments, attacks)
+    about = description(args, network, saved, deployments, attacks)
     with runs.Writer(args.output_dir, about, (part, parts)) as out, Interrupts() as interrupts:
         earlier = runs.peek(args.output_dir)
         finished = {source: {row["index"] for row in rows} for source, rows in earlier.rows.items()}
@@ -101,14 +102,14 @@ def main() -> int:
                 alike = deployments[source] if deployments[source].select_on else source
                 decided = runs.read_merging(args.output_dir).get(source, chosen.get(alike))
                 predict, merging = deploy(
-                    backbone,
+                    network,
                     pool,
                     as_decided(deployments[source], decided) if decided else deployments[source],
                     source,
                     open_episodes,
                     attacks,
                     args.seed,
-                    partial(watched, backbone, interrupts),
+                    partial(watched, network, interrupts),
                 )
                 if saved and saved.about.get("levels_from") == "nowhere":
                     merging["epsilons"] = "unknown"
@@ -117,7 +118,7 @@ def main() -> int:
                 for read in episode_loader(Subset(reader, left), args.num_workers):
                     if args.dump is not None:
                         dump_episode(args.dump / source, read.index, read, reader)
-                    out.append(score(args, backbone, predict, read.to(backbone.device), attacks, out))
+                    out.append(score(args, network, predict, read.to(network.device), attacks, out))
                     progress.update()
                     if interrupts.pending():
                         break
@@ -128,31 +129,31 @@ def main() -> int:
         print(f"{found} of {len(readers) * args.nTestEpisode} episodes are done; ", end="")
         print("the same command continues" if interrupts.pending() else "other parts are to follow")
         return 128 + interrupts.caught if interrupts.pending() else 0
-    conclude(run, backbone.device)
+    conclude(run, network.device)
     return 0
 
 
-def load_pool(args: argparse.Namespace, backbone: Backbone) -> checkpoint.Checkpoint:
+def load_pool(args: argparse.Namespace, network: Network) -> checkpoint.Checkpoint:
     """The checkpoint that --resume names, which fits the backbone."""
     saved = checkpoint.load(args.resume)
-    checkpoint.check_architecture(args.resume, saved.pool, backbone.weights, backbone.arch)
+    checkpoint.check_architecture(args.resume, saved.pool, network.weights, network.arch)
     for note in saved.about.get("notes", ()):
         print(f"note: {args.resume}: {note}")
     return saved
 
 
-def watched(backbone: Backbone, interrupts: Interrupts, episodes, title: str) -> Iterator[Episode]:
+def watched(network: Network, interrupts: Interrupts, episodes, title: str) -> Iterator[Episode]:
     """The episodes that something is chosen on, on the backbone's device, with a progress line; a signal
     ends the program, since half a choice is none."""
     for episode in tqdm(episodes, desc=title, unit="episode", leave=False):
-        yield episode.to(backbone.device)
+        yield episode.to(network.device)
         if interrupts.pending():
             raise SystemExit(128 + interrupts.caught)
 
 
-def score(args, backbone: Backbone, predict: Predictor, episode: Episode, attacks, out: runs.Writer) -> dict:
+def score(args, network: Network, predict: Predictor, episode: Episode, attacks, out: runs.Writer) -> dict:
     """The row of one episode; of the first ones the attacks are checked, and images kept."""
-    measured = measure(predict, episode, attacks, args.seed, pretrained_predictor(backbone))
+    measured = measure(predict, episode, attacks, args.seed, pretrained_predictor(network))
     row = measured.row
     if attacks and episode.index < args.probe_episodes:
         row |= {"checks": probe(predict, episode, measured, attacks, args.seed)}
@@ -161,7 +162,7 @@ def score(args, backbone: Backbone, predict: Predictor, episode: Episode, attack
     return row | ({"skipped": len(episode.skipped)} if episode.skipped else {})
 
 
-def description(args, backbone, saved, deployments, attacks) -> dict:
+def description(args, network, saved, deployments, attacks) -> dict:
     """What run.json says: everything that decides the rows, and how to get them again."""
     trained_on = ()
     if saved:
@@ -170,12 +171,12 @@ def description(args, backbone, saved, deployments, attacks) -> dict:
             "base_sources", options.TRAINING_SOURCES if "published" in saved.about else ()
         )
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    settings |= {"checkpoint": checkpoint.digest(args.resume), "device": backbone.device.type}
-    settings |= {"pretrained_checkpoint": checkpoint.digest(args.pretrained_checkpoint)}
+    settings |= {"checkpoint": writing.digest(args.resume), "device": network.device.type}
+    settings |= {"pretrained_checkpoint": writing.digest(args.pretrained_checkpoint)}
     about = {
         **checkpoint.provenance(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "arch": backbone.arch,
+        "arch": network.arch,
         "checkpoint": str(args.resume) if args.resume else None,
         "seed": args.seed,
         "split": args.split,

@@ -59,8 +59,8 @@ from amt.attacks.perturb import pgd
 from amt.cli import options
 from amt.models.branch import Student
 from amt.models.classifiers import build, logits
+from amt.models.weights import stream
 from amt.training.autolora import FineTuner, Settings, accuracy, new_student, validate
-from amt.training.meta_tune import stream
 from amt.training.objectives import Adversary
 from meta_dataset_readers.errors import InputError, exit_on_bad_input
 

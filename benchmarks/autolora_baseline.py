@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from amt.attacks.evaluation import Attack
 from amt.models.branch import Student
 from amt.models.classifiers import Network
+from amt.models.weights import stream
 from amt.training.autolora import Accuracy
 from amt.training.losses import RobustLoss, robust_loss
-from amt.training.meta_tune import stream
 from amt.training.objectives import Adversary
 from amt.training.schedule import loss_weights
 

@@ -25,8 +25,9 @@ from amt.attacks.evaluation import Attack
 from amt.attacks.perturb import Perturbation, pyramid_attack
 from amt.models.heads import cosine_logits, prototypes
 from amt.models.lora import LoRAPool, Trim, truncate
-from amt.models.network import Backbone, resize_positions
-from amt.tasks.merge import Coefficients, Routing, augment, blend, compactness
+from amt.models.network import Network, resize_positions
+from amt.models.weights import Coefficients
+from amt.tasks.merge import Routing, augment, blend, compactness
 from amt.training.losses import RobustLoss, kl_sum, robust_loss
 from meta_dataset_readers.episode import Episode
 
@@ -47,16 +48,16 @@ class LoRALinear(nn.Module):
         return F.linear(x, self.weight, self.bias) + move
 
 
-class Network(nn.Module):
+class Baseline(nn.Module):
     """A ViT of its own: images (N, 3, H, W) in [0, 1] -> CLS features (N, D) float32."""
 
-    def __init__(self, backbone: Backbone):
+    def __init__(self, network: Network):
         super().__init__()
-        self.vit = copy.deepcopy(backbone.network)
-        self.autocast = backbone.autocast
+        self.vit = copy.deepcopy(network.module)
+        self.autocast = network.autocast
         token = self.vit.cls_token
-        self.register_buffer("mean", token.new_tensor(backbone.mean).view(3, 1, 1))
-        self.register_buffer("std", token.new_tensor(backbone.std).view(3, 1, 1))
+        self.register_buffer("mean", token.new_tensor(network.mean).view(3, 1, 1))
+        self.register_buffer("std", token.new_tensor(network.std).view(3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         vit, patch = self.vit, self.vit.patch_embed.patch_size[0]
@@ -69,11 +70,11 @@ class Network(nn.Module):
             return vit.norm(tokens)[:, 0].float()
 
 
-class Learner(Network):
+class Learner(Baseline):
     """A network with one adapter beside every adapted layer and a cosine head, ready to be trained."""
 
-    def __init__(self, backbone: Backbone, adapter: LoRAPool):
-        super().__init__(backbone)
+    def __init__(self, network: Network, adapter: LoRAPool):
+        super().__init__(network)
         self.scale = nn.Parameter(adapter.scale.clone())
         self.register_buffer("offset", adapter.bias.clone())
         for name, A in adapter.A.items():
@@ -157,7 +158,7 @@ class Classified:
 
 
 def evaluate_episode(
-    model: Network,
+    model: Baseline,
     pool: LoRAPool,
     episode: Episode,
     routing: Routing,
@@ -194,7 +195,7 @@ def evaluate_episode(
 
 @torch.no_grad()
 def score(
-    model: Network, pool: LoRAPool, episode: Episode, routing: Routing, generator: torch.Generator
+    model: Baseline, pool: LoRAPool, episode: Episode, routing: Routing, generator: torch.Generator
 ) -> Coefficients:
     """The coefficients that the support set decides, in float32; the model is left with other weights."""
     support, labels, autocast = episode.support, episode.support_labels, model.autocast
@@ -211,7 +212,7 @@ def score(
     return blend(*compactness(torch.stack(cosines), labels), routing)
 
 
-def trim(model: Network, trims: Sequence[Trim]) -> None:
+def trim(model: Baseline, trims: Sequence[Trim]) -> None:
     """Truncate the singular values of the selected weights, in place."""
     for which in trims:
         for name, weight in model.vit.named_parameters():
@@ -219,7 +220,7 @@ def trim(model: Network, trims: Sequence[Trim]) -> None:
                 weight.copy_(truncate(weight, which.keep))
 
 
-def reload(model: Network, pool: LoRAPool, coefficients: Coefficients) -> None:
+def reload(model: Baseline, pool: LoRAPool, coefficients: Coefficients) -> None:
     """Load the residual, then add every adapter's share to it, layer by layer."""
     model.vit.load_state_dict(pool.residual)
     for name in pool.A:

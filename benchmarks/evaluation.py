@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import side_by_side
 import torch
-from baseline import Network, evaluate_episode
+from baseline import Baseline, evaluate_episode
 from harness import digits, ratio, spread
 from side_by_side import (
     IMPLEMENTATIONS,
@@ -57,11 +57,12 @@ from torch import Tensor
 
 from amt.attacks.evaluation import Attack
 from amt.evaluation.evaluate import measure, query_generators
+from amt.models.architectures import ARCHS
 from amt.models.lora import LoRAPool, Trim
-from amt.models.network import ARCHS, Backbone
+from amt.models.network import Network
+from amt.models.weights import stream
 from amt.tasks.classifier import merged_predictor
 from amt.tasks.merge import Routing, route, uniform
-from amt.training.meta_tune import stream
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import exit_on_bad_input
 
@@ -122,15 +123,15 @@ class Outcome(NamedTuple):
 Evaluate = Callable[[Episode, Attack | None], Outcome]
 
 
-def ours(backbone: Backbone, pool: LoRAPool, job: Job) -> Evaluate:
+def ours(network: Network, pool: LoRAPool, job: Job) -> Evaluate:
     """As test_meta_dataset.py evaluates."""
 
     def routed(support: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[float, ...]:
-        return route(backbone, pool, support, labels, generator, ROUTING)
+        return route(network, pool, support, labels, generator, ROUTING)
 
     equal = uniform(pool)
     predict = merged_predictor(
-        backbone, pool, (lambda *_: equal) if job.trimmed else routed, TRIMS if job.trimmed else ()
+        network, pool, (lambda *_: equal) if job.trimmed else routed, TRIMS if job.trimmed else ()
     )
 
     def run(episode: Episode, attack: Attack | None) -> Outcome:
@@ -143,9 +144,9 @@ def ours(backbone: Backbone, pool: LoRAPool, job: Job) -> Evaluate:
     return run
 
 
-def baseline(backbone: Backbone, pool: LoRAPool, job: Job) -> Evaluate:
+def baseline(network: Network, pool: LoRAPool, job: Job) -> Evaluate:
     """As the published code does, with a plain attack."""
-    model = Network(backbone)
+    model = Baseline(network)
     trims, fixed = (TRIMS, uniform(pool)) if job.trimmed else ((), None)
 
     def run(episode: Episode, attack: Attack | None) -> Outcome:
@@ -166,8 +167,8 @@ class Bench:
         torch.manual_seed(0)
         torch.set_num_threads(machine.threads)
         self.job, self.machine = job, machine
-        backbone = random_backbone(job.arch, machine)
-        self._evaluate = SIDES[implementation](backbone, random_pool(backbone, POOL, RANK, stream(0)), job)
+        network = random_backbone(job.arch, machine)
+        self._evaluate = SIDES[implementation](network, random_pool(network, POOL, RANK, stream(0)), job)
         self._episodes = [
             job.episode(number).to(machine.device) for number in range(max(DISTINCT, job.episodes))
         ]

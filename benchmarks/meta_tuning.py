@@ -29,7 +29,7 @@ from collections.abc import Callable
 
 import side_by_side
 import torch
-from baseline import Learner, Network, evaluate_episode, training_step
+from baseline import Baseline, Learner, evaluate_episode, training_step
 from harness import digits, ratio, spread
 from side_by_side import (
     IMPLEMENTATIONS,
@@ -54,11 +54,13 @@ from torch import Tensor
 from amt.attacks.evaluation import Attack
 from amt.attacks.perturb import pyramid_start
 from amt.evaluation.evaluate import evaluate, query_generators
+from amt.models.architectures import ARCHS
 from amt.models.lora import LoRAPool
-from amt.models.network import ARCHS, Backbone
+from amt.models.network import Network
+from amt.models.weights import stream
 from amt.tasks.classifier import merged_predictor
 from amt.tasks.merge import Routing, route
-from amt.training.meta_tune import Tuner, TuneSettings, stream
+from amt.training.meta_tune import Tuner, TuneSettings
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import exit_on_bad_input
 
@@ -103,10 +105,10 @@ class Workload:
         return (2 * POOL + 1) * support + query * (2 * self.steps + 2)
 
 
-def our_step(backbone: Backbone, pool: LoRAPool) -> Bind:
+def our_step(network: Network, pool: LoRAPool) -> Bind:
     def bind(episode: Episode, steps: int) -> Callable[[], None]:
         level = dataclasses.replace(LEVEL, steps=steps)
-        tuner = Tuner(backbone, dataclasses.replace(pool, levels=(level,)), SETTINGS)
+        tuner = Tuner(network, dataclasses.replace(pool, levels=(level,)), SETTINGS)
 
         def run() -> None:
             tuner.step(episode)
@@ -116,10 +118,10 @@ def our_step(backbone: Backbone, pool: LoRAPool) -> Bind:
     return bind
 
 
-def baseline_step(backbone: Backbone, pool: LoRAPool) -> Bind:
-    model = Learner(backbone, pool)
+def baseline_step(network: Network, pool: LoRAPool) -> Bind:
+    model = Learner(network, pool)
     optimiser = torch.optim.SGD(model.trained.values(), SETTINGS.lr, SETTINGS.momentum)
-    scaler = torch.amp.GradScaler(backbone.device.type, enabled=backbone.autocast == torch.float16)
+    scaler = torch.amp.GradScaler(network.device.type, enabled=network.autocast == torch.float16)
 
     def bind(episode: Episode, steps: int) -> Callable[[], None]:
         level = dataclasses.replace(LEVEL, steps=steps)
@@ -133,16 +135,16 @@ def baseline_step(backbone: Backbone, pool: LoRAPool) -> Bind:
     return bind
 
 
-def our_episode(backbone: Backbone, pool: LoRAPool) -> Bind:
+def our_episode(network: Network, pool: LoRAPool) -> Bind:
     def choose(support: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[float, ...]:
-        return route(backbone, pool, support, labels, generator, ROUTING)
+        return route(network, pool, support, labels, generator, ROUTING)
 
     def bind(episode: Episode, steps: int) -> Callable[[], float]:
         attacks = [harmless(steps)] if steps else []
 
         def run() -> float:
             # A predictor of its own each time: it remembers the last merge, and episodes of a run differ.
-            predict = merged_predictor(backbone, pool, choose)
+            predict = merged_predictor(network, pool, choose)
             row = next(evaluate(predict, [episode], attacks))
             return row[attacks[0].columns[0]] if attacks else row["clean"]
 
@@ -151,8 +153,8 @@ def our_episode(backbone: Backbone, pool: LoRAPool) -> Bind:
     return bind
 
 
-def baseline_episode(backbone: Backbone, pool: LoRAPool) -> Bind:
-    model = Network(backbone)
+def baseline_episode(network: Network, pool: LoRAPool) -> Bind:
+    model = Baseline(network)
 
     def bind(episode: Episode, steps: int) -> Callable[[], float]:
         attack = harmless(steps) if steps else None
@@ -186,9 +188,9 @@ class Bench:
         torch.manual_seed(0)
         torch.set_num_threads(machine.threads)
         self.workload, self.machine, self._name = workload, machine, implementation
-        backbone = random_backbone(workload.arch, machine)
-        pool = random_pool(backbone, 1 if workload.job == "step" else POOL, RANK, stream(0))
-        self._bind = JOBS[implementation, workload.job](backbone, pool)
+        network = random_backbone(workload.arch, machine)
+        pool = random_pool(network, 1 if workload.job == "step" else POOL, RANK, stream(0))
+        self._bind = JOBS[implementation, workload.job](network, pool)
         self._run = self._bound(workload.per_class, workload.steps)
         self.idle_memory = peak_memory(machine.device)
 

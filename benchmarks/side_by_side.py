@@ -27,8 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from amt.attacks.perturb import Perturbation
 from amt.cli import options
+from amt.models.architectures import ARCHS, base_arch, build_network
 from amt.models.lora import LoRAPool, adapted_layers
-from amt.models.network import ARCHS, Backbone, base_arch, build_network, find_device
+from amt.models.network import Network, find_device
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 
@@ -95,15 +96,15 @@ class Side(Protocol):
         """Peak and idle memory in MiB, then the rate of the yardstick, whose matrices take memory, too."""
 
 
-def random_backbone(arch: str, machine: Machine) -> Backbone:
+def random_backbone(arch: str, machine: Machine) -> Network:
     shape = ARCHS[arch]
     network = build_network(shape).to(machine.device)
-    return Backbone(arch, network, shape.image_size, shape.mean, shape.std, machine.autocast)
+    return Network(arch, network, shape.image_size, shape.mean, shape.std, machine.autocast)
 
 
-def random_pool(backbone: Backbone, size: int, rank: int, generator: torch.Generator) -> LoRAPool:
+def random_pool(network: Network, size: int, rank: int, generator: torch.Generator) -> LoRAPool:
     """A pool of unlike adapters; spares the singular value decompositions of a real start."""
-    weights = backbone.weights
+    weights = network.weights
     residual, A, B = dict(weights), {}, {}
     for name in adapted_layers(weights):
         rows, columns = weights[name].shape

@@ -42,3 +42,8 @@ def exit_on_bad_input(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def first_line(error: Exception) -> str:
+    """An exception on one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0].strip()

@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 from amt.evaluation import runs
 from amt.evaluation.statistics import Summary, average_summary, summarise
-from amt.files import checkpoint
-from amt.models.network import load_backbone
+from amt.files import checkpoint, writing
+from amt.files.pretrained import load_network
+from amt.models.weights import stream
 from amt.report.tables import mixing_picture
 from amt.tasks.merge import Routing, compactness, support_cosines
-from amt.training.meta_tune import stream
 from meta_dataset_readers import EpisodeReader, EpisodeSampling, episode_loader
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,17 +163,17 @@ def in_parallel(jobs: int, title: str, work: Callable, cases: Iterable[tuple]) -
 
 def support_compactness(study: Study, seed: int) -> dict[str, list[float]]:
     """Mean intra- and inter-class cosine of every adapter on VALID support sets: what the router sees."""
-    backbone = load_backbone("vit_mini")
+    network = load_network("vit_mini")
     pool = checkpoint.load(study.checkpoint("pool", seed)).pool
     sampling = EpisodeSampling(num_ways=5, num_support=5, num_query=1)
     reader = EpisodeReader(
-        study.data, SOURCE, "VALID", sampling, backbone.image_size, n_episodes=study.choosing, seed=seed
+        study.data, SOURCE, "VALID", sampling, network.image_size, n_episodes=study.choosing, seed=seed
     )
     routing = Routing(augment_probability=0)
     totals = torch.zeros(2, len(pool))
     for episode in episode_loader(reader):
         cosines = support_cosines(
-            backbone, pool, episode.support, episode.support_labels, stream(seed, episode.index), routing
+            network, pool, episode.support, episode.support_labels, stream(seed, episode.index), routing
         )
         totals += torch.stack(compactness(cosines, episode.support_labels))
     return dict(zip(("intra", "inter"), (totals / len(reader)).tolist(), strict=True))
@@ -276,9 +276,7 @@ def main() -> None:
             + "; ".join(f"{k} {[round(v, 3) for v in values]}" for k, values in found.items())
         )
     mixing_picture(args.out / "mixing.png", curves(study, sweep))
-    checkpoint.replace_file(
-        args.out / "report.json", lambda part: part.write_text(json.dumps(report, indent=1))
-    )
+    writing.replace_file(args.out / "report.json", lambda part: part.write_text(json.dumps(report, indent=1)))
     print(f"\nwrote {args.out / 'report.json'} and {args.out / 'mixing.png'}")
 
 

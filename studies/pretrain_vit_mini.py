@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
-from amt.files.checkpoint import replace_file
-from amt.models.network import ARCHS, CHECKPOINTS, build_network
+from amt.files.pretrained import CHECKPOINTS
+from amt.files.writing import replace_file
+from amt.models.architectures import ARCHS, build_network
 from meta_dataset_readers.mini.objects import object_attributes
 from meta_dataset_readers.spec import load_spec
 from meta_dataset_readers.store import RecordStore

@@ -17,8 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
+from amt.models.architectures import Arch, build_network
 from amt.models.lora import LoRAPool
-from amt.models.network import Arch, Backbone, build_network
+from amt.models.network import Network
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.tfrecord import encode_example, write_records
@@ -198,7 +199,7 @@ def fails(match, call):
 
 def random_backbone(
     arch: Arch, seed: int = 0, scale: float = 0.25, autocast: torch.dtype | None = None
-) -> Backbone:
+) -> Network:
     """A random network whose features depend visibly on the image; torch's generator is left as it was."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # the patch bias is drawn from the global generator
@@ -207,7 +208,7 @@ def random_backbone(
     for parameter in network.parameters():
         if parameter.ndim > 1:
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
-    return Backbone("tiny", network, arch.image_size, autocast=autocast)
+    return Network("tiny", network, arch.image_size, autocast=autocast)
 
 
 def patterned_episode(

@@ -21,8 +21,8 @@ from amt.attacks.evaluation import (
 )
 from amt.attacks.perturb import Ball, Perturbation, ascend, pgd
 from amt.evaluation.evaluate import columns, measure
+from amt.models.architectures import Arch
 from amt.models.lora import principal_pool
-from amt.models.network import Arch
 from amt.tasks.classifier import Task, merged_predictor, pretrained_predictor
 from amt.tasks.merge import Routing, route
 
@@ -31,19 +31,19 @@ EPISODE = patterned_episode(1, n_way=5, shots=2, queries=4, noise=0.1)
 
 
 @pytest.fixture(scope="module")
-def backbone():
+def network():
     return random_backbone(ARCH, scale=0.3)
 
 
 @pytest.fixture(scope="module")
-def pool(backbone):
+def pool(network):
     levels = Perturbation(8, 2, steps=3), Perturbation(1, 0.25, steps=3)
-    return moved_apart(principal_pool(backbone.weights, 2, levels), 0.1)
+    return moved_apart(principal_pool(network.weights, 2, levels), 0.1)
 
 
 @pytest.fixture(scope="module")
-def task(backbone, pool):
-    return merged_predictor(backbone, pool, lambda *_: (0.5, 0.5))(EPISODE)
+def task(network, pool):
+    return merged_predictor(network, pool, lambda *_: (0.5, 0.5))(EPISODE)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -150,13 +150,13 @@ def test_random_starts_fill_the_l2_ball_evenly():
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "support"])
-def test_every_attack_stays_in_its_ball_and_tells_the_truth(backbone, task, kind, norm):
+def test_every_attack_stays_in_its_ball_and_tells_the_truth(network, task, kind, norm):
     """Its images are valid and near, what it calls fooled is misclassified, and the seed decides it all."""
     if kind == "pyramid" and norm == "l2":
         pytest.skip("the pyramid is bounded per pixel")
     epsilon = 4.0 if norm == "linf" else 40.0
     attack = Attack(kind, (epsilon,), norm, **QUICK[kind])
-    surrogate = pretrained_predictor(backbone)(EPISODE).logits
+    surrogate = pretrained_predictor(network)(EPISODE).logits
     state = torch.random.get_rng_state()
     if kind == "autoattack":  # thousands of queries: a network would take half a minute
         logits = Plane(5)
@@ -270,7 +270,7 @@ def test_the_dlr_loss_by_hand():
     torch.testing.assert_close(dlr(100 * logits, torch.tensor([0, 1])), torch.tensor([-0.5, 0.5]))
 
 
-def test_an_image_starts_at_one_point_whatever_else_is_attacked(backbone, task):
+def test_an_image_starts_at_one_point_whatever_else_is_attacked(network, task):
     """So two networks are attacked from the same points, although they got other images right."""
     attack = Attack("pgd", (8.0,), steps=1, step_size=0.0)
     own = torch.full_like(EPISODE.query_labels, -1)  # wrong as they are: the start itself comes back
@@ -320,15 +320,15 @@ def test_transfer_attacks_the_surrogate_and_is_judged_on_the_target():
 # --- the support set -------------------------------------------------------------------------------------
 
 
-def test_an_attack_on_the_support_reaches_routing_and_prototypes(backbone, pool):
+def test_an_attack_on_the_support_reaches_routing_and_prototypes(network, pool):
     """Every point is routed anew; the images stay in their ball, the queries as they are."""
     routed, classified = [], []
 
     def choose(support, labels, chance):
         routed.append(support)
-        return route(backbone, pool, support, labels, chance, Routing(augment_probability=0))
+        return route(network, pool, support, labels, chance, Routing(augment_probability=0))
 
-    predict = merged_predictor(backbone, pool, choose)
+    predict = merged_predictor(network, pool, choose)
 
     def fit(support):
         logits = predict(dataclasses.replace(EPISODE, support=support.detach())).refit(support)
@@ -351,8 +351,8 @@ def test_an_attack_on_the_support_reaches_routing_and_prototypes(backbone, pool)
     assert torch.equal(fit(found.images)(EPISODE.query).argmax(1) != EPISODE.query_labels, found.fooled)
 
 
-def test_poisoned_support_costs_accuracy_and_more_of_it_no_less(backbone, pool):
-    predict = merged_predictor(backbone, pool, lambda *_: (0.5, 0.5))
+def test_poisoned_support_costs_accuracy_and_more_of_it_no_less(network, pool):
+    predict = merged_predictor(network, pool, lambda *_: (0.5, 0.5))
     attack = Attack("support", (1, 4, 32), steps=10)
     row = measure(predict, EPISODE, [attack]).row
     values = [row[column] for column in columns([attack])]

@@ -21,9 +21,10 @@ from amt.data.labelled import ArrayImages
 from amt.data.loading import batches, transforms
 from amt.models.branch import Student, factor_shapes, natural_weights, new_factors
 from amt.models.classifiers import Network, ResNet, logits
+from amt.models.weights import stream
 from amt.training.autolora import Accuracy, FineTuner, Settings, accuracy, fine_tune, new_student, validate
 from amt.training.autolora_journal import Journal, continued
-from amt.training.meta_tune import NonFiniteLoss, stream
+from amt.training.meta_tune import NonFiniteLoss
 from amt.training.objectives import Adversary, attack, autolora, twins, vanilla
 from amt.training.schedule import LossWeights, loss_weights
 

@@ -16,23 +16,20 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from amt.attacks.perturb import Perturbation
-from amt.files import checkpoint
-from amt.models import network as backbones
-from amt.models.lora import principal_pool
-from amt.models.network import (
+from amt.files import checkpoint, pretrained
+from amt.files.pretrained import load_network, read_weights
+from amt.models.architectures import (
     ARCHS,
     Arch,
-    Backbone,
+    Origin,
     base_arch,
     build_network,
     build_timm_network,
-    features,
-    find_device,
     freeze,
-    load_backbone,
     matching_archs,
-    read_weights,
 )
+from amt.models.lora import principal_pool
+from amt.models.network import Network, features, find_device
 from amt.training.meta_tune import Tuner, TuneSettings
 from meta_dataset_readers.errors import InputError
 
@@ -92,7 +89,7 @@ def write_official(path: Path, form: str, weights: dict[str, Tensor]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Backbone:
+def tiny() -> Network:
     return random_backbone(ARCH)
 
 
@@ -102,7 +99,7 @@ def tiny() -> Backbone:
 @pytest.mark.parametrize("form", FORMS)
 def test_every_official_format_gives_the_weights_bit_for_bit(tiny, form, tmp_path):
     """Whatever the file's name; of teacher and student the teacher is taken; heads are left out."""
-    found = read_weights(write_official(tmp_path / "some.bin", form, tiny.weights), tiny.network)
+    found = read_weights(write_official(tmp_path / "some.bin", form, tiny.weights), tiny.module)
     assert found.keys() == tiny.weights.keys()
     assert all(torch.equal(found[name], weight) for name, weight in tiny.weights.items())
     assert all(weight.dtype == torch.float32 for weight in found.values())
@@ -111,7 +108,7 @@ def test_every_official_format_gives_the_weights_bit_for_bit(tiny, form, tmp_pat
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_weights_are_widened(tiny, dtype, tmp_path):
     half = {name: weight.to(dtype) for name, weight in tiny.weights.items()}
-    found = read_weights(write_official(tmp_path / "half.pth", "plain", half), tiny.network)
+    found = read_weights(write_official(tmp_path / "half.pth", "plain", half), tiny.module)
     assert all(torch.equal(found[name], weight.float()) for name, weight in half.items())
 
 
@@ -139,10 +136,10 @@ def test_every_tensor_is_accounted_for(tiny, form, changes, words, tmp_path):
     weights = {name: tensor for name, tensor in (tiny.weights | named).items() if tensor is not None}
     path = write_official(tmp_path / "weights.pth", form, weights)
     if not words:
-        read_weights(path, tiny.network)
+        read_weights(path, tiny.module)
         return
     with pytest.raises(InputError) as refused:
-        read_weights(path, tiny.network)
+        read_weights(path, tiny.module)
     assert "\n" not in str(refused.value)
     assert all(word in str(refused.value) for word in [str(path), *words])
 
@@ -150,24 +147,24 @@ def test_every_tensor_is_accounted_for(tiny, form, changes, words, tmp_path):
 def test_many_misfits_are_counted(tiny, tmp_path):
     path = write_official(tmp_path / "weights.pth", "plain", {"cls_token": torch.ones(1, 1, 24)})
     with pytest.raises(InputError, match=r"lacks tensor pos_embed, .* and \d+ more$"):
-        read_weights(path, tiny.network)
+        read_weights(path, tiny.module)
 
 
 def test_files_that_hold_no_backbone(tiny, tmp_path):
     path = tmp_path / "file.pth"
     torch.save({"epoch": 3, "lr": 0.1}, path)
     with pytest.raises(InputError, match=r"'epoch', 'lr', expected tensors by name, or .* teacher, student"):
-        read_weights(path, tiny.network)
+        read_weights(path, tiny.module)
     torch.save({"model": {"backbone.blocks.0.mlp.fc1.lora_A": torch.ones(2, 2)}}, path)
     with pytest.raises(InputError, match=r"holds LoRAs.*--resume"):
-        read_weights(path, tiny.network)
+        read_weights(path, tiny.module)
     pool = principal_pool(tiny.weights, 2, (Perturbation(8, 2),))
     checkpoint.save(tmp_path / "pool.safetensors", checkpoint.Checkpoint(pool, {}))
     with pytest.raises(InputError, match=r"holds LoRAs.*--resume"):
-        read_weights(tmp_path / "pool.safetensors", tiny.network)
+        read_weights(tmp_path / "pool.safetensors", tiny.module)
     torch.save({"module.norm.bias": torch.ones(1), "norm.bias": torch.ones(1)}, path)
     with pytest.raises(InputError, match=r"both with and without the prefix 'module.'"):
-        read_weights(path, tiny.network)
+        read_weights(path, tiny.module)
 
 
 def test_official_dinov2_and_dinov3_files_are_converted_as_timm_does(tmp_path):
@@ -232,18 +229,18 @@ def folder(tmp_path, monkeypatch) -> Path:
     def unreachable(*_, **__):
         raise ConnectionError("no route to host\nand more lines")
 
-    monkeypatch.setattr(backbones, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(pretrained, "CHECKPOINTS", tmp_path)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr(huggingface_hub, "model_info", unreachable)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
-    monkeypatch.setitem(ARCHS, "tiny", dataclasses.replace(ARCH, origin=backbones.Origin("timm/tiny", "URL")))
+    monkeypatch.setitem(ARCHS, "tiny", dataclasses.replace(ARCH, origin=Origin("timm/tiny", "URL")))
     return tmp_path
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pth"])
 def test_a_file_in_the_projects_folder_is_taken(tiny, folder, ending):
     write_official(folder / f"tiny{ending}", "deit", tiny.weights)
-    found = load_backbone("tiny_amt_merge", image_size=24)
+    found = load_network("tiny_amt_merge", image_size=24)
     assert found.arch == "tiny" and found.image_size == 24
     assert all(torch.equal(found.weights[name], weight) for name, weight in tiny.weights.items())
 
@@ -262,7 +259,7 @@ def test_the_hub_is_asked_when_there_is_no_file(tiny, folder, monkeypatch, cache
     else:
         monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: None)
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-    found = load_backbone("tiny")
+    found = load_network("tiny")
     assert all(torch.equal(found.weights[name], weight) for name, weight in tiny.weights.items())
 
 
@@ -276,7 +273,7 @@ def test_the_hub_is_asked_when_there_is_no_file(tiny, folder, monkeypatch, cache
 )
 def test_without_a_network_one_line_says_what_to_put_where(folder, name, words):
     with pytest.raises(InputError) as refused:
-        load_backbone(name)
+        load_network(name)
     assert "\n" not in str(refused.value) and "more lines" not in str(refused.value)
     assert all(word in str(refused.value) for word in [name.removesuffix("_amt"), *words])
 
@@ -326,15 +323,15 @@ def randomised(network: nn.Module) -> nn.Module:
 def from_timm(tmp_path_factory):
     """`from_timm(name)`: a network that timm alone has built, and our backbone with its weights."""
 
-    def make(name: str) -> tuple[nn.Module, Backbone]:
+    def make(name: str) -> tuple[nn.Module, Network]:
         if name not in made:
             alone = randomised(timm.create_model(name, pretrained=False, num_classes=0))
             path = tmp_path_factory.mktemp("timm") / "model.safetensors"
             save_file(alone.state_dict(), path)
-            made[name] = alone, load_backbone(f"timm:{name}_amt", path)
+            made[name] = alone, load_network(f"timm:{name}_amt", path)
         return made[name]
 
-    made: dict[str, tuple[nn.Module, Backbone]] = {}
+    made: dict[str, tuple[nn.Module, Network]] = {}
     return make
 
 
@@ -374,7 +371,7 @@ def test_pools_over_timms_networks(from_timm, name):
     groups = {name.split(".")[-2]: factor.shape[1] for name, factor in pool.A.items()}
     assert groups["qkv"] == 3 and {groups[layer] for layer in groups if layer != "qkv"} == {1}
     assert {int(name.split(".")[1]) for name in pool.A if name.startswith("blocks.")} == set(
-        range(len(ours.network.blocks))
+        range(len(ours.module.blocks))
     )
     images = torch.rand(2, 3, 2 * ours.patch_size, 2 * ours.patch_size)
     expected = features(ours, ours.weights, images)
@@ -419,7 +416,7 @@ def test_pools_over_timms_networks(from_timm, name):
 )
 def test_other_networks_and_unknown_names_are_refused(name, words):
     with pytest.raises(InputError) as refused:
-        load_backbone(name)
+        load_network(name)
     assert all(word in str(refused.value) for word in [name.removesuffix("_amt"), *words])
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 300
 
@@ -442,4 +439,4 @@ def test_the_automatic_device_is_cuda_where_there_is_one(monkeypatch):
 
 def test_image_sizes_below_a_patch_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"--image_size is 3, expected at least a patch of 4 px"):
-        load_backbone("vit_mini", image_size=3)
+        load_network("vit_mini", image_size=3)

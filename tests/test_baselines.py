@@ -28,9 +28,10 @@ from amt.cli import options
 from amt.cli import pool as pooling
 from amt.files import checkpoint, export
 from amt.files.checkpoint import Checkpoint
+from amt.models.architectures import Arch
 from amt.models.full_pool import FullPool, pretrained_pool
 from amt.models.lora import Trim, principal_pool, trim_singular_values
-from amt.models.network import Arch, Backbone
+from amt.models.network import Network
 from amt.models.pool import Pool
 from amt.tasks.classifier import prototype_task
 from amt.tasks.finetune import Finetuning, finetune, finetuned_predictor
@@ -47,14 +48,14 @@ DUAL = Perturbation(8, 2, steps=2, gamma=0.01, grids=(2, 0), scalars=(2.0, 1.0))
 
 
 @pytest.fixture(scope="module")
-def backbone() -> Backbone:
+def network() -> Network:
     return random_backbone(ARCH)
 
 
 @pytest.fixture(scope="module")
-def pool(backbone) -> FullPool:
+def pool(network) -> FullPool:
     """Three networks that differ in every weight, and in their heads."""
-    moved = moved_apart(pretrained_pool(backbone.weights, (DUAL, ORDINARY, ORDINARY)))
+    moved = moved_apart(pretrained_pool(network.weights, (DUAL, ORDINARY, ORDINARY)))
     return dataclasses.replace(moved, scale=torch.tensor([9.0, 10, 11]), bias=torch.tensor([0.0, 0.1, 0.2]))
 
 
@@ -63,9 +64,9 @@ def episode() -> Episode:
     return patterned_episode(0, side=16)
 
 
-def tuner_of(backbone: Backbone, start: Pool, method: str, lr: float = 0.01, **settings) -> Tuner:
+def tuner_of(network: Network, start: Pool, method: str, lr: float = 0.01, **settings) -> Tuner:
     usual = {"epochs": 1, "episodes_per_epoch": 100, "warmup_epochs": 0, "momentum": 0.9}
-    return Tuner(backbone, start, TuneSettings(lr=lr, method=method, **(usual | settings)))
+    return Tuner(network, start, TuneSettings(lr=lr, method=method, **(usual | settings)))
 
 
 def identical(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
@@ -84,9 +85,9 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 1
 class Plain(nn.Module):
     """The network and its head as a module of its own: what is computed in another way."""
 
-    def __init__(self, backbone: Backbone, weights: dict[str, Tensor] | None = None):
+    def __init__(self, network: Network, weights: dict[str, Tensor] | None = None):
         super().__init__()
-        self.network = copy.deepcopy(backbone.network).requires_grad_()
+        self.network = copy.deepcopy(network.module).requires_grad_()
         if weights is not None:
             self.network.load_state_dict(weights)
         self.scale = nn.Parameter(torch.tensor(10.0))
@@ -117,10 +118,10 @@ def test_a_one_hot_merge_is_that_member_bit_for_bit(pool):
 
 
 @given(st.lists(st.floats(-2, 2, width=16), min_size=1, max_size=3))
-def test_an_untrained_pool_is_the_pretrained_network_whatever_the_coefficients(backbone, free):
-    start = pretrained_pool(backbone.weights, [ORDINARY] * (len(free) + 1))
+def test_an_untrained_pool_is_the_pretrained_network_whatever_the_coefficients(network, free):
+    start = pretrained_pool(network.weights, [ORDINARY] * (len(free) + 1))
     coefficients = [*free, 1 - sum(free)]
-    assert identical(start.merge(coefficients), backbone.weights)
+    assert identical(start.merge(coefficients), network.weights)
     assert (start.scale == 10).all() and (start.bias == 0).all()
 
 
@@ -151,17 +152,17 @@ def test_concat_and_indexing_are_inverse(pool):
             pool[outside]
 
 
-def test_only_what_belongs_together_is_joined(backbone, pool):
+def test_only_what_belongs_together_is_joined(network, pool):
     other = random_backbone(dataclasses.replace(ARCH, depth=1))
     with pytest.raises(ValueError, match=r"blocks\.1\..*architecture"):
         Pool.concat([pool, pretrained_pool(other.weights, [ORDINARY])])
     with pytest.raises(ValueError, match="--tune full, another with lora"):
-        Pool.concat([pool, principal_pool(backbone.weights, 2, [ORDINARY])])
+        Pool.concat([pool, principal_pool(network.weights, 2, [ORDINARY])])
 
 
-def test_both_kinds_say_what_they_merge_to(backbone, pool):
-    loras = principal_pool(backbone.weights, 2, [ORDINARY])
-    shapes = {name: tuple(weight.shape) for name, weight in backbone.weights.items()}
+def test_both_kinds_say_what_they_merge_to(network, pool):
+    loras = principal_pool(network.weights, 2, [ORDINARY])
+    shapes = {name: tuple(weight.shape) for name, weight in network.weights.items()}
     assert loras.shapes == pool.shapes == shapes
     assert pool.adapted == shapes.keys() and loras.adapted == {n for n in shapes if n.endswith("weight")} & {
         name.removesuffix(".lora_A") for name in loras.factors
@@ -179,11 +180,11 @@ def test_a_merged_full_pool_can_be_trimmed(pool):
 # --- training --------------------------------------------------------------------------------------------
 
 
-def test_plain_full_tuning_is_torchs_own_training(backbone):
+def test_plain_full_tuning_is_torchs_own_training(network):
     """P>M>F's meta-training, three steps with momentum, against a module and torch's optimiser."""
-    plain = Plain(backbone)
+    plain = Plain(network)
     optimiser = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9)
-    tuner = tuner_of(backbone, pretrained_pool(backbone.weights, [ORDINARY]), "standard")
+    tuner = tuner_of(network, pretrained_pool(network.weights, [ORDINARY]), "standard")
     for seed in range(3):
         episode = patterned_episode(seed, side=16)
         loss = F.cross_entropy(
@@ -200,11 +201,11 @@ def test_plain_full_tuning_is_torchs_own_training(backbone):
 
 
 @pytest.mark.parametrize("method", ["standard", "querying", "adsv"])
-def test_full_tuning_trains_every_weight_of_every_member(backbone, episode, method):
+def test_full_tuning_trains_every_weight_of_every_member(network, episode, method):
     """Position table, class token, norms and biases, and the scale; under weight perturbation as well."""
     levels = (DUAL, dataclasses.replace(DUAL, epsilon=1.0)) if method == "adsv" else (ORDINARY,)
-    tuner = tuner_of(backbone, pretrained_pool(backbone.weights, levels), method)
-    before = {name: weight.clone() for name, weight in backbone.weights.items()}
+    tuner = tuner_of(network, pretrained_pool(network.weights, levels), method)
+    before = {name: weight.clone() for name, weight in network.weights.items()}
     for _ in range(2):  # the first step of a norm's weight of 1 or a bias of 0 may come to nothing
         records = tuner.step(episode)
     assert len(records) == len(levels) and all(record.total > 0 for record in records)
@@ -212,7 +213,7 @@ def test_full_tuning_trains_every_weight_of_every_member(backbone, episode, meth
         trained = tuner.pool[p].merge(ALONE)
         assert [name for name in trained if torch.equal(trained[name], before[name])] == []
         assert tuner.pool.scale[p] != 10 and tuner.pool.bias[p] == 0
-    assert identical(backbone.weights, before)
+    assert identical(network.weights, before)
 
 
 def attacked_by_hand(plain: Plain, episode: Episode, level: Perturbation, start: Tensor) -> Tensor:
@@ -228,20 +229,20 @@ def attacked_by_hand(plain: Plain, episode: Episode, level: Perturbation, start:
     return (episode.query + delta).clamp(0, 1).detach()
 
 
-def test_adversarial_querying_is_torchs_own_training_on_attacked_queries(backbone):
+def test_adversarial_querying_is_torchs_own_training_on_attacked_queries(network):
     episode = patterned_episode(5, side=16)
     inner = 0.1 + 0.8 * episode.query  # away from the limits, where clipping counts half a gradient
     episode = dataclasses.replace(episode, query=inner)
     (start,) = pyramid_start(inner, ORDINARY, torch.Generator().manual_seed(1))
-    plain = Plain(backbone)
+    plain = Plain(network)
     images = attacked_by_hand(plain, episode, ORDINARY, start)
     assert 0 < (images - inner).abs().max() <= 8 / 255 + 1e-6
     logits = plain(episode.support, episode.support_labels, images)
     loss = F.cross_entropy(logits, episode.query_labels)
     loss.backward()
 
-    leaf = tuner_of(backbone, pretrained_pool(backbone.weights, [ORDINARY]), "querying")._members[0]
-    outcome = querying_outcome(backbone, leaf, episode, ORDINARY, [start])
+    leaf = tuner_of(network, pretrained_pool(network.weights, [ORDINARY]), "querying")._members[0]
+    outcome = querying_outcome(network, leaf, episode, ORDINARY, [start])
     outcome.loss.total.backward()
     assert torch.allclose(outcome.attacked, logits, atol=1e-4)
     clean = plain(episode.support, episode.support_labels, inner)
@@ -253,18 +254,18 @@ def test_adversarial_querying_is_torchs_own_training_on_attacked_queries(backbon
 
 
 @pytest.mark.parametrize("tune", ["lora", "full"])
-def test_querying_shows_the_support_set_clean_and_perturbs_no_weight(backbone, episode, tune):
+def test_querying_shows_the_support_set_clean_and_perturbs_no_weight(network, episode, tune):
     """One pass of the support, K + 2 of the queries, and nothing that gamma or beta could change."""
-    start = untrained(backbone, tune, ORDINARY)
+    start = untrained(network, tune, ORDINARY)
     seen = []
 
     def look(_, images):
         seen.append(images[0])
 
-    handle = backbone.network.register_forward_pre_hook(look)
+    handle = network.module.register_forward_pre_hook(look)
     try:
         tuners = [
-            tuner_of(backbone, dataclasses.replace(start, levels=(level,)), "querying")
+            tuner_of(network, dataclasses.replace(start, levels=(level,)), "querying")
             for level in (ORDINARY, dataclasses.replace(ORDINARY, gamma=0.5, beta=3.0))
         ]
         for tuner in tuners:
@@ -273,39 +274,39 @@ def test_querying_shows_the_support_set_clean_and_perturbs_no_weight(backbone, e
         handle.remove()
     assert identical(tuners[0].pool.factors, tuners[1].pool.factors)
     one = seen[: len(seen) // 2]
-    normalised = backbone.normalise(episode.support)
+    normalised = network.normalise(episode.support)
     assert torch.equal(one[0], normalised)
     assert len(one) == 1 + ORDINARY.steps + 2
     assert all(len(images) == len(episode.query) for images in one[1:])
 
 
-def untrained(backbone: Backbone, tune: str, *levels: Perturbation) -> Pool:
+def untrained(network: Network, tune: str, *levels: Perturbation) -> Pool:
     if tune == "full":
-        return pretrained_pool(backbone.weights, levels)
-    return principal_pool(backbone.weights, 3, levels)
+        return pretrained_pool(network.weights, levels)
+    return principal_pool(network.weights, 3, levels)
 
 
 @pytest.mark.parametrize("tune", ["lora", "full"])
-def test_querying_without_room_is_plain_meta_tuning(backbone, episode, tune):
+def test_querying_without_room_is_plain_meta_tuning(network, episode, tune):
     nothing = dataclasses.replace(ORDINARY, epsilon=0.0, step_size=0.0)
-    start = untrained(backbone, tune, nothing)
+    start = untrained(network, tune, nothing)
     (zero,) = pyramid_start(episode.query, nothing, torch.Generator())
     with torch.no_grad():
-        plain = natural_outcome(backbone, start, episode)
-    outcome = querying_outcome(backbone, start, episode, nothing, [zero])
+        plain = natural_outcome(network, start, episode)
+    outcome = querying_outcome(network, start, episode, nothing, [zero])
     assert torch.allclose(outcome.loss.total, plain.loss.total, atol=1e-5)
     assert torch.allclose(outcome.attacked, outcome.clean, atol=1e-5)
 
 
 @pytest.mark.parametrize("tune", ["lora", "full"])
-def test_the_loss_under_attack_falls_when_querying_trains(backbone, tune):
+def test_the_loss_under_attack_falls_when_querying_trains(network, tune):
     """On the episode it is trained on, against the same start."""
     episode = patterned_episode(3, side=16)
-    tuner = tuner_of(backbone, untrained(backbone, tune, ORDINARY), "querying", lr=0.02)
+    tuner = tuner_of(network, untrained(network, tune, ORDINARY), "querying", lr=0.02)
 
     def loss() -> float:
         start = pyramid_start(episode.query, ORDINARY, torch.Generator().manual_seed(0))
-        return querying_outcome(backbone, tuner.pool, episode, ORDINARY, start).loss.total.item()
+        return querying_outcome(network, tuner.pool, episode, ORDINARY, start).loss.total.item()
 
     before = loss()
     for _ in range(15):
@@ -314,17 +315,17 @@ def test_the_loss_under_attack_falls_when_querying_trains(backbone, tune):
 
 
 @pytest.mark.parametrize("method", ["standard", "querying", "adsv"])
-def test_a_restored_full_run_goes_on_exactly(backbone, tmp_path, method):
+def test_a_restored_full_run_goes_on_exactly(network, tmp_path, method):
     """Through the file: weights, momentum and the number of episodes."""
     levels = (DUAL, ORDINARY)
-    straight = tuner_of(backbone, pretrained_pool(backbone.weights, levels), method)
+    straight = tuner_of(network, pretrained_pool(network.weights, levels), method)
     for seed in range(4):
         straight.step(patterned_episode(seed, side=16))
         if seed == 1:
             momentum, numbers = straight.state()
             checkpoint.save(tmp_path / "a.safetensors", Checkpoint(straight.pool, {"n": numbers}, momentum))
     saved = checkpoint.load(tmp_path / "a.safetensors")
-    again = tuner_of(backbone, saved.pool, method)
+    again = tuner_of(network, saved.pool, method)
     again.restore(saved.momentum, saved.about["n"])
     for seed in (2, 3):
         again.step(patterned_episode(seed, side=16))
@@ -337,21 +338,21 @@ def test_a_restored_full_run_goes_on_exactly(backbone, tmp_path, method):
 SETTINGS = Finetuning(steps=4, lr=1e-3)
 
 
-def logits_of(backbone: Backbone, episode: Episode, settings: Finetuning = SETTINGS, seed: int = 0) -> Tensor:
-    predict = finetuned_predictor(backbone, backbone.weights, 10.0, 0.0, settings, seed)
+def logits_of(network: Network, episode: Episode, settings: Finetuning = SETTINGS, seed: int = 0) -> Tensor:
+    predict = finetuned_predictor(network, network.weights, 10.0, 0.0, settings, seed)
     return predict(episode).logits(patterned_episode(9, side=16).query)
 
 
 @pytest.mark.parametrize("settings", [Finetuning(lr=0.0), Finetuning(steps=0)])
-def test_no_rate_or_no_step_is_no_fine_tuning(backbone, episode, settings):
-    task = prototype_task(backbone, backbone.weights, episode, 10.0, 0.0)
+def test_no_rate_or_no_step_is_no_fine_tuning(network, episode, settings):
+    task = prototype_task(network, network.weights, episode, 10.0, 0.0)
     expected = task.logits(patterned_episode(9, side=16).query)
-    assert torch.equal(logits_of(backbone, episode, settings), expected)
+    assert torch.equal(logits_of(network, episode, settings), expected)
 
 
-def test_fine_tuning_is_adam_on_all_weights(backbone, episode):
+def test_fine_tuning_is_adam_on_all_weights(network, episode):
     """Without augmentation, three steps, against a module and torch's optimiser; the scale stays."""
-    plain = Plain(backbone)
+    plain = Plain(network)
     optimiser = torch.optim.Adam(plain.network.parameters(), lr=1e-3)
     support, labels = episode.support, episode.support_labels
     for _ in range(3):
@@ -361,18 +362,18 @@ def test_fine_tuning_is_adam_on_all_weights(backbone, episode):
     settings = Finetuning(steps=3, lr=1e-3, augment_probability=0.0)
     query = patterned_episode(9, side=16).query
     expected = plain(support, labels, query)
-    assert torch.allclose(logits_of(backbone, episode, settings), expected, atol=2e-3)
-    untouched = prototype_task(backbone, backbone.weights, episode, 10.0).logits(query)
+    assert torch.allclose(logits_of(network, episode, settings), expected, atol=2e-3)
+    untouched = prototype_task(network, network.weights, episode, 10.0).logits(query)
     assert (untouched - expected).abs().max() > 0.1  # so that the tolerance means something
 
 
-def test_fine_tuning_learns(backbone):
+def test_fine_tuning_learns(network):
     """The support set by heart without augmentation, and with it what is new; though no gradient is asked."""
     episode = patterned_episode(1, n_way=4, shots=4, queries=8, side=16)
 
     @torch.no_grad()
     def losses(settings: Finetuning) -> tuple[float, float]:
-        task = finetuned_predictor(backbone, backbone.weights, 10.0, 0.0, settings, 0)(episode)
+        task = finetuned_predictor(network, network.weights, 10.0, 0.0, settings, 0)(episode)
         support = F.cross_entropy(task.logits(episode.support), episode.support_labels)
         return support.item(), F.cross_entropy(task.logits(episode.query), episode.query_labels).item()
 
@@ -381,41 +382,41 @@ def test_fine_tuning_learns(backbone):
     assert losses(Finetuning(steps=10, lr=1e-3))[1] < 0.9 * query
 
 
-def test_fine_tuning_sees_no_query_and_no_query_label(backbone, episode):
+def test_fine_tuning_sees_no_query_and_no_query_label(network, episode):
     garbage = dataclasses.replace(
         episode, query=torch.full_like(episode.query, float("nan")), query_labels=-episode.query_labels - 7
     )
-    assert torch.equal(logits_of(backbone, garbage), logits_of(backbone, episode))
+    assert torch.equal(logits_of(network, garbage), logits_of(network, episode))
 
 
-def test_fine_tuning_depends_on_the_seed_and_the_episode_alone(backbone, episode):
-    first = logits_of(backbone, episode)
+def test_fine_tuning_depends_on_the_seed_and_the_episode_alone(network, episode):
+    first = logits_of(network, episode)
     torch.rand(7)
-    assert torch.equal(logits_of(backbone, episode), first)
-    assert not torch.equal(logits_of(backbone, episode, seed=1), first)
-    assert not torch.equal(logits_of(backbone, dataclasses.replace(episode, index=1)), first)
+    assert torch.equal(logits_of(network, episode), first)
+    assert not torch.equal(logits_of(network, episode, seed=1), first)
+    assert not torch.equal(logits_of(network, dataclasses.replace(episode, index=1)), first)
 
 
-def test_every_task_starts_from_the_same_weights_which_stay_as_they_are(backbone, episode):
-    weights = {name: weight.clone() for name, weight in backbone.weights.items()}
-    before, network = {n: w.clone() for n, w in weights.items()}, copy.deepcopy(backbone.network.state_dict())
-    predict = finetuned_predictor(backbone, weights, 10.0, 0.0, SETTINGS, 0)
+def test_every_task_starts_from_the_same_weights_which_stay_as_they_are(network, episode):
+    weights = {name: weight.clone() for name, weight in network.weights.items()}
+    before, state = {n: w.clone() for n, w in weights.items()}, copy.deepcopy(network.module.state_dict())
+    predict = finetuned_predictor(network, weights, 10.0, 0.0, SETTINGS, 0)
     images = episode.query
     first = predict(episode).logits(images)
     predict(patterned_episode(4, side=16))
     assert torch.equal(predict(episode).logits(images), first)
-    assert identical(weights, before) and identical(backbone.network.state_dict(), network)
-    assert not any(weight.requires_grad for weight in [*weights.values(), *backbone.network.parameters()])
+    assert identical(weights, before) and identical(network.module.state_dict(), state)
+    assert not any(weight.requires_grad for weight in [*weights.values(), *network.module.parameters()])
 
 
-def test_the_attack_goes_through_the_tuned_network(backbone, episode):
+def test_the_attack_goes_through_the_tuned_network(network, episode):
     """White box: images get a gradient through the tuned weights, which get none; `refit` uses them, too."""
     generator = torch.Generator().manual_seed(0)
     support, labels = episode.support, episode.support_labels
-    tuned = finetune(backbone, backbone.weights, 10.0, 0.0, support, labels, SETTINGS, generator)
+    tuned = finetune(network, network.weights, 10.0, 0.0, support, labels, SETTINGS, generator)
     assert not any(weight.requires_grad for weight in tuned.values())
-    assert [name for name in tuned if torch.equal(tuned[name], backbone.weights[name])] == []
-    predict = finetuned_predictor(backbone, backbone.weights, 10.0, 0.0, Finetuning(steps=2, lr=1e-3), 0)
+    assert [name for name in tuned if torch.equal(tuned[name], network.weights[name])] == []
+    predict = finetuned_predictor(network, network.weights, 10.0, 0.0, Finetuning(steps=2, lr=1e-3), 0)
     task = predict(episode)
     images = episode.query.clone().requires_grad_()
     task.logits(images).sum().backward()
@@ -427,18 +428,18 @@ def test_the_attack_goes_through_the_tuned_network(backbone, episode):
     assert again.grad.abs().sum() > 0
 
 
-def test_fine_tuning_is_in_float32_whatever_the_backbone_says(backbone, episode):
-    half = dataclasses.replace(backbone, autocast=torch.bfloat16)
+def test_fine_tuning_is_in_float32_whatever_the_backbone_says(network, episode):
+    half = dataclasses.replace(network, autocast=torch.bfloat16)
     arguments = (10.0, 0.0, episode.support, episode.support_labels, SETTINGS)
     one, other = (
-        finetune(each, backbone.weights, *arguments, torch.Generator().manual_seed(0))
-        for each in (backbone, half)
+        finetune(each, network.weights, *arguments, torch.Generator().manual_seed(0))
+        for each in (network, half)
     )
     assert identical(one, other)
 
 
-def test_a_rate_that_destroys_the_network_is_refused(backbone, episode):
-    fails("--ada_lr is 1e[+]30.*smaller", lambda: logits_of(backbone, episode, Finetuning(steps=3, lr=1e30)))
+def test_a_rate_that_destroys_the_network_is_refused(network, episode):
+    fails("--ada_lr is 1e[+]30.*smaller", lambda: logits_of(network, episode, Finetuning(steps=3, lr=1e30)))
 
 
 def test_the_kinds_of_augmentation(episode):
@@ -480,17 +481,17 @@ def rewritten(file: Path, change) -> Path:
     return file
 
 
-def test_a_full_pool_comes_back_from_its_file(pool, file, backbone):
+def test_a_full_pool_comes_back_from_its_file(pool, file, network):
     saved = checkpoint.load(file)
     assert isinstance(saved.pool, FullPool) and identical(saved.pool.weights, pool.weights)
     assert torch.equal(saved.pool.scale, pool.scale) and torch.equal(saved.pool.bias, pool.bias)
     assert saved.pool.levels == pool.levels and saved.about == {"arch": "tiny"}
     assert json.loads(file.with_suffix(".json").read_text())["tune"] == "full"
-    checkpoint.check_architecture(file, saved.pool, backbone.weights, "tiny")
+    checkpoint.check_architecture(file, saved.pool, network.weights, "tiny")
 
 
-def test_a_file_of_loras_from_before_there_was_a_choice_is_read(backbone, tmp_path):
-    path, loras = tmp_path / "old.safetensors", moved_apart(principal_pool(backbone.weights, 2, [DUAL]))
+def test_a_file_of_loras_from_before_there_was_a_choice_is_read(network, tmp_path):
+    path, loras = tmp_path / "old.safetensors", moved_apart(principal_pool(network.weights, 2, [DUAL]))
     checkpoint.save(path, Checkpoint(loras, {}))
     found = checkpoint.load(rewritten(path, lambda _, header: header.pop("tune"))).pool
     assert identical(found.factors, loras.factors) and identical(found.residual, loras.residual)
@@ -527,7 +528,7 @@ def test_a_full_pool_of_another_network_is_refused(file, pool):
     )
 
 
-def test_a_full_pool_is_described_assembled_and_exported(backbone, pool, file, tmp_path, capsys, monkeypatch):
+def test_a_full_pool_is_described_assembled_and_exported(network, pool, file, tmp_path, capsys, monkeypatch):
     """By the commands that take a pool; what only LoRAs have a place in is refused in one line."""
     assert describing.main([str(file)]) == 0
     said = capsys.readouterr().out
@@ -539,13 +540,13 @@ def test_a_full_pool_is_described_assembled_and_exported(backbone, pool, file, t
     joined = checkpoint.load(out).pool
     assert identical(joined[0].weights, pool[1].weights) and identical(joined[3].weights, pool[2].weights)
     loras = tmp_path / "loras.safetensors"
-    checkpoint.save(loras, Checkpoint(principal_pool(backbone.weights, 2, [DUAL]), {"arch": "tiny"}))
+    checkpoint.save(loras, Checkpoint(principal_pool(network.weights, 2, [DUAL]), {"arch": "tiny"}))
     fails(
         "full.safetensors and .*loras.safetensors: .*--tune full, another with lora",
         lambda: pooling.main([str(file), str(loras), "--out", str(out)]),
     )
 
-    monkeypatch.setattr(exporting, "backbone_of", lambda *_: backbone)
+    monkeypatch.setattr(exporting, "backbone_of", lambda *_: network)
     shares = ["--coefficients", "0.5", "0.25", "0.25"]
     net = tmp_path / "net.safetensors"
     assert exporting.main([str(file), "--to", "timm", *shares, "--out", str(net)]) == 0
@@ -556,7 +557,7 @@ def test_a_full_pool_is_described_assembled_and_exported(backbone, pool, file, t
         assert not (tmp_path / to).exists()
     for refused in (
         lambda: export.published_state(pool),
-        lambda: export.peft_adapter(backbone, pool, [1, 0, 0]),
+        lambda: export.peft_adapter(network, pool, [1, 0, 0]),
     ):
         fails("the pool holds complete networks", refused)
 

@@ -17,8 +17,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from amt.models import classifiers as networks
 from amt.models.classifiers import Network, ResNet
+from amt.models.weights import stream
 from amt.training.autolora import validate
-from amt.training.meta_tune import stream
 from amt.training.objectives import Adversary, attack
 from meta_dataset_readers.errors import InputError
 

@@ -13,11 +13,12 @@ import torch
 
 from amt.attacks.evaluation import Attack
 from amt.evaluation.evaluate import measure, query_generators
+from amt.models.architectures import Arch, build_network
 from amt.models.lora import Trim
-from amt.models.network import Arch, Backbone, build_network
+from amt.models.network import Network
+from amt.models.weights import stream
 from amt.tasks.classifier import merged_predictor
 from amt.tasks.merge import Routing
-from amt.training.meta_tune import stream
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -42,8 +43,8 @@ def tiny(monkeypatch):
 def test_baseline_trims_as_we_do():
     """Coefficients given, in double precision: same logits, and accuracy under an attack that fools some."""
     torch.manual_seed(1)
-    backbone = Backbone("small", build_network(ARCH).double(), ARCH.image_size)
-    pool = side_by_side.random_pool(backbone, 4, 3, stream(1))
+    network = Network("small", build_network(ARCH).double(), ARCH.image_size)
+    pool = side_by_side.random_pool(network, 4, 3, stream(1))
     episode = side_by_side.random_episode(ARCH.image_size, 2, 3, stream(2))
     episode = dataclasses.replace(episode, support=episode.support.double(), query=episode.query.double())
     shares, trims, attack = (
@@ -51,13 +52,13 @@ def test_baseline_trims_as_we_do():
         (Trim("qkv", -1, 0.5), Trim("fc1", 1, 0.2)),
         Attack("pgd", (8,), steps=4),
     )
-    measured = measure(merged_predictor(backbone, pool, lambda *_: shares, trims), episode, [attack])
-    model = baseline.Network(backbone)
+    measured = measure(merged_predictor(network, pool, lambda *_: shares, trims), episode, [attack])
+    model = baseline.Baseline(network)
     found = baseline.evaluate_episode(
         model, pool, episode, Routing(), stream(0, 0, 1), attack, query_generators(episode, 0), trims, shares
     )
     torch.testing.assert_close(found.logits, measured.task.logits(episode.query), rtol=1e-5, atol=1e-6)
-    plain = merged_predictor(backbone, pool, lambda *_: shares)(episode).logits(episode.query)
+    plain = merged_predictor(network, pool, lambda *_: shares)(episode).logits(episode.query)
     assert (plain - found.logits).abs().max() > 1e-3  # trimming does something
     assert found.accuracy == pytest.approx(measured.row["pgd4@8"]) and 0 < found.accuracy < 1
 

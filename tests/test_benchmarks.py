@@ -14,10 +14,12 @@ import torch
 from amt.attacks.evaluation import Attack
 from amt.attacks.perturb import Perturbation, pyramid_start
 from amt.evaluation.evaluate import evaluate, query_generators
-from amt.models.network import Arch, Backbone, build_network, features
+from amt.models.architectures import Arch, build_network
+from amt.models.network import Network, features
+from amt.models.weights import stream
 from amt.tasks.classifier import merged_predictor
 from amt.tasks.merge import Routing, route
-from amt.training.meta_tune import Tuner, TuneSettings, query_outcome, stream
+from amt.training.meta_tune import Tuner, TuneSettings, query_outcome
 from meta_dataset_readers.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,11 +44,11 @@ def one_thread():
 def small_problem(adapters: int, n_shot: int = 2):
     """A double-precision network, where no gradient's sign hangs on rounding; its pool, and an episode."""
     torch.manual_seed(1)
-    backbone = Backbone("small", build_network(ARCH).double(), ARCH.image_size)
-    pool = meta_tuning.random_pool(backbone, adapters, 3, stream(1))
+    network = Network("small", build_network(ARCH).double(), ARCH.image_size)
+    pool = meta_tuning.random_pool(network, adapters, 3, stream(1))
     episode = meta_tuning.random_episode(ARCH.image_size, n_shot, 3, stream(2))
     double = {"support": episode.support.double(), "query": episode.query.double()}
-    return backbone, pool, dataclasses.replace(episode, **double)
+    return network, pool, dataclasses.replace(episode, **double)
 
 
 def our_names(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -64,18 +66,18 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 
 
 def test_baseline_starts_as_the_merged_network():
-    backbone, pool, episode = small_problem(1)
-    ours = features(backbone, pool.merge([1.0]), episode.query)
-    torch.testing.assert_close(baseline.Learner(backbone, pool)(episode.query), ours, rtol=1e-5, atol=1e-6)
+    network, pool, episode = small_problem(1)
+    ours = features(network, pool.merge([1.0]), episode.query)
+    torch.testing.assert_close(baseline.Learner(network, pool)(episode.query), ours, rtol=1e-5, atol=1e-6)
 
 
 def test_baseline_takes_our_training_step():
     """Same loss, gradients, and weights after two steps (the second with momentum)."""
-    backbone, pool, episode = small_problem(1)
+    network, pool, episode = small_problem(1)
     pool = dataclasses.replace(pool, levels=(LEVEL,))
     settings = TuneSettings(epochs=10, episodes_per_epoch=100, lr=0.01, warmup_epochs=0)
-    tuner = Tuner(backbone, pool, settings)
-    model = baseline.Learner(backbone, pool)
+    tuner = Tuner(network, pool, settings)
+    model = baseline.Learner(network, pool)
     optimiser = torch.optim.SGD(model.trained.values(), settings.lr, settings.momentum)
     for number in range(2):
         start = pyramid_start(episode.query, LEVEL, stream(settings.seed, number, 0))
@@ -83,7 +85,7 @@ def test_baseline_takes_our_training_step():
         leaves = {name: factor.requires_grad_() for name, factor in before.factors.items()}
         leaves["scale"] = before.scale.requires_grad_()
         leaf_pool = dataclasses.replace(before.with_factors(leaves), scale=leaves["scale"])
-        outcome = query_outcome(backbone, leaf_pool, episode, LEVEL, start)
+        outcome = query_outcome(network, leaf_pool, episode, LEVEL, start)
         gradients = torch.autograd.grad(outcome.loss.total, list(leaves.values()))
 
         (record,) = tuner.step(episode)
@@ -101,15 +103,15 @@ def test_baseline_takes_our_training_step():
 @pytest.mark.parametrize("augmented", [0.0, 1.0])
 def test_baseline_evaluates_as_we_do(augmented):
     """Same coefficients, logits, and accuracy under an attack that fools some of the images."""
-    backbone, pool, episode = small_problem(4)
+    network, pool, episode = small_problem(4)
     routing = Routing(beta=10, augment_probability=augmented)
     attack = Attack("pgd", (8,), steps=4, step_size=2)
-    predict = merged_predictor(backbone, pool, lambda *seen: route(backbone, pool, *seen, routing))
+    predict = merged_predictor(network, pool, lambda *seen: route(network, pool, *seen, routing))
     task = predict(episode)
     (row,) = evaluate(predict, [episode], [attack])
     starts = query_generators(episode, 0)
     found = baseline.evaluate_episode(
-        baseline.Network(backbone), pool, episode, routing, stream(0, 0, 1), attack, starts
+        baseline.Baseline(network), pool, episode, routing, stream(0, 0, 1), attack, starts
     )
     assert found.coefficients == pytest.approx(task.coefficients, abs=1e-5)
     assert sum(c > 0 for c in found.coefficients) == 2
@@ -119,9 +121,9 @@ def test_baseline_evaluates_as_we_do(augmented):
 
 
 def test_counter_sees_every_matrix_product_of_a_forward_pass():
-    backbone, _, episode = small_problem(1)
+    network, _, episode = small_problem(1)
     images = len(episode.query)
-    counts = meta_tuning.counted(lambda: features(backbone, backbone.weights, episode.query))
+    counts = meta_tuning.counted(lambda: features(network, network.weights, episode.query))
     patches = (ARCH.image_size // ARCH.patch_size) ** 2
     tokens, dim = patches + 1, ARCH.dim
     linear = 2 * tokens * dim**2 * (4 + 2 * ARCH.mlp_ratio)

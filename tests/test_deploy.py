@@ -17,15 +17,16 @@ from amt.attacks.perturb import Perturbation
 from amt.evaluation.deploy import STAMP, Deployment, as_decided, check_deployment, check_trims, deploy
 from amt.evaluation.evaluate import evaluate
 from amt.evaluation.select import support_predictor
+from amt.models.architectures import Arch
 from amt.models.full_pool import FullPool, pretrained_pool
 from amt.models.heads import prototypes
 from amt.models.lora import LoRAPool, Trim, principal_pool
-from amt.models.network import Arch, Backbone, features
+from amt.models.network import Network, features
 from amt.models.pool import Pool
+from amt.models.weights import stream
 from amt.tasks.classifier import Task, prototype_task
 from amt.tasks.finetune import Finetuning
 from amt.tasks.merge import Routing, augment, route, soup, uniform
-from amt.training.meta_tune import stream
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 
@@ -36,18 +37,18 @@ GRID = tuple(Routing(beta=b, gamma=g) for b in (1.0, 100.0) for g in (0.4, 1.0))
 
 
 @pytest.fixture(scope="module")
-def backbone() -> Backbone:
+def network() -> Network:
     return random_backbone(ARCH, scale=0.3)
 
 
 @pytest.fixture(scope="module")
-def pool(backbone) -> LoRAPool:
-    return moved_apart(principal_pool(backbone.weights, 2, LEVELS), 0.3)
+def pool(network) -> LoRAPool:
+    return moved_apart(principal_pool(network.weights, 2, LEVELS), 0.3)
 
 
 @pytest.fixture(scope="module")
-def full(backbone) -> FullPool:
-    return moved_apart(pretrained_pool(backbone.weights, LEVELS), 0.05)
+def full(network) -> FullPool:
+    return moved_apart(pretrained_pool(network.weights, LEVELS), 0.05)
 
 
 make_episode = partial(patterned_episode, n_way=3, shots=2, queries=4)
@@ -100,47 +101,47 @@ def same_task(one: Task, other: Task, images: Tensor) -> bool:
         ),
     ],
 )
-def test_fixed_shares(backbone, kind, request, deployment, coefficients, how):
+def test_fixed_shares(network, kind, request, deployment, coefficients, how):
     """Of LoRAs and of complete weight sets alike."""
     pool = request.getfixturevalue(kind)
-    predict, about = deploy(backbone, pool, deployment, "tiny", nowhere)
+    predict, about = deploy(network, pool, deployment, "tiny", nowhere)
     assert predict(make_episode(0)).coefficients == coefficients
     assert about["how"] == how and about["coefficients"] == list(coefficients)
     assert about["epsilons"] == [8, 1, 0.1] and "candidates" not in about
 
 
 @pytest.mark.parametrize("epsilon", [0, 8])
-def test_a_router_decides_per_task(backbone, pool, epsilon):
+def test_a_router_decides_per_task(network, pool, epsilon):
     routing = Routing(beta=10, gamma=0.4, top_k=1, epsilon=epsilon)
-    predict, about = deploy(backbone, pool, Deployment(routings=(routing,)), "tiny", nowhere, seed=3)
+    predict, about = deploy(network, pool, Deployment(routings=(routing,)), "tiny", nowhere, seed=3)
     episode = make_episode(1)
     generator = stream(3, episode.index, 1)
-    expected = route(backbone, pool, episode.support, episode.support_labels, generator, routing)
+    expected = route(network, pool, episode.support, episode.support_labels, generator, routing)
     assert predict(episode).coefficients == expected
     knob = ", route_epsilon 8" if epsilon else ""
     assert about["how"] == f"amt, beta 10 and gamma 0.4, top 1{knob} as given"
     assert about["routing"]["epsilon"] == epsilon
 
 
-def test_a_soup_averages_the_factors(backbone, pool):
+def test_a_soup_averages_the_factors(network, pool):
     """W_res + mean(B) mean(A): for LoRAs another network than the uniform merge."""
-    predict, about = deploy(backbone, pool, Deployment(routing="soup"), "tiny", nowhere)
+    predict, about = deploy(network, pool, Deployment(routing="soup"), "tiny", nowhere)
     episode = make_episode(0)
     by_hand = dict(pool.residual)
     for name, residual in pool.residual.items():
         if name in pool.A:
             product = pool.B[name].mean(0) @ pool.A[name].mean(0)
             by_hand[name] = residual + product.reshape(residual.shape)
-    expected = prototype_task(backbone, by_hand, episode, pool.scale.mean(), pool.bias.mean())
+    expected = prototype_task(network, by_hand, episode, pool.scale.mean(), pool.bias.mean())
     task = predict(episode)
     assert torch.allclose(task.logits(episode.query), expected.logits(episode.query), atol=1e-4)
     assert task.coefficients == uniform(pool) == tuple(about["coefficients"])
     assert about["how"] == "soup of the factors of 3 adapters"
-    merged, _ = deploy(backbone, pool, Deployment(routing="uniform"), "tiny", nowhere)
+    merged, _ = deploy(network, pool, Deployment(routing="uniform"), "tiny", nowhere)
     assert not torch.allclose(merged(episode).logits(episode.query), task.logits(episode.query), atol=1e-2)
 
 
-def test_a_soup_of_complete_weights_is_their_uniform_merge(backbone, full):
+def test_a_soup_of_complete_weights_is_their_uniform_merge(network, full):
     merged, stewed = full.merge(uniform(full)), soup(full).merge((1.0,))
     assert all(torch.allclose(merged[name], stewed[name], atol=1e-6) for name in merged)
 
@@ -150,51 +151,51 @@ def test_a_soup_of_one_is_that_one(pool):
     assert all(torch.equal(alone[name], stewed[name]) for name in alone)
 
 
-def test_without_a_pool_the_pretrained_network_is_deployed(backbone):
-    predict, about = deploy(backbone, None, Deployment(), "tiny", nowhere)
+def test_without_a_pool_the_pretrained_network_is_deployed(network):
+    predict, about = deploy(network, None, Deployment(), "tiny", nowhere)
     assert about == {"how": "none, the pretrained network"} and predict(make_episode(0)).coefficients == ()
 
 
-def test_a_single_adapter_needs_no_router(backbone, pool, monkeypatch):
-    predict, about = deploy(backbone, pool[1], Deployment(select="support", routings=GRID), "tiny", nowhere)
+def test_a_single_adapter_needs_no_router(network, pool, monkeypatch):
+    predict, about = deploy(network, pool[1], Deployment(select="support", routings=GRID), "tiny", nowhere)
     assert about["how"] == "fixed coefficients 1" and predict(make_episode(0)).coefficients == (1.0,)
 
 
 @pytest.mark.parametrize("trims", [(), (HALF,)])
-def test_fixed_weights_are_made_once_for_all_tasks(backbone, pool, trims, monkeypatch):
+def test_fixed_weights_are_made_once_for_all_tasks(network, pool, trims, monkeypatch):
     merges = []
     real = LoRAPool.merge
     monkeypatch.setattr(LoRAPool, "merge", lambda self, c: merges.append(tuple(c)) or real(self, c))
     for deployment in (Deployment(routing="uniform", trims=trims), Deployment(routing="soup", trims=trims)):
-        predict, _ = deploy(backbone, pool, deployment, "tiny", nowhere)
+        predict, _ = deploy(network, pool, deployment, "tiny", nowhere)
         for k in range(3):
             predict(make_episode(k))
     assert len(merges) == 2
 
 
-def test_a_router_merges_every_adapter_once_for_all_tasks(backbone, pool, monkeypatch):
+def test_a_router_merges_every_adapter_once_for_all_tasks(network, pool, monkeypatch):
     """And the chosen mixture once per task."""
     merges = []
     real = LoRAPool.merge
     monkeypatch.setattr(LoRAPool, "merge", lambda self, c: merges.append(len(self)) or real(self, c))
-    predict, _ = deploy(backbone, pool, Deployment(), "tiny", nowhere)
+    predict, _ = deploy(network, pool, Deployment(), "tiny", nowhere)
     for k in range(4):
         predict(make_episode(k))
     assert merges.count(1) == len(pool) and merges.count(len(pool)) == 4
 
 
 @pytest.mark.parametrize("kind", ["pool", "full", None])
-def test_fine_tuning_starts_from_the_network_deployed(backbone, kind, request):
+def test_fine_tuning_starts_from_the_network_deployed(network, kind, request):
     """At rate 0 it stays there; the shares are still told."""
     pool = request.getfixturevalue(kind) if kind else None
     still, moving = Finetuning(steps=2, lr=0), Finetuning(steps=2, lr=0.01)
     plain = Deployment(routing="uniform", trims=(HALF,) if kind else ())
     episode = make_episode(0)
-    expected = deploy(backbone, pool, plain, "tiny", nowhere)[0](episode)
-    predict, about = deploy(backbone, pool, dataclasses.replace(plain, finetune=still), "tiny", nowhere)
+    expected = deploy(network, pool, plain, "tiny", nowhere)[0](episode)
+    predict, about = deploy(network, pool, dataclasses.replace(plain, finetune=still), "tiny", nowhere)
     assert same_task(predict(episode), expected, episode.query)
     assert about["how"].endswith("; tuned to every task in 2 steps of 0")
-    predict, _ = deploy(backbone, pool, dataclasses.replace(plain, finetune=moving), "tiny", nowhere)
+    predict, _ = deploy(network, pool, dataclasses.replace(plain, finetune=moving), "tiny", nowhere)
     assert not same_task(predict(episode), expected, episode.query)
 
 
@@ -218,7 +219,7 @@ class Filters(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def world() -> tuple[Backbone, FullPool, Episode]:
+def world() -> tuple[Network, FullPool, Episode]:
     """Classes differ in a channel's brightness, loudly and noisily, and in a faint pattern, always alike.
 
     Member 0 sees the pattern alone, which an attack within 8/255 can wipe out; member 1 the channel.
@@ -238,20 +239,20 @@ def world() -> tuple[Backbone, FullPool, Episode]:
         images = 0.4 + brightness @ loud * SIDE + 0.1 * faint[labels]
         return images.view(-1, 3, SIDE, SIDE).clamp(0, 1), labels
 
-    backbone = Backbone("filters", Filters(), SIDE, mean=(0.4,) * 3, std=(1.0,) * 3)
+    network = Network("filters", Filters(), SIDE, mean=(0.4,) * 3, std=(1.0,) * 3)
     levels = (Perturbation(0.1, 0.025), Perturbation(8, 2))
     members = FullPool({"rows": torch.stack([faint, loud])}, torch.full((2,), 10.0), torch.zeros(2), levels)
-    return backbone, members, Episode(*draw(5), *draw(8), source="made", index=0)
+    return network, members, Episode(*draw(5), *draw(8), source="made", index=0)
 
 
 def test_the_knob_leads_from_the_clean_to_the_robust_member(world):
     """The faint pattern makes the tidier classes on clean images; an attack leaves nothing of it."""
-    backbone, pool, episode = world
+    network, pool, episode = world
     attack = Attack("pgd", (8,), steps=10)
     shares, rows = [], []
     for epsilon in (0, 1, 2, 4, 8):
         routing = Routing(beta=100, gamma=0.6, augment_probability=0, epsilon=epsilon)
-        predict, _ = deploy(backbone, pool, Deployment(routings=(routing,)), "made", nowhere)
+        predict, _ = deploy(network, pool, Deployment(routings=(routing,)), "made", nowhere)
         (row,) = evaluate(predict, [episode], [attack])
         shares.append(row["coefficients"][1])
         rows.append(row)
@@ -262,28 +263,28 @@ def test_the_knob_leads_from_the_clean_to_the_robust_member(world):
 
 
 def test_on_the_support_set_too_robustness_is_chosen_only_where_it_is_asked_for(world):
-    backbone, pool, episode = world
+    network, pool, episode = world
     single = [(1.0, 0.0), (0.0, 1.0)]
     for epsilon, expected in ((0, (1.0, 0.0)), (8, (0.0, 1.0))):
-        assert support_predictor(backbone, pool, single, epsilon=epsilon)(episode).coefficients == expected
+        assert support_predictor(network, pool, single, epsilon=epsilon)(episode).coefficients == expected
         deployment = Deployment(routing="best", select="support", support_epsilon=epsilon)
-        predict, _ = deploy(backbone, pool, deployment, "made", nowhere)
+        predict, _ = deploy(network, pool, deployment, "made", nowhere)
         assert predict(episode).coefficients == expected
 
 
-def test_without_the_knob_the_routing_is_the_published_one(backbone, pool):
+def test_without_the_knob_the_routing_is_the_published_one(network, pool):
     """Its formulas written out: augmented support, plain prototypes, scores, the best two."""
     episode, n_way = make_episode(2), 3
     support, labels = episode.support, episode.support_labels
     generator = torch.Generator().manual_seed(5)
     assert torch.rand((), generator=generator) < 0.9
-    view = backbone.denormalise(augment(backbone.normalise(support), generator))
+    view = network.denormalise(augment(network.normalise(support), generator))
     scores = []
     for p in range(len(pool)):
         weights = pool.merge([float(p == k) for k in range(len(pool))])
         with torch.no_grad():
-            centres = prototypes(features(backbone, weights, support), labels, n_way)
-            seen = features(backbone, weights, view)
+            centres = prototypes(features(network, weights, support), labels, n_way)
+            seen = features(network, weights, view)
         cosine = F.cosine_similarity(seen[:, None], centres[None], dim=2)
         intra = sum(cosine[labels == c, c].mean() for c in range(n_way)) / n_way
         inter = sum(cosine[labels == c][:, [k for k in range(n_way) if k != c]].mean() for c in range(n_way))
@@ -292,20 +293,20 @@ def test_without_the_knob_the_routing_is_the_published_one(backbone, pool):
     best = sorted(range(3), key=lambda p: -strength[p])[:2]
     expected = [strength[p] / sum(strength[k] for k in best) if p in best else 0 for p in range(3)]
     generator = torch.Generator().manual_seed(5)
-    found = route(backbone, pool, support, labels, generator, Routing(beta=3, epsilon=0))
+    found = route(network, pool, support, labels, generator, Routing(beta=3, epsilon=0))
     assert found == pytest.approx(expected, abs=1e-5)
 
 
 # --- selection -------------------------------------------------------------------------------------------
 
 
-def test_valid_looks_at_the_domains_own_valid_episodes_and_at_nothing_else(backbone, pool):
+def test_valid_looks_at_the_domains_own_valid_episodes_and_at_nothing_else(network, pool):
     episodes = Episodes(VALID=4)
     deployment = Deployment(routings=GRID, trim_candidates=(HALF,), select="valid", select_episodes=4)
     attacks = (Attack("autoattack", (2,)),)
     titles = []
     predict, about = deploy(
-        backbone,
+        network,
         pool,
         deployment,
         "tiny",
@@ -322,16 +323,16 @@ def test_valid_looks_at_the_domains_own_valid_episodes_and_at_nothing_else(backb
     fixed = dataclasses.replace(
         deployment, select="none", routings=(chosen,), trims=(HALF,) * len(about["trims"]), trim_candidates=()
     )
-    expected, _ = deploy(backbone, pool, fixed, "tiny", nowhere)
+    expected, _ = deploy(network, pool, fixed, "tiny", nowhere)
     episode = make_episode(9)
     assert same_task(predict(episode), expected(episode), episode.query)
     assert same_task(predict(poisoned(episode)), expected(episode), episode.query)
 
 
-def test_another_sources_valid_episodes_may_be_named(backbone, pool):
+def test_another_sources_valid_episodes_may_be_named(network, pool):
     episodes = Episodes(VALID=2)
     deployment = Deployment(routing="best", select="valid", select_on="other", select_episodes=2)
-    predict, about = deploy(backbone, pool, deployment, "tiny", episodes)
+    predict, about = deploy(network, pool, deployment, "tiny", episodes)
     assert episodes.asked == [("other", "VALID", 2, None)]
     best = about["coefficients"].index(1)
     assert about["how"] == f"best single adapter, adapter {best} chosen on 2 VALID episodes of other"
@@ -339,7 +340,7 @@ def test_another_sources_valid_episodes_may_be_named(backbone, pool):
     assert scores.index(max(scores)) == best and predict(make_episode(0)).coefficients[best] == 1
 
 
-def test_what_was_decided_is_deployed_again_without_choosing(backbone, pool):
+def test_what_was_decided_is_deployed_again_without_choosing(network, pool):
     """From what merging.json holds, for a run that goes on or another domain that chooses alike."""
     for routing in ("amt", "best", "soup"):
         deployment = Deployment(
@@ -349,25 +350,25 @@ def test_what_was_decided_is_deployed_again_without_choosing(backbone, pool):
             select_episodes=2,
             trim_candidates=(HALF,),
         )
-        predict, about = deploy(backbone, pool, deployment, "tiny", Episodes(VALID=2))
+        predict, about = deploy(network, pool, deployment, "tiny", Episodes(VALID=2))
         settled = as_decided(deployment, json.loads(json.dumps(about)))
-        again, _ = deploy(backbone, pool, settled, "tiny", nowhere)
+        again, _ = deploy(network, pool, settled, "tiny", nowhere)
         episode = make_episode(3)
         assert same_task(predict(episode), again(episode), episode.query)
 
 
-def test_the_published_protocol_says_what_it_is(backbone, pool):
+def test_the_published_protocol_says_what_it_is(network, pool):
     """Six labelled episodes of the scored split with a seed of their own, no attack; and a stamp."""
     episodes = Episodes(TEST=6)
     deployment = Deployment(routings=GRID, select="published")
-    _, about = deploy(backbone, pool, deployment, "tiny", episodes, (Attack("pgd", (8,)),))
+    _, about = deploy(network, pool, deployment, "tiny", episodes, (Attack("pgd", (8,)),))
     assert episodes.asked == [("tiny", "TEST", 6, 1234)]
     assert about["how"].endswith("chosen on labelled test episodes (published protocol)")
     assert about["stamp"] == STAMP and "labelled" in STAMP and "published protocol" in STAMP
     assert [name for name, _ in about["candidates"]] == [f"beta {r.beta:g}, gamma {r.gamma:g}" for r in GRID]
 
 
-def test_the_support_decides_by_itself(backbone, pool):
+def test_the_support_decides_by_itself(network, pool):
     """No episode is asked for, and a task's queries change nothing."""
     deployment = Deployment(
         routings=GRID,
@@ -376,7 +377,7 @@ def test_the_support_decides_by_itself(backbone, pool):
         trims=(HALF,),
         trim_candidates=(Trim("fc1", -1, 0.5),),
     )
-    predict, about = deploy(backbone, pool, deployment, "tiny", nowhere)
+    predict, about = deploy(network, pool, deployment, "tiny", nowhere)
     assert about["how"] == (
         "amt, one of 4 settings and at most one of 1 trimmings chosen for every task by leave-one-out on its "
         "support set, its images attacked within 4/255; trimmed qkv:-1:0.5 as given"
@@ -387,12 +388,12 @@ def test_the_support_decides_by_itself(backbone, pool):
 
 @pytest.mark.parametrize("select", ["valid", "support", "published"])
 @pytest.mark.parametrize("routing", ["uniform", "soup"])
-def test_the_trimming_of_a_fixed_merge_can_be_chosen(backbone, full, select, routing):
+def test_the_trimming_of_a_fixed_merge_can_be_chosen(network, full, select, routing):
     """Of complete weights as well; a soup stays told by its shares."""
     deployment = Deployment(
         routing=routing, routings=(), select=select, select_episodes=2, trim_candidates=(HALF,)
     )
-    predict, about = deploy(backbone, full, deployment, "tiny", Episodes(VALID=2, TEST=6))
+    predict, about = deploy(network, full, deployment, "tiny", Episodes(VALID=2, TEST=6))
     assert predict(make_episode(0)).coefficients == uniform(full)
     assert len(about["candidates"]) == (2 if select != "support" else 1)
 

@@ -14,8 +14,9 @@ from amt.attacks.evaluation import Attack
 from amt.attacks.perturb import Perturbation
 from amt.evaluation.evaluate import columns, evaluate, measure, validate
 from amt.evaluation.statistics import summarise
+from amt.models.architectures import Arch
 from amt.models.lora import LoRAPool, principal_pool
-from amt.models.network import Arch, Backbone
+from amt.models.network import Network
 from amt.tasks.classifier import Task, merged_predictor, pretrained_predictor
 from meta_dataset_readers.episode import Episode
 
@@ -133,24 +134,24 @@ make_episode = partial(patterned_episode, queries=4)
 
 
 @pytest.fixture(scope="module")
-def backbone() -> Backbone:
+def network() -> Network:
     return random_backbone(ARCH, scale=0.3)
 
 
 @pytest.fixture(scope="module")
-def pool(backbone) -> LoRAPool:
+def pool(network) -> LoRAPool:
     """Two adapters, each moved a way of its own."""
     levels = Perturbation(8, 2, steps=3), Perturbation(1, 0.25, steps=3)
-    return moved_apart(principal_pool(backbone.weights, 2, levels), 0.1)
+    return moved_apart(principal_pool(network.weights, 2, levels), 0.1)
 
 
 def untimed(rows) -> list[dict]:
     return [{**row, "seconds": None, "fit_seconds": None} for row in rows]
 
 
-def test_a_row_per_episode_says_what_it_was(backbone, pool):
+def test_a_row_per_episode_says_what_it_was(network, pool):
     episodes = [make_episode(3), make_episode(4, n_way=5, shots=1, queries=2)]
-    predict = merged_predictor(backbone, pool, lambda *_: (0.25, 0.75))
+    predict = merged_predictor(network, pool, lambda *_: (0.25, 0.75))
     found = list(evaluate(predict, episodes, ATTACKS))
     shapes = [(row["source"], row["index"], row["ways"], row["support"], row["queries"]) for row in found]
     assert shapes == [("tiny", 3, 3, 6, 12), ("tiny", 4, 5, 5, 10)]
@@ -159,15 +160,15 @@ def test_a_row_per_episode_says_what_it_was(backbone, pool):
     )
 
 
-def test_accuracy_never_rises_with_epsilon(backbone, pool):
-    predict = merged_predictor(backbone, pool, lambda *_: (0.5, 0.5))
+def test_accuracy_never_rises_with_epsilon(network, pool):
+    predict = merged_predictor(network, pool, lambda *_: (0.5, 0.5))
     found = list(evaluate(predict, map(make_episode, range(6)), ATTACKS))
     for row in found:
         assert 1 >= row["clean"] >= row["pgd4@1"] >= row["pgd4@4"] >= row["pgd4@16"] >= 0
     assert summarise(found, "clean").mean > summarise(found, "pgd4@16").mean  # there is something to see
 
 
-def test_rows_come_one_by_one(backbone, pool):
+def test_rows_come_one_by_one(network, pool):
     """An episode is drawn only when its row is asked for, so that a long evaluation needs little memory."""
     drawn = []
 
@@ -176,14 +177,14 @@ def test_rows_come_one_by_one(backbone, pool):
             drawn.append(index)
             yield make_episode(index)
 
-    rows = evaluate(merged_predictor(backbone, pool, lambda *_: (0.5, 0.5)), episodes())
+    rows = evaluate(merged_predictor(network, pool, lambda *_: (0.5, 0.5)), episodes())
     assert drawn == []
     next(rows)
     assert drawn == [0]
 
 
-def test_evaluation_is_a_function_of_its_seed(backbone, pool):
-    predict = merged_predictor(backbone, pool, lambda *_: (0.5, 0.5))
+def test_evaluation_is_a_function_of_its_seed(network, pool):
+    predict = merged_predictor(network, pool, lambda *_: (0.5, 0.5))
     episodes = [make_episode(0), make_episode(1)]
     first = untimed(evaluate(predict, episodes, ATTACKS, seed=1))
     torch.rand(7)  # torch's global generator plays no part
@@ -204,7 +205,7 @@ def test_another_seed_or_episode_starts_the_attack_elsewhere():
     assert not torch.equal(start(0, 0), start(0, 1))
 
 
-def test_the_coefficients_are_chosen_from_the_support_set(backbone, pool):
+def test_the_coefficients_are_chosen_from_the_support_set(network, pool):
     """The chooser sees support images and labels, and a generator that seed and index decide."""
     seen = []
 
@@ -214,26 +215,26 @@ def test_the_coefficients_are_chosen_from_the_support_set(backbone, pool):
 
     episode = make_episode(0)
     for seed, index in ((0, 0), (0, 0), (0, 1), (1, 0)):
-        merged_predictor(backbone, pool, choose, seed=seed)(dataclasses.replace(episode, index=index))
+        merged_predictor(network, pool, choose, seed=seed)(dataclasses.replace(episode, index=index))
     assert all(support is episode.support and labels is episode.support_labels for support, labels, _ in seen)
     numbers = [tuple(drawn) for _, _, drawn in seen]
     assert numbers[0] == numbers[1] and len(set(numbers)) == 3
 
 
-def test_an_untrained_pool_predicts_as_the_pretrained_network(backbone):
-    untrained = principal_pool(backbone.weights, 2, (Perturbation(8, 2), Perturbation(1, 0.25)))
+def test_an_untrained_pool_predicts_as_the_pretrained_network(network):
+    untrained = principal_pool(network.weights, 2, (Perturbation(8, 2), Perturbation(1, 0.25)))
     episode = make_episode(0)
-    merged = merged_predictor(backbone, untrained, lambda *_: (0.3, 0.7))(episode)
-    pretrained = pretrained_predictor(backbone)(episode)
+    merged = merged_predictor(network, untrained, lambda *_: (0.3, 0.7))(episode)
+    pretrained = pretrained_predictor(network)(episode)
     assert merged.coefficients == (0.3, 0.7) and pretrained.coefficients == ()
     torch.testing.assert_close(
         merged.logits(episode.query), pretrained.logits(episode.query), rtol=1e-4, atol=1e-4
     )
 
 
-def test_validation_scores_every_adapter_alone_at_its_own_level(backbone, pool):
+def test_validation_scores_every_adapter_alone_at_its_own_level(network, pool):
     episodes = [make_episode(0), make_episode(1)]
-    found = validate(backbone, pool, episodes, robust=True, seed=5)
+    found = validate(network, pool, episodes, robust=True, seed=5)
     assert [set(score) for score in found] == [{"clean", "robust"}] * 2
     for p, (attack, share) in enumerate(
         (
@@ -241,9 +242,9 @@ def test_validation_scores_every_adapter_alone_at_its_own_level(backbone, pool):
             (Attack("pgd", (1,), steps=3, step_size=0.25), (0.0, 1.0)),
         )
     ):
-        predict = merged_predictor(backbone, pool, lambda *_, share=share: share)
+        predict = merged_predictor(network, pool, lambda *_, share=share: share)
         rows = list(evaluate(predict, episodes, [attack], seed=5))
         assert found[p]["clean"] == pytest.approx(summarise(rows, "clean").mean)
         assert found[p]["robust"] == pytest.approx(summarise(rows, attack.columns[0]).mean)
-    plain = validate(backbone, pool, episodes, robust=False)
+    plain = validate(network, pool, episodes, robust=False)
     assert plain == [{"clean": score["clean"]} for score in found]

@@ -21,9 +21,11 @@ from amt.evaluation.evaluate import merged_predictor
 from amt.files import checkpoint, export
 from amt.files.checkpoint import Checkpoint
 from amt.files.export import MergedNetwork, Support, merged_network
+from amt.files.pretrained import load_network
+from amt.models.architectures import ARCHS, Arch, freeze
 from amt.models.heads import cosine_logits
 from amt.models.lora import LoRAPool, Trim, principal_pool
-from amt.models.network import ARCHS, Arch, Backbone, features, freeze, load_backbone, untrained
+from amt.models.network import Network, features, untrained
 from amt.tasks.merge import Routing, route
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
@@ -40,21 +42,21 @@ LEVELS = tuple(Perturbation(epsilon, epsilon / 4) for epsilon in (8.0, 4.0, 1.0)
 MIXED = (0.25, 0.75, 0.0)
 
 
-def pool_of(backbone: Backbone, levels: tuple[Perturbation, ...] = LEVELS, rank: int = 2) -> LoRAPool:
+def pool_of(network: Network, levels: tuple[Perturbation, ...] = LEVELS, rank: int = 2) -> LoRAPool:
     """A pool whose adapters, heads included, all differ."""
-    pool = moved_apart(principal_pool(backbone.weights, rank, levels))
+    pool = moved_apart(principal_pool(network.weights, rank, levels))
     numbers = torch.arange(len(levels))
     return dataclasses.replace(pool, scale=10.0 + numbers, bias=0.1 * numbers)
 
 
 @pytest.fixture(scope="module")
-def backbone() -> Backbone:
+def network() -> Network:
     return random_backbone(TINY)
 
 
 @pytest.fixture(scope="module")
-def pool(backbone) -> LoRAPool:
-    return pool_of(backbone)
+def pool(network) -> LoRAPool:
+    return pool_of(network)
 
 
 @pytest.fixture(scope="module")
@@ -64,22 +66,22 @@ def support() -> Support:
 
 
 @pytest.fixture(scope="module")
-def merged(backbone, pool, support) -> MergedNetwork:
-    return merged_network(backbone, pool, MIXED, support=support)
+def merged(network, pool, support) -> MergedNetwork:
+    return merged_network(network, pool, MIXED, support=support)
 
 
 def images(count: int = 3, side: int = SIDE) -> torch.Tensor:
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(count))
 
 
-def expected(network: MergedNetwork, seen: torch.Tensor) -> torch.Tensor:
+def expected(merged: MergedNetwork, seen: torch.Tensor) -> torch.Tensor:
     """What our own code computes."""
     with torch.no_grad():
-        return features(network.backbone, network.weights, seen)
+        return features(merged.network, merged.weights, seen)
 
 
-def logits_of(network: MergedNetwork, found: torch.Tensor) -> torch.Tensor:
-    return cosine_logits(found, network.prototypes, network.scale, network.bias)
+def logits_of(merged: MergedNetwork, found: torch.Tensor) -> torch.Tensor:
+    return cosine_logits(found, merged.prototypes, merged.scale, merged.bias)
 
 
 def assert_same(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-5) -> None:
@@ -105,25 +107,25 @@ def test_timm_takes_the_state_dict_as_it_is(merged, pool, tmp_path, monkeypatch)
     """Loaded by the lines in the README, timm's own model returns our features at our image size."""
     file, readme, beside = export.save(tmp_path / "net.safetensors", "timm", merged, pool)
     seen = images()
-    found = follow_readme(readme.read_text(), tmp_path, monkeypatch, images=merged.backbone.normalise(seen))
+    found = follow_readme(readme.read_text(), tmp_path, monkeypatch, images=merged.network.normalise(seen))
     assert_same(found["features"], expected(merged, seen), 1e-6)
     assert_same(load_file(beside)["prototypes"], merged.prototypes, 0)
     assert_same(logits_of(merged, found["features"]), logits_of(merged, expected(merged, seen)), 1e-6)
     with safe_open(file, "pt") as opened:
         about = json.loads(opened.metadata()[export.METADATA])
     assert about["classes"] == list(merged.classes) and about["coefficients"] == list(MIXED)
-    assert (about["mean"], about["std"]) == (list(merged.backbone.mean), list(merged.backbone.std))
+    assert (about["mean"], about["std"]) == (list(merged.network.mean), list(merged.network.std))
 
 
 @pytest.mark.parametrize("arch", ["dino_small_patch16", "deit_base_patch16", "vit_mini"])
 def test_the_networks_of_the_table_by_their_timm_names(arch):
     """Names and shapes of the whole table fit, at the image size used and at the pretrained one."""
     with torch.device("meta"):
-        backbone = Backbone(arch, untrained(arch)[0].network, ARCHS[arch].image_size)
+        network = Network(arch, untrained(arch)[0].module, ARCHS[arch].image_size)
         for side in (ARCHS[arch].image_size, ARCHS[arch].pretrained_size):
-            call = export.timm_call(backbone, side)
+            call = export.timm_call(network, side)
             theirs = timm.create_model(call.name, **call.options).state_dict()
-            weights = backbone.network.state_dict()
+            weights = network.module.state_dict()
             tokens = 1 + (side // ARCHS[arch].patch_size) ** 2
             weights["pos_embed"] = torch.empty(1, tokens, ARCHS[arch].dim)
             assert {name: t.shape for name, t in theirs.items()} == {n: t.shape for n, t in weights.items()}
@@ -137,15 +139,15 @@ def test_timm_gets_the_width_of_the_mlp_despite_rounding():
     """timm computes it as int(dim * ratio), which for a quotient of floats may fall one short."""
     dim, hidden = 22, 15
     assert int(dim * (hidden / dim)) == hidden - 1, "the example has become too easy"
-    backbone = random_backbone(Arch(8, dim, 1, 2, 8, 8, mlp_ratio=(hidden + 0.5) / dim))
-    call = export.timm_call(backbone, 8)
+    network = random_backbone(Arch(8, dim, 1, 2, 8, 8, mlp_ratio=(hidden + 0.5) / dim))
+    call = export.timm_call(network, 8)
     assert timm.create_model(call.name, **call.options).blocks[0].mlp.fc1.out_features == hidden
 
 
-def test_the_pretrained_network_comes_back_from_an_untrained_pool(backbone):
-    untouched = principal_pool(backbone.weights, 2, LEVELS)
-    state = export.timm_state(merged_network(backbone, untouched, MIXED))
-    for name, weight in backbone.weights.items():
+def test_the_pretrained_network_comes_back_from_an_untrained_pool(network):
+    untouched = principal_pool(network.weights, 2, LEVELS)
+    state = export.timm_state(merged_network(network, untouched, MIXED))
+    for name, weight in network.weights.items():
         if name != "pos_embed":
             assert_same(state[name], weight, 1e-6)
 
@@ -155,17 +157,17 @@ def test_networks_of_timms_own_at_another_size(to, tmp_path, monkeypatch):
     """timm resizes their positions itself; of pixels beyond whole patches the README tells."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = freeze(timm.create_model("test_vit", num_classes=0, dynamic_img_size=True))
-    backbone = Backbone("timm:test_vit", network, 104)
-    pool = pool_of(backbone)
-    merged = merged_network(backbone, pool, MIXED)
+        merged = freeze(timm.create_model("test_vit", num_classes=0, dynamic_img_size=True))
+    network = Network("timm:test_vit", merged, 104)
+    pool = pool_of(network)
+    merged = merged_network(network, pool, MIXED)
     name = {"timm": "net.safetensors", "peft": "net", "torch": "net.pt2"}[to]
     written = export.save(tmp_path / name, to, merged, pool)
     readme = next(file for file in written if file.name.endswith("README.txt")).read_text()
     seen = images(side=104)
-    ready = seen if to == "torch" else backbone.normalise(seen)[..., :96, :96]
+    ready = seen if to == "torch" else network.normalise(seen)[..., :96, :96]
     assert f"({', '.join(map(str, ['N', *ready.shape[1:]]))})" in readme
-    found = follow_readme(readme, tmp_path, monkeypatch, images=ready, pretrained=backbone.weights)
+    found = follow_readme(readme, tmp_path, monkeypatch, images=ready, pretrained=network.weights)
     assert_same(found["features"], expected(merged, seen))
 
 
@@ -173,55 +175,55 @@ def test_networks_of_timms_own_at_another_size(to, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("coefficients", [(0, 1, 0), MIXED, (0.2, 0.3, 0.5)])
-def test_peft_ends_with_our_weights(coefficients, backbone, pool, support, tmp_path, monkeypatch):
+def test_peft_ends_with_our_weights(coefficients, network, pool, support, tmp_path, monkeypatch):
     """The real library, on timm's network with the untouched pretrained weights: one adapter, and merges."""
-    network = merged_network(backbone, pool, coefficients, support=support)
-    folder = export.save(tmp_path / "adapter", "peft", network, pool)[0]
-    before = {name: weight.clone() for name, weight in backbone.weights.items()}
+    merged = merged_network(network, pool, coefficients, support=support)
+    folder = export.save(tmp_path / "adapter", "peft", merged, pool)[0]
+    before = {name: weight.clone() for name, weight in network.weights.items()}
     seen = images()
     found = follow_readme(
         (folder / "README.txt").read_text(),
         tmp_path,
         monkeypatch,
-        images=backbone.normalise(seen),
+        images=network.normalise(seen),
         pretrained=before,
     )
-    wanted = expected(network, seen)
+    wanted = expected(merged, seen)
     assert_same(found["features"], wanted)
-    assert_same(logits_of(network, found["features"]), logits_of(network, wanted))
+    assert_same(logits_of(merged, found["features"]), logits_of(merged, wanted))
     scalings = [layer.scaling for layer in found["network"].modules() if hasattr(layer, "scaling")]
     assert len(scalings) == len(pool.A) and all(scaling == {"default": 1.0} for scaling in scalings)
-    assert load_file(folder / "prototypes.safetensors")["scale"] == network.scale
+    assert load_file(folder / "prototypes.safetensors")["scale"] == merged.scale
     with torch.no_grad():
         plain = found["network"].merge_and_unload()
-        assert_same(plain(backbone.normalise(seen)), wanted)
-        for name, weight in network.weights.items():
+        assert_same(plain(network.normalise(seen)), wanted)
+        for name, weight in merged.weights.items():
             if name != "pos_embed":
                 assert_same(plain.state_dict()[name], weight, 1e-6)
 
 
-def test_peft_adapters_mix_in_peft_as_ours_do(backbone, pool, tmp_path):
+def test_peft_adapters_mix_in_peft_as_ours_do(network, pool, tmp_path):
     """Each adapter takes the same part away from the pretrained weights, so shares that sum to 1 mix them."""
     from peft import PeftModel
 
     for p in range(2):
-        alone = merged_network(backbone, pool, [float(p == q) for q in range(3)])
+        alone = merged_network(network, pool, [float(p == q) for q in range(3)])
         export.save(tmp_path / str(p), "peft", alone, pool)
-    call = export.timm_call(backbone, TINY.pretrained_size)
-    network = timm.create_model(call.name, **call.options)
-    network.load_state_dict(backbone.weights)
-    network = PeftModel.from_pretrained(network, tmp_path / "0", adapter_name="first")
-    network.load_adapter(tmp_path / "1", "second")
-    network.add_weighted_adapter(["first", "second"], list(MIXED[:2]), "both", combination_type="cat")
-    network.set_adapter("both")
-    wanted = merged_network(dataclasses.replace(backbone, image_size=16), pool, MIXED)
+    call = export.timm_call(network, TINY.pretrained_size)
+    merged = timm.create_model(call.name, **call.options)
+    merged.load_state_dict(network.weights)
+    merged = PeftModel.from_pretrained(merged, tmp_path / "0", adapter_name="first")
+    merged.load_adapter(tmp_path / "1", "second")
+    merged.add_weighted_adapter(["first", "second"], list(MIXED[:2]), "both", combination_type="cat")
+    merged.set_adapter("both")
+    wanted = merged_network(dataclasses.replace(network, image_size=16), pool, MIXED)
     seen = images(side=16)
     with torch.no_grad():
-        assert_same(network.eval()(backbone.normalise(seen)), expected(wanted, seen))
+        assert_same(merged.eval()(network.normalise(seen)), expected(wanted, seen))
 
 
-def test_a_peft_adapter_has_no_more_rank_than_it_needs(backbone, pool):
-    config, tensors = export.peft_adapter(backbone, pool, MIXED)
+def test_a_peft_adapter_has_no_more_rank_than_it_needs(network, pool):
+    config, tensors = export.peft_adapter(network, pool, MIXED)
     assert (config["r"], config["rank_pattern"]["blocks.0.attn.qkv"]) == (6, 18)
     assert tensors["base_model.model.blocks.1.mlp.fc2.lora_A.weight"].shape == (6, 48)
     B = tensors["base_model.model.blocks.0.attn.qkv.lora_B.weight"]
@@ -229,12 +231,12 @@ def test_a_peft_adapter_has_no_more_rank_than_it_needs(backbone, pool):
 
 
 @pytest.mark.parametrize("name", ["blocks.0.mlp.fc1.weight", "norm.bias"])
-def test_a_peft_adapter_is_refused_for_another_network(name, backbone, pool):
+def test_a_peft_adapter_is_refused_for_another_network(name, network, pool):
     """No adapter for these weights would equal the pool, be the difference in an adapted layer or not."""
-    weights = backbone.weights | {name: backbone.weights[name] + 0.01 * images(1).flatten()[0]}
+    weights = network.weights | {name: network.weights[name] + 0.01 * images(1).flatten()[0]}
     weights[name] = weights[name] + 0.01 * torch.randn(weights[name].shape)
     other = random_backbone(TINY)
-    other.network.load_state_dict(weights)
+    other.module.load_state_dict(weights)
     with pytest.raises(InputError, match="not trained from these pretrained weights"):
         export.peft_adapter(other, pool, MIXED)
 
@@ -273,10 +275,10 @@ def test_torch_export_holds_everything_from_pixels_to_logits(merged, pool, tmp_p
     )
 
 
-def test_torch_export_without_a_task_returns_features_alone(backbone, pool):
-    network = merged_network(backbone, pool, MIXED, trims=[Trim("fc1", 0, 0.5)])
-    (found,) = export.exported_program(network).module()(images(4))
-    assert_same(found, expected(network, images(4)), 1e-6)
+def test_torch_export_without_a_task_returns_features_alone(network, pool):
+    merged = merged_network(network, pool, MIXED, trims=[Trim("fc1", 0, 0.5)])
+    (found,) = export.exported_program(merged).module()(images(4))
+    assert_same(found, expected(merged, images(4)), 1e-6)
 
 
 def test_onnxruntime_runs_the_exported_network(merged, pool, tmp_path, monkeypatch):
@@ -355,11 +357,11 @@ def test_the_published_head_of_a_pool_changes_no_prediction(pool, merged):
     assert torch.equal(theirs.argmax(1), logits_of(merged, expected(merged, images(20))).argmax(1))
 
 
-def test_a_network_that_the_published_code_lacks_is_refused(backbone, pool):
+def test_a_network_that_the_published_code_lacks_is_refused(network, pool):
     registers = dataclasses.replace(pool, residual=pool.residual | {"reg_token": torch.zeros(1, 4, 24)})
     with pytest.raises(InputError, match=r"reg_token is \(1, 4, 24\), the published code has it absent"):
         export.published_state(registers)
-    partly = principal_pool(backbone.weights, 2, LEVELS, layers=("attn.qkv",))
+    partly = principal_pool(network.weights, 2, LEVELS, layers=("attn.qkv",))
     with pytest.raises(InputError, match=r"lora_A\.0 is absent"):
         export.published_state(partly)
     without = {name: weight for name, weight in pool.residual.items() if name != "pos_embed"}
@@ -373,7 +375,7 @@ def test_a_network_that_the_published_code_lacks_is_refused(backbone, pool):
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory) -> Path:
     """A pool of the network that the project ships."""
-    pool = pool_of(load_backbone("vit_mini"))
+    pool = pool_of(load_network("vit_mini"))
     path = tmp_path_factory.mktemp("mini") / "pool.safetensors"
     checkpoint.save(path, Checkpoint(pool, {"arch": "vit_mini"}))
     return path
@@ -409,19 +411,19 @@ def test_a_support_set_decides_as_the_evaluation_does(mini, folder, tmp_path, mo
     out = tmp_path / "net.safetensors"
     assert run(mini, "--to", "timm", "--support", folder, "--out", out, "--seed", 3, "--aug-prob", 1) == 0
     assert str(out) in capsys.readouterr().out
-    backbone, saved = load_backbone("vit_mini"), checkpoint.load(mini)
-    task = command.read_support(folder, backbone.image_size)
+    network, saved = load_network("vit_mini"), checkpoint.load(mini)
+    task = command.read_support(folder, network.image_size)
     assert task.classes == ("apple", "bear", "café") and task.labels.tolist() == [0, 0, 1, 1, 2, 2]
     seen = images(4, 32)
     episode = Episode(task.images, task.labels, seen, torch.zeros(4, dtype=torch.int64))
 
     def choose(support, labels, generator):
         routing = Routing(augment_probability=1)
-        return route(backbone, saved.pool, support, labels, generator, routing)
+        return route(network, saved.pool, support, labels, generator, routing)
 
-    ours = merged_predictor(backbone, saved.pool, choose, seed=3)(episode)
+    ours = merged_predictor(network, saved.pool, choose, seed=3)(episode)
     readme = out.with_name("net.safetensors.README.txt").read_text()
-    theirs = follow_readme(readme, tmp_path, monkeypatch, images=backbone.normalise(seen))["features"]
+    theirs = follow_readme(readme, tmp_path, monkeypatch, images=network.normalise(seen))["features"]
     task_file = out.with_name("net.safetensors.prototypes.safetensors")
     head = load_file(task_file)
     with torch.no_grad():

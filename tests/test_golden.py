@@ -30,13 +30,16 @@ from amt.attacks.perturb import (
     pyramid_step,
 )
 from amt.files.checkpoint import Checkpoint, check_architecture, load, save
+from amt.files.pretrained import read_weights
 from amt.files.published import pool_from_published, published_shapes
+from amt.models.architectures import Arch, build_network
 from amt.models.heads import cosine_logits, prototypes
 from amt.models.lora import LoRAPool, Trim, split_principal, trim_singular_values, truncate
-from amt.models.network import Arch, Backbone, build_network, features, read_weights, resize_positions
+from amt.models.network import Network, features, resize_positions
+from amt.models.weights import Coefficients
 from amt.tasks import merge
 from amt.tasks.classifier import prototype_task
-from amt.tasks.merge import Coefficients, Routing, average_of, blend, compactness, support_cosines
+from amt.tasks.merge import Routing, average_of, blend, compactness, support_cosines
 from amt.training import meta_tune
 from amt.training.losses import kl_sum, robust_loss
 from amt.training.meta_tune import Tuner, TuneSettings, query_outcome
@@ -141,8 +144,8 @@ class Model:
     """A recorded pool, its backbone, and the same network fed with images that are normalised already."""
 
     pool: LoRAPool
-    backbone: Backbone
-    raw: Backbone
+    network: Network
+    raw: Network
 
 
 def model_of(state: dict[str, Tensor], heads: int) -> Model:
@@ -161,7 +164,7 @@ def model_around(pool: LoRAPool, heads: int) -> Model:
         Arch(patch, dim, depth, heads, pretrained_size=side, image_size=side, mlp_ratio=(hidden + 0.5) / dim)
     )
     mean, std = (tuple(INDEX["meta"]["normalisation"][key]) for key in ("mean", "std"))
-    raw = Backbone("golden", network, side, (0.0,) * 3, (1.0,) * 3)
+    raw = Network("golden", network, side, (0.0,) * 3, (1.0,) * 3)
     check_architecture(ROOT, pool, raw.weights, "golden")
     return Model(pool, dataclasses.replace(raw, mean=mean, std=std), raw)
 
@@ -242,15 +245,15 @@ def test_svd_start():
 def test_backbone_features_at_every_image_size(single):
     """Position tables, features and patch tokens at square, oblong and ragged sizes."""
     data, weights = arrays("b_backbone.npz"), single.pool.merge([1.0])
-    patch = single.backbone.network.patch_embed.patch_size[0]
-    every_token = copy.copy(single.backbone.network)
+    patch = single.network.module.patch_embed.patch_size[0]
+    every_token = copy.copy(single.network.module)
     every_token.global_pool = ""
-    tokens = dataclasses.replace(single.backbone, network=every_token)
+    tokens = dataclasses.replace(single.network, module=every_token)
     sizes = [name.removeprefix("feat_") for name in data if name.startswith("feat_")]
     assert sizes
     for size in sizes:
         images = pixels(data[f"x_{size}_u8"])
-        assert_close(features(single.backbone, weights, images), data[f"feat_{size}"], 3e-6, size)
+        assert_close(features(single.network, weights, images), data[f"feat_{size}"], 3e-6, size)
         rows, columns = (side // patch for side in images.shape[-2:])
         positions = resize_positions(weights["pos_embed"], (rows, columns))
         assert_close(positions, data[f"pos_{size}"], 1e-6, size)
@@ -263,11 +266,11 @@ def test_prototypes_and_logits(single):
     """Raw mean prototypes of unbalanced classes, and cosine logits for any head."""
     file, data = "c_protonet.npz", arrays("c_protonet.npz")
     weights = single.pool.merge([1.0])
-    support = features(single.backbone, weights, pixels(data["sx_u8"]))
+    support = features(single.network, weights, pixels(data["sx_u8"]))
     centres = prototypes(support, data["sy"], int(data["sy"].max()) + 1)
     assert_close(support, data["supp_f"], 3e-6)
     assert_close(centres, data["prototypes"], 3e-6)
-    query = features(single.backbone, weights, pixels(data["x_u8"]))
+    query = features(single.network, weights, pixels(data["x_u8"]))
     heads = [name for name in data if name.startswith("logits_")]
     assert heads
     for name in heads:
@@ -325,8 +328,8 @@ class Attack:
         self.alpha = everything.get("alpha", self.level.step_size / 255 / std)
         self.epsilon = everything.get("eps", self.level.epsilon / 255 / std)
 
-    def logits(self, images: Tensor, backbone: Backbone | None = None) -> Tensor:
-        query = features(backbone or self.model.raw, self.weights, images)
+    def logits(self, images: Tensor, network: Network | None = None) -> Tensor:
+        query = features(network or self.model.raw, self.weights, images)
         return cosine_logits(query, self.centres, self.model.pool.scale, self.model.pool.bias)
 
     def divergence(self, images: Tensor) -> Tensor:
@@ -455,14 +458,14 @@ def test_attack_in_pixels_agrees_but_for_ties(file, run, attacked_models):
     images = pixels(attack.u8)
 
     def divergence(moved: Tensor) -> Tensor:
-        return kl_sum(attack.clean, attack.logits(moved, attack.model.backbone))
+        return kl_sum(attack.clean, attack.logits(moved, attack.model.network))
 
     path = attack.trajectory()
     compared = 0
     for step, (before, after) in enumerate(itertools.pairwise(path)):
         deltas = [delta * std for delta in before]
         attacked = apply_pyramid(images, deltas, attack.level.scalars)
-        logits = attack.logits(attacked, attack.model.backbone)
+        logits = attack.logits(attacked, attack.model.network)
         assert_close(logits, attack.data[f"step{step}_logits_adv"], 2e-6, f"step {step}")
         started = attack.started(before)[:, None, None, None]
         moved = pyramid_step(divergence, images, deltas, attack.level)
@@ -478,7 +481,7 @@ def test_attack_in_pixels_agrees_but_for_ties(file, run, attacked_models):
             compared += int(decided.sum())
     assert compared > 1000
     final = apply_pyramid(images, [delta * std for delta in path[-1]], attack.level.scalars)
-    final = cut(attack.model.backbone.normalise(final), meaning(file, f"{run}/x_adv"))
+    final = cut(attack.model.network.normalise(final), meaning(file, f"{run}/x_adv"))
     assert_close(final, attack.data["x_adv"], 1e-6)
 
 
@@ -662,8 +665,8 @@ def test_training_step_split_at_the_support(single, monkeypatch):
         pool = trainable(pool_before(number, all_steps, single.pool))
         seen = []
 
-        def cut_at_support(backbone, weights, images, step=step, seen=seen):
-            out = features(backbone, weights, images)
+        def cut_at_support(network, weights, images, step=step, seen=seen):
+            out = features(network, weights, images)
             if images is step.episode.support:
                 seen.append(out.detach().requires_grad_())
                 return seen[-1]
@@ -714,9 +717,9 @@ def test_optimiser_with_momentum(single, monkeypatch):
     all_steps = steps()
     waiting = iter(all_steps)
 
-    def injected(backbone, pool, episode, level, start, space=PIXELS, loss_scale=1.0):
+    def injected(network, pool, episode, level, start, space=PIXELS, loss_scale=1.0):
         level, start = next(waiting).injection
-        return query_outcome(backbone, pool, episode, level, start, normalised_space(), loss_scale)
+        return query_outcome(network, pool, episode, level, start, normalised_space(), loss_scale)
 
     monkeypatch.setattr(meta_tune, "query_outcome", injected)
     first = all_steps[0].settings
@@ -784,7 +787,7 @@ def recorded_shares(data: dict[str, Tensor], case: str, adapters: int) -> Tensor
 def merged_logits(model: Model, coefficients: Coefficients, episode: Episode, trims=()) -> Tensor:
     weights = trim_singular_values(model.pool.merge(coefficients), trims)
     head = model.pool.head(coefficients)
-    return prototype_task(model.backbone, weights, episode, *head).logits(episode.query)
+    return prototype_task(model.network, weights, episode, *head).logits(episode.query)
 
 
 def merged_layers() -> dict[str, str]:
@@ -813,7 +816,7 @@ def test_routing(name, case, several, monkeypatch):
         monkeypatch.setattr(merge, "augment", lambda images, generator: data[f"{name}/z"])
         assert routing.augment_probability == 1
     labels, generator = episode.support_labels, torch.Generator()
-    cosines = support_cosines(several.backbone, several.pool, episode.support, labels, generator, routing)
+    cosines = support_cosines(several.network, several.pool, episode.support, labels, generator, routing)
     assert_close(cosines, data[f"{name}/expert_cos"], 3e-6, case)
     intra, inter = compactness(cosines, labels)
     assert_close(intra, data[f"{name}/intra"], 2e-6, case)
@@ -831,7 +834,7 @@ def test_routing(name, case, several, monkeypatch):
     found = torch.tensor(blend(intra, inter, routing))
     assert_close(found, recorded_shares(data, case, len(found)), 2e-6, case)
     generator.manual_seed(0)
-    routed = merge.route(several.backbone, several.pool, episode.support, labels, generator, routing)
+    routed = merge.route(several.network, several.pool, episode.support, labels, generator, routing)
     assert torch.allclose(torch.tensor(routed), found, rtol=0, atol=1e-6)
 
 
@@ -958,7 +961,7 @@ def test_pool_checkpoint(heads, safe, tmp_path):
     episode = routed_episode(merged, case.split("/")[0])
     routing = settings_of(params("g_merge.npz", f"{case}/expw"))
     coefficients = merge.route(
-        model.backbone, model.pool, episode.support, episode.support_labels, torch.Generator(), routing
+        model.network, model.pool, episode.support, episode.support_labels, torch.Generator(), routing
     )
     assert_close(merged_logits(model, coefficients, episode), data["pool_logits"], 3e-6)
 
@@ -1000,8 +1003,8 @@ def test_backbone_features_from_every_official_format(single, form, tmp_path):
     """The recorded network's weights, written as each project publishes them, give the recorded features."""
     weights = single.pool.merge([1.0])
     path = write_official(tmp_path / "weights.pth", form, weights)
-    found = read_weights(path, single.backbone.network)
+    found = read_weights(path, single.network.module)
     data = arrays("b_backbone.npz")
     for size in (name.removeprefix("feat_") for name in data if name.startswith("feat_")):
         images = pixels(data[f"x_{size}_u8"])
-        assert_close(features(single.backbone, found, images), data[f"feat_{size}"], 3e-6, size)
+        assert_close(features(single.network, found, images), data[f"feat_{size}"], 3e-6, size)

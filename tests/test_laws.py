@@ -23,9 +23,10 @@ from amt.attacks.perturb import Perturbation, pgd, pyramid_attack, pyramid_start
 from amt.evaluation.evaluate import evaluate
 from amt.files import checkpoint as checkpoints
 from amt.files.checkpoint import Checkpoint
+from amt.models.architectures import Arch
 from amt.models.heads import cosine_logits, prototypes
 from amt.models.lora import LoRAPool, Trim, principal_pool, split_principal, trim_singular_values
-from amt.models.network import Arch, Backbone, features
+from amt.models.network import Network, features
 from amt.tasks.classifier import merged_predictor
 from amt.tasks.merge import Routing, blend, route
 from amt.training import meta_tune
@@ -52,18 +53,18 @@ LEVELS = (
 )
 
 
-make_backbone = functools.partial(random_backbone, ARCH)
+make_network = functools.partial(random_backbone, ARCH)
 make_episode = functools.partial(patterned_episode, side=16)
 
 
 @pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    return make_backbone()
+def network() -> Network:
+    return make_network()
 
 
 @pytest.fixture(scope="module")
-def untrained(backbone) -> LoRAPool:
-    return principal_pool(backbone.weights, RANK, LEVELS)
+def untrained(network) -> LoRAPool:
+    return principal_pool(network.weights, RANK, LEVELS)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def episode() -> Episode:
 
 
 @pytest.fixture
-def calls(backbone):
+def calls(network):
     """What every forward of the network was given, in order."""
     seen = []
 
@@ -94,7 +95,7 @@ def calls(backbone):
             )
         )
 
-    handle = backbone.network.register_forward_pre_hook(look)
+    handle = network.module.register_forward_pre_hook(look)
     yield seen
     handle.remove()
 
@@ -126,9 +127,9 @@ def quick(**changes) -> TuneSettings:
     return TuneSettings(**{"epochs": 4, "episodes_per_epoch": 2, "lr": 0.05, "warmup_epochs": 0} | changes)
 
 
-def outcome_of(backbone: Backbone, pool: LoRAPool, episode: Episode, level: Perturbation, **keywords):
+def outcome_of(network: Network, pool: LoRAPool, episode: Episode, level: Perturbation, **keywords):
     start = pyramid_start(episode.query, level, torch.Generator().manual_seed(3))
-    return query_outcome(backbone, pool, episode, level, start, **keywords)
+    return query_outcome(network, pool, episode, level, start, **keywords)
 
 
 # The pool
@@ -136,11 +137,11 @@ def outcome_of(backbone: Backbone, pool: LoRAPool, episode: Episode, level: Pert
 
 @few
 @given(st.lists(st.floats(-2, 2), min_size=len(LEVELS) - 1, max_size=len(LEVELS) - 1))
-def test_an_untrained_pool_is_the_pretrained_network(backbone, untrained, episode, free):
+def test_an_untrained_pool_is_the_pretrained_network(network, untrained, episode, free):
     """For any coefficients that sum to 1."""
     weights = untrained.merge([*free, 1 - sum(free)])
-    expected = features(backbone, backbone.weights, episode.query)
-    found = features(backbone, weights, episode.query)
+    expected = features(network, network.weights, episode.query)
+    found = features(network, weights, episode.query)
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
@@ -172,15 +173,15 @@ def test_a_one_hot_merge_is_that_adapter_exactly(pool):
     )
 
 
-def test_gradients_reach_every_factor(backbone, pool, episode):
+def test_gradients_reach_every_factor(network, pool, episode):
     """Of a merge, and of the training loss."""
     merged = trainable(pool)
-    features(backbone, merged.merge([0.2, 0.3, 0.5]), episode.query).square().sum().backward()
+    features(network, merged.merge([0.2, 0.3, 0.5]), episode.query).square().sum().backward()
     for name, factor in merged.factors.items():
         for p in range(len(pool)):
             assert factor.grad[p].abs().sum() > 0, (name, p)
     single = trainable(pool[0])
-    outcome_of(backbone, single, episode, LEVELS[0]).loss.total.backward()
+    outcome_of(network, single, episode, LEVELS[0]).loss.total.backward()
     for name, parameter in tensors(single).items():
         if name != "bias":
             assert parameter.grad.abs().sum() > 0, name
@@ -236,11 +237,11 @@ def test_a_convolution_splits_and_reconstructs(out, into, kernel, seed, data):
         split_principal(weight, min(out, into * kernel**2) + 1)
 
 
-def test_a_pool_may_adapt_convolutions(backbone, episode):
-    conv = principal_pool(backbone.weights, 2, LEVELS[:1], layers=("patch_embed.proj", "mlp.fc1"))
+def test_a_pool_may_adapt_convolutions(network, episode):
+    conv = principal_pool(network.weights, 2, LEVELS[:1], layers=("patch_embed.proj", "mlp.fc1"))
     assert "patch_embed.proj.weight" in conv.A
     for name, weight in conv.merge([1.0]).items():
-        assert torch.allclose(weight, backbone.weights[name], atol=1e-5)
+        assert torch.allclose(weight, network.weights[name], atol=1e-5)
 
 
 def test_trimming_with_all_kept_is_the_identity(pool):
@@ -273,12 +274,12 @@ def test_trimming_leaves_the_rank_asked_for(pool, layer, block, keep):
 # Attacks
 
 
-def classifier(backbone: Backbone, weights: dict[str, Tensor], episode: Episode):
+def classifier(network: Network, weights: dict[str, Tensor], episode: Episode):
     with torch.no_grad():
         centres = prototypes(
-            features(backbone, weights, episode.support), episode.support_labels, episode.n_way
+            features(network, weights, episode.support), episode.support_labels, episode.n_way
         )
-    return lambda images: cosine_logits(features(backbone, weights, images), centres, 10.0)
+    return lambda images: cosine_logits(features(network, weights, images), centres, 10.0)
 
 
 def climb(logits_of, labels: Tensor):
@@ -286,8 +287,8 @@ def climb(logits_of, labels: Tensor):
 
 
 @pytest.mark.parametrize("start", ["zero", "random1", "random2"])
-def test_epsilon_zero_is_the_clean_image(backbone, pool, episode, start):
-    logits_of = classifier(backbone, pool.merge([1.0, 0.0, 0.0]), episode)
+def test_epsilon_zero_is_the_clean_image(network, pool, episode, start):
+    logits_of = classifier(network, pool.merge([1.0, 0.0, 0.0]), episode)
     level = Perturbation(0, 0, steps=2, grids=(2, 4, 0), start=start)
     deltas = pyramid_start(episode.query, level, torch.Generator().manual_seed(0))
     attacked = pyramid_attack(climb(logits_of, episode.query_labels), episode.query, deltas, level)
@@ -326,9 +327,9 @@ def in_ball(attacked: Tensor, images: Tensor, epsilon: float) -> bool:
 
 @few
 @given(epsilon=st.floats(0, 40), share=st.floats(0.05, 2), steps=st.integers(0, 3), seed=st.integers(0, 9))
-def test_pgd_stays_in_the_ball_and_in_range(backbone, pool, epsilon, share, steps, seed):
+def test_pgd_stays_in_the_ball_and_in_range(network, pool, epsilon, share, steps, seed):
     episode = make_episode(seed)
-    logits_of = classifier(backbone, pool.merge([1.0, 0.0, 0.0]), episode)
+    logits_of = classifier(network, pool.merge([1.0, 0.0, 0.0]), episode)
     clean = episode.query.clone()
     attacked, fooled = pgd(
         logits_of,
@@ -353,11 +354,11 @@ def test_pgd_stays_in_the_ball_and_in_range(backbone, pool, epsilon, share, step
     start=st.sampled_from(["zero", "random1", "random2"]),
     seed=st.integers(0, 9),
 )
-def test_the_fine_level_alone_stays_in_the_ball(backbone, pool, epsilon, share, steps, start, seed):
+def test_the_fine_level_alone_stays_in_the_ball(network, pool, epsilon, share, steps, start, seed):
     """So epsilon means the same to both attacks."""
     episode = make_episode(seed)
     level = Perturbation(epsilon, share * epsilon, steps=steps, grids=(0,), scalars=(1.0,), start=start)
-    logits_of = classifier(backbone, pool.merge([1.0, 0.0, 0.0]), episode)
+    logits_of = classifier(network, pool.merge([1.0, 0.0, 0.0]), episode)
     deltas = pyramid_start(episode.query, level, torch.Generator().manual_seed(seed))
     loss_of = climb(logits_of, episode.query_labels)
     attacked = pyramid_attack(loss_of, episode.query, deltas, level)
@@ -368,8 +369,8 @@ def test_the_fine_level_alone_stays_in_the_ball(backbone, pool, epsilon, share, 
     assert in_ball(attacked, episode.query, 255)
 
 
-def test_attacks_raise_the_loss(backbone, pool, episode):
-    logits_of = classifier(backbone, pool.merge([1.0, 0.0, 0.0]), episode)
+def test_attacks_raise_the_loss(network, pool, episode):
+    logits_of = classifier(network, pool.merge([1.0, 0.0, 0.0]), episode)
     loss_of = climb(logits_of, episode.query_labels)
     level = Perturbation(8, 2, steps=4, grids=(0,), scalars=(1.0,), start="zero")
     deltas = pyramid_start(episode.query, level, torch.Generator())
@@ -377,15 +378,15 @@ def test_attacks_raise_the_loss(backbone, pool, episode):
     assert loss_of(attacked) > loss_of(episode.query) + 0.1
 
 
-def test_attacks_see_no_parameter_gradient_and_run_in_eval_mode(backbone, pool, episode, calls):
+def test_attacks_see_no_parameter_gradient_and_run_in_eval_mode(network, pool, episode, calls):
     """In training, in routing and in evaluation."""
-    tuner = Tuner(backbone, pool, quick())
+    tuner = Tuner(network, pool, quick())
     tuner.step(episode)
     training = [call for call in calls if call.input_gradient]
     assert len(training) == sum(level.steps for level in LEVELS)
     routing = Routing(epsilon=8)
-    choose = functools.partial(route, backbone, pool, routing=routing)
-    list(evaluate(merged_predictor(backbone, pool, choose), [episode], [Attack("pgd", (8,), steps=3)]))
+    choose = functools.partial(route, network, pool, routing=routing)
+    list(evaluate(merged_predictor(network, pool, choose), [episode], [Attack("pgd", (8,), steps=3)]))
     attacks = [call for call in calls if call.input_gradient]
     assert len(attacks) > len(training)
     assert not any(call.weight_gradient for call in attacks)
@@ -396,27 +397,27 @@ def test_attacks_see_no_parameter_gradient_and_run_in_eval_mode(backbone, pool, 
 # What is never touched
 
 
-def test_the_backbone_stays_as_it_is(backbone, pool, episode):
+def test_the_backbone_stays_as_it_is(network, pool, episode):
     """Through training, attacks, routing and evaluation, to the bit."""
-    before = {name: tensor.clone() for name, tensor in backbone.network.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in network.module.state_dict().items()}
     residual = {name: tensor.clone() for name, tensor in pool.residual.items()}
-    tuner = Tuner(backbone, pool, quick())
+    tuner = Tuner(network, pool, quick())
     for k in range(2):
         tuner.step(make_episode(k))
     for epsilon in (0, 8):
-        choose = functools.partial(route, backbone, pool, routing=Routing(epsilon=epsilon))
-        predict = merged_predictor(backbone, pool, choose, [Trim("qkv", -1, 0.5)])
+        choose = functools.partial(route, network, pool, routing=Routing(epsilon=epsilon))
+        predict = merged_predictor(network, pool, choose, [Trim("qkv", -1, 0.5)])
         list(evaluate(predict, [episode], [Attack("pgd", (8,), steps=2)]))
-    assert_identical(backbone.network.state_dict(), before)
+    assert_identical(network.module.state_dict(), before)
     assert_identical(pool.residual, residual)
     assert_identical(tuner.pool.residual, residual)
-    assert all(p.grad is None and not p.requires_grad for p in backbone.network.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in network.module.parameters())
 
 
-def test_the_tuner_gives_out_copies(backbone, pool, episode):
+def test_the_tuner_gives_out_copies(network, pool, episode):
     """Neither the pool it was given nor one it gave out changes with its next step."""
     given_pool = {name: tensor.clone() for name, tensor in tensors(pool).items()}
-    tuner = Tuner(backbone, pool[0], quick())
+    tuner = Tuner(network, pool[0], quick())
     tuner.step(episode)
     handed = tuner.pool
     kept = {name: tensor.clone() for name, tensor in tensors(handed).items()}
@@ -429,9 +430,9 @@ def test_the_tuner_gives_out_copies(backbone, pool, episode):
 # Routing
 
 
-def test_routing_is_shown_the_support_only(backbone, pool, episode):
+def test_routing_is_shown_the_support_only(network, pool, episode):
     assert list(inspect.signature(route).parameters) == [
-        "backbone",
+        "network",
         "pool",
         "support",
         "labels",
@@ -439,8 +440,8 @@ def test_routing_is_shown_the_support_only(backbone, pool, episode):
         "routing",
         "members",
     ]
-    choose = functools.partial(route, backbone, pool, routing=Routing())
-    predict = merged_predictor(backbone, pool, choose)
+    choose = functools.partial(route, network, pool, routing=Routing())
+    predict = merged_predictor(network, pool, choose)
     other = make_episode(5)
     swapped = dataclasses.replace(
         episode, query=other.query, query_labels=1 - other.query_labels.clamp(max=1)
@@ -469,10 +470,10 @@ def test_coefficients_are_shares_of_at_most_top_k(scores, beta, gamma, top_k):
 
 
 @pytest.mark.parametrize("epsilon", [0, 8])
-def test_routing_is_a_function_of_its_generator(backbone, pool, episode, epsilon):
+def test_routing_is_a_function_of_its_generator(network, pool, episode, epsilon):
     def routed(seed: int) -> tuple[float, ...]:
         return route(
-            backbone,
+            network,
             pool,
             episode.support,
             episode.support_labels,
@@ -493,7 +494,7 @@ def test_routing_is_a_function_of_its_generator(backbone, pool, episode, epsilon
 
 @pytest.mark.parametrize("gamma, rest", [(0.01, 4), (0.0, 2)])
 @pytest.mark.parametrize("steps", [1, 3])
-def test_what_a_training_step_costs(backbone, pool, calls, monkeypatch, gamma, rest, steps):
+def test_what_a_training_step_costs(network, pool, calls, monkeypatch, gamma, rest, steps):
     """One support forward, K + 4 query forwards (K + 2 without weight perturbation), K input gradients."""
     episode = make_episode(0, shots=3, queries=2)
     n_support, n_query = len(episode.support), len(episode.query)
@@ -516,7 +517,7 @@ def test_what_a_training_step_costs(backbone, pool, calls, monkeypatch, gamma, r
 
     level = Perturbation(8, 2, steps=steps, gamma=gamma, grids=(2, 0), scalars=(20.0, 1.0))
     single = dataclasses.replace(pool[0], levels=(level,))
-    tuner = Tuner(backbone, single, quick())
+    tuner = Tuner(network, single, quick())
     with monkeypatch.context() as patch:
         patch.setattr(torch.autograd, "grad", counted)
         patch.setattr(Tensor, "backward", counted_backward)
@@ -536,13 +537,13 @@ def test_what_a_training_step_costs(backbone, pool, calls, monkeypatch, gamma, r
     assert len(backwards) == 1
 
 
-def test_routing_and_evaluation_copy_nothing(backbone, pool, episode, monkeypatch):
+def test_routing_and_evaluation_copy_nothing(network, pool, episode, monkeypatch):
     def refuse(*args, **keywords):
         raise AssertionError("something was deep-copied")
 
     monkeypatch.setattr(copy, "deepcopy", refuse)
-    choose = functools.partial(route, backbone, pool, routing=Routing())
-    assert list(evaluate(merged_predictor(backbone, pool, choose), [episode], [Attack("pgd", (8,), steps=1)]))
+    choose = functools.partial(route, network, pool, routing=Routing())
+    assert list(evaluate(merged_predictor(network, pool, choose), [episode], [Attack("pgd", (8,), steps=1)]))
 
 
 # Mixed precision
@@ -552,12 +553,12 @@ def test_routing_and_evaluation_copy_nothing(backbone, pool, episode, monkeypatc
 def test_mixed_precision_agrees_with_float32(pool, episode, dtype, tolerance):
     """Losses from the same attacked images, within the rounding of 8 or 11 bits through the network."""
     level = dataclasses.replace(LEVELS[0], steps=0)
-    expected = outcome_of(make_backbone(), trainable(pool[0]), episode, level).loss
-    found = outcome_of(make_backbone(autocast=dtype), trainable(pool[0]), episode, level).loss
+    expected = outcome_of(make_network(), trainable(pool[0]), episode, level).loss
+    found = outcome_of(make_network(autocast=dtype), trainable(pool[0]), episode, level).loss
     assert found.total.dtype == torch.float32
     assert float(found.natural.detach()) == pytest.approx(float(expected.natural.detach()), rel=tolerance)
-    attacked = outcome_of(make_backbone(), trainable(pool[0]), episode, LEVELS[0]).loss
-    half = outcome_of(make_backbone(autocast=dtype), trainable(pool[0]), episode, LEVELS[0], loss_scale=256.0)
+    attacked = outcome_of(make_network(), trainable(pool[0]), episode, LEVELS[0]).loss
+    half = outcome_of(make_network(autocast=dtype), trainable(pool[0]), episode, LEVELS[0], loss_scale=256.0)
     assert float(half.loss.total.detach()) == pytest.approx(float(attacked.total.detach()), rel=5 * tolerance)
 
 
@@ -574,14 +575,14 @@ def test_the_attack_moves_in_float16(pool, episode, monkeypatch, loss_scale, mov
     monkeypatch.setattr(meta_tune, "pyramid_attack", watched)
     level = Perturbation(4, 2, steps=1, grids=(0,), scalars=(1.0,), start="random2")
     flat = trainable(dataclasses.replace(pool[0], scale=torch.full((1,), 0.01)))
-    half = make_backbone(autocast=torch.float16)
+    half = make_network(autocast=torch.float16)
     outcome_of(half, flat, episode, level, loss_scale=loss_scale)
     assert (moved[0] > 0.5) is moves, moved
 
 
 def test_training_in_float16_takes_steps(pool, episode):
     """Overflow at a large loss scale skips a step; after a few the factors move and stay finite."""
-    tuner = Tuner(make_backbone(autocast=torch.float16), pool[0], quick())
+    tuner = Tuner(make_network(autocast=torch.float16), pool[0], quick())
     for _ in range(8):
         tuner.step(episode)
     after = tuner.pool
@@ -592,19 +593,19 @@ def test_training_in_float16_takes_steps(pool, episode):
 # Training
 
 
-def trained(backbone: Backbone, pool: LoRAPool, settings: TuneSettings, episodes: int) -> Tuner:
-    tuner = Tuner(backbone, pool, settings)
+def trained(network: Network, pool: LoRAPool, settings: TuneSettings, episodes: int) -> Tuner:
+    tuner = Tuner(network, pool, settings)
     for k in range(episodes):
         tuner.step(make_episode(k))
     return tuner
 
 
-def test_training_is_deterministic(backbone, pool):
+def test_training_is_deterministic(network, pool):
     torch.manual_seed(0)
-    first = trained(backbone, pool, quick(), 3)
+    first = trained(network, pool, quick(), 3)
     torch.manual_seed(1)
-    assert_identical(tensors(trained(backbone, pool, quick(), 3).pool), tensors(first.pool))
-    other = trained(backbone, pool, quick(seed=1), 3)
+    assert_identical(tensors(trained(network, pool, quick(), 3).pool), tensors(first.pool))
+    other = trained(network, pool, quick(seed=1), 3)
     assert any(
         not torch.equal(tensor, other.pool.factors[name]) for name, tensor in first.pool.factors.items()
     )
@@ -614,15 +615,15 @@ def test_training_is_deterministic(backbone, pool):
 @pytest.mark.parametrize("dtype", [None, torch.float16], ids=["float32", "float16"])
 def test_a_resumed_run_equals_an_uninterrupted_one(pool, tmp_path, done, dtype):
     """Through the disk, to the bit, momentum and loss scale included."""
-    backbone, total = make_backbone(autocast=dtype), 5
+    network, total = make_network(autocast=dtype), 5
     plan = quick(epsilon_warmup=3, clip_grad=1.0)
-    whole = trained(backbone, pool, plan, total)
-    first = trained(backbone, pool, plan, done)
+    whole = trained(network, pool, plan, total)
+    first = trained(network, pool, plan, done)
     momentum, numbers = first.state()
     path = tmp_path / "run.safetensors"
     checkpoints.save(path, Checkpoint(first.pool, {"tuner": numbers}, momentum))
     found = checkpoints.load(path)
-    resumed = Tuner(backbone, found.pool, plan)
+    resumed = Tuner(network, found.pool, plan)
     resumed.restore(found.momentum, found.about["tuner"])
     assert resumed.episodes_done == done
     records = [resumed.step(make_episode(k)) for k in range(done, total)]
@@ -632,9 +633,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(pool, tmp_path, done, dtype):
     assert len(records) == total - done
 
 
-def test_a_loss_that_is_no_number_stops_the_run(backbone, pool, episode):
+def test_a_loss_that_is_no_number_stops_the_run(network, pool, episode):
     """Before the factors of its level are touched."""
-    tuner = Tuner(backbone, pool[0], quick())
+    tuner = Tuner(network, pool[0], quick())
     tuner.step(episode)
     before = {name: tensor.clone() for name, tensor in tensors(tuner.pool).items()}
     broken = dataclasses.replace(episode, query=episode.query * math.nan)
@@ -644,13 +645,13 @@ def test_a_loss_that_is_no_number_stops_the_run(backbone, pool, episode):
     assert tuner.episodes_done == 1
 
 
-def test_collapse_is_noticed(backbone, episode):
-    constant = make_backbone()
-    constant.network.norm.weight.zero_()
-    constant.network.norm.bias.fill_(1.0)
+def test_collapse_is_noticed(network, episode):
+    constant = make_network()
+    constant.module.norm.weight.zero_()
+    constant.module.norm.bias.fill_(1.0)
     level = dataclasses.replace(LEVELS[0], gamma=0.01)
-    for network, expected in ((constant, True), (backbone, False)):
-        tuner = Tuner(network, principal_pool(network.weights, RANK, (level,)), quick(lr=1e-6))
+    for tried, expected in ((constant, True), (network, False)):
+        tuner = Tuner(tried, principal_pool(tried.weights, RANK, (level,)), quick(lr=1e-6))
         records = [tuner.step(episode)[0] for _ in range(2)]
         assert collapsed(records, robust=True) is expected
         assert collapsed(records, robust=False) is expected
@@ -679,9 +680,9 @@ def test_the_learning_rate_follows_its_formula(epochs, warmup, lr, floor, data):
     assert learning_rate(plan, epoch) == pytest.approx(expected, rel=1e-9, abs=1e-15)
 
 
-def test_each_step_uses_the_rate_of_its_epoch(backbone, pool):
+def test_each_step_uses_the_rate_of_its_epoch(network, pool):
     plan = quick(warmup_epochs=2, episodes_per_epoch=2)
-    tuner = Tuner(backbone, pool[2], plan)
+    tuner = Tuner(network, pool[2], plan)
     rates = [tuner.step(make_episode(k))[0].lr for k in range(8)]
     assert rates == [learning_rate(plan, k // 2) for k in range(8)]
     assert tuner.finished

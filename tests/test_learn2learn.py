@@ -25,8 +25,8 @@ from amt.attacks.evaluation import Attack
 from amt.attacks.perturb import Perturbation
 from amt.evaluation.evaluate import evaluate
 from amt.files.learn2learn import EpisodeTaskset, TasksetEpisodes, task_of
+from amt.models.architectures import Arch
 from amt.models.lora import principal_pool
-from amt.models.network import Arch
 from amt.tasks.classifier import pretrained_predictor
 from amt.training.meta_tune import Tuner, TuneSettings, meta_tune
 from meta_dataset_readers.episode import Episode
@@ -417,11 +417,11 @@ def patterned_tasks(l2l) -> TasksetEpisodes:
 
 def test_meta_tuning_runs_on_tasks(l2l):
     """One adversarial step per task, and again the same from the same seeds."""
-    backbone, episodes = random_backbone(ARCH), patterned_tasks(l2l)
+    network, episodes = random_backbone(ARCH), patterned_tasks(l2l)
 
     def tuned():
-        pool = principal_pool(backbone.weights, 2, [Perturbation(8, 2, steps=2)])
-        tuner = Tuner(backbone, pool, TuneSettings(epochs=1, episodes_per_epoch=3, lr=1e-3, warmup_epochs=0))
+        pool = principal_pool(network.weights, 2, [Perturbation(8, 2, steps=2)])
+        tuner = Tuner(network, pool, TuneSettings(epochs=1, episodes_per_epoch=3, lr=1e-3, warmup_epochs=0))
         records = []
         result = meta_tune(tuner, episodes, lambda _, step: records.extend(step), lambda _: None)
         assert tuner.finished and all(record.n_way == 3 and record.total > 0 for record in records)

@@ -407,7 +407,7 @@ def test_large_samples_are_reduced_and_a_perturbation_keeps_its_values():
 
 
 def test_images_have_a_budget_shared_by_all_episodes(load, monkeypatch):
-    monkeypatch.setattr("amt.report.tables.document.SAMPLE_BUDGET", 1)
+    monkeypatch.setattr("amt.report.document.SAMPLE_BUDGET", 1)
     reader = Reader(page([load(samples=4)]))
     assert "1 of the 12 images kept with the runs" in reader.text
     assert sum(tag == "img" for tag, _ in reader.tags) == 3

@@ -31,9 +31,11 @@ from amt.cli import pool as pooling
 from amt.evaluation import runs
 from amt.files import checkpoint, published
 from amt.files.checkpoint import Checkpoint
+from amt.files.pretrained import load_network
 from amt.files.published import POOL_EPSILONS, pool_from_published, published_shapes
+from amt.models.architectures import Arch
 from amt.models.lora import LoRAPool, principal_pool
-from amt.models.network import Arch, features, load_backbone
+from amt.models.network import features
 from meta_dataset_readers.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -424,7 +426,7 @@ def test_bad_files_are_refused_in_one_line_and_run_nothing(bad, name):
     path, words = bad[name]
     for use in (
         checkpoint.load,
-        lambda file: load_backbone("vit_mini", file),
+        lambda file: load_network("vit_mini", file),
         lambda file: describing.main([str(file)]),
     ):
         with pytest.raises(InputError) as refused:
@@ -566,7 +568,7 @@ def test_converting_needs_trust_only_where_a_file_could_run_code(network, tmp_pa
     capsys.readouterr()
     assert described(out, capsys)["kind"] == "our pool of LoRAs"
 
-    torch.save({"model": network.network}, tmp_path / "whole.pth")
+    torch.save({"model": network.module}, tmp_path / "whole.pth")
     assert describing.main([str(tmp_path / "whole.pth"), "--convert", str(out), "--trust"]) == 0
     weights = load_file(out)
     assert weights.keys() == network.weights.keys()
@@ -658,7 +660,7 @@ def test_the_command_is_started_by_python_m_amt(bad):
 
 def test_a_published_pool_is_evaluated_by_the_usual_command(tiny_source, tmp_path):
     """--resume FILE.pth: the same rows as with the same pool in our format; main.py refuses it in a line."""
-    weights = load_backbone("vit_mini").weights
+    weights = load_network("vit_mini").weights
     levels = tuple(Perturbation(epsilon, epsilon / 4) for epsilon in POOL_EPSILONS)
     pool = moved_apart(principal_pool(weights, 2, levels))
     checkpoint.save(tmp_path / "ours.safetensors", Checkpoint(pool, {"arch": "vit_mini"}))

@@ -42,7 +42,7 @@ from amt.cli.options import recipes
 from amt.cli.options.recipes import AMT, TEST, TRAIN
 from amt.files import checkpoint, export
 from amt.models import classifiers as networks
-from amt.models.network import ARCHS, Arch, build_network
+from amt.models.architectures import ARCHS, Arch, build_network
 from amt.training.journal import Journal
 from meta_dataset_readers.bscd import CHESTX_FINDINGS, CHESTX_IMAGES, CHESTX_LABELS, ISIC_IMAGES, ISIC_LABELS
 from meta_dataset_readers.errors import InputError, exit_on_bad_input

@@ -10,8 +10,8 @@ from amt.attacks.evaluation import Attack
 from amt.attacks.perturb import Perturbation
 from amt.evaluation.evaluate import Measurement, measure
 from amt.evaluation.sanity import judge, probe
+from amt.models.architectures import Arch
 from amt.models.lora import principal_pool
-from amt.models.network import Arch
 from amt.tasks.classifier import Task, merged_predictor
 
 ARCH = Arch(patch_size=4, dim=12, depth=2, heads=2, pretrained_size=8, image_size=8, mlp_ratio=2.0)
@@ -48,9 +48,9 @@ def columns_of(found) -> set[str]:
 
 
 def test_a_sound_network_is_not_suspected():
-    backbone = random_backbone(ARCH, scale=0.3)
-    pool = moved_apart(principal_pool(backbone.weights, 2, [Perturbation(8, 2)] * 2), 0.1)
-    assert findings(merged_predictor(backbone, pool, lambda *_: (0.5, 0.5))) == []
+    network = random_backbone(ARCH, scale=0.3)
+    pool = moved_apart(principal_pool(network.weights, 2, [Perturbation(8, 2)] * 2), 0.1)
+    assert findings(merged_predictor(network, pool, lambda *_: (0.5, 0.5))) == []
     assert findings(nearest) == []
     assert findings(nearest, [Attack("apgd", (20, 80), steps=20)]) == []
 

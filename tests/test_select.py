@@ -20,20 +20,21 @@ from amt.evaluation.evaluate import evaluate
 from amt.evaluation.select import (
     BETAS,
     GAMMAS,
+    merged_networks,
     names,
-    networks,
     published_grid,
     select,
     selection_attacks,
     support_predictor,
 )
+from amt.models.architectures import Arch
 from amt.models.lora import LoRAPool, Trim, principal_pool
-from amt.models.network import Arch, Backbone
+from amt.models.network import Network
+from amt.models.weights import stream
 from amt.tasks import leave_one_out
 from amt.tasks.classifier import merged_predictor
 from amt.tasks.leave_one_out import leave_one_out_loss, new_trial
 from amt.tasks.merge import Routing, route
-from amt.training.meta_tune import stream
 from meta_dataset_readers.episode import Episode
 
 ARCH = Arch(patch_size=4, dim=12, depth=2, heads=2, pretrained_size=8, image_size=8, mlp_ratio=2.0)
@@ -45,26 +46,26 @@ def grid(routing: Routing) -> list[Routing]:
 
 
 @pytest.fixture(scope="module")
-def backbone() -> Backbone:
+def network() -> Network:
     return random_backbone(ARCH, scale=0.3)
 
 
 @pytest.fixture(scope="module")
-def pool(backbone) -> LoRAPool:
+def pool(network) -> LoRAPool:
     """Adapter 0 is the pretrained network; adapter 1 is blind: at full rank, all its layers are zero.
 
     So its classes coincide, and every router that weighs the distance between classes prefers adapter 0.
     """
-    started = principal_pool(backbone.weights, ARCH.dim, (Perturbation(8, 2), Perturbation(1, 0.25)))
+    started = principal_pool(network.weights, ARCH.dim, (Perturbation(8, 2), Perturbation(1, 0.25)))
     return started.with_factors(
         {name: torch.cat([factor[:1], 0 * factor[1:]]) for name, factor in started.factors.items()}
     )
 
 
 @pytest.fixture(scope="module")
-def three(backbone) -> LoRAPool:
+def three(network) -> LoRAPool:
     """Three adapters that differ."""
-    return moved_apart(principal_pool(backbone.weights, 2, [Perturbation(8, 2)] * 3), 0.3)
+    return moved_apart(principal_pool(network.weights, 2, [Perturbation(8, 2)] * 3), 0.3)
 
 
 make_episode = partial(patterned_episode, n_way=4, shots=1, queries=5, noise=0.15)
@@ -73,31 +74,31 @@ ROUTING = Routing(augment_probability=0.0)
 CANDIDATES = grid(ROUTING)
 
 
-def chosen(backbone, pool, candidates, episodes, *args, **keywords):
-    return select(backbone, pool, candidates, lambda: episodes, *args, **keywords)
+def chosen(network, pool, candidates, episodes, *args, **keywords):
+    return select(network, pool, candidates, lambda: episodes, *args, **keywords)
 
 
-def straightforwardly(backbone, pool, episodes, candidate, attacks, trims=(), seed=0) -> float:
+def straightforwardly(network, pool, episodes, candidate, attacks, trims=(), seed=0) -> float:
     """The score of one candidate: route, merge and evaluate every episode, as the scored ones will be."""
-    predict = merged_predictor(backbone, pool, partial(route, backbone, pool, routing=candidate), trims, seed)
+    predict = merged_predictor(network, pool, partial(route, network, pool, routing=candidate), trims, seed)
     rows = list(evaluate(predict, episodes, attacks, seed))
     columns = ["clean", *(column for attack in attacks for column in attack.columns)]
     return 100 * sum(row[column] for row in rows for column in columns) / len(rows) / len(columns)
 
 
 @pytest.mark.parametrize("epsilon", [0, 8])
-def test_every_candidate_is_scored_as_an_evaluation_with_it_would_be(backbone, three, epsilon, monkeypatch):
+def test_every_candidate_is_scored_as_an_evaluation_with_it_would_be(network, three, epsilon, monkeypatch):
     """The shortcuts (support features once, equal coefficients once) do not change a score or the choice."""
     monkeypatch.setattr(selecting, "_rounded", lambda coefficients: coefficients)
     candidates = grid(Routing(epsilon=epsilon, augment_probability=0.5))[::6]
-    found = chosen(backbone, three, candidates, EPISODES[:2], PGD, seed=4, halving=False)
+    found = chosen(network, three, candidates, EPISODES[:2], PGD, seed=4, halving=False)
     assert [what for what, _ in found.scores] == names(candidates)
-    expected = [straightforwardly(backbone, three, EPISODES[:2], each, PGD, seed=4) for each in candidates]
+    expected = [straightforwardly(network, three, EPISODES[:2], each, PGD, seed=4) for each in candidates]
     assert [score for _, score in found.scores] == pytest.approx(expected)
     assert found.candidate == expected.index(max(expected))
 
 
-def test_views_are_shared_and_yet_what_each_would_be_alone(backbone, three):
+def test_views_are_shared_and_yet_what_each_would_be_alone(network, three):
     """Several settings of the router at once give what each gives alone, to the bit."""
     settings = [Routing(epsilon=e, top_k=k, augment_probability=1) for e in (0, 4, 8) for k in (1, 3)]
     episode = EPISODES[0]
@@ -105,14 +106,14 @@ def test_views_are_shared_and_yet_what_each_would_be_alone(backbone, three):
     def of(candidates):
         generator = stream(3, 0, 1)
         return selecting.choices(
-            backbone, three, candidates, episode.support, episode.support_labels, generator
+            network, three, candidates, episode.support, episode.support_labels, generator
         )
 
     assert of(settings) == [of([each])[0] for each in settings]
     assert len(set(of(settings))) > 2
 
 
-def test_each_episode_is_looked_at_once_and_then_let_go(backbone, pool):
+def test_each_episode_is_looked_at_once_and_then_let_go(network, pool):
     """And once more for trimmings; while one is read no other is kept but that before it."""
     seen, alive = [], []
 
@@ -125,17 +126,17 @@ def test_each_episode_is_looked_at_once_and_then_let_go(backbone, pool):
             yield episode
             del episode
 
-    select(backbone, pool, CANDIDATES[:2], episodes)
+    select(network, pool, CANDIDATES[:2], episodes)
     assert seen == [0, 1, 2, 3]
-    select(backbone, pool, CANDIDATES[:2], episodes, trim_candidates=(HALF, MOST))
+    select(network, pool, CANDIDATES[:2], episodes, trim_candidates=(HALF, MOST))
     assert seen == [0, 1, 2, 3] * 3
 
 
-def test_selection_is_a_function_of_its_seed(backbone, three):
+def test_selection_is_a_function_of_its_seed(network, three):
     candidates = grid(Routing(augment_probability=1.0))[:6]
-    first = chosen(backbone, three, candidates, EPISODES, PGD, seed=1)
+    first = chosen(network, three, candidates, EPISODES, PGD, seed=1)
     torch.rand(5)
-    assert chosen(backbone, three, candidates, EPISODES, PGD, seed=1) == first
+    assert chosen(network, three, candidates, EPISODES, PGD, seed=1) == first
 
 
 def test_the_attacks_of_a_selection_are_cheap_ones_at_the_same_radii():
@@ -184,7 +185,7 @@ def prescribing(monkeypatch, score) -> list[tuple]:
         return SimpleNamespace(row={"clean": score(episode.index, coefficients, trims) / 100})
 
     monkeypatch.setattr(selecting, "measure", measure)
-    monkeypatch.setattr(selecting, "_task", lambda backbone, network, episode, setting: setting)
+    monkeypatch.setattr(selecting, "_task", lambda network, merged, episode, setting: setting)
     return tried
 
 
@@ -203,14 +204,14 @@ def unread(n: int) -> list[Episode]:
 
 
 @pytest.mark.parametrize("share", [0.5, 0.6, 0.8, 1.0])
-def test_the_settings_that_merge_best_are_chosen(backbone, pool, prescribed, share):
+def test_the_settings_that_merge_best_are_chosen(network, pool, prescribed, share):
     """If that is best which gives the first adapter a certain share."""
     prescribed(lambda _index, coefficients, _trims: -abs(coefficients[0] - share))
-    found = CANDIDATES[chosen(backbone, pool, CANDIDATES, EPISODES).candidate]
+    found = CANDIDATES[chosen(network, pool, CANDIDATES, EPISODES).candidate]
 
     def distance(routing: Routing) -> float:
         shares = [
-            route(backbone, pool, episode.support, episode.support_labels, torch.Generator(), routing)[0]
+            route(network, pool, episode.support, episode.support_labels, torch.Generator(), routing)[0]
             for episode in EPISODES
         ]
         return sum(abs(found - share) for found in shares) / len(shares)
@@ -229,19 +230,19 @@ def test_the_settings_that_merge_best_are_chosen(backbone, pool, prescribed, sha
         ((50, 50, 40), ()),  # an improvement it must be
     ],
 )
-def test_a_trimming_is_taken_only_if_it_improves(backbone, pool, prescribed, scores, expected):
+def test_a_trimming_is_taken_only_if_it_improves(network, pool, prescribed, scores, expected):
     by_trims = dict(zip([(), (HALF,), (MOST,)], scores, strict=True))
     prescribed(lambda _index, _coefficients, trims: by_trims[trims])
-    selection = chosen(backbone, pool, CANDIDATES, EPISODES[:1], trim_candidates=(HALF, MOST))
+    selection = chosen(network, pool, CANDIDATES, EPISODES[:1], trim_candidates=(HALF, MOST))
     assert selection.trims == expected
     assert selection.scores[-2:] == (("trim qkv:-1:0.5", scores[1]), ("trim fc1:-1:0.9", scores[2]))
 
 
-def test_trimmings_are_tried_with_what_was_chosen(backbone, pool, prescribed):
+def test_trimmings_are_tried_with_what_was_chosen(network, pool, prescribed):
     """With the chosen coefficients, and with what is trimmed in any case."""
     tried = prescribed(lambda _index, coefficients, trims: coefficients[1] + len(trims))
     candidates = [(1.0, 0.0), (0.0, 1.0)]
-    selection = chosen(backbone, pool, candidates, EPISODES[:2], trims=(BLOCK,), trim_candidates=(HALF,))
+    selection = chosen(network, pool, candidates, EPISODES[:2], trims=(BLOCK,), trim_candidates=(HALF,))
     assert (selection.candidate, selection.trims) == (1, (HALF,))
     assert tried == [
         *((index, candidate, (BLOCK,)) for index in range(2) for candidate in candidates),
@@ -249,86 +250,86 @@ def test_trimmings_are_tried_with_what_was_chosen(backbone, pool, prescribed):
     ]
 
 
-def test_of_equal_settings_the_first_is_taken(backbone, pool, prescribed):
+def test_of_equal_settings_the_first_is_taken(network, pool, prescribed):
     prescribed(lambda *_: 50.0)
-    selection = chosen(backbone, pool, CANDIDATES, EPISODES)
+    selection = chosen(network, pool, CANDIDATES, EPISODES)
     assert selection.candidate == 0 and len(selection.scores) == len(CANDIDATES)
 
 
 @pytest.mark.parametrize(("n", "evaluations"), [(2, 24), (4, 36), (8, 48), (40, 48 + 32 * 2)])
-def test_those_that_lag_behind_are_given_up(backbone, prescribed, n, evaluations):
+def test_those_that_lag_behind_are_given_up(network, prescribed, n, evaluations):
     """After 2, 4, 8 ... episodes half of 12 goes on, two at the end: far less than 12 evaluations each."""
     tried = prescribed(lambda _index, coefficients, _trims: coefficients.index(1))
-    selection = chosen(backbone, None, [corner(k) for k in range(12)], unread(n))
+    selection = chosen(network, None, [corner(k) for k in range(12)], unread(n))
     assert selection.candidate == 11 and len(tried) == evaluations
     given_up = [name for name, _ in selection.scores if "given up after 2 episodes" in name]
     assert len(given_up) == (6 if n > 2 else 0)
     assert [score for _, score in selection.scores] == pytest.approx(range(12))
 
 
-def test_the_published_protocol_gives_nobody_up(backbone, prescribed):
+def test_the_published_protocol_gives_nobody_up(network, prescribed):
     """There the best may come from behind."""
     prescribed(
         lambda index, coefficients, _trims: (1 if index < 3 else 9) * coefficients.index(1) * (index - 2.5)
     )
     everyone = [corner(k) for k in range(6)]
-    assert chosen(backbone, None, everyone, unread(6), halving=False).candidate == 5
-    assert chosen(backbone, None, everyone, unread(6)).candidate != 5
+    assert chosen(network, None, everyone, unread(6), halving=False).candidate == 5
+    assert chosen(network, None, everyone, unread(6)).candidate != 5
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.integers(1, 9))
-def test_giving_up_changes_nothing_where_episodes_agree(backbone, scores, n):
+def test_giving_up_changes_nothing_where_episodes_agree(network, scores, n):
     """Also among equals."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         prescribing(monkeypatch, lambda _index, coefficients, _trims: scores[coefficients.index(1)])
         everyone = [corner(k) for k in range(len(scores))]
-        assert chosen(backbone, None, everyone, unread(n)).candidate == scores.index(max(scores))
+        assert chosen(network, None, everyone, unread(n)).candidate == scores.index(max(scores))
 
 
-def test_candidates_that_cannot_be_told_apart_go_on_together(backbone, prescribed):
+def test_candidates_that_cannot_be_told_apart_go_on_together(network, prescribed):
     """Three names for the best: none of them takes another's place."""
     prescribed(lambda _index, coefficients, _trims: coefficients[0])
     everyone = [(0.2, 0.8), (0.9, 0.1), (0.91, 0.09), (0.9, 0.1), (0.5, 0.5), (0.7, 0.3)]
-    selection = chosen(backbone, None, everyone, unread(2))
+    selection = chosen(network, None, everyone, unread(2))
     assert selection.candidate == 1
     assert [name for name, _ in selection.scores if "given up" in name] == []
-    selection = chosen(backbone, None, everyone, unread(3))
+    selection = chosen(network, None, everyone, unread(3))
     assert ["given up" in name for name, _ in selection.scores] == [True, False, False, False, True, False]
 
 
 # --- from the support set of a task ----------------------------------------------------------------------
 
 
-def by_hand(backbone, pool, episode, settings, epsilon, seed) -> list[float]:
+def by_hand(network, pool, episode, settings, epsilon, seed) -> list[float]:
     """The loss of every setting, each by itself."""
     trial = new_trial(
-        backbone, episode.support, episode.support_labels, epsilon, stream(seed, episode.index, 4)
+        network, episode.support, episode.support_labels, epsilon, stream(seed, episode.index, 4)
     )
-    return [leave_one_out_loss(backbone, networks(pool, [])(setting), trial) for setting in settings]
+    return [leave_one_out_loss(network, merged_networks(pool, [])(setting), trial) for setting in settings]
 
 
 @pytest.mark.parametrize("shots", [1, 3])
 @pytest.mark.parametrize("epsilon", [0, 8])
-def test_a_task_gets_the_candidate_that_tells_its_support_apart(backbone, three, epsilon, shots, monkeypatch):
+def test_a_task_gets_the_candidate_that_tells_its_support_apart(network, three, epsilon, shots, monkeypatch):
     monkeypatch.setattr(selecting, "_rounded", lambda coefficients: coefficients)
     candidates = grid(Routing(epsilon=epsilon, augment_probability=0.5))[::5]
-    predict = support_predictor(backbone, three, candidates, epsilon=epsilon, seed=2)
+    predict = support_predictor(network, three, candidates, epsilon=epsilon, seed=2)
     taken = []
     for number in range(3):
         episode = make_episode(number, shots=shots)
         generator = stream(2, number, 1)
         given_ = selecting.choices(
-            backbone, three, candidates, episode.support, episode.support_labels, generator
+            network, three, candidates, episode.support, episode.support_labels, generator
         )
-        losses = by_hand(backbone, three, episode, [(each, ()) for each in given_], epsilon, 2)
+        losses = by_hand(network, three, episode, [(each, ()) for each in given_], epsilon, 2)
         assert predict(episode).coefficients == given_[losses.index(min(losses))]
         taken.append(losses.index(min(losses)))
     assert len(set(taken)) > 1 or shots == 3  # tasks do differ
 
 
-def test_no_query_is_looked_at(backbone, three):
+def test_no_query_is_looked_at(network, three):
     """Neither images nor labels: whatever they are, the task's classifier is the same."""
-    predict = support_predictor(backbone, three, grid(Routing(epsilon=4))[::4], (), (HALF,), epsilon=4)
+    predict = support_predictor(network, three, grid(Routing(epsilon=4))[::4], (), (HALF,), epsilon=4)
     episode = make_episode(1, shots=2)
     garbage = dataclasses.replace(
         episode, query=torch.full_like(episode.query, math.nan), query_labels=-episode.query_labels
@@ -339,44 +340,44 @@ def test_no_query_is_looked_at(backbone, three):
 
 
 @pytest.mark.parametrize("offered", [(HALF,), (HALF, MOST), (Trim("qkv", -1, 1.0),)])
-def test_a_tasks_trimming_is_one_that_improves(backbone, three, offered):
-    predict = support_predictor(backbone, three, [(0.5, 0.5, 0.0)], (BLOCK,), offered)
+def test_a_tasks_trimming_is_one_that_improves(network, three, offered):
+    predict = support_predictor(network, three, [(0.5, 0.5, 0.0)], (BLOCK,), offered)
     for number in range(3):
         episode = make_episode(number, shots=2)
         settings = [((0.5, 0.5, 0.0), (BLOCK, *extra)) for extra in [(), *((trim,) for trim in offered)]]
-        losses = by_hand(backbone, three, episode, settings, 0, 0)
-        network = networks(three, [])(settings[losses.index(min(losses))])
-        expected = selecting._task(backbone, lambda _: network, episode, settings[0])  # noqa: B023
+        losses = by_hand(network, three, episode, settings, 0, 0)
+        merged = merged_networks(three, [])(settings[losses.index(min(losses))])
+        expected = selecting._task(network, lambda _: merged, episode, settings[0])  # noqa: B023
         assert torch.allclose(predict(episode).logits(episode.query), expected.logits(episode.query))
 
 
-def test_each_distinct_network_sees_a_task_once(backbone, three, monkeypatch):
+def test_each_distinct_network_sees_a_task_once(network, three, monkeypatch):
     """Of 28 settings of which several agree, and of one-hot candidates whose weights are merged but once."""
     seen = []
     real = leave_one_out.fixed_features
 
-    def counted(backbone, weights, images):
+    def counted(network, weights, images):
         seen.append(len(images))
-        return real(backbone, weights, images)
+        return real(network, weights, images)
 
     monkeypatch.setattr(leave_one_out, "fixed_features", counted)
     episode = make_episode(0, shots=2)
     generator = stream(0, 0, 1)
-    arguments = backbone, three, CANDIDATES, episode.support, episode.support_labels, generator
+    arguments = network, three, CANDIDATES, episode.support, episode.support_labels, generator
     distinct = {selecting._rounded(each) for each in selecting.choices(*arguments)}
-    support_predictor(backbone, three, CANDIDATES)(episode)
+    support_predictor(network, three, CANDIDATES)(episode)
     assert seen == [len(episode.support)] * len(distinct) and len(distinct) < len(CANDIDATES)
 
     merges = []
-    monkeypatch.setattr(LoRAPool, "merge", lambda self, c: merges.append(c) or backbone.weights)
-    predict = support_predictor(backbone, three, [corner(p, 3) for p in range(3)])
+    monkeypatch.setattr(LoRAPool, "merge", lambda self, c: merges.append(c) or network.weights)
+    predict = support_predictor(network, three, [corner(p, 3) for p in range(3)])
     for number in range(4):
         predict(make_episode(number, shots=2))
     assert sorted(merges) == sorted(corner(p, 3) for p in range(3))
 
 
-def test_the_support_attack_can_go_through_it(backbone, three):
+def test_the_support_attack_can_go_through_it(network, three):
     """A moved support set is chosen for anew, and prototypes follow it differentiably."""
-    predict = support_predictor(backbone, three, list(itertools.islice(grid(Routing()), 4)))
+    predict = support_predictor(network, three, list(itertools.islice(grid(Routing()), 4)))
     rows = list(evaluate(predict, EPISODES[:1], (Attack("support", (4,), steps=1),)))
     assert rows[0]["support-pgd1@4"] <= rows[0]["clean"]

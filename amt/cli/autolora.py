@@ -23,15 +23,15 @@ from amt.data.datasets import known
 from amt.data.loading import Splits, batches, open_splits, transforms
 from amt.evaluation import runs
 from amt.evaluation.test_set import check_attacks, check_labels, test
-from amt.files import checkpoint
+from amt.files import checkpoint, writing
 from amt.files import robust_weights as pretrained
 from amt.files.robust_weights import Pretrained
-from amt.files.weight_files import Weights
+from amt.files.signals import Interrupts
 from amt.models.classifiers import Network, build
 from amt.models.network import find_device
+from amt.models.weights import Weights
 from amt.training.autolora import FineTuner, Settings, accuracy, fine_tune, new_student, validate
 from amt.training.autolora_journal import Journal, continued
-from amt.training.journal import Interrupts
 from amt.training.meta_tune import NonFiniteLoss
 from amt.training.schedule import LOWEST_RATE
 from meta_dataset_readers.errors import InputError
@@ -221,7 +221,7 @@ def data_protocol(args: argparse.Namespace) -> dict:
         "num_classes": args.num_classes,
         "pretraining": args.pretraining,
         "validation_steps": options.examiner(args).steps,
-        "start": checkpoint.digest(args.checkpoint),
+        "start": writing.digest(args.checkpoint),
     }
 
 

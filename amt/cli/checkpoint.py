@@ -16,12 +16,14 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from amt.cli.options import Parser, place
-from amt.files import checkpoint, published, weight_files
+from amt.files import checkpoint, published, weight_files, writing
 from amt.files.checkpoint import Checkpoint
-from amt.files.weight_files import Content, Weights
-from amt.models import network as backbone
+from amt.files.pretrained import pretraining_only
+from amt.files.weight_files import Content
+from amt.models import network as network
+from amt.models.architectures import matching_archs
 from amt.models.lora import LoRAPool
-from amt.models.network import matching_archs, pretraining_only
+from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError
 
 Lines = list[tuple[str, str]]
@@ -97,7 +99,7 @@ def describe_weights(path: Path, content: Content) -> tuple[Weights, Lines]:
     Raises:
         InputError: there are no weights of a vision transformer, or they are not sound.
     """
-    where, state = backbone.unwrap(path, content.data)
+    where, state = network.unwrap(path, content.data)
     weights = {name: tensor for name, tensor in state.items() if not pretraining_only(name)}
     if not {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= weights.keys():
         raise InputError(
@@ -142,7 +144,7 @@ def count(tensors: Iterable[Tensor]) -> str:
 def hashes(path: Path) -> Lines:
     """A file's digests, and whether it is one of those that the authors released."""
     released = published.released_file(path)
-    lines = [("sha256", checkpoint.digest(path)), ("git blob", published.git_blob_id(path))]
+    lines = [("sha256", writing.digest(path)), ("git blob", published.git_blob_id(path))]
     return lines + [("released", f"bit for bit the authors' {released}")] * (released is not None)
 
 
@@ -159,4 +161,4 @@ def convert(path: Path, found: Checkpoint | Weights, out: Path) -> None:
         checkpoint.save(out, found)
     else:
         data = serialise(found, metadata={"format": "pt"})
-        checkpoint.replace_file(out, lambda part: part.write_bytes(data))
+        writing.replace_file(out, lambda part: part.write_bytes(data))

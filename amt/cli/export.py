@@ -25,10 +25,12 @@ from amt.cli.options import Parser, natural, place, positive
 from amt.evaluation.deploy import check_trims
 from amt.files import checkpoint, export
 from amt.files.export import FORMATS, Support
-from amt.models.network import Backbone, base_arch, load_backbone, untrained
+from amt.files.pretrained import load_network
+from amt.models.architectures import base_arch
+from amt.models.network import Network, untrained
 from amt.models.pool import Pool
-from amt.tasks.merge import Coefficients, average_of, route
-from amt.training.meta_tune import stream
+from amt.models.weights import Coefficients, stream
+from amt.tasks.merge import average_of, route
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.folders import FileStore, class_files, class_folders
 from meta_dataset_readers.transforms import eval_transform
@@ -78,12 +80,12 @@ def main(argv: Sequence[str]) -> int:
     if args.to == "published":
         written = export.save_published(args.out, pool, args.adapter)
     else:
-        backbone = backbone_of(args, saved.about)
-        checkpoint.check_architecture(args.pool, pool, backbone.weights, backbone.arch)
-        support = None if args.support is None else read_support(args.support, backbone.image_size)
-        coefficients = coefficients_of(args, backbone, pool, support)
-        network = export.merged_network(backbone, pool, coefficients, args.trim, support)
-        written = export.save(args.out, args.to, network, pool)
+        network = backbone_of(args, saved.about)
+        checkpoint.check_architecture(args.pool, pool, network.weights, network.arch)
+        support = None if args.support is None else read_support(args.support, network.image_size)
+        coefficients = coefficients_of(args, network, pool, support)
+        merged = export.merged_network(network, pool, coefficients, args.trim, support)
+        written = export.save(args.out, args.to, merged, pool)
         print(f"coefficients {' '.join(f'{c:.4g}' for c in coefficients)}")
     for path in written:
         print(f"wrote {path}")
@@ -127,7 +129,7 @@ def check_pool(args: argparse.Namespace, pool: Pool) -> None:
     check_trims(args.trim, pool)
 
 
-def backbone_of(args: argparse.Namespace, about: dict) -> Backbone:
+def backbone_of(args: argparse.Namespace, about: dict) -> Network:
     """The pool's network; with pretrained weights only where they are needed, so that a pool's file suffices.
 
     Raises:
@@ -137,14 +139,14 @@ def backbone_of(args: argparse.Namespace, about: dict) -> Backbone:
     if not isinstance(arch, str):
         raise InputError(f"{args.pool}: does not say its architecture; name it by --arch")
     if args.to == "peft":
-        return load_backbone(arch, args.pretrained_checkpoint, image_size=args.image_size)
-    backbone, _ = untrained(base_arch(arch))
-    backbone = dataclasses.replace(backbone, image_size=args.image_size or backbone.image_size)
-    if backbone.image_size < backbone.patch_size:
+        return load_network(arch, args.pretrained_checkpoint, image_size=args.image_size)
+    network, _ = untrained(base_arch(arch))
+    network = dataclasses.replace(network, image_size=args.image_size or network.image_size)
+    if network.image_size < network.patch_size:
         raise InputError(
-            f"--image_size is {backbone.image_size}, expected at least a patch of {backbone.patch_size} px"
+            f"--image_size is {network.image_size}, expected at least a patch of {network.patch_size} px"
         )
-    return backbone
+    return network
 
 
 def read_support(folder: Path, image_size: int) -> Support:
@@ -168,7 +170,7 @@ def read_support(folder: Path, image_size: int) -> Support:
 
 
 def coefficients_of(
-    args: argparse.Namespace, backbone: Backbone, pool: Pool, support: Support | None
+    args: argparse.Namespace, network: Network, pool: Pool, support: Support | None
 ) -> Coefficients:
     """One number per adapter: as given, or as test_meta_dataset.py decides for the first episode of a run."""
     if args.coefficients is not None:
@@ -176,5 +178,5 @@ def coefficients_of(
     if args.adapter is not None or support is None:
         return average_of(pool, [args.adapter or 0])
     return route(
-        backbone, pool, support.images, support.labels, stream(args.seed, 0, 1), options.routing(args)
+        network, pool, support.images, support.labels, stream(args.seed, 0, 1), options.routing(args)
     )

@@ -28,7 +28,9 @@ from amt.cli.options import Parser, place, recipes
 from amt.cli.options import autolora as autolora_options
 from amt.cli.options.recipes import AMT, AUTOLORA, TEST, TRAIN, Job, Recipe, follow
 from amt.data.loading import open_splits
-from amt.models.network import CHECKPOINTS, base_arch, untrained
+from amt.files.pretrained import CHECKPOINTS
+from amt.models.architectures import base_arch
+from amt.models.network import untrained
 from meta_dataset_readers.domains import DOMAINS
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.reader import EpisodeReader
@@ -258,7 +260,7 @@ def _described(name: str) -> str:
 
 
 def _weights(arch: str, file: Path | None) -> Need:
-    """The pretrained weights of a network: a file that is named, or where load_backbone looks for one."""
+    """The pretrained weights of a network: a file that is named, or where load_network looks for one."""
     what = f"pretrained weights of {arch}"
     if file is not None:
         problem = "" if file.is_file() else f"{file}: no such file"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from amt.cli.options import Parser, check_output, place
 from amt.evaluation import runs
-from amt.files.checkpoint import replace_file
+from amt.files.writing import replace_file
 from meta_dataset_readers.errors import InputError
 
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from amt.data.list_files import as_integers, as_texts, first_line, read_bytes, read_lines
-from meta_dataset_readers.errors import InputError
+from amt.data.list_files import as_integers, as_texts, read_bytes, read_lines
+from meta_dataset_readers.errors import InputError, first_line
 
 
 class Form(NamedTuple):

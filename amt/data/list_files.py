@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.io import loadmat
 
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, first_line
 
 LARGEST_LIST = 64 * 2**20  # bytes; the longest of the real lists has 4 MB
 
@@ -95,10 +95,6 @@ def labels_from_zero(file: Path, labels: Iterable[int], n_classes: int, first: i
             expected = f"{first} to {first + n_classes - 1}"
             raise InputError(f"{file}: label {label} of picture {index}, expected {expected}")
     return [label - first for label in labels]
-
-
-def first_line(error: Exception) -> str:
-    return (f"{type(error).__name__}: {error}".splitlines() or [""])[0].strip()[:200]
 
 
 def check_same_length(file: Path, **lists: Sequence) -> None:

@@ -17,19 +17,20 @@ from amt.evaluation.select import (
     PUBLISHED_EPISODES,
     PUBLISHED_SEED,
     Candidate,
+    merged_networks,
     names,
-    networks,
     select,
     selection_attacks,
     support_predictor,
     trim_name,
 )
 from amt.models.lora import Trim
-from amt.models.network import Backbone
+from amt.models.network import Network
 from amt.models.pool import Pool
+from amt.models.weights import Coefficients
 from amt.tasks.classifier import Predictor, merged_predictor, pretrained_predictor
 from amt.tasks.finetune import Finetuning, finetuned_predictor
-from amt.tasks.merge import Coefficients, Routing, average_of, kept_members, route, soup, uniform
+from amt.tasks.merge import Routing, average_of, kept_members, route, soup, uniform
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 
@@ -140,7 +141,7 @@ def check_trims(trims: Iterable[Trim], pool: Pool) -> None:
 
 
 def deploy(
-    backbone: Backbone,
+    network: Network,
     pool: Pool | None,
     deployment: Deployment,
     source: str,
@@ -166,7 +167,7 @@ def deploy(
         printed beside every result.
     """
     if pool is None:
-        return _pretrained(backbone, deployment, seed)
+        return _pretrained(network, deployment, seed)
     candidates, trims = _candidates(deployment, pool), deployment.trims
     served = soup(pool) if _stewed(deployment, pool) else pool
     about: dict = {"epsilons": [level.epsilon for level in pool.levels]}
@@ -176,7 +177,7 @@ def deploy(
         on = source if deployment.select == "published" else deployment.select_on or source
         tried = () if deployment.select == "published" else selection_attacks(attacks)
         found = select(
-            backbone,
+            network,
             served,
             candidates,
             lambda: progress(open_episodes(on, split, n, own_seed), f"choosing on {on} {split}"),
@@ -194,12 +195,12 @@ def deploy(
     about["trims"] = [dataclasses.asdict(trim) for trim in trims]
     if _chooses(deployment, pool) and deployment.select == "support":
         epsilon, offered = deployment.support_epsilon, deployment.trim_candidates
-        predict = support_predictor(backbone, served, candidates, trims, offered, epsilon, seed=seed)
+        predict = support_predictor(network, served, candidates, trims, offered, epsilon, seed=seed)
         how = _chosen_by_support(deployment, candidates)
         about["candidates"] = [[name, None] for name in names(candidates)]
     else:
         (candidate,) = candidates
-        predict = _settled(backbone, served, candidate, trims, deployment.finetune, seed)
+        predict = _settled(network, served, candidate, trims, deployment.finetune, seed)
         how = _how(deployment, pool, candidate, by)
         if isinstance(candidate, Routing):
             about["routing"] = dataclasses.asdict(candidate)
@@ -234,16 +235,16 @@ def as_decided(deployment: Deployment, about: Mapping) -> Deployment:
         raise InputError(f"merging.json is damaged: it does not say what was chosen ({error!r})") from error
 
 
-def _pretrained(backbone: Backbone, deployment: Deployment, seed: int) -> tuple[Predictor, dict]:
+def _pretrained(network: Network, deployment: Deployment, seed: int) -> tuple[Predictor, dict]:
     """The pretrained network, tuned to each task if asked for."""
-    predict = pretrained_predictor(backbone)
+    predict = pretrained_predictor(network)
     if deployment.finetune is not None:
-        predict = finetuned_predictor(backbone, backbone.weights, 10.0, 0.0, deployment.finetune, seed)
+        predict = finetuned_predictor(network, network.weights, 10.0, 0.0, deployment.finetune, seed)
     return predict, {"how": "none, the pretrained network" + _tuned(deployment)}
 
 
 def _settled(
-    backbone: Backbone,
+    network: Network,
     pool: Pool,
     candidate: Candidate,
     trims: Sequence[Trim],
@@ -252,12 +253,12 @@ def _settled(
 ) -> Predictor:
     """The predictor when nothing is left to choose."""
     if finetune is not None:  # from one network, see `check_deployment`
-        start = networks(pool, [candidate])((candidate, tuple(trims)))
-        return _sharing(finetuned_predictor(backbone, *start, finetune, seed), candidate)
+        start = merged_networks(pool, [candidate])((candidate, tuple(trims)))
+        return _sharing(finetuned_predictor(network, *start, finetune, seed), candidate)
     if isinstance(candidate, Routing):
-        choose = partial(route, backbone, pool, routing=candidate, members=kept_members(pool))
-        return merged_predictor(backbone, pool, choose, trims, seed)
-    return merged_predictor(backbone, pool, lambda *_: candidate, trims, seed)
+        choose = partial(route, network, pool, routing=candidate, members=kept_members(pool))
+        return merged_predictor(network, pool, choose, trims, seed)
+    return merged_predictor(network, pool, lambda *_: candidate, trims, seed)
 
 
 def _sharing(predict: Predictor, coefficients: Coefficients) -> Predictor:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from amt.attacks.evaluation import NORMS, Attack, attack_queries, attack_support, on_queries
 from amt.evaluation.statistics import summarise
-from amt.models.network import CHUNK, Backbone
+from amt.models.network import CHUNK, Network
 from amt.models.pool import Pool
+from amt.models.weights import stream
 from amt.tasks.classifier import Predictor, Task, merged_predictor
-from amt.training.meta_tune import stream
 from meta_dataset_readers.episode import Episode
 
 
@@ -204,7 +204,7 @@ def evaluate(
 
 
 def validate(
-    backbone: Backbone, pool: Pool, episodes: Iterable[Episode], robust: bool, seed: int = 0
+    network: Network, pool: Pool, episodes: Iterable[Episode], robust: bool, seed: int = 0
 ) -> list[dict[str, float]]:
     """Accuracy in per cent of every adapter alone: `clean`, and `robust` under PGD at its own epsilon and
     with its own steps if asked for; of an adapter trained at epsilon 0 the two are the same.
@@ -217,7 +217,7 @@ def validate(
         else []
         for level in pool.levels
     ]
-    predictors = [merged_predictor(backbone, pool[p], lambda *_: (1.0,)) for p in range(len(pool))]
+    predictors = [merged_predictor(network, pool[p], lambda *_: (1.0,)) for p in range(len(pool))]
     rows: list[list[dict]] = [[] for _ in attacks]
     for episode in episodes:
         for found, predict, attack in zip(rows, predictors, attacks, strict=True):

@@ -33,7 +33,7 @@ from amt.attacks.evaluation import Attack
 from amt.evaluation.evaluate import Measurement
 from amt.evaluation.sanity import Finding, judge
 from amt.evaluation.statistics import Summary, average_summary, summarise
-from amt.files.checkpoint import replace_file
+from amt.files.writing import replace_file
 from amt.models.heads import place_in_class
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError

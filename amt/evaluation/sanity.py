@@ -17,8 +17,8 @@ from amt.attacks.perturb import Ball, ascend, pgd
 from amt.evaluation.evaluate import Measurement, library_seed, union_column
 from amt.evaluation.statistics import paired_difference
 from amt.models.network import CHUNK
+from amt.models.weights import stream
 from amt.tasks.classifier import Logits, Predictor
-from amt.training.meta_tune import stream
 from meta_dataset_readers.episode import Episode
 
 FROM_SCRATCH = ("pgd", "apgd")  # attacks that are cheap enough to be run again without what they know

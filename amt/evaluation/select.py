@@ -22,12 +22,12 @@ from torch import Tensor
 from amt.attacks.evaluation import Attack
 from amt.evaluation.evaluate import measure
 from amt.models.lora import Trim, trim_singular_values
-from amt.models.network import Backbone
+from amt.models.network import Network
 from amt.models.pool import Pool
+from amt.models.weights import Coefficients, stream
 from amt.tasks.classifier import Predictor, Task, prototype_task
-from amt.tasks.leave_one_out import Network, lowest_loss, new_trial
-from amt.tasks.merge import Coefficients, Members, Routing, kept_members, route_each
-from amt.training.meta_tune import stream
+from amt.tasks.leave_one_out import Merged, lowest_loss, new_trial
+from amt.tasks.merge import Members, Routing, kept_members, route_each
 from meta_dataset_readers.episode import Episode
 
 BETAS = (0.1, 1.0, 10.0, 100.0)
@@ -95,7 +95,7 @@ def trim_name(trim: Trim) -> str:
 
 
 def choices(
-    backbone: Backbone,
+    network: Network,
     pool: Pool,
     candidates: Sequence[Candidate],
     support: Tensor,
@@ -107,7 +107,7 @@ def choices(
     routings = [candidate for candidate in candidates if isinstance(candidate, Routing)]
     routed = iter(())
     if routings:
-        routed = iter(route_each(backbone, pool, support, labels, generator, routings, members))
+        routed = iter(route_each(network, pool, support, labels, generator, routings, members))
     return [next(routed) if isinstance(each, Routing) else each for each in candidates]
 
 
@@ -123,7 +123,7 @@ def selection_attacks(attacks: Sequence[Attack]) -> tuple[Attack, ...]:
 
 
 def select(
-    backbone: Backbone,
+    network: Network,
     pool: Pool,
     candidates: Sequence[Candidate],
     episodes: Callable[[], Iterable[Episode]],
@@ -149,17 +149,17 @@ def select(
         trim_candidates: single trimmings to try, after `trims`, with the chosen candidate.
         seed: decides, with an episode's index, augmentation and the attacks' starts, as in evaluation.
     """
-    network, members = networks(pool, candidates, trim_candidates), kept_members(pool)
+    merged, members = merged_networks(pool, candidates, trim_candidates), kept_members(pool)
     columns = ["clean", *(column for attack in attacks for column in attack.columns)]
 
     def quality(episode: Episode, setting: Setting) -> float:
-        row = measure(lambda _: _task(backbone, network, episode, setting), episode, attacks, seed).row
+        row = measure(lambda _: _task(network, merged, episode, setting), episode, attacks, seed).row
         return 100 * statistics.fmean(row[column] for column in columns)
 
     def routed(episode: Episode) -> list[Setting]:
         generator = stream(seed, episode.index, 1)
         support, labels = episode.support, episode.support_labels
-        found = choices(backbone, pool, candidates, support, labels, generator, members)
+        found = choices(network, pool, candidates, support, labels, generator, members)
         return [(coefficients, tuple(trims)) for coefficients in found]
 
     entrants = _race(episodes(), routed, quality, halving)
@@ -181,7 +181,7 @@ def select(
 
 
 def support_predictor(
-    backbone: Backbone,
+    network: Network,
     pool: Pool,
     candidates: Sequence[Candidate],
     trims: Sequence[Trim] = (),
@@ -198,51 +198,49 @@ def support_predictor(
         trims, trim_candidates, seed: as for `select`.
         epsilon: bound, in 1/255, of an attack on the images left out; 0: they are clean.
     """
-    network, members = networks(pool, candidates, trim_candidates), kept_members(pool)
+    merged, members = merged_networks(pool, candidates, trim_candidates), kept_members(pool)
 
     def predict(episode: Episode) -> Task:
         support, labels = episode.support, episode.support_labels
-        trial = new_trial(backbone, support, labels, epsilon, stream(seed, episode.index, 4))
+        trial = new_trial(network, support, labels, epsilon, stream(seed, episode.index, 4))
 
         def least(settings: Sequence[Setting]) -> Setting:
             if len(settings) == 1:
                 return settings[0]
-            return settings[lowest_loss(backbone, [partial(network, each) for each in settings], trial)[0]]
+            return settings[lowest_loss(network, [partial(merged, each) for each in settings], trial)[0]]
 
         generator = stream(seed, episode.index, 1)
-        found = choices(backbone, pool, candidates, support, labels, generator, members)
+        found = choices(network, pool, candidates, support, labels, generator, members)
         distinct: dict[tuple, Setting] = {}
         for coefficients in found:
             distinct.setdefault(_rounded(coefficients), (coefficients, tuple(trims)))
         coefficients, always = least(list(distinct.values()))
         options = [(coefficients, (*always, candidate)) for candidate in trim_candidates]
-        return _task(backbone, network, episode, least([(coefficients, always), *options]))
+        return _task(network, merged, episode, least([(coefficients, always), *options]))
 
     return predict
 
 
-def networks(
+def merged_networks(
     pool: Pool, candidates: Sequence[Candidate], trim_candidates: Sequence[Trim] = ()
-) -> Callable[[Setting], Network]:
+) -> Callable[[Setting], Merged]:
     """Merged and trimmed networks; those of fixed coefficients are made once, whatever the tasks."""
     fixed = not any(isinstance(candidate, Routing) for candidate in candidates)
 
     @functools.lru_cache(maxsize=max(len(candidates), len(trim_candidates) + 1) if fixed else 2)
-    def network(setting: Setting) -> Network:
+    def merged(setting: Setting) -> Merged:
         coefficients, trims = setting
-        return Network(
+        return Merged(
             trim_singular_values(pool.merge(coefficients), trims),
             *pool.head(coefficients),
         )
 
-    return network
+    return merged
 
 
-def _task(
-    backbone: Backbone, network: Callable[[Setting], Network], episode: Episode, setting: Setting
-) -> Task:
-    weights, scale, bias = network(setting)
-    return prototype_task(backbone, weights, episode, scale, bias, coefficients=setting[0])
+def _task(network: Network, merged: Callable[[Setting], Merged], episode: Episode, setting: Setting) -> Task:
+    weights, scale, bias = merged(setting)
+    return prototype_task(network, weights, episode, scale, bias, coefficients=setting[0])
 
 
 def _rounded(coefficients: Coefficients) -> Coefficients:

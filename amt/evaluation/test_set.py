@@ -2,8 +2,9 @@
 
 To the project's one evaluation a classifier is a predictor that ignores the support set, and a batch of test
 images the queries of an episode without support. What it leaves is a run directory as of
-amt/evaluation/runs.py, with a row per image: so means, intervals, paired comparisons, the report and going on after a stop are those of
-every other run. An image's row depends on the seed and its place in the test set, not on its batch.
+amt/evaluation/runs.py, with a row per image: so means, intervals, paired comparisons, the report and going
+on after a stop are those of every other run. An image's row depends on the seed and its place in the test
+set, not on its batch.
 """
 
 import dataclasses
@@ -25,11 +26,11 @@ from amt.evaluation import runs
 from amt.evaluation.evaluate import Measurement, columns, measure
 from amt.evaluation.sanity import probe
 from amt.files import checkpoint
-from amt.files.weight_files import Weights
+from amt.files.signals import Interrupts
 from amt.models.classifiers import Network, logits
+from amt.models.weights import Weights
 from amt.report.finish import conclude
 from amt.tasks.classifier import Predictor, Task
-from amt.training.journal import Interrupts
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 

@@ -6,13 +6,10 @@ to read. Knows no model definitions.
 """
 
 import dataclasses
-import hashlib
 import json
-import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy
@@ -24,10 +21,11 @@ from torch import Tensor
 from amt.attacks.perturb import Perturbation
 from amt.files import published, weight_files
 from amt.files.version import commit
-from amt.files.weight_files import Weights
+from amt.files.writing import replace_file
 from amt.models.full_pool import FullPool
 from amt.models.lora import LoRAPool
 from amt.models.pool import Pool
+from amt.models.weights import Weights
 from amt.training.meta_tune import TuneSettings
 from meta_dataset_readers.errors import InputError
 
@@ -98,31 +96,6 @@ def write(path: Path, tensors: Weights, about: dict) -> None:
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     replace_file(path, lambda part: part.write_bytes(serialise(held, metadata={HEADER: text})))
     replace_file(path.with_suffix(".json"), lambda part: part.write_text(text + "\n"))
-
-
-def digest(path: Path | None) -> str | None:
-    """SHA-256 of a file, as text; None where none is named."""
-    if path is None:
-        return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(part)` on a file beside `path`, then put it in its place in one step.
-
-    Raises:
-        InputError: the place cannot be written to.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(part)
-        os.replace(part, path)
-    except OSError as error:
-        if part.is_file():
-            part.unlink()
-        raise InputError(f"{path}: cannot be written ({error})") from error
 
 
 def load(path: Path) -> Checkpoint:

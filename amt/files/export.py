@@ -29,14 +29,15 @@ import torch
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from amt.files.checkpoint import provenance, replace_file
+from amt.files.checkpoint import provenance
 from amt.files.published import published_shapes
-from amt.files.weight_files import Weights
+from amt.files.writing import replace_file
+from amt.models.architectures import TIMM
 from amt.models.heads import cosine_logits, prototypes
 from amt.models.lora import LoRAPool, Trim, trim_singular_values
-from amt.models.network import TIMM, Backbone, features, resize_positions
+from amt.models.network import Network, features, resize_positions
 from amt.models.pool import Pool
-from amt.tasks.merge import Coefficients
+from amt.models.weights import Coefficients, Weights
 from meta_dataset_readers.errors import InputError
 
 FORMATS = ("timm", "peft", "onnx", "torch", "published")
@@ -70,7 +71,7 @@ class MergedNetwork:
     """The network of one task; `merged_network` makes it.
 
     Args:
-        backbone: on the CPU; its image size is the one the export is made for.
+        network: on the CPU; its image size is the one the export is made for.
         weights: complete weights by timm's names, the position table as pretrained.
         coefficients: one per adapter of the pool, summing to 1.
         trims: what was trimmed after merging.
@@ -79,7 +80,7 @@ class MergedNetwork:
             None for a network without a task.
     """
 
-    backbone: Backbone
+    network: Network
     weights: Weights
     coefficients: Coefficients
     trims: tuple[Trim, ...]
@@ -90,7 +91,7 @@ class MergedNetwork:
 
 
 def merged_network(
-    backbone: Backbone,
+    network: Network,
     pool: Pool,
     coefficients: Sequence[float],
     trims: Sequence[Trim] = (),
@@ -99,12 +100,12 @@ def merged_network(
     """The pool merged and trimmed as evaluation does it, with the prototypes of `support` if there is one.
 
     Args:
-        backbone: the network of the pool; only its structure is used, not its weights.
+        network: the network of the pool; only its structure is used, not its weights.
 
     Raises:
         ValueError: another number of coefficients than adapters, or a sum other than 1.
     """
-    backbone = dataclasses.replace(backbone, autocast=None)
+    network = dataclasses.replace(network, autocast=None)
     weights = trim_singular_values(pool.merge(coefficients), trims)
     weights = {name: tensor.detach() for name, tensor in weights.items()}
     scale, bias = (float(number) for number in pool.head(coefficients))
@@ -112,12 +113,12 @@ def merged_network(
     if support is not None:
         classes = support.classes
         with torch.no_grad():
-            centres = prototypes(features(backbone, weights, support.images), support.labels, len(classes))
+            centres = prototypes(features(network, weights, support.images), support.labels, len(classes))
     shares = tuple(float(c) for c in coefficients)
-    return MergedNetwork(backbone, weights, shares, tuple(trims), scale, bias, classes, centres)
+    return MergedNetwork(network, weights, shares, tuple(trims), scale, bias, classes, centres)
 
 
-def save(path: Path, to: str, network: MergedNetwork, pool: Pool) -> list[Path]:
+def save(path: Path, to: str, merged: MergedNetwork, pool: Pool) -> list[Path]:
     """Write `network` in the format `to` ("timm", "peft", "onnx" or "torch") with all that belongs to it.
 
     Beside a file PATH lie PATH.README.txt and, if the network has prototypes, PATH.prototypes.safetensors; a
@@ -135,16 +136,16 @@ def save(path: Path, to: str, network: MergedNetwork, pool: Pool) -> list[Path]:
         InputError: `check_place`, `peft_adapter` or `onnx_model` complains, or the disk does.
     """
     check_place(path, to)
-    about = describe(network, to)
+    about = describe(merged, to)
     if to == "peft":
-        return _save_peft(path, network, pool, about)
+        return _save_peft(path, merged, pool, about)
     if to == "timm":
-        content = serialise(timm_state(network), metadata=_metadata(about))
+        content = serialise(timm_state(merged), metadata=_metadata(about))
     elif to == "onnx":
-        content = onnx_model(network)
+        content = onnx_model(merged)
     else:
-        content = _torch_bytes(network)
-    return _save_beside(path, content, network, about)
+        content = _torch_bytes(merged)
+    return _save_beside(path, content, merged, about)
 
 
 def save_published(path: Path, pool: Pool, adapter: int | None = None) -> list[Path]:
@@ -209,19 +210,19 @@ _TIMM_SHAPES = {
 _TIMM_OPTIONS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
 
-def timm_call(backbone: Backbone, image_size: int) -> TimmCall:
+def timm_call(network: Network, image_size: int) -> TimmCall:
     """How timm makes the network for images of this size.
 
     Networks of our own table resize their position table by DINO's rule, which timm does not know: they are
     made for one image size, and their table is resized beforehand. timm's own take images of any size.
     """
-    if backbone.arch.startswith(TIMM):
-        return TimmCall(backbone.arch.removeprefix(TIMM), {"num_classes": 0, "dynamic_img_size": True})
-    block, dim, depth = backbone.network.blocks[0], backbone.network.embed_dim, len(backbone.network.blocks)
+    if network.arch.startswith(TIMM):
+        return TimmCall(network.arch.removeprefix(TIMM), {"num_classes": 0, "dynamic_img_size": True})
+    block, dim, depth = network.module.blocks[0], network.module.embed_dim, len(network.module.blocks)
     hidden = block.mlp.fc1.out_features
     # timm rounds dim * ratio down, and the quotient may have been rounded down before.
     ratio = hidden / dim if int(dim * (hidden / dim)) == hidden else (hidden + 0.5) / dim
-    shape = backbone.patch_size, dim, depth, block.attn.num_heads, ratio
+    shape = network.patch_size, dim, depth, block.attn.num_heads, ratio
     options = {"num_classes": 0, "img_size": image_size}
     for name, known in _TIMM_SHAPES.items():
         if shape == known:
@@ -229,30 +230,30 @@ def timm_call(backbone: Backbone, image_size: int) -> TimmCall:
     return TimmCall(next(iter(_TIMM_SHAPES)), options | dict(zip(_TIMM_OPTIONS, shape, strict=True)))
 
 
-def timm_state(network: MergedNetwork) -> Weights:
+def timm_state(merged: MergedNetwork) -> Weights:
     """The merged network as the complete state dict of the model that `timm_call` names.
 
     In timm's order, float32; the position table is already resized where timm would do it by another rule.
     """
-    weights = _at_image_size(network.backbone, network.weights)
+    weights = _at_image_size(merged.network, merged.weights)
     return {
         name: weights.get(name, tensor).contiguous()
-        for name, tensor in network.backbone.network.state_dict().items()
+        for name, tensor in merged.network.module.state_dict().items()
     }
 
 
-def _at_image_size(backbone: Backbone, weights: Weights) -> Weights:
+def _at_image_size(network: Network, weights: Weights) -> Weights:
     """The weights with the position table that `features` would use, so that nothing is left to resize."""
-    if backbone.network.dynamic_img_size:
+    if network.module.dynamic_img_size:
         return weights
-    grid = backbone.image_size // backbone.patch_size
+    grid = network.image_size // network.patch_size
     return weights | {"pos_embed": resize_positions(weights["pos_embed"], (grid, grid))}
 
 
 # PEFT
 
 
-def peft_adapter(backbone: Backbone, pool: Pool, coefficients: Sequence[float]) -> tuple[dict, Weights]:
+def peft_adapter(network: Network, pool: Pool, coefficients: Sequence[float]) -> tuple[dict, Weights]:
     """An adapter that makes the pretrained network into the merged one: PEFT's config and tensors.
 
     PEFT adds to the pretrained W, our factors to the residual W_res = W - B_0 A_0 that all adapters share. So
@@ -264,7 +265,7 @@ def peft_adapter(backbone: Backbone, pool: Pool, coefficients: Sequence[float]) 
     Such adapters of one pool may be mixed in PEFT, by weights that sum to 1 (`combination_type="cat"`).
 
     Args:
-        backbone: the network with the pretrained weights that the pool was trained from.
+        network: the network with the pretrained weights that the pool was trained from.
         coefficients: one per adapter, summing to 1; those that are 0 take no rank.
 
     Returns:
@@ -276,7 +277,7 @@ def peft_adapter(backbone: Backbone, pool: Pool, coefficients: Sequence[float]) 
     """
     check_kind(pool, "peft")
     chosen = [(p, float(c)) for p, c in zip(range(len(pool)), coefficients, strict=True) if c != 0]
-    pretrained, tensors, ranks = backbone.weights, {}, {}
+    pretrained, tensors, ranks = network.weights, {}, {}
     for name, weight in pretrained.items():
         if name not in pool.A:
             if not torch.allclose(pool.residual[name], weight, rtol=_SAME_NETWORK, atol=_SAME_NETWORK):
@@ -333,34 +334,34 @@ def _other_network(name: str) -> InputError:
 class _Extractor(nn.Module):
     """`features` of one network as a module, which is what torch.export takes."""
 
-    def __init__(self, network: MergedNetwork):
+    def __init__(self, merged: MergedNetwork):
         super().__init__()
-        self.backbone, self.head = network.backbone, (network.scale, network.bias)
-        weights = _at_image_size(network.backbone, network.weights)
+        self.network, self.head = merged.network, (merged.scale, merged.bias)
+        weights = _at_image_size(merged.network, merged.weights)
         self.buffer_of = {name: name.replace(".", "/") for name in weights}  # their names must have no dots
         for name, buffer in self.buffer_of.items():
             self.register_buffer(buffer, weights[name])
-        self.register_buffer("prototypes", network.prototypes)
+        self.register_buffer("prototypes", merged.prototypes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         weights = {name: getattr(self, buffer) for name, buffer in self.buffer_of.items()}
-        found = features(self.backbone, weights, images)
+        found = features(self.network, weights, images)
         if self.prototypes is None:
             return (found,)
         return found, cosine_logits(found, self.prototypes, *self.head)
 
 
-def exported_program(network: MergedNetwork) -> torch.export.ExportedProgram:
+def exported_program(merged: MergedNetwork) -> torch.export.ExportedProgram:
     """The feature extractor, normalisation and position table included, as one program for any batch.
 
     Its input `images` is (N, 3, S, S) float32 in [0, 1] with S the backbone's image size and N at least 1; it
     returns a tuple of the features (N, D) and, if the network has prototypes, the logits (N, classes).
     """
-    side = network.backbone.image_size
+    side = merged.network.image_size
     batch = torch.export.Dim("batch", min=1)
     with torch.no_grad():
         program = torch.export.export(
-            _Extractor(network).eval(), (torch.zeros(2, 3, side, side),), dynamic_shapes=({0: batch},)
+            _Extractor(merged).eval(), (torch.zeros(2, 3, side, side),), dynamic_shapes=({0: batch},)
         )
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
@@ -368,14 +369,14 @@ def exported_program(network: MergedNetwork) -> torch.export.ExportedProgram:
     return program
 
 
-def _torch_bytes(network: MergedNetwork) -> bytes:
+def _torch_bytes(merged: MergedNetwork) -> bytes:
     buffer = io.BytesIO()
-    extra = {f"{METADATA}.json": json.dumps(describe(network, "torch"))}
-    torch.export.save(exported_program(network), buffer, extra_files=extra)
+    extra = {f"{METADATA}.json": json.dumps(describe(merged, "torch"))}
+    torch.export.save(exported_program(merged), buffer, extra_files=extra)
     return buffer.getvalue()
 
 
-def onnx_model(network: MergedNetwork) -> bytes:
+def onnx_model(merged: MergedNetwork) -> bytes:
     """`exported_program` as an ONNX file: input `images`, outputs `features` and, if any, `logits`.
 
     Raises:
@@ -388,19 +389,19 @@ def onnx_model(network: MergedNetwork) -> bytes:
         raise InputError(
             f"ONNX cannot be written without {error.name}: pip install {' '.join(_ONNX_PACKAGES)}"
         ) from error
-    size = sum(tensor.nbytes for tensor in network.weights.values())
+    size = sum(tensor.nbytes for tensor in merged.weights.values())
     if size > _ONNX_LIMIT:
         raise InputError(f"{size} bytes of weights exceed the 2 GiB of an ONNX file; export to torch instead")
     model = torch.onnx.export(
-        exported_program(network),
+        exported_program(merged),
         input_names=["images"],
-        output_names=["features"] if network.prototypes is None else ["features", "logits"],
+        output_names=["features"] if merged.prototypes is None else ["features", "logits"],
         dynamic_shapes=({0: "batch"},),
         dynamo=True,
         external_data=False,
         verbose=False,
     )
-    model.model.metadata_props.update(_metadata(describe(network, "onnx")))
+    model.model.metadata_props.update(_metadata(describe(merged, "onnx")))
     return model.model_proto.SerializeToString()
 
 
@@ -457,22 +458,22 @@ def published_state(pool: Pool, adapter: int | None = None) -> Weights:
 # What is said about an export
 
 
-def describe(network: MergedNetwork, to: str) -> dict:
+def describe(merged: MergedNetwork, to: str) -> dict:
     """What somebody needs to use the export, as plain JSON values; `amt_export` in its metadata."""
-    backbone = network.backbone
+    network = merged.network
     return {
         "format": to,
-        "arch": backbone.arch,
+        "arch": network.arch,
         "input": "RGB in [0, 1]" if to in _SELF_CONTAINED else "normalised: (RGB in [0, 1] - mean) / std",
-        "image_size": backbone.image_size,
-        "mean": list(backbone.mean),
-        "std": list(backbone.std),
-        "features": backbone.network.num_features,
-        "coefficients": list(network.coefficients),
-        "trims": [dataclasses.asdict(trim) for trim in network.trims],
-        "scale": network.scale,
-        "bias": network.bias,
-        "classes": list(network.classes),
+        "image_size": network.image_size,
+        "mean": list(network.mean),
+        "std": list(network.std),
+        "features": network.module.num_features,
+        "coefficients": list(merged.coefficients),
+        "trims": [dataclasses.asdict(trim) for trim in merged.trims],
+        "scale": merged.scale,
+        "bias": merged.bias,
+        "classes": list(merged.classes),
         **provenance(),
     }
 
@@ -481,15 +482,15 @@ def _metadata(about: dict) -> dict[str, str]:
     return {METADATA: json.dumps(about)}
 
 
-def _readme(network: MergedNetwork, about: dict, loading: Sequence[str], prototypes_file: str) -> str:
+def _readme(merged: MergedNetwork, about: dict, loading: Sequence[str], prototypes_file: str) -> str:
     """The text beside an export: what goes in, how to load it, how to classify."""
     inside = about["format"] in _SELF_CONTAINED
     side = about["image_size"]
-    seen = side if inside else _whole_patches(network.backbone)
-    task = network.prototypes is not None
+    seen = side if inside else _whole_patches(merged.network)
+    task = merged.prototypes is not None
     output = f"features (N, {about['features']})"
     if inside and task:
-        output += f" and logits (N, {len(network.classes)})"
+        output += f" and logits (N, {len(merged.classes)})"
     lines = [
         f"A network of the kind {about['arch']}, merged from a meta-tuned pool.",
         "",
@@ -499,11 +500,11 @@ def _readme(network: MergedNetwork, about: dict, loading: Sequence[str], prototy
         f"coefficients  {_numbers(about['coefficients'])} (one for each member of the pool)",
         f"scale, bias   {_numbers([about['scale'], about['bias']])}",
     ]
-    if network.trims:
-        shown = (f"{trim.layer}:{trim.block}:{trim.keep:g}" for trim in network.trims)
+    if merged.trims:
+        shown = (f"{trim.layer}:{trim.block}:{trim.keep:g}" for trim in merged.trims)
         lines.append(f"trimmed       {', '.join(shown)}")
-    if network.classes:
-        lines.append(f"classes       {json.dumps(network.classes, ensure_ascii=False)}")
+    if merged.classes:
+        lines.append(f"classes       {json.dumps(merged.classes, ensure_ascii=False)}")
     lines += [
         "",
         f"Pictures were resized to {side * 256 // 224} px on the shorter side (bilinear), then their centre.",
@@ -529,22 +530,22 @@ def _readme(network: MergedNetwork, about: dict, loading: Sequence[str], prototy
     return "\n".join(lines) + "\n"
 
 
-def _whole_patches(backbone: Backbone) -> int:
+def _whole_patches(network: Network) -> int:
     """The image side that the network sees of the side that pictures have."""
-    return backbone.image_size - backbone.image_size % backbone.patch_size
+    return network.image_size - network.image_size % network.patch_size
 
 
-def _loading(to: str, network: MergedNetwork, path: Path) -> list[str]:
+def _loading(to: str, merged: MergedNetwork, path: Path) -> list[str]:
     """Lines of Python that load an export and compute features."""
     if to == "timm":
         return [
             "import timm",
             "from safetensors.torch import load_file",
-            f"network = {timm_call(network.backbone, _whole_patches(network.backbone))}.eval()",
+            f"network = {timm_call(merged.network, _whole_patches(merged.network))}.eval()",
             f"network.load_state_dict(load_file({path.name!r}))",
             "features = network(images)",
         ]
-    names = "features," if network.prototypes is None else "features, logits"
+    names = "features," if merged.prototypes is None else "features, logits"
     if to == "torch":
         return [
             "import torch",
@@ -558,18 +559,18 @@ def _loading(to: str, network: MergedNetwork, path: Path) -> list[str]:
     ]
 
 
-def _loading_peft(network: MergedNetwork, path: Path, pretrained_size: int, resized: bool) -> list[str]:
-    backbone = network.backbone
+def _loading_peft(merged: MergedNetwork, path: Path, pretrained_size: int, resized: bool) -> list[str]:
+    network = merged.network
     lines = [
         "import timm",
         "from peft import PeftModel",
         *(["from safetensors.torch import load_file"] if resized else []),
-        f"network = {timm_call(backbone, pretrained_size)}",
-        f"network.load_state_dict(...)  # the pretrained weights of {backbone.arch}, as they are",
+        f"network = {timm_call(network, pretrained_size)}",
+        f"network.load_state_dict(...)  # the pretrained weights of {network.arch}, as they are",
     ]
     if resized:  # timm's rule, and then DINO's in its place
         lines += [
-            f"network.set_input_size(img_size={_whole_patches(backbone)})",
+            f"network.set_input_size(img_size={_whole_patches(network)})",
             f"network.load_state_dict(load_file('{path.name}/positions.safetensors'), strict=False)",
         ]
     return lines + [
@@ -602,24 +603,24 @@ def _numbers(values: Sequence[float]) -> str:
 # Writing
 
 
-def _prototypes_bytes(network: MergedNetwork, about: dict) -> bytes:
+def _prototypes_bytes(merged: MergedNetwork, about: dict) -> bytes:
     """The task's classifier: `prototypes` (N, D), `scale` (1,) and `bias` (1,), class names in the header."""
     tensors = {
-        "prototypes": network.prototypes.contiguous(),
-        "scale": torch.tensor([network.scale]),
-        "bias": torch.tensor([network.bias]),
+        "prototypes": merged.prototypes.contiguous(),
+        "scale": torch.tensor([merged.scale]),
+        "bias": torch.tensor([merged.bias]),
     }
     return serialise(tensors, metadata=_metadata(about))
 
 
-def _save_beside(path: Path, content: bytes, network: MergedNetwork, about: dict) -> list[Path]:
+def _save_beside(path: Path, content: bytes, merged: MergedNetwork, about: dict) -> list[Path]:
     readme, beside = (
         path.with_name(f"{path.name}.{kind}") for kind in ("README.txt", "prototypes.safetensors")
     )
-    text = _readme(network, about, _loading(about["format"], network, path), beside.name)
+    text = _readme(merged, about, _loading(about["format"], merged, path), beside.name)
     files = {path: content, readme: text.encode()}
-    if network.prototypes is not None:
-        files[beside] = _prototypes_bytes(network, about)
+    if merged.prototypes is not None:
+        files[beside] = _prototypes_bytes(merged, about)
     for file, data in files.items():
         replace_file(file, lambda part, data=data: part.write_bytes(data))
     if beside not in files:
@@ -627,21 +628,19 @@ def _save_beside(path: Path, content: bytes, network: MergedNetwork, about: dict
     return list(files)
 
 
-def _save_peft(path: Path, network: MergedNetwork, pool: Pool, about: dict) -> list[Path]:
-    if network.trims:
+def _save_peft(path: Path, merged: MergedNetwork, pool: Pool, about: dict) -> list[Path]:
+    if merged.trims:
         raise InputError("a trimmed network is no low-rank change of the pretrained one: PEFT cannot hold it")
-    config, tensors = peft_adapter(network.backbone, pool, network.coefficients)
-    backbone, table = network.backbone, network.weights.get("pos_embed")
-    positions = _at_image_size(backbone, network.weights).get("pos_embed")
+    config, tensors = peft_adapter(merged.network, pool, merged.coefficients)
+    network, table = merged.network, merged.weights.get("pos_embed")
+    positions = _at_image_size(network, merged.weights).get("pos_embed")
     resized = positions is not table
-    tokens_per_side = (
-        math.isqrt(table.shape[1] - 1) if resized else backbone.image_size // backbone.patch_size
-    )
-    pretrained_size = tokens_per_side * backbone.patch_size
+    tokens_per_side = math.isqrt(table.shape[1] - 1) if resized else network.image_size // network.patch_size
+    pretrained_size = tokens_per_side * network.patch_size
     text = _readme(
-        network,
+        merged,
         about,
-        _loading_peft(network, path, pretrained_size, resized),
+        _loading_peft(merged, path, pretrained_size, resized),
         f"{path.name}/prototypes.safetensors",
     )
     files = {
@@ -651,8 +650,8 @@ def _save_peft(path: Path, network: MergedNetwork, pool: Pool, about: dict) -> l
     }
     if resized:
         files["positions.safetensors"] = serialise({"pos_embed": positions.contiguous()})
-    if network.prototypes is not None:
-        files["prototypes.safetensors"] = _prototypes_bytes(network, about)
+    if merged.prototypes is not None:
+        files["prototypes.safetensors"] = _prototypes_bytes(merged, about)
     _write_folder(path, files)
     return [path, *(path / name for name in files)]
 

@@ -10,6 +10,8 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from meta_dataset_readers.errors import first_line
+
 # Bytes of a number in a storage of each type.
 _BYTES = {"Double": 8, "Long": 8, "Float": 4, "Int": 4, "Half": 2, "BFloat16": 2, "Short": 2}
 _BYTES |= {"Char": 1, "Byte": 1, "Bool": 1}
@@ -315,8 +317,3 @@ def _shown(thing: Any) -> str:
         case _Name(name) | _Made(name):
             return name
     return type(thing).__name__
-
-
-def first_line(error: Exception) -> str:
-    """An exception on one line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0].strip()

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from amt.attacks.perturb import Perturbation
 from amt.files import weight_files
-from amt.files.weight_files import Weights
+from amt.models.architectures import ARCHS
 from amt.models.lora import VIT_LAYERS, LoRAPool
-from amt.models.network import ARCHS
+from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError
 
 # The levels of the paper's four LoRAs, in 1/255 of the pixel range.

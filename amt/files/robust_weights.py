@@ -24,8 +24,8 @@ from torch import Tensor
 
 from amt.files import weight_files
 from amt.files.checkpoint import HEADER
-from amt.files.weight_files import Weights
 from amt.models.classifiers import Network
+from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError, nearest
 
 # The published --pretraining choices, and whether such networks normalise their input.

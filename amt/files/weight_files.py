@@ -25,10 +25,8 @@ import torch
 from torch import Tensor
 
 from amt.files import pickles
-from amt.files.pickles import first_line
-from meta_dataset_readers.errors import InputError
-
-Weights = dict[str, Tensor]
+from amt.models.weights import Weights
+from meta_dataset_readers.errors import InputError, first_line
 
 # The only kinds of numbers a weight may have; the smaller ones are widened, which is exact.
 _EXACT_IN_FLOAT32 = (torch.float32, torch.float16, torch.bfloat16)

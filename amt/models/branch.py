@@ -16,9 +16,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from amt.files.weight_files import Weights
 from amt.models.classifiers import Network
 from amt.models.lora import low_rank
+from amt.models.weights import Weights
 
 
 @dataclasses.dataclass(frozen=True)

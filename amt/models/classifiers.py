@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
-from amt.files.weight_files import Weights
+from amt.models.weights import Weights
 from amt.models.wide_resnet import WideResNet
 from meta_dataset_readers.errors import InputError, nearest
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from amt.attacks.perturb import Perturbation
-from amt.files.weight_files import Weights
 from amt.models.pool import Pool, joined_heads, untrained_head
+from amt.models.weights import Weights
 
 VIT_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from amt.attacks.perturb import Perturbation
-from amt.files.weight_files import Weights
+from amt.models.weights import Weights
 
 
 class Pool(abc.ABC):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib
 
-from amt.files.checkpoint import replace_file
+from amt.files.writing import replace_file
 from amt.report import drawing
 from amt.report.drawing import (
     Box,

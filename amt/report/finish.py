@@ -10,7 +10,7 @@ import torch
 
 from amt.evaluation import runs
 from amt.evaluation.runs import Run
-from amt.files.checkpoint import replace_file
+from amt.files.writing import replace_file
 from amt.report import tables as report
 from amt.report.tensorboard import write_board
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 
 from amt.evaluation.statistics import Summary
-from amt.files.checkpoint import replace_file
+from amt.files.writing import replace_file
 
 matplotlib.use("agg")
 

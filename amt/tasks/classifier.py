@@ -13,10 +13,9 @@ from torch import Tensor
 
 from amt.models.heads import cosine_logits, prototypes
 from amt.models.lora import Trim, trim_singular_values
-from amt.models.network import Backbone, Weights, features, fixed_features
+from amt.models.network import Network, features, fixed_features
 from amt.models.pool import Pool
-from amt.tasks.merge import Coefficients
-from amt.training.meta_tune import stream
+from amt.models.weights import Coefficients, Weights, stream
 from meta_dataset_readers.episode import Episode
 
 Logits = Callable[[Tensor], Tensor]
@@ -42,7 +41,7 @@ Predictor = Callable[[Episode], Task]
 
 
 def prototype_task(
-    backbone: Backbone,
+    network: Network,
     weights: Weights,
     episode: Episode,
     scale: Tensor | float = 1.0,
@@ -53,22 +52,22 @@ def prototype_task(
     labels, n_way = episode.support_labels, episode.n_way
 
     def with_centres(centres: Tensor) -> Logits:
-        return lambda images: cosine_logits(features(backbone, weights, images), centres, scale, bias)
+        return lambda images: cosine_logits(features(network, weights, images), centres, scale, bias)
 
     def refit(support: Tensor) -> Logits:
-        return with_centres(prototypes(features(backbone, weights, support), labels, n_way))
+        return with_centres(prototypes(features(network, weights, support), labels, n_way))
 
-    plain = fixed_features(backbone, weights, episode.support)
+    plain = fixed_features(network, weights, episode.support)
     return Task(with_centres(prototypes(plain, labels, n_way)), refit, coefficients)
 
 
-def pretrained_predictor(backbone: Backbone) -> Predictor:
+def pretrained_predictor(network: Network) -> Predictor:
     """The pretrained network as it is, with prototypes; no coefficients."""
-    return lambda episode: prototype_task(backbone, backbone.weights, episode, scale=10.0)
+    return lambda episode: prototype_task(network, network.weights, episode, scale=10.0)
 
 
 def merged_predictor(
-    backbone: Backbone, pool: Pool, choose: Chooser, trims: Sequence[Trim] = (), seed: int = 0
+    network: Network, pool: Pool, choose: Chooser, trims: Sequence[Trim] = (), seed: int = 0
 ) -> Predictor:
     """For every task: coefficients from the support set, merge, trim, prototypes.
 
@@ -87,6 +86,6 @@ def merged_predictor(
         generator = stream(seed, episode.index, 1)
         coefficients = choose(episode.support, episode.support_labels, generator)
         scale, bias = pool.head(coefficients)
-        return prototype_task(backbone, merged(coefficients), episode, scale, bias, coefficients)
+        return prototype_task(network, merged(coefficients), episode, scale, bias, coefficients)
 
     return predict

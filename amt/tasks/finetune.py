@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amt.models.heads import cosine_logits, prototypes
-from amt.models.network import Backbone, Weights, features
+from amt.models.network import Network, features
+from amt.models.weights import Weights, stream
 from amt.tasks.classifier import Predictor, Task, prototype_task
 from amt.tasks.merge import AUGMENTATIONS, augment
-from amt.training.meta_tune import stream
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 
@@ -43,7 +43,7 @@ class Finetuning:
 
 
 def finetuned_predictor(
-    backbone: Backbone,
+    network: Network,
     weights: Weights,
     scale: Tensor | float,
     bias: Tensor | float,
@@ -61,15 +61,15 @@ def finetuned_predictor(
     def predict(episode: Episode) -> Task:
         generator = stream(seed, episode.index, 3)
         support, labels = episode.support, episode.support_labels
-        tuned = finetune(backbone, weights, scale, bias, support, labels, settings, generator)
-        return prototype_task(backbone, tuned, episode, scale, bias)
+        tuned = finetune(network, weights, scale, bias, support, labels, settings, generator)
+        return prototype_task(network, tuned, episode, scale, bias)
 
     return predict
 
 
 @torch.enable_grad()
 def finetune(
-    backbone: Backbone,
+    network: Network,
     weights: Weights,
     scale: Tensor | float,
     bias: Tensor | float,
@@ -90,16 +90,16 @@ def finetune(
     """
     if settings.lr == 0:
         return weights
-    backbone = dataclasses.replace(backbone, autocast=None)  # Adam's small steps would drown in float16
+    network = dataclasses.replace(network, autocast=None)  # Adam's small steps would drown in float16
     n_way = int(labels.max()) + 1
     leaves = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
     optimiser = torch.optim.Adam(leaves.values(), settings.lr)
     for _ in range(settings.steps):
         view = support
         if torch.rand((), generator=generator) < settings.augment_probability:
-            normal = augment(backbone.normalise(support), generator, settings.augment_kinds)
-            view = backbone.denormalise(normal)
-        plain, seen = features(backbone, leaves, torch.cat([support, view])).chunk(2)
+            normal = augment(network.normalise(support), generator, settings.augment_kinds)
+            view = network.denormalise(normal)
+        plain, seen = features(network, leaves, torch.cat([support, view])).chunk(2)
         logits = cosine_logits(seen, prototypes(plain, labels, n_way), scale, bias)
         optimiser.zero_grad()
         F.cross_entropy(logits, labels).backward()

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from amt.attacks.perturb import Ball
 from amt.models.heads import cosine_logits, place_in_class, prototypes
-from amt.models.network import CHUNK, Backbone, Weights, features, fixed_features
+from amt.models.network import CHUNK, Network, features, fixed_features
+from amt.models.weights import Weights
 from amt.tasks.merge import augment
 
 # Of larger support sets as many are attacked as bring 100 images, at least one of a class: they say enough,
@@ -30,7 +31,7 @@ ATTACKED = 100
 STEPS = 3  # of that attack, each of epsilon / 2
 
 
-class Network(NamedTuple):
+class Merged(NamedTuple):
     """Complete weights, with the logit scale and bias of their head."""
 
     weights: Weights
@@ -66,7 +67,7 @@ class Trial:
 
 
 def new_trial(
-    backbone: Backbone, support: Tensor, labels: Tensor, epsilon: float, generator: torch.Generator
+    network: Network, support: Tensor, labels: Tensor, epsilon: float, generator: torch.Generator
 ) -> Trial:
     """The same held-out images, and the same start of their attack, for all networks.
 
@@ -80,7 +81,7 @@ def new_trial(
         which = which[place_in_class(labels) < max(ATTACKED // n_way, 1)]
     images, alone = support[which], (labels.bincount()[labels] == 1)[which]
     if alone.any():
-        views = backbone.denormalise(augment(backbone.normalise(images[alone]), generator))
+        views = network.denormalise(augment(network.normalise(images[alone]), generator))
         images[alone] = views.clamp(0, 1)  # an image is what is classified, and attacked
     if epsilon == 0:
         return Trial(support, labels, which, images, alone)
@@ -89,7 +90,7 @@ def new_trial(
 
 
 def lowest_loss(
-    backbone: Backbone, networks: Sequence[Callable[[], Network]], trial: Trial
+    network: Network, networks: Sequence[Callable[[], Merged]], trial: Trial
 ) -> tuple[int, float]:
     """Which network has the least `leave_one_out_loss`, the first of equals, and that loss.
 
@@ -99,7 +100,7 @@ def lowest_loss(
     Args:
         networks: called whenever the network is needed, so that not all have to be in memory.
     """
-    running = [_losses(backbone, network, trial) for network in networks]
+    running = [_losses(network, merged, trial) for merged in networks]
     queue = [(0.0, k, 0) for k in range(len(networks))]
     while True:
         loss, k, points = heapq.heappop(queue)
@@ -108,9 +109,9 @@ def lowest_loss(
         heapq.heappush(queue, (next(running[k]), k, points + 1))
 
 
-def leave_one_out_loss(backbone: Backbone, network: Network, trial: Trial) -> float:
+def leave_one_out_loss(network: Network, merged: Merged, trial: Trial) -> float:
     """Mean cross-entropy of the held-out images, each at the worst point of its attack that was seen."""
-    return lowest_loss(backbone, [lambda: network], trial)[1]
+    return lowest_loss(network, [lambda: merged], trial)[1]
 
 
 def leave_one_out_logits(
@@ -139,10 +140,10 @@ def leave_one_out_logits(
     return torch.where(F.one_hot(own, n_way).bool(), against_rest[:, None], against_all)
 
 
-def _losses(backbone: Backbone, network: Callable[[], Network], trial: Trial) -> Iterator[float]:
+def _losses(network: Network, merged: Callable[[], Merged], trial: Trial) -> Iterator[float]:
     """The loss after each of the `trial.points`, never decreasing. Between them it holds no weights."""
-    backbone = dataclasses.replace(backbone, autocast=None)  # as for routing
-    plain = fixed_features(backbone, network().weights, trial.support)
+    network = dataclasses.replace(network, autocast=None)  # as for routing
+    plain = fixed_features(network, merged().weights, trial.support)
     share = _shares(trial.labels[trial.which])
 
     def errors(views: Tensor, which: Tensor, scale: Tensor | float, bias: Tensor | float) -> Tensor:
@@ -150,16 +151,16 @@ def _losses(backbone: Backbone, network: Callable[[], Network], trial: Trial) ->
         return F.cross_entropy(logits, trial.labels[which], reduction="none")
 
     if trial.start is None:
-        weights, scale, bias = network()
+        weights, scale, bias = merged()
         views = plain[trial.which]
         if trial.alone.any():
-            views[trial.alone] = fixed_features(backbone, weights, trial.held_out[trial.alone])
+            views[trial.alone] = fixed_features(network, weights, trial.held_out[trial.alone])
         yield float(share @ errors(views, trial.which, scale, bias))
         return
     ball, step, points = Ball("linf", trial.epsilon / 255), trial.epsilon / 255 / 2, trial.start
     worst = torch.zeros_like(share)
     for k in range(trial.points):
-        weights, scale, bias = network()
+        weights, scale, bias = merged()
         last = k + 1 == trial.points
         found, moved = [], []
         for images, at, which in zip(
@@ -167,7 +168,7 @@ def _losses(backbone: Backbone, network: Callable[[], Network], trial: Trial) ->
         ):
             at = at.clone().requires_grad_(not last)
             with torch.set_grad_enabled(not last):
-                error = errors(features(backbone, weights, at), which, scale, bias)
+                error = errors(features(network, weights, at), which, scale, bias)
             found.append(error.detach())
             if not last:
                 (gradient,) = torch.autograd.grad(error.sum(), at)

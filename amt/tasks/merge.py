@@ -21,10 +21,10 @@ from torch import Tensor
 
 from amt.attacks.perturb import Perturbation, pyramid_attack, pyramid_start
 from amt.models.heads import cosine_logits, prototypes
-from amt.models.network import CHUNK, Backbone, Weights, features, fixed_features
+from amt.models.network import CHUNK, Network, features, fixed_features
 from amt.models.pool import Pool
+from amt.models.weights import Coefficients, Weights
 
-Coefficients = tuple[float, ...]
 Members = Callable[[int], Weights]  # the complete weights of a pool's member, by its number
 
 AUGMENTATIONS = ("color", "translation")
@@ -60,7 +60,7 @@ class Routing:
 
 
 def route(
-    backbone: Backbone,
+    network: Network,
     pool: Pool,
     support: Tensor,
     labels: Tensor,
@@ -76,12 +76,12 @@ def route(
         generator: a CPU generator for the augmentation or the attack's start; left as it was.
         members: `kept_members(pool)` where many tasks are routed.
     """
-    (coefficients,) = route_each(backbone, pool, support, labels, generator, [routing], members)
+    (coefficients,) = route_each(network, pool, support, labels, generator, [routing], members)
     return coefficients
 
 
 def route_each(
-    backbone: Backbone,
+    network: Network,
     pool: Pool,
     support: Tensor,
     labels: Tensor,
@@ -91,13 +91,13 @@ def route_each(
 ) -> list[Coefficients]:
     """What `route` gives for each of `routings`; what they have in common is computed once."""
     by_view = {routing.view: routing for routing in routings}
-    cosines = _cosines(backbone, pool, support, labels, generator, list(by_view.values()), members)
+    cosines = _cosines(network, pool, support, labels, generator, list(by_view.values()), members)
     scores = {view: compactness(found, labels) for view, found in zip(by_view, cosines, strict=True)}
     return [blend(*scores[routing.view], routing) for routing in routings]
 
 
 def support_cosines(
-    backbone: Backbone,
+    network: Network,
     pool: Pool,
     support: Tensor,
     labels: Tensor,
@@ -105,12 +105,12 @@ def support_cosines(
     routing: Routing,
 ) -> Tensor:
     """(P, S, N) cosines, for every adapter alone, of the support's views with the support's prototypes."""
-    (cosines,) = _cosines(backbone, pool, support, labels, generator, [routing], None)
+    (cosines,) = _cosines(network, pool, support, labels, generator, [routing], None)
     return cosines
 
 
 def _cosines(
-    backbone: Backbone,
+    network: Network,
     pool: Pool,
     support: Tensor,
     labels: Tensor,
@@ -119,31 +119,31 @@ def _cosines(
     members: Members | None,
 ) -> list[Tensor]:
     """`support_cosines` for each of `routings`; the prototypes are computed once."""
-    backbone = dataclasses.replace(backbone, autocast=None)  # scores differ in the third digit: keep float32
+    network = dataclasses.replace(network, autocast=None)  # scores differ in the third digit: keep float32
     n_way = int(labels.max()) + 1
     # Each view draws what it would draw alone.
     generators = [generator.clone_state() for _ in routings]
     augmented = [
-        _augmented(backbone, support, draws, routing)
+        _augmented(network, support, draws, routing)
         for routing, draws in zip(routings, generators, strict=True)
     ]
     cosines: list[list[Tensor]] = [[] for _ in routings]
     for p in range(len(pool)):
         weights = _alone(pool, p) if members is None else members(p)
-        plain = fixed_features(backbone, weights, support)
+        plain = fixed_features(network, weights, support)
         centres = prototypes(plain, labels, n_way)
 
         def loss_of(
             images: Tensor, part: slice, weights=weights, centres=centres, scale=pool.scale[p]
         ) -> Tensor:
-            logits = cosine_logits(features(backbone, weights, images), centres, scale)
+            logits = cosine_logits(features(network, weights, images), centres, scale)
             return F.cross_entropy(logits, labels[part], reduction="sum")
 
         for k, routing in enumerate(routings):
             view = augmented[k]
             if routing.epsilon > 0:
                 view = _attacked(loss_of, support, routing, generators[k])
-            seen = plain if view is support else fixed_features(backbone, weights, view)
+            seen = plain if view is support else fixed_features(network, weights, view)
             cosines[k].append(cosine_logits(seen, centres))
     return [torch.stack(found) for found in cosines]
 
@@ -158,11 +158,11 @@ def _alone(pool: Pool, p: int) -> Weights:
     return pool[p].merge((1.0,))
 
 
-def _augmented(backbone: Backbone, support: Tensor, generator: torch.Generator, routing: Routing) -> Tensor:
+def _augmented(network: Network, support: Tensor, generator: torch.Generator, routing: Routing) -> Tensor:
     """The published view of the support, which sometimes is the support itself."""
     if routing.epsilon > 0 or torch.rand((), generator=generator) >= routing.augment_probability:
         return support
-    return backbone.denormalise(augment(backbone.normalise(support), generator))
+    return network.denormalise(augment(network.normalise(support), generator))
 
 
 def _attacked(

@@ -5,7 +5,6 @@ Watches a run and never steers it: a run with another journal ends with the same
 
 import dataclasses
 import math
-import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -127,34 +126,6 @@ class Journal:
             **({"tuner": numbers} if resumable else {}),
         }
         return checkpoint.Checkpoint(tuner.pool, about, momentum if resumable else {})
-
-
-class Interrupts:
-    """While active, the first Ctrl-C or SIGTERM only sets `caught`, so that a step can be finished."""
-
-    def __init__(self):
-        self.caught: int | None = None
-
-    def __enter__(self) -> "Interrupts":
-        self._previous = {
-            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self
-
-    def pending(self) -> bool:
-        """Whether a signal has arrived."""
-        return self.caught is not None
-
-    def _note(self, number: int, _frame) -> None:
-        self.caught = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def __exit__(self, *_exception) -> None:
-        self._restore()
 
 
 def score(validation: Sequence[dict[str, float]]) -> float:

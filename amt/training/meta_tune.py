@@ -43,8 +43,9 @@ from amt.attacks.perturb import (
     pyramid_start,
 )
 from amt.models.heads import cosine_logits, prototypes
-from amt.models.network import Backbone, Weights, features
+from amt.models.network import Network, features
 from amt.models.pool import Pool
+from amt.models.weights import Weights, stream
 from amt.training.losses import RobustLoss, kl_sum, robust_loss
 from meta_dataset_readers.episode import Episode
 
@@ -61,7 +62,7 @@ class QueryOutcome(NamedTuple):
 
 
 def query_outcome(
-    backbone: Backbone,
+    network: Network,
     pool: Pool,
     episode: Episode,
     level: Perturbation,
@@ -80,19 +81,19 @@ def query_outcome(
     """
 
     def query_features(weights: Weights, images: Tensor) -> Tensor:
-        return features(backbone, weights, images)
+        return features(network, weights, images)
 
     def logits(query: Tensor, centres: Tensor) -> Tensor:
         return cosine_logits(query, centres, pool.scale, pool.bias)
 
     # Each graph gets weights of its own, since taking the weight perturbation's gradient frees its graph.
-    support = features(backbone, pool.merge(ALONE), episode.support)
+    support = features(network, pool.merge(ALONE), episode.support)
     centres = prototypes(support, episode.support_labels, episode.n_way)
     fixed_centres = centres.detach()
     weights = pool.merge(ALONE)
     clean = query_features(weights, episode.query)
 
-    fixed = _fixed_network(backbone, pool, weights, centres)
+    fixed = _fixed_network(network, pool, weights, centres)
     target = logits(clean, fixed_centres).detach()
 
     def divergence(images: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ def query_outcome(
 
 
 def querying_outcome(
-    backbone: Backbone,
+    network: Network,
     pool: Pool,
     episode: Episode,
     level: Perturbation,
@@ -126,34 +127,34 @@ def querying_outcome(
     The attack increases the cross-entropy with the true labels, under weights and prototypes as they are.
     Arguments as for `query_outcome`; the level's `gamma` and `beta` have no part in it.
     """
-    support = features(backbone, pool.merge(ALONE), episode.support)
+    support = features(network, pool.merge(ALONE), episode.support)
     centres = prototypes(support, episode.support_labels, episode.n_way)
     weights = pool.merge(ALONE)
-    fixed = _fixed_network(backbone, pool, weights, centres)
+    fixed = _fixed_network(network, pool, weights, centres)
 
     def mistakes(images: Tensor) -> Tensor:
         return F.cross_entropy(fixed(images), episode.query_labels, reduction="sum")
 
     images = pyramid_attack(mistakes, episode.query, start, level, space, loss_scale)
-    attacked = cosine_logits(features(backbone, weights, images), centres, pool.scale, pool.bias)
+    attacked = cosine_logits(features(network, weights, images), centres, pool.scale, pool.bias)
     with torch.no_grad():
         clean = fixed(episode.query)  # for the record: nothing is learnt from it
     return QueryOutcome(_cross_entropy_alone(attacked, episode.query_labels), clean, attacked)
 
 
 def _fixed_network(
-    backbone: Backbone, pool: Pool, weights: Weights, centres: Tensor
+    network: Network, pool: Pool, weights: Weights, centres: Tensor
 ) -> Callable[[Tensor], Tensor]:
     """Images -> logits with nothing but the images to differentiate, which is what an attack is shown."""
     weights = {name: weight.detach() for name, weight in weights.items()}
     centres, scale = centres.detach(), pool.scale.detach()
-    return lambda images: cosine_logits(features(backbone, weights, images), centres, scale, pool.bias)
+    return lambda images: cosine_logits(features(network, weights, images), centres, scale, pool.bias)
 
 
-def natural_outcome(backbone: Backbone, pool: Pool, episode: Episode) -> QueryOutcome:
+def natural_outcome(network: Network, pool: Pool, episode: Episode) -> QueryOutcome:
     """Plain meta-tuning: cross-entropy of the clean queries, support and query under the same weights."""
     weights = pool.merge(ALONE)
-    both = features(backbone, weights, torch.cat([episode.support, episode.query]))
+    both = features(network, weights, torch.cat([episode.support, episode.query]))
     support, query = both.split([len(episode.support), len(episode.query)])
     centres = prototypes(support, episode.support_labels, episode.n_way)
     clean = cosine_logits(query, centres, pool.scale, pool.bias)
@@ -221,8 +222,8 @@ class Tuner:
     continues exactly as the saved one would have.
     """
 
-    def __init__(self, backbone: Backbone, pool: Pool, settings: TuneSettings):
-        self.backbone = backbone
+    def __init__(self, network: Network, pool: Pool, settings: TuneSettings):
+        self.network = network
         self.settings = settings
         self.episodes_done = 0
         self._members = [_leaves(pool[p]) for p in range(len(pool))]
@@ -230,10 +231,9 @@ class Tuner:
             torch.optim.SGD([*member.factors.values(), member.scale], settings.lr, settings.momentum)
             for member in self._members
         ]
-        half = backbone.autocast == torch.float16
+        half = network.autocast == torch.float16
         self._scalers = [
-            torch.amp.GradScaler(backbone.device.type, init_scale=2.0**10, enabled=half)
-            for _ in self._members
+            torch.amp.GradScaler(network.device.type, init_scale=2.0**10, enabled=half) for _ in self._members
         ]
 
     @property
@@ -292,13 +292,13 @@ class Tuner:
 
     def _outcome(self, member: Pool, episode: Episode, p: int, loss_scale: float) -> QueryOutcome:
         if not self.settings.adversarial:
-            return natural_outcome(self.backbone, member, episode)
+            return natural_outcome(self.network, member, episode)
         ramp = (self.episodes_done + 1) / max(self.settings.epsilon_warmup, 1)
         level = member.levels[0].scaled(min(ramp, 1.0))
         generator = stream(self.settings.seed, self.episodes_done, p)
         start = pyramid_start(episode.query, level, generator)
         outcome = querying_outcome if self.settings.method == "querying" else query_outcome
-        return outcome(self.backbone, member, episode, level, start, loss_scale=loss_scale)
+        return outcome(self.network, member, episode, level, start, loss_scale=loss_scale)
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """What the pool does not hold: the optimisers' momentum by name, and plain numbers."""
@@ -346,21 +346,13 @@ def meta_tune(
         on_step, on_epoch: called after each episode and after each completed epoch.
     """
     for episode in episodes:
-        records = tuner.step(episode.to(tuner.backbone.device))
+        records = tuner.step(episode.to(tuner.network.device))
         on_step(tuner, records)
         if tuner.episodes_done % tuner.settings.episodes_per_epoch == 0:
             on_epoch(tuner)
         if interrupted():
             break
     return tuner.pool
-
-
-def stream(*key: int) -> torch.Generator:
-    """A CPU generator that depends on the numbers of `key` and on nothing else."""
-    mixed = 0
-    for number in key:
-        mixed = (mixed * 1_000_003 + number + 1) % (1 << 63)
-    return torch.Generator().manual_seed(mixed)
 
 
 @functools.cache  # a scheduler is built for the answer, which is the same for a whole epoch

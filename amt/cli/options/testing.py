@@ -26,7 +26,7 @@ from amt.cli.options.parsing import (
 )
 from amt.evaluation.deploy import ROUTINGS, SELECTS, Deployment
 from amt.evaluation.select import BETAS, GAMMAS, published_grid
-from amt.models.network import base_arch
+from amt.models.architectures import base_arch
 from amt.tasks.finetune import Finetuning
 from amt.tasks.merge import AUGMENTATIONS, Routing
 from meta_dataset_readers.errors import InputError

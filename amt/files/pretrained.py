@@ -1,0 +1,173 @@
+"""Pretrained weights: where the files come from, and how official ones are read into a network.
+
+Every tensor of a file must find its place, or be known to serve the pretraining task only.
+"""
+
+import contextlib
+import dataclasses
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from torch import nn
+
+from amt.files import weight_files
+from amt.models.architectures import HUB_FILE, TIMM, Origin, base_arch
+from amt.models.network import Network, untrained
+from amt.models.weights import Weights
+from meta_dataset_readers.errors import InputError
+
+CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
+
+
+def load_network(
+    name: str,
+    weights: Path | None = None,
+    device: torch.device | str = "cpu",
+    autocast: torch.dtype | None = None,
+    image_size: int | None = None,
+    pretrained: bool = True,
+) -> Network:
+    """The backbone called `name`, with its pretrained weights.
+
+    Args:
+        name: a name in `ARCHS`, or `timm:NAME` for a ViT of timm; with or without `_amt` or `_amt_merge`.
+        weights: a file of weights in timm's, DINO's, iBOT's or DeiT's format, see `read_weights`. None takes
+            NAME.safetensors or NAME.pth in the project's folder checkpoints if there is one, and otherwise
+            asks timm's hub.
+        device: where the network lives.
+        autocast: see `Network`.
+        image_size: side in pixels that episodes are read at; None for the architecture's own.
+        pretrained: False for random weights, always the same: where a checkpoint brings all of them.
+
+    Raises:
+        InputError: unknown name, no weights to be had, weights that do not fit, or images too small.
+    """
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        network, origin = untrained(base_arch(name))
+    if image_size is not None and image_size < network.patch_size:
+        raise InputError(
+            f"--image_size is {image_size}, expected at least a patch of {network.patch_size} px"
+        )
+    if pretrained:
+        path = weights or find_weights(network.arch, origin)
+        network.module.load_state_dict(read_weights(path, network.module))
+    return dataclasses.replace(
+        network,
+        module=network.module.to(device),
+        image_size=image_size or network.image_size,
+        autocast=autocast,
+    )
+
+
+def find_weights(base: str, origin: Origin) -> Path:
+    """The file of pretrained weights to take when none is named: one in checkpoints/, or one from timm's hub.
+
+    Raises:
+        InputError: there is none in checkpoints/, and the hub has none or cannot be reached.
+    """
+    for ending in (".safetensors", ".pth"):
+        if (CHECKPOINTS / f"{base}{ending}").is_file():
+            return CHECKPOINTS / f"{base}{ending}"
+    reason = "timm's hub does not have its weights"
+    if origin.hub is not None:
+        cached = huggingface_hub.try_to_load_from_cache(origin.hub, HUB_FILE)
+        if isinstance(cached, str):
+            return Path(cached)
+        try:
+            huggingface_hub.model_info(origin.hub, timeout=10)  # a download would retry for a minute
+            return Path(huggingface_hub.hf_hub_download(origin.hub, HUB_FILE))
+        except Exception as error:  # of the hub's HTTP library, which has been exchanged more than once
+            problem = str(error).strip().partition("\n")[0]
+            reason = f"its weights cannot be had from timm's hub ({type(error).__name__}: {problem})"
+    file = f"download {origin.url} and name that file" if origin.url else "name a file of them"
+    place = "" if base.startswith(TIMM) else f", or save it as {CHECKPOINTS / base}.pth"
+    raise InputError(f"--arch {base!r}: {reason}; {file} by --pretrained_checkpoint{place}")
+
+
+# Where checkpoints keep the network. Of the two that DINO and iBOT keep, they publish the teacher.
+_PLACES = ("teacher", "student", "model", "state_dict")
+
+# What files hold besides the features, by name: all of it serves the pretraining task, and is left out.
+_PRETRAINING_ONLY = {
+    "classification or projection head": re.compile(r"head(_dist)?\..+"),
+    "embedding of masked patches": re.compile(r"masked_embed|mask_token"),
+}
+
+
+def unwrap(path: Path, data: Mapping[str, Any]) -> tuple[str, Weights]:
+    """The named tensors of a backbone in a file's contents, and where in it they were.
+
+    Args:
+        path: for errors.
+        data: what `weight_files.read` found: a plain state dict, or a checkpoint that keeps one under
+            `teacher`, `student`, `model` or `state_dict`. Of several the first named here is taken.
+
+    Returns:
+        "" or the key, and the tensors by names without `module.` and `backbone.`.
+
+    Raises:
+        InputError: there is no state dict, or it is one of LoRAs.
+    """
+    place = next((key for key in _PLACES if weight_files.is_state(data.get(key))), "")
+    state = data[place] if place else data
+    if not weight_files.is_state(state):
+        raise InputError(
+            f"{path}: holds {', '.join(map(repr, list(data)[:5])) or 'nothing'}, "
+            f"expected tensors by name, or a dictionary of such as one of {', '.join(_PLACES)}"
+        )
+    if any("lora_" in name for name in state):
+        raise InputError(f"{path}: holds LoRAs, expected the weights of a backbone; name it by --resume")
+    for prefix in ("module.", "backbone."):
+        names = [name.removeprefix(prefix) for name in state]
+        if len(set(names)) < len(names):
+            raise InputError(f"{path}: holds tensors both with and without the prefix {prefix!r}")
+        state = dict(zip(names, state.values(), strict=True))
+    return place, state
+
+
+def pretraining_only(name: str) -> str | None:
+    """What part of a pretraining task the tensor called `name` belongs to, or None: to the features."""
+    return next((part for part, names in _PRETRAINING_ONLY.items() if names.fullmatch(name)), None)
+
+
+def read_weights(path: Path, network: nn.Module) -> Weights:
+    """The weights for `network` in a file of timm's, DINO's, iBOT's or DeiT's format.
+
+    Every tensor of the file is accounted for: it is one of the network's, or by its name a part of the
+    pretraining task (see `pretraining_only`). For networks of timm's own, files that timm itself converts
+    when it loads them, such as DINOv2's with registers, are converted likewise.
+
+    Returns:
+        A complete state dict, float32.
+
+    Raises:
+        InputError: the file cannot be read, or tensors are missing, unexpected, misshapen or not finite.
+    """
+    content = weight_files.read(path, "weights file")
+    if "amt" in content.header:
+        raise InputError(f"{path}: holds LoRAs, expected the weights of a backbone; name it by --resume")
+    state = unwrap(path, content.data)[1]
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    if network.dynamic_img_size and _TIMM_CONVERTS & state.keys():
+        state = _as_timm_converts(path, state, network)
+    state = {name: tensor for name, tensor in state.items() if name in shapes or not pretraining_only(name)}
+    return weight_files.check_fit(path, state, shapes)
+
+
+# Names by which the official files of DINOv2 and DINOv3 are known.
+_TIMM_CONVERTS = {"register_tokens", "storage_tokens"}
+
+
+def _as_timm_converts(path: Path, state: Weights, network: nn.Module) -> Weights:
+    convert = sys.modules[type(network).__module__].checkpoint_filter_fn
+    try:
+        with contextlib.redirect_stdout(None):  # it prints of every bias that a network does without
+            return convert(state, network)
+    except Exception as error:  # of a file that only looks like what timm knows
+        raise InputError(f"{path}: timm cannot convert it for this network ({error!r})") from error
