@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.files import LARGEST_LIST, read_bytes
 from meta_dataset_readers.folders import ClassFiles, classes_below, flat_source
 from meta_dataset_readers.store import Source
 
@@ -34,7 +35,6 @@ CHESTX_FINDINGS = (
 
 _CHESTX_SIZE = (256, 256)  # width and height, whatever the picture's own
 _RESIZE = "square"
-_LARGEST_LIST = 64 * 2**20  # bytes; that of ChestX has 8 million
 
 # A row of a list that belongs to the benchmark: its line, its file and the position of its class.
 _Labelled = tuple[int, str, int]
@@ -143,13 +143,7 @@ def _listed(
 
 def _table(file: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     """The header, and line number and cells of every further row that is not blank."""
-    try:
-        with file.open("rb") as stream:
-            data = stream.read(_LARGEST_LIST + 1)
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from error
-    if len(data) > _LARGEST_LIST:
-        raise InputError(f"{file}: larger than {_LARGEST_LIST} bytes, not a list of pictures")
+    data = read_bytes(file, LARGEST_LIST)
     # Not strictly UTF-8: what matters is ASCII, and a name that is not cannot be found afterwards.
     rows = _rows(file, data.decode("utf-8-sig", "replace"))
     for _, header in rows:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from meta_dataset_readers.command import Parser, add_sources, available_cores, positive
 from meta_dataset_readers.domains import DOMAINS
 from meta_dataset_readers.errors import InputError, exit_on_bad_input, nearest
+from meta_dataset_readers.files import reading
 from meta_dataset_readers.layouts import open_source, sources
 from meta_dataset_readers.spec import SPLITS, DatasetSpec
 from meta_dataset_readers.store import ImageStore, Source
@@ -219,9 +220,9 @@ def _rest(place: Path) -> str:
     if place.suffix != ".tfrecords":
         return ""
     try:
-        with place.open("rb") as file:
+        with reading(place) as file:
             return f"; sound records before it: {sum(1 for _ in sound_records(file))}"
-    except OSError:
+    except InputError:
         return ""
 
 

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from meta_dataset_readers.command import Parser, add_sources
 from meta_dataset_readers.errors import DamagedRecord, InputError, exit_on_bad_input
+from meta_dataset_readers.files import LARGEST_LIST, read_bytes
 from meta_dataset_readers.layouts import open_source
 from meta_dataset_readers.packed import (
     FORMAT,
@@ -45,6 +46,7 @@ from meta_dataset_readers.packed import (
     open_packed,
     record_file,
 )
+from meta_dataset_readers.pictures import UnreadableImage, decode_image
 from meta_dataset_readers.spec import DAG, FILE_PATTERN, SPEC_FILE, SPLITS, DatasetSpec, load_spec
 from meta_dataset_readers.store import ImageStore, Source
 from meta_dataset_readers.tfrecord import (
@@ -54,7 +56,6 @@ from meta_dataset_readers.tfrecord import (
     frame,
     sound_records,
 )
-from meta_dataset_readers.transforms import UnreadableImage, decode_image
 
 _SAMPLED = 200  # pictures of a source whose size is looked at to tell how much room its copy needs
 _PER_RECORD = 80  # bytes that a record and its offset take beside the picture, rounded up
@@ -450,7 +451,7 @@ def _spec_text(spec: DatasetSpec, counts: tuple[int, ...]) -> bytes:
             "__class__": "DatasetSpecification",
         }
         return json.dumps(made, indent=2).encode()
-    text = spec.file.read_bytes()
+    text = read_bytes(spec.file, LARGEST_LIST)
     if counts == spec.images_per_class:
         return text
     value = json.loads(text)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.files import read_json
 from meta_dataset_readers.folders import ClassFiles, flat_source
-from meta_dataset_readers.json_fields import Fields, read_json
+from meta_dataset_readers.json_fields import Fields
 from meta_dataset_readers.store import Source
 
 FILELISTS = {"TRAIN": "base.json", "VALID": "val.json", "TEST": "novel.json"}

@@ -10,24 +10,29 @@ followed; a path written in a file is believed only if it stays below the direct
 
 import io
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
 from meta_dataset_readers.episode import ImageOrigin
-from meta_dataset_readers.errors import DamagedRecord, InputError, nearest
-from meta_dataset_readers.json_fields import Fields, read_json, typed
+from meta_dataset_readers.errors import InputError, nearest
+from meta_dataset_readers.files import folder_names, missing_files, read_json
+from meta_dataset_readers.json_fields import Fields, typed
+from meta_dataset_readers.pictures import (
+    EXTENSIONS,
+    RECORD_FORMATS,
+    Prepare,
+    picture_bytes,
+    picture_names,
+    read_picture,
+)
 from meta_dataset_readers.spec import SPLITS, DatasetSpec
-from meta_dataset_readers.store import ImageStore, Source, decoded
-from meta_dataset_readers.transforms import FILE_FORMATS, RECORD_FORMATS
+from meta_dataset_readers.store import ImageStore, Source
 
 SPLITS_FILE = "splits.json"
 SPLIT_FOLDERS = {"TRAIN": "train", "VALID": "val", "TEST": "test"}
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # in either case
-
-_LARGEST_FILE = 256 * 2**20  # bytes; the largest picture that is decoded has 192 MiB of uncompressed RGB
 
 
 class FileStore(ImageStore):
@@ -43,7 +48,7 @@ class FileStore(ImageStore):
         root: Path,
         name: str,
         files: Sequence[tuple[str, ...]],
-        prepare: Callable[[Image.Image], Image.Image] | None = None,
+        prepare: Prepare | None = None,
     ):
         self._root, self._name, self._files, self._prepare = root, name, tuple(files), prepare
 
@@ -51,11 +56,10 @@ class FileStore(ImageStore):
         return len(self._files[class_id])
 
     def image(self, class_id: int, index: int) -> Image.Image:
-        path = self._path(class_id, index)
-        return decoded(_contents(path), str(path), FILE_FORMATS, self._prepare)
+        return read_picture(self._path(class_id, index), self._prepare)
 
     def encoded(self, class_id: int, index: int) -> bytes:
-        data = _contents(self._path(class_id, index))
+        data = picture_bytes(self._path(class_id, index))
         # Where these bytes end up in a record, the decoder of records must find the same picture in them.
         if self._prepare is None and _is_record(data):
             return data
@@ -69,10 +73,7 @@ class FileStore(ImageStore):
         return self._path(class_id, 0).parent if self._files[class_id] else self._root
 
     def missing(self, class_ids: Iterable[int]) -> list[str]:
-        files = [file.rpartition("/") for class_id in class_ids for file in self._files[class_id]]
-        # One listing per directory: asking for 100,000 files one by one takes minutes on a network disk.
-        present = {folder: _file_names(self._root / folder) for folder in {folder for folder, _, _ in files}}
-        return [f"{folder}{slash}{file}" for folder, slash, file in files if file not in present[folder]]
+        return missing_files(self._root, [file for class_id in class_ids for file in self._files[class_id]])
 
     def _path(self, class_id: int, index: int) -> Path:
         return self._root / self._files[class_id][index]
@@ -92,7 +93,7 @@ def flat_source(
     *,
     resize: str,
     root: Path | None = None,
-    prepare: Callable[[Image.Image], Image.Image] | None = None,
+    prepare: Prepare | None = None,
 ) -> Source:
     """The source of these classes by split, without hierarchy; ids count through TRAIN, VALID and TEST.
 
@@ -170,7 +171,7 @@ def classes_below(root: Path, folder: str) -> list[ClassFiles]:
 
 def class_folders(directory: Path) -> list[str]:
     """The names of the folders in `directory`, sorted, without hidden ones. Raises InputError without any."""
-    folders = sorted(name for name in _listing(directory, os.DirEntry.is_dir) if not name.startswith("."))
+    folders = folder_names(directory)
     if not folders:
         raise InputError(f"{directory}: no folder in it, expected one folder of image files per class")
     return folders
@@ -178,8 +179,7 @@ def class_folders(directory: Path) -> list[str]:
 
 def class_files(root: Path, folder: str) -> ClassFiles:
     """The class whose image files lie in `folder` of `root`, sorted. Raises InputError without any."""
-    names = _listing(root / folder, os.DirEntry.is_file)
-    images = sorted(name for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
+    images = picture_names(root / folder)
     if not images:
         expected = f"expected files that end in {', '.join(EXTENSIONS)}"
         raise InputError(f"{root / folder}: no picture in this class folder, {expected}")
@@ -201,36 +201,6 @@ def _read_splits(file: Path, folders: Sequence[str]) -> dict[str, list[str]]:
                 raise InputError(f"{where}: {folder!r} is already in {home[folder]}")
             home[folder] = split
     return {split: sorted(folder for folder in home if home[folder] == split) for split in SPLITS}
-
-
-def _listing(directory: Path, wanted: Callable[[os.DirEntry], bool]) -> list[str]:
-    """The names of the wanted entries of `directory`, in no order."""
-    try:
-        with os.scandir(directory) as entries:
-            return [entry.name for entry in entries if wanted(entry)]
-    except OSError as error:
-        raise InputError(f"{directory}: cannot be listed: {error.strerror}") from error
-
-
-def _file_names(directory: Path) -> set[str]:
-    """The files that can be found in `directory`, none if there is no such directory."""
-    try:
-        return set(_listing(directory, os.DirEntry.is_file))
-    except InputError:
-        return set()
-
-
-def _contents(path: Path) -> bytes:
-    try:
-        if not os.path.isfile(path):  # before opening: a pipe would keep us waiting for ever
-            raise DamagedRecord(f"{path}: no such file")
-        with path.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            if size > _LARGEST_FILE:
-                raise DamagedRecord(f"{path}: {size} bytes, pictures of at most {_LARGEST_FILE} are read")
-            return stream.read(_LARGEST_FILE)
-    except OSError as error:
-        raise DamagedRecord(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _is_record(data: bytes) -> bool:

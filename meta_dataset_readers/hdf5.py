@@ -23,10 +23,11 @@ from PIL import Image
 
 from meta_dataset_readers.episode import ImageOrigin
 from meta_dataset_readers.errors import DamagedRecord, InputError
+from meta_dataset_readers.files import size_of
 from meta_dataset_readers.hdf5_guard import MalformedHdf5, check_object, check_root
+from meta_dataset_readers.pictures import UnreadableImage, check_size
 from meta_dataset_readers.spec import load_spec
 from meta_dataset_readers.store import ImageStore, Source
-from meta_dataset_readers.transforms import UnreadableImage, check_size
 
 # An episode reads one class after the other, so a few are enough; a mixture has as many for each source.
 _MOST_OPEN = 4
@@ -124,9 +125,7 @@ class Hdf5Files:
 
 def _open(path: Path) -> h5py.File:
     try:
-        if not path.is_file():  # before opening: a pipe would keep us waiting for ever
-            raise InputError(f"{path}: no such file")
-        if path.stat().st_size == 0:
+        if size_of(path) == 0:
             raise InputError(f"{path}: the file is empty, expected HDF5")
         check_root(path)
         try:

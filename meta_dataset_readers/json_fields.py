@@ -1,41 +1,13 @@
-"""JSON files that are not believed: sizes, keys and types are checked, and a fault names file and field.
+"""Values out of JSON that are not believed: keys and types are checked, and a fault names file and field.
 
 Does not know what any file means.
 """
 
-import json
-from pathlib import Path
 from typing import Any
 
 from meta_dataset_readers.errors import InputError, nearest
 
-LARGEST_FILE = 64 * 2**20  # bytes; the largest real specification has less than one million
 _JSON_NAMES = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
-
-
-def read_json(file: Path) -> Any:
-    """What `file` holds. Raises InputError if it cannot be read, is too large or is not valid JSON."""
-    try:
-        with file.open("rb") as stream:
-            text = stream.read(LARGEST_FILE + 1)
-    except FileNotFoundError as error:
-        raise InputError(f"{file}: no such file") from error
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from error
-    if len(text) > LARGEST_FILE:
-        raise InputError(f"{file}: larger than {LARGEST_FILE} bytes, which no such file needs")
-    try:
-        return json.loads(text, object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:  # not UTF-8 or not JSON; nested beyond reason
-        raise InputError(f"{file}: not valid JSON: {error}") from error
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
-    return result
 
 
 class Fields:

@@ -25,9 +25,11 @@ from PIL import Image
 
 from meta_dataset_readers.episode import ImageOrigin
 from meta_dataset_readers.errors import DamagedRecord, InputError, nearest
-from meta_dataset_readers.json_fields import Fields, read_json
+from meta_dataset_readers.files import map_array, read_json, size_of
+from meta_dataset_readers.json_fields import Fields
+from meta_dataset_readers.pictures import decoded
 from meta_dataset_readers.spec import SPLITS, DatasetSpec, load_spec
-from meta_dataset_readers.store import ImageStore, Source, decoded
+from meta_dataset_readers.store import ImageStore, Source
 from meta_dataset_readers.tfrecord import RecordFile
 from meta_dataset_readers.transforms import RESIZES
 
@@ -226,10 +228,7 @@ def open_packed(directory: str | Path, name: str) -> Source:
 
 def _open_split(directory: Path, split: str, entry: SplitFile) -> RecordFile:
     path = record_file(directory, split)
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    size = size_of(path)
     if size != entry.bytes:
         raise InputError(f"{path}: {size} bytes, {INDEX_FILE} says {entry.bytes}: the file is not complete")
     offsets = _map_offsets(offsets_file(directory, split), entry.records)
@@ -240,16 +239,7 @@ def _open_split(directory: Path, split: str, entry: SplitFile) -> RecordFile:
 
 
 def _map_offsets(path: Path, records: int) -> np.ndarray:
-    try:
-        offsets = np.load(path, mmap_mode="r", allow_pickle=False)
-        size = path.stat().st_size
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # whatever numpy raises on foreign bytes
-        raise InputError(f"{path}: not an array of offsets: {' '.join(str(error).split())}") from error
-    expected = (OFFSETS_DTYPE, (records + 1,))
-    if not isinstance(offsets, np.memmap) or (offsets.dtype, offsets.shape) != expected:
+    offsets = map_array(path)
+    if (offsets.dtype, offsets.shape) != (OFFSETS_DTYPE, (records + 1,)):
         raise InputError(f"{path}: not an array of {records + 1} offsets")
-    if offsets.offset + offsets.nbytes != size:
-        raise InputError(f"{path}: {size} bytes, expected {offsets.offset + offsets.nbytes}")
     return np.asarray(offsets)  # the same mapping, without memmap's slow indexing

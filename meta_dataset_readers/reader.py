@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from meta_dataset_readers.episode import Episode, ImageOrigin
 from meta_dataset_readers.errors import DamagedRecord, InputError
 from meta_dataset_readers.layouts import open_source
+from meta_dataset_readers.pictures import UnreadableImage
 from meta_dataset_readers.sampling import EpisodeDescription, EpisodeSampling, check_sampling, sample_episode
 from meta_dataset_readers.store import ImageStore, Source
 from meta_dataset_readers.transforms import (
-    UnreadableImage,
     eval_crop,
     planes,
     reduced_eval_crop,

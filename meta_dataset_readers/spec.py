@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from meta_dataset_readers.errors import InputError, nearest
+from meta_dataset_readers.files import read_json
 from meta_dataset_readers.hierarchy import ClassGroup, GraphError, Node, graph_groups
-from meta_dataset_readers.json_fields import Fields, read_json
+from meta_dataset_readers.json_fields import Fields
 
 SPLITS = ("TRAIN", "VALID", "TEST")
 SPEC_FILE = "dataset_spec.json"

@@ -7,7 +7,7 @@ record file per class). Other layouts live in modules of their own. Does not kno
 import dataclasses
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,9 @@ from PIL import Image
 
 from meta_dataset_readers.episode import ImageOrigin
 from meta_dataset_readers.errors import DamagedRecord
+from meta_dataset_readers.pictures import decoded
 from meta_dataset_readers.spec import DatasetSpec, load_spec
 from meta_dataset_readers.tfrecord import RecordFileCache
-from meta_dataset_readers.transforms import RECORD_FORMATS, UnreadableImage, decode_image
 
 
 class ImageStore(ABC):
@@ -118,16 +118,3 @@ class RecordStore(ImageStore):
 
     def _where(self, class_id: int, index: int) -> str:
         return self._files.open(self.place(class_id)).where(index)
-
-
-def decoded(
-    data: bytes,
-    where: str,
-    formats: tuple[str, ...] = RECORD_FORMATS,
-    prepare: Callable[[Image.Image], Image.Image] | None = None,
-) -> Image.Image:
-    """As `decode_image`, but a DamagedRecord that begins with `where` for what is no such picture."""
-    try:
-        return decode_image(data, formats, prepare)
-    except UnreadableImage as error:
-        raise DamagedRecord(f"{where}: {error}") from error

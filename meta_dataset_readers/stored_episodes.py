@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 
 from meta_dataset_readers.episode import Episode, ImageOrigin
 from meta_dataset_readers.errors import DamagedRecord, InputError, nearest
+from meta_dataset_readers.files import read_json, reading
 from meta_dataset_readers.folders import SPLIT_FOLDERS, FileStore
 from meta_dataset_readers.hdf5 import (
     Hdf5Files,
@@ -36,9 +37,10 @@ from meta_dataset_readers.hdf5 import (
     size_in_bytes,
 )
 from meta_dataset_readers.hdf5_guard import SIGNATURE, MalformedHdf5
-from meta_dataset_readers.json_fields import Fields, read_json, typed
+from meta_dataset_readers.json_fields import Fields, typed
+from meta_dataset_readers.pictures import decoded
 from meta_dataset_readers.reader import EpisodeReader
-from meta_dataset_readers.store import ImageStore, decoded
+from meta_dataset_readers.store import ImageStore
 from meta_dataset_readers.tfrecord import encode_example, open_records, write_records
 from meta_dataset_readers.transforms import RESIZES, eval_transform
 
@@ -71,22 +73,13 @@ def open_episodes(path: str | Path, image_size: int) -> "StoredEpisodes":
         if not (path / COUNTS_FILE).is_file():
             raise InputError(f"{path}: no {COUNTS_FILE} in this directory, expected dumped episodes")
         return DumpedEpisodes(path, image_size)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file or directory, expected stored episodes")
-    head = _head(path)
+    with reading(path, what="file or directory, expected stored episodes") as file:
+        head = file.read(64)
     if head.startswith(SIGNATURE):
         return NormalisedEpisodes(path, image_size)
     if head.lstrip().startswith(b"["):
         return ListedEpisodes(path, image_size)
     raise InputError(f"{path}: neither HDF5 nor a JSON list, expected stored episodes")
-
-
-def _head(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(64)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 class StoredEpisodes(Dataset):

@@ -10,7 +10,6 @@ for each read, so no number of classes can exhaust the open files of a process.
 
 import collections
 import dataclasses
-import io
 import os
 import struct
 from collections.abc import Iterable, Iterator
@@ -21,6 +20,7 @@ import google_crc32c
 import numpy as np
 
 from meta_dataset_readers.errors import DamagedRecord, InputError
+from meta_dataset_readers.files import reading
 
 _HEADER = struct.Struct("<QI")  # payload length, masked CRC of the 8 length bytes
 _FOOTER = struct.Struct("<I")  # masked CRC of the payload
@@ -114,12 +114,9 @@ class RecordFile:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path}: record {index} of {len(self)}")
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(start)
-                record = file.read(end - start)
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be read: {error.strerror}") from error
+        with reading(self.path, buffering=0) as file:
+            file.seek(start)
+            record = file.read(end - start)
         if len(record) != end - start:
             raise DamagedRecord(f"{self.where(index)}: the file has shrunk since it was opened")
         header, payload = record[: _HEADER.size], record[_HEADER.size : -_FOOTER.size]
@@ -146,11 +143,8 @@ def open_records(path: str | os.PathLike) -> RecordFile:
     (TensorFlow takes a file ending within a header for complete; here it is truncated.)
     """
     path = Path(path)
-    try:
-        with path.open("rb", buffering=0) as file:
-            offsets = np.fromiter(_record_offsets(path, file), dtype=np.uint64)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    with reading(path, buffering=0) as file:
+        offsets = np.fromiter(_record_offsets(path, file), dtype=np.uint64)
     return RecordFile(path, offsets.astype(np.min_scalar_type(offsets[-1])))
 
 
@@ -194,7 +188,7 @@ class RecordFileCache:
         return file
 
 
-def _record_offsets(path: Path, file: io.FileIO) -> Iterator[int]:
+def _record_offsets(path: Path, file: BinaryIO) -> Iterator[int]:
     """Where each record begins, and the size of the file. A buffer would read much more than the headers."""
     size = os.fstat(file.fileno()).st_size
     offset = record = 0

@@ -1,24 +1,18 @@
-"""From the bytes of a picture to a tensor in [0, 1]: the published transforms, without normalisation.
+"""From a picture to a tensor in [0, 1]: the published transforms, without normalisation.
 
 Hu et al., "Pushing the Limits of Simple Pipelines for Few-Shot Learning" (CVPR 2022). Randomness is an
-argument. Does not know records, classes or episodes. As in every published loader, the EXIF orientation
-is not applied.
+argument. Does not know records, classes or episodes.
 """
 
-import contextlib
-import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-RECORD_FORMATS = ("JPEG", "PNG", "BMP", "GIF")  # what Meta-Dataset's own decoder takes
-FILE_FORMATS = (*RECORD_FORMATS, "PPM", "TIFF", "WEBP")  # what a single image file may hold as well
-_MOST_PIXELS = 64 * 2**20  # of a picture before resizing; the largest real ones have about 20 million
-_MOST_ELONGATED = 100  # longer side / shorter side: resizing the shorter side must not make the longer huge
+from meta_dataset_readers.pictures import RECORD_FORMATS, as_rgb, opened_image
 
 _CROP_AREA = (0.08, 1.0)  # of the picture
 _CROP_RATIO = (3 / 4, 4 / 3)  # width / height
@@ -29,59 +23,6 @@ _JITTERED = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 _REDUCTIONS = (8, 4, 2)  # that libjpeg can decode at: 8 makes one pixel of a block
 
 _Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
-
-
-class UnreadableImage(ValueError):
-    """The bytes are not a picture we read; the message says why in one line."""
-
-
-def decode_image(
-    data: bytes,
-    formats: tuple[str, ...] = RECORD_FORMATS,
-    prepare: Callable[[Image.Image], Image.Image] | None = None,
-) -> Image.Image:
-    """The RGB picture encoded in `data` in one of `formats` (PIL's names), identical to PIL's.
-
-    Of several frames it is the first. `prepare` is for a protocol that changes the picture in its own mode,
-    before it becomes RGB.
-
-    Raises UnreadableImage for other formats, damaged or truncated data, and pictures so large or elongated
-    that decoding or resizing them would exhaust the memory; their size is read before their pixels.
-    """
-    with _opened(data, formats) as image:
-        return _rgb(prepare(image) if prepare else image)
-
-
-@contextlib.contextmanager
-def _opened(data: bytes, formats: tuple[str, ...]) -> Iterator[Image.Image]:
-    """The picture encoded in `data`, its size checked, to be decoded within the context: whatever goes wrong
-    until its end is an UnreadableImage."""
-    try:
-        with Image.open(io.BytesIO(data), formats=formats) as image:
-            check_size(*image.size)
-            yield image
-    except UnreadableImage:
-        raise
-    except Exception as error:  # whatever a codec raises on foreign bytes, from OSError to SyntaxError
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, Image.UnidentifiedImageError):
-            reason = f"none of {', '.join(formats)}"
-        raise UnreadableImage(f"the image of {len(data)} bytes cannot be decoded: {reason}") from error
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    image.load()
-    # PIL would copy a picture that is in RGB already.
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def check_size(width: int, height: int) -> None:
-    """Raises UnreadableImage for a picture without pixels, or one too large or too elongated to resize."""
-    if width < 1 or height < 1 or width * height > _MOST_PIXELS:
-        raise UnreadableImage(f"an image of {width} x {height} pixels, 1 to {_MOST_PIXELS} are read")
-    if max(width, height) > _MOST_ELONGATED * min(width, height):
-        found = f"an image of {width} x {height} pixels"
-        raise UnreadableImage(f"{found}, sides of at most {_MOST_ELONGATED}:1 are read")
 
 
 def eval_transform(image: Image.Image, image_size: int, resize: str = "shorter") -> Tensor:
@@ -187,14 +128,14 @@ def _reduced(data: bytes, region: Callable[[int, int], _Box], image_size: int) -
     value changes by 1 now and then; but resizing looks beyond the edge of a random crop, which it otherwise
     does not.
     """
-    with _opened(data, RECORD_FORMATS) as image:
+    with opened_image(data, RECORD_FORMATS) as image:
         width, height = image.size
         left, top, right, bottom = region(width, height)
         at_most = min(right - left, bottom - top) / image_size
         reduction = next((k for k in _REDUCTIONS if k <= at_most), 1)
         if image.draft(None, (width // reduction, height // reduction)) is None:  # not a JPEG
             reduction = 1
-        picture = _rgb(image)
+        picture = as_rgb(image)
     box = (left / reduction, top / reduction, right / reduction, bottom / reduction)
     return picture.resize((image_size, image_size), Image.Resampling.BILINEAR, box)
 

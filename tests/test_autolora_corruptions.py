@@ -88,7 +88,7 @@ def test_shapes_types_and_labels_are_checked(tmp_path, name, number):
 def test_truncated_files(tmp_path, keep):
     file = write_cifar_c(tmp_path) / "frost.npy"
     file.write_bytes(file.read_bytes()[:keep])
-    fails("frost.npy: no array that can be mapped", lambda: open_corrupted(tmp_path, 10))
+    fails("frost.npy: not an array that can be mapped", lambda: open_corrupted(tmp_path, 10))
 
 
 # --- made by the library ---------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ from PIL import Image
 
 from meta_dataset_readers.errors import DamagedRecord, InputError
 from meta_dataset_readers.folders import FileStore, open_class_folders, open_split_folders
+from meta_dataset_readers.pictures import UnreadableImage, decode_image
 from meta_dataset_readers.spec import SPLITS
-from meta_dataset_readers.transforms import UnreadableImage, decode_image, eval_transform
+from meta_dataset_readers.transforms import eval_transform
 
 # --- a domain of one's own ---------------------------------------------------------------------------------
 
@@ -241,9 +242,10 @@ def test_every_absent_file_is_missing_and_is_told_when_read(tmp_path):
     assert store.missing(range(4)) == ["a/1.png", "a/3.png", "b/0.png"] and store.missing([]) == []
     assert store.missing([1]) == ["a/3.png"]
     assert store.place(3) == tmp_path
-    for class_id, index in ((0, 1), (1, 1), (2, 0)):
+    absent, folder = "no such file", "is a folder, expected a regular file"
+    for class_id, index, wrong in ((0, 1, absent), (1, 1, folder), (2, 0, absent)):
         for read in (store.image, store.encoded):
-            error = fails(r"(1|3|0)\.png: no such file", lambda read=read, at=(class_id, index): read(*at))
+            error = fails(rf"(1|3|0)\.png: {wrong}", lambda read=read, at=(class_id, index): read(*at))
             assert isinstance(error, DamagedRecord)
 
 
@@ -264,9 +266,7 @@ def test_a_decompression_bomb_is_refused_by_its_header(tmp_path, header):
 def test_a_file_too_large_for_a_picture_is_not_read(tmp_path):
     with (tmp_path / "0.png").open("wb") as sparse:
         sparse.truncate(2**40)
-    fails(
-        r"0\.png: 1099511627776 bytes, pictures of at most", lambda: store_of(tmp_path / "0.png").image(0, 0)
-    )
+    fails(r"0\.png: 1099511627776 bytes, at most", lambda: store_of(tmp_path / "0.png").image(0, 0))
 
 
 @pytest.mark.filterwarnings("ignore")  # PIL says what it thinks of damaged headers

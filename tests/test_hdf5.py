@@ -240,10 +240,10 @@ def test_what_is_no_file_is_refused(class_file):
     class_file.unlink()
     fails_as_a_whole(class_file, "no such file")
     class_file.mkdir()
-    fails_as_a_whole(class_file, "no such file")
+    fails_as_a_whole(class_file, "is a folder, expected a regular file")
     class_file.rmdir()
     os.mkfifo(class_file)  # which nobody will ever write to
-    fails_as_a_whole(class_file, "no such file")
+    fails_as_a_whole(class_file, "is a pipe, expected a regular file")
 
 
 def heaps(path):

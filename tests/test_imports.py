@@ -20,8 +20,11 @@ PACKAGES = {
     "cli": {"attacks", "data", "models", "files", "tasks", "training", "evaluation", "report"},
 }
 READERS = "meta_dataset_readers"
-# Of the readers the packages below cli know what an episode is, how an error is told, how images are scaled.
-OF_THE_READERS = {f"{READERS}.{name}" for name in ("episode", "errors", "transforms", "reader")}
+# Of the readers the packages below cli know what an episode is, how an error is told, how files and
+# pictures of foreign origin are read, how images are scaled.
+OF_THE_READERS = {
+    f"{READERS}.{name}" for name in ("episode", "errors", "files", "pictures", "transforms", "reader")
+}
 SCRIPTS = {"main", "test_meta_dataset", "studies", "benchmarks", "tools", "tests"}
 
 

@@ -23,11 +23,12 @@ from meta_dataset_readers.convert import convert
 from meta_dataset_readers.episode import Episode, ImageOrigin
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.layouts import open_source
+from meta_dataset_readers.pictures import decode_image
 from meta_dataset_readers.reader import EpisodeReader, episode_loader
 from meta_dataset_readers.sampling import EpisodeSampling
 from meta_dataset_readers.stored_episodes import dump_episode, open_episodes
 from meta_dataset_readers.tfrecord import encode_example, open_records, write_records
-from meta_dataset_readers.transforms import decode_image, eval_transform
+from meta_dataset_readers.transforms import eval_transform
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32).reshape(3, 1, 1)
 STD = np.array([0.229, 0.224, 0.225], np.float32).reshape(3, 1, 1)
@@ -625,7 +626,7 @@ def test_anything_else_is_refused(tmp_path, normalised_file):
     fails(f"{page}: cannot be opened as HDF5: truncated", lambda: open_episodes(page, SIZE))
     page.unlink()
     os.mkfifo(page)  # which nobody will ever write to
-    fails(f"{page}: no such file", lambda: open_episodes(page, SIZE))
+    fails(f"{page}: is a pipe, expected a regular file", lambda: open_episodes(page, SIZE))
 
 
 @pytest.fixture(scope="module")

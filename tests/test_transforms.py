@@ -14,7 +14,8 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
-from meta_dataset_readers.transforms import UnreadableImage, decode_image, eval_transform, train_transform
+from meta_dataset_readers.pictures import UnreadableImage, decode_image
+from meta_dataset_readers.transforms import eval_transform, train_transform
 
 
 def picture(width=40, height=30, mode="RGB", seed=0):

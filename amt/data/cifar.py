@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from amt.data.list_files import as_integers, as_texts, read_bytes, read_lines
+from amt.data.list_files import as_integers, as_texts, read_lines
 from meta_dataset_readers.errors import InputError, first_line
+from meta_dataset_readers.files import read_bytes
+
+_LARGEST_BATCH = 2**30  # bytes; the longest of the real files has 160 million
 
 
 class Form(NamedTuple):
@@ -58,10 +61,10 @@ def _binary_batch(label_bytes: int) -> Callable[[Path], tuple[np.ndarray, list[i
     """Records of a few labels, of which the last is the finest, and 3072 bytes of pixels."""
 
     def read(file: Path) -> tuple[np.ndarray, list[int]]:
-        size, record = file.stat().st_size, label_bytes + 3072
-        if size == 0 or size % record:
-            raise InputError(f"{file}: {size} bytes, expected a multiple of {record}")
-        records = np.fromfile(file, np.uint8).reshape(-1, record)
+        data, record = read_bytes(file, _LARGEST_BATCH), label_bytes + 3072
+        if not data or len(data) % record:
+            raise InputError(f"{file}: {len(data)} bytes, expected a multiple of {record}")
+        records = np.frombuffer(data, np.uint8).reshape(-1, record)
         return records[:, label_bytes:], records[:, label_bytes - 1].tolist()
 
     return read
@@ -93,7 +96,8 @@ class _CifarUnpickler(pickle._Unpickler):
 
     def __init__(self, file: Path):
         self._file = file
-        super().__init__(io.BytesIO(read_bytes(file, 2**30)), encoding="latin-1")  # as Python 2 wrote them
+        content = io.BytesIO(read_bytes(file, _LARGEST_BATCH))
+        super().__init__(content, encoding="latin-1")  # as Python 2 wrote them
 
     def find_class(self, module: str, name: str) -> object:
         try:

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from amt.data.labelled import ArrayImages, Labelled
-from amt.data.loading import stream, transforms
+from amt.data.loading import picture_seed, transforms
 from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.files import map_array
 
 CORRUPTIONS = (
     "gaussian_noise",
@@ -75,15 +76,9 @@ def _by_severity(file: Path, labels: np.ndarray) -> list[Labelled]:
 
 
 def _mapped(file: Path) -> np.ndarray:
-    if not file.is_file():
-        raise InputError(
-            f"{file}: no such file, expected it in the folder that CIFAR-10-C or CIFAR-100-C unpacks to; "
-            f"get them from https://zenodo.org/records/2535967 and https://zenodo.org/records/3555552"
-        )
-    try:
-        return np.lib.format.open_memmap(file, mode="r")  # refuses arrays of Python objects
-    except (ValueError, OSError, EOFError, SyntaxError) as error:
-        raise InputError(f"{file}: no array that can be mapped ({str(error).splitlines()[0]})") from error
+    expected = "expected it in the folder that CIFAR-10-C or CIFAR-100-C unpacks to"
+    origin = "get them from https://zenodo.org/records/2535967 and https://zenodo.org/records/3555552"
+    return map_array(file, what=f"file, {expected}; {origin}")
 
 
 # --- made by a library -----------------------------------------------------------------------------------
@@ -121,7 +116,7 @@ class _CorruptedImages(Labelled):
 
     def image(self, index: int) -> Image.Image:
         pixels = self._view(self.clean.image(index), torch.Generator()).transpose(1, 2, 0)
-        seed = stream(self.seed, CORRUPTIONS.index(self.name), self.severity, index) % 2**32
+        seed = picture_seed(self.seed, CORRUPTIONS.index(self.name), self.severity, index) % 2**32
         arguments = {"seed": seed} if self.name in _SEEDED else {}
         with _numpy_seeded(seed):
             # The library refuses arrays with gaps.

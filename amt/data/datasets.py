@@ -11,7 +11,6 @@ unpickle, tell that something is missing but not what, and accept a list that na
 """
 
 import dataclasses
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
@@ -22,22 +21,25 @@ import numpy as np
 from amt.data import cifar
 from amt.data.labelled import ArrayImages, FileImages, Labelled, choose_per_class, int64
 from amt.data.list_files import (
-    LARGEST_LIST,
     as_integers,
     as_texts,
     check_same_length,
     labels_from_zero,
     matlab_field,
-    read_bytes,
-    read_json,
     read_lines,
     read_matlab,
     read_pairs,
 )
 from meta_dataset_readers.errors import InputError, nearest
-
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # in either case
-
+from meta_dataset_readers.files import (
+    LARGEST_LIST,
+    folder_names,
+    missing_files,
+    read_bytes,
+    read_json,
+    size_of,
+)
+from meta_dataset_readers.pictures import picture_names
 
 # --- the table -------------------------------------------------------------------------------------------
 
@@ -159,7 +161,6 @@ class _Place:
         split without pictures.
         """
         listed: dict[str, Path] = {}
-        present: dict[str, set[str]] = {}
         for entry in (*train, *test, *(validation or ())):
             parts = PurePosixPath(entry.file).parts
             file = "/".join(parts)
@@ -169,12 +170,8 @@ class _Place:
                 where = entry.said_by if entry.said_by == listed[file] else f"{listed[file]}, {entry.said_by}"
                 raise InputError(f"{where}: {file} is listed twice, expected every picture in one place")
             listed[file] = entry.said_by
-            # One listing per folder: asking for 100,000 files one by one takes minutes on a network disk.
-            folder, _, name = file.rpartition("/")
-            if folder not in present:
-                present[folder] = _names(root / folder)
-            if name not in present[folder]:
-                raise self._missing(root / file, "file", f"a picture that {entry.said_by.name} lists")
+        for file in missing_files(root, list(listed)):
+            raise self._missing(root / file, "file", f"a picture that {listed[file].name} lists")
         for split, entries in (("training", train), ("test", test)):
             if not entries:
                 raise InputError(f"{self.folder}: no {split} picture of {self.entry.title}")
@@ -192,13 +189,6 @@ class _Entry(NamedTuple):
 
 def _file_images(root: Path, entries: Sequence[_Entry]) -> FileImages:
     return FileImages(root, [entry.file for entry in entries], [entry.label for entry in entries])
-
-
-def _names(folder: Path) -> set[str]:
-    try:
-        return set(os.listdir(folder))
-    except OSError:
-        return set()
 
 
 def _open_cifar(*forms: cifar.Form) -> Callable[[_Place, int], Opened]:
@@ -249,7 +239,7 @@ def _open_stl10(place: _Place, _seed: int) -> Opened:
 
 
 def _stl10_split(pictures: Path, labels: Path) -> ArrayImages:
-    size, each = pictures.stat().st_size, 3 * 96 * 96
+    size, each = size_of(pictures), 3 * 96 * 96
     if size == 0 or size % each:
         raise InputError(f"{pictures}: {size} bytes, expected a multiple of {each} = 3 x 96 x 96")
     planes = np.memmap(pictures, np.uint8, "r").reshape(-1, 3, 96, 96)  # a plane goes column by column
@@ -443,7 +433,7 @@ def _open_caltech(
     def read(place: _Place, seed: int) -> Opened:
         place = place.at((*folders, "."), (categories,))
         root = place.subfolder(categories, "a folder of pictures per class")
-        classes = [folder for folder in _class_folders(root) if folder not in left_out]
+        classes = [folder for folder in folder_names(root) if folder not in left_out]
         return _split_classes(place, root, classes, seed, most)
 
     return read
@@ -452,11 +442,11 @@ def _open_caltech(
 def _open_folders(place: _Place, seed: int) -> Opened:
     """train/, test/ and perhaps val/ of class folders; or class folders alone, 80 % of each for training."""
     split_folders = [place.folder / split for split in ("train", "test")]
-    if not any(folder.is_dir() and _class_folders(folder) for folder in split_folders):
-        return _split_classes(place, place.folder, _class_folders(place.folder), seed)
+    if not any(folder.is_dir() and folder_names(folder) for folder in split_folders):
+        return _split_classes(place, place.folder, folder_names(place.folder), seed)
     root = place.subfolder("train", "a folder of training pictures per class")
     place.subfolder("test", "a folder of test pictures per class")
-    class_names = _class_folders(root)
+    class_names = folder_names(root)
     splits = [_folder_entries(place.folder, split, class_names) for split in ("train", "test")]
     for label, name in enumerate(class_names):
         if not any(entry.label == label for entry in splits[0]):
@@ -472,8 +462,8 @@ def _folder_entries(root: Path, split: str, class_names: Sequence[str]) -> list[
     labels = {name: label for label, name in enumerate(class_names)}
     return [
         _Entry(f"{split}/{name}/{file}", _label(root / split, labels, name), root / split)
-        for name in _class_folders(root / split)
-        for file in _pictures(root / split / name)
+        for name in folder_names(root / split)
+        for file in picture_names(root / split / name)
     ]
 
 
@@ -485,7 +475,7 @@ def _split_classes(
         raise InputError(f"{root}: no folder, expected one per class of {place.entry.title}")
     entries = []
     for label, name in enumerate(classes):
-        files = _pictures(root / name)
+        files = picture_names(root / name)
         if len(files) < 2:
             found = f"{len(files)} pictures of the class"
             raise InputError(f"{root / name}: {found}, expected 2 or more: training and test need one each")
@@ -497,17 +487,6 @@ def _split_classes(
 
 def _training_share(n: int, most: int | None) -> int:
     return min(4 * n // 5, n if most is None else most)
-
-
-def _class_folders(folder: Path) -> list[str]:
-    with os.scandir(folder) as found:
-        return sorted(item.name for item in found if item.is_dir() and not item.name.startswith("."))
-
-
-def _pictures(folder: Path) -> list[str]:
-    return sorted(
-        name for name in _names(folder) if name.lower().endswith(_EXTENSIONS) and not name.startswith(".")
-    )
 
 
 _HOMES = {

@@ -12,11 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from amt.data.list_files import read_bytes
-from meta_dataset_readers.errors import DamagedRecord
-from meta_dataset_readers.transforms import FILE_FORMATS, UnreadableImage, decode_image
-
-_LARGEST_PICTURE = 256 * 2**20  # bytes of a file; the largest that is decoded has 192 MiB of uncompressed RGB
+from meta_dataset_readers.pictures import read_picture
 
 
 class Labelled(ABC):
@@ -60,11 +56,7 @@ class FileImages(Labelled):
         self.root, self.files, self.labels = root, tuple(files), int64(labels)
 
     def image(self, index: int) -> Image.Image:
-        file = self.root / self.files[index]
-        try:
-            return decode_image(read_bytes(file, _LARGEST_PICTURE), FILE_FORMATS)
-        except UnreadableImage as error:
-            raise DamagedRecord(f"{file}: {error}") from error
+        return read_picture(self.root / self.files[index])
 
     def origin(self, index: int) -> str:
         return str(self.root / self.files[index])

@@ -1,29 +1,17 @@
-"""The small files in which data sets say what their pictures are: text, JSON and MATLAB, read as untrusted.
+"""The small files in which data sets say what their pictures are: text and MATLAB, read as untrusted.
 
 Whatever is wrong with one is an InputError that names it. Does not know what is in them.
 """
 
 import io
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.io import loadmat
 
 from meta_dataset_readers.errors import InputError, first_line
-
-LARGEST_LIST = 64 * 2**20  # bytes; the longest of the real lists has 4 MB
-
-
-def read_bytes(file: Path, most: int) -> bytes:
-    try:
-        if file.stat().st_size > most:
-            raise InputError(f"{file}: {file.stat().st_size} bytes, at most {most} are read")
-        return file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror or error})") from error
+from meta_dataset_readers.files import LARGEST_LIST, read_bytes
 
 
 def read_lines(file: Path) -> list[str]:
@@ -42,13 +30,6 @@ def read_pairs(file: Path) -> list[tuple[str, str]]:
         if len(pair) != 2:
             raise InputError(f"{file}: line {number} is {pair[0][:60]!r}, expected two words or more")
     return pairs
-
-
-def read_json(file: Path) -> Any:
-    try:
-        return json.loads(read_bytes(file, LARGEST_LIST))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: damaged JSON ({first_line(error)})") from error
 
 
 def read_matlab(file: Path, variable: str) -> np.ndarray:

@@ -268,12 +268,17 @@ class _Source(Dataset):
         generator = torch.Generator()
         view = getattr(self.transform, "pixels", self.transform)
         images = [
-            view(self.part.image(index), generator.manual_seed(stream(*self.key, index))) for index in indices
+            view(self.part.image(index), generator.manual_seed(picture_seed(*self.key, index)))
+            for index in indices
         ]
         return torch.stack(images) if isinstance(images[0], Tensor) else torch.from_numpy(np.stack(images))
 
 
-def stream(*key: int) -> int:
-    """A seed in 0..2^63-1 for a key of integers >= 0; neighbouring keys have unrelated seeds."""
+def picture_seed(*key: int) -> int:
+    """A seed in 0..2^63-1 for what is random about a picture, by a key of integers >= 0.
+
+    A digest, where attacks have the cheaper mixture of `models.weights.stream`: there is one for every
+    picture of an epoch, so neighbouring keys must have unrelated seeds.
+    """
     digest = hashlib.blake2b(struct.pack(f"<{len(key)}Q", *key), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,174 @@
+"""The one way to open a file that came from outside.
+
+A pipe would keep its reader waiting for ever and a device fills any memory, so only regular files are read,
+each once and up to a size that the caller names. Whatever is wrong is one line that begins with the path.
+Knows the syntax of JSON and YAML; what the values mean is known to `json_fields` and its callers.
+"""
+
+import contextlib
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from meta_dataset_readers.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    import numpy as np
+
+LARGEST_LIST = 64 * 2**20  # bytes of a JSON, CSV, text or MATLAB file; the longest real ones have 8 million
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+@contextlib.contextmanager
+def reading(
+    path: str | Path, error: type[InputError] = InputError, *, what: str = "file", buffering: int = -1
+) -> Iterator[BinaryIO]:
+    """The regular file at `path`, open for reading; it may grow or shrink while it is read.
+
+    Args:
+        error: the class of the error, DamagedRecord where the file is a single picture.
+        what: what a missing file is called, such as "checkpoint".
+        buffering: as for `open`; 0 reads no more than is asked for.
+
+    Raises:
+        InputError: the path leads to nothing or to something else than a regular file, or the disk complains.
+    """
+    try:
+        with open(path, "rb", buffering, opener=_without_waiting) as file:
+            _check_regular(path, os.fstat(file.fileno()).st_mode, error)
+            yield file
+    except OSError as problem:
+        raise _unreadable(path, problem, error, what) from problem
+
+
+def size_of(path: str | Path, error: type[InputError] = InputError, *, what: str = "file") -> int:
+    """The size in bytes of the regular file at `path`, for libraries that open files by themselves.
+
+    Raises InputError as `reading`.
+    """
+    try:
+        found = os.stat(path)
+    except OSError as problem:
+        raise _unreadable(path, problem, error, what) from problem
+    _check_regular(path, found.st_mode, error)
+    return found.st_size
+
+
+def read_bytes(
+    path: str | Path, most: int, error: type[InputError] = InputError, *, what: str = "file"
+) -> bytes:
+    """What the regular file at `path` holds. Raises InputError as `reading`, and above `most` bytes."""
+    with reading(path, error, what=what) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise error(f"{path}: {size} bytes, at most {most} are read")
+        return file.read(size)
+
+
+def map_array(path: Path, *, what: str = "file") -> "np.memmap":
+    """The array in the .npy file `path`, mapped into memory and not read; Python objects in it are refused.
+
+    Raises InputError as `reading`, and for a file that is no such array or not as long as its array.
+    """
+    import numpy as np  # here: whoever reads a list does not wait for it
+
+    size = size_of(path, what=what)
+    try:
+        found = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # whatever numpy raises on foreign bytes
+        raise InputError(f"{path}: not an array that can be mapped: {first_line(error)}") from error
+    if found.offset + found.nbytes != size:
+        raise InputError(f"{path}: {size} bytes, expected {found.offset + found.nbytes}")
+    return found
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # opening a pipe would wait for its writer
+
+
+def _check_regular(path: str | Path, mode: int, error: type[InputError]) -> None:
+    if not stat.S_ISREG(mode):
+        kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "something else")
+        raise error(f"{path}: is {kind}, expected a regular file")
+
+
+def _unreadable(path: str | Path, problem: OSError, error: type[InputError], what: str) -> InputError:
+    if isinstance(problem, FileNotFoundError):
+        return error(f"{path}: no such {what}")
+    if isinstance(problem, IsADirectoryError):
+        return error(f"{path}: is a folder, expected a regular file")
+    return error(f"{path}: cannot be read: {problem.strerror or problem}")
+
+
+# --- folders ---------------------------------------------------------------------------------------------
+
+
+def listing(directory: Path, wanted: Callable[[os.DirEntry], bool]) -> list[str]:
+    """The names of the wanted entries of `directory`, sorted. Raises InputError if it cannot be listed."""
+    try:
+        with os.scandir(directory) as entries:
+            return sorted(entry.name for entry in entries if wanted(entry))
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be listed: {error.strerror}") from error
+
+
+def folder_names(directory: Path) -> list[str]:
+    """The folders in `directory`, sorted, without hidden ones. Raises InputError as `listing`."""
+    return [name for name in listing(directory, os.DirEntry.is_dir) if not name.startswith(".")]
+
+
+def missing_files(root: Path, files: list[str]) -> list[str]:
+    """Those of `files`, relative to `root` and with "/" between their parts, that are not there."""
+    folders = {file.rpartition("/")[0] for file in files}
+    # One listing per folder: asking for 100,000 files one by one takes minutes on a network disk.
+    present = {folder: _file_names(root / folder) for folder in folders}
+    parts = (file.rpartition("/") for file in files)
+    return [folder + slash + name for folder, slash, name in parts if name not in present[folder]]
+
+
+def _file_names(directory: Path) -> frozenset[str]:
+    """The files in `directory`, none if there is no such folder."""
+    try:
+        return frozenset(listing(directory, os.DirEntry.is_file))
+    except InputError:
+        return frozenset()
+
+
+# --- JSON and YAML ---------------------------------------------------------------------------------------
+
+
+def read_json(path: str | Path) -> Any:
+    """What the JSON file `path` holds. Raises InputError as `read_bytes` and `parse_json`."""
+    return parse_json(str(path), read_bytes(path, LARGEST_LIST))
+
+
+def parse_json(where: str, text: str | bytes) -> Any:
+    """The value that a JSON text stands for; `where` begins the message.
+
+    Raises:
+        InputError: the text is not UTF-8 or not JSON, has a key twice in an object, or is nested too deeply.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_without_duplicates)
+    except RecursionError as error:
+        raise InputError(f"{where}: not valid JSON: nested too deeply") from error
+    except ValueError as error:
+        raise InputError(f"{where}: not valid JSON: {error}") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
+    return result

@@ -1,0 +1,108 @@
+"""From bytes or a file to an RGB picture.
+
+Knows which encodings are read, and that a picture of foreign origin may claim any size. As in every published
+loader, the EXIF orientation is not applied. Does not know classes, transforms or tensors.
+"""
+
+import contextlib
+import io
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from meta_dataset_readers.errors import DamagedRecord
+from meta_dataset_readers.files import listing, read_bytes
+
+RECORD_FORMATS = ("JPEG", "PNG", "BMP", "GIF")  # what Meta-Dataset's own decoder takes
+FILE_FORMATS = (*RECORD_FORMATS, "PPM", "TIFF", "WEBP")  # what a single image file may hold as well
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # in either case
+
+_MOST_PIXELS = 64 * 2**20  # of a picture before resizing; the largest real ones have about 20 million
+_MOST_ELONGATED = 100  # longer side / shorter side: resizing the shorter side must not make the longer huge
+_LARGEST_FILE = 256 * 2**20  # bytes; the largest picture that is decoded has 192 MiB of uncompressed RGB
+
+Prepare = Callable[[Image.Image], Image.Image]  # of a protocol that changes a picture in its own mode
+
+
+class UnreadableImage(ValueError):
+    """The bytes are not a picture we read; the message says why in one line."""
+
+
+def decode_image(
+    data: bytes,
+    formats: tuple[str, ...] = RECORD_FORMATS,
+    prepare: Prepare | None = None,
+) -> Image.Image:
+    """The RGB picture encoded in `data` in one of `formats` (PIL's names), identical to PIL's.
+
+    Of several frames it is the first. `prepare` is for a protocol that changes the picture in its own mode,
+    before it becomes RGB.
+
+    Raises UnreadableImage for other formats, damaged or truncated data, and pictures so large or elongated
+    that decoding or resizing them would exhaust the memory; their size is read before their pixels.
+    """
+    with opened_image(data, formats) as image:
+        return as_rgb(prepare(image) if prepare else image)
+
+
+@contextlib.contextmanager
+def opened_image(data: bytes, formats: tuple[str, ...]) -> Iterator[Image.Image]:
+    """The picture encoded in `data`, its size checked, to be decoded within the context: whatever goes wrong
+    until its end is an UnreadableImage."""
+    try:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            check_size(*image.size)
+            yield image
+    except UnreadableImage:
+        raise
+    except Exception as error:  # whatever a codec raises on foreign bytes, from OSError to SyntaxError
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = f"none of {', '.join(formats)}"
+        raise UnreadableImage(f"the image of {len(data)} bytes cannot be decoded: {reason}") from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    # PIL would copy a picture that is in RGB already.
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def check_size(width: int, height: int) -> None:
+    """Raises UnreadableImage for a picture without pixels, or one too large or too elongated to resize."""
+    if width < 1 or height < 1 or width * height > _MOST_PIXELS:
+        raise UnreadableImage(f"an image of {width} x {height} pixels, 1 to {_MOST_PIXELS} are read")
+    if max(width, height) > _MOST_ELONGATED * min(width, height):
+        found = f"an image of {width} x {height} pixels"
+        raise UnreadableImage(f"{found}, sides of at most {_MOST_ELONGATED}:1 are read")
+
+
+def picture_names(directory: Path) -> list[str]:
+    """The image files in `directory` by their endings, sorted, without hidden ones.
+
+    Raises InputError if it cannot be listed.
+    """
+    names = listing(directory, os.DirEntry.is_file)
+    return [name for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+
+
+def picture_bytes(path: Path) -> bytes:
+    """What the image file `path` holds. Raises DamagedRecord: its neighbours may be sound."""
+    return read_bytes(path, _LARGEST_FILE, DamagedRecord)
+
+
+def read_picture(path: Path, prepare: Prepare | None = None) -> Image.Image:
+    """The RGB picture in the image file `path`. Raises DamagedRecord, naming it."""
+    return decoded(picture_bytes(path), str(path), FILE_FORMATS, prepare)
+
+
+def decoded(
+    data: bytes, where: str, formats: tuple[str, ...] = RECORD_FORMATS, prepare: Prepare | None = None
+) -> Image.Image:
+    """As `decode_image`, but a DamagedRecord that begins with `where` for what is no such picture."""
+    try:
+        return decode_image(data, formats, prepare)
+    except UnreadableImage as error:
+        raise DamagedRecord(f"{where}: {error}") from error
