@@ -249,7 +249,7 @@ def test_a_peft_folder_with_anything_in_it_is_left_alone(merged, pool, tmp_path)
     with pytest.raises(InputError, match="expected a new or an empty folder"):
         export.save(folder, "peft", merged, pool)
     with pytest.raises(InputError, match="cannot be written"):
-        export._write_folder(folder, {"adapter_config.json": b""})
+        export.write_folder(folder, {"adapter_config.json": b""})
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert list(tmp_path.iterdir()) == [folder]
 

@@ -1,0 +1,162 @@
+"""Ways out: what a pool has learnt, in the formats of other people's tools.
+
+    timm        the merged network of one task as a state dict that timm's own model takes, in safetensors
+    peft        one LoRA, or a merge of several, as an adapter of Hugging Face's PEFT for the timm model
+    torch       the merged feature extractor as a torch.export program (.pt2): pixels in, features out
+    onnx        the same for ONNX runtimes
+    published   the pool, or one LoRA, as the authors' code saves it (.pth)
+
+Every file says what goes in, what comes out and how it was merged, in its own metadata (`amt_export`, JSON)
+where the format has some, and in a README.txt beside it. Reads no file and chooses no coefficients; imports
+neither PEFT nor, unless asked for it, ONNX. Each format has a module of its own here.
+"""
+
+import io
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save as serialise
+
+from amt.files.export.merged import (
+    METADATA,
+    MergedNetwork,
+    Support,
+    as_metadata,
+    check_kind,
+    describe,
+    merged_network,
+    prototypes_file,
+)
+from amt.files.export.peft import adapter_files, peft_adapter
+from amt.files.export.programs import exported_program, onnx_model, torch_program
+from amt.files.export.published_layout import published_state
+from amt.files.export.readme import export_readme, loading_lines, published_readme
+from amt.files.export.timm_model import timm_call, timm_state
+from amt.files.writing import replace_file
+from amt.models.pool import Pool
+from meta_dataset_readers.errors import InputError
+
+__all__ = [
+    "FORMATS",
+    "METADATA",
+    "MergedNetwork",
+    "Support",
+    "check_kind",
+    "check_place",
+    "exported_program",
+    "merged_network",
+    "onnx_model",
+    "peft_adapter",
+    "published_state",
+    "save",
+    "save_published",
+    "timm_call",
+    "timm_state",
+]
+
+FORMATS = ("timm", "peft", "onnx", "torch", "published")
+
+_ENDINGS = {"timm": ".safetensors", "torch": ".pt2"}  # by which timm and torch know what they read
+
+
+def save(path: Path, to: str, merged: MergedNetwork, pool: Pool) -> list[Path]:
+    """Write `network` in the format `to` ("timm", "peft", "onnx" or "torch") with all that belongs to it.
+
+    Beside a file PATH lie PATH.README.txt and, if the network has prototypes, PATH.prototypes.safetensors; a
+    PEFT adapter is a folder that holds both. Every file, and the folder as a whole, appears at once or not
+    at all.
+
+    Args:
+        path: a file, which is replaced if it is there; for "peft" a folder that is empty or not there.
+        pool: what `network` was merged from.
+
+    Returns:
+        The paths written, that of `path` first.
+
+    Raises:
+        InputError: `check_place`, `peft_adapter` or `onnx_model` complains, or the disk does.
+    """
+    check_place(path, to)
+    about = describe(merged, to)
+    if to == "peft":
+        return _save_adapter(path, merged, pool, about)
+    if to == "timm":
+        content = serialise(timm_state(merged), metadata=as_metadata(about))
+    else:
+        content = onnx_model(merged) if to == "onnx" else torch_program(merged)
+    return _save_beside(path, content, merged, about)
+
+
+def save_published(path: Path, pool: Pool, adapter: int | None = None) -> list[Path]:
+    """Write `published_state` as the published code does, under the key `model`, with a README.txt beside it.
+
+    Returns:
+        The paths written, that of `path` first.
+
+    Raises:
+        InputError: `check_place` or `published_state` complains, or the disk does.
+    """
+    check_place(path, "published")
+    buffer = io.BytesIO()
+    torch.save({"model": published_state(pool, adapter)}, buffer)
+    replace_file(path, lambda part: part.write_bytes(buffer.getvalue()))
+    readme = path.with_name(f"{path.name}.README.txt")
+    replace_file(readme, lambda part: part.write_text(published_readme(path, pool, adapter)))
+    return [path, readme]
+
+
+def check_place(path: Path, to: str) -> None:
+    """Raise an `InputError` if `path` is no place for an export in this format."""
+    if to == "peft":
+        try:
+            taken = os.path.lexists(path) and (not path.is_dir() or any(path.iterdir()))
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        if taken:
+            raise InputError(f"{path}: is there already, expected a new or an empty folder for the adapter")
+    elif path.is_dir():
+        raise InputError(f"{path}: is a folder, expected the name of a file")
+    elif not path.name.endswith(ending := _ENDINGS.get(to, "")):
+        raise InputError(f"{path}: expected a name that ends in {ending}, as {to} reads no other")
+
+
+def _save_beside(path: Path, content: bytes, merged: MergedNetwork, about: dict) -> list[Path]:
+    readme, beside = (
+        path.with_name(f"{path.name}.{kind}") for kind in ("README.txt", "prototypes.safetensors")
+    )
+    text = export_readme(merged, about, loading_lines(about["format"], merged, path), beside.name)
+    files = {path: content, readme: text.encode()}
+    if merged.prototypes is not None:
+        files[beside] = prototypes_file(merged, about)
+    for file, data in files.items():
+        replace_file(file, lambda part, data=data: part.write_bytes(data))
+    if beside not in files:
+        beside.unlink(missing_ok=True)  # of an earlier export to this name: another network's
+    return list(files)
+
+
+def _save_adapter(folder: Path, merged: MergedNetwork, pool: Pool, about: dict) -> list[Path]:
+    files = adapter_files(folder, merged, pool, about)
+    write_folder(folder, files)
+    return [folder, *(folder / name for name in files)]
+
+
+def write_folder(folder: Path, files: dict[str, bytes]) -> None:
+    """Make `folder` with these files in one step; one that holds anything is left as it is.
+
+    Raises:
+        InputError: the place cannot be written to.
+    """
+    part = folder.absolute().with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.mkdir()
+        for name, content in files.items():
+            (part / name).write_bytes(content)
+        os.replace(part, folder)  # which takes the place of an empty folder, but not of any other
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error})") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -1,0 +1,102 @@
+"""The text beside an export: what goes in, how to load it, how to classify."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from amt.files.export.merged import SELF_CONTAINED, MergedNetwork, whole_patches
+from amt.files.export.timm_model import timm_call
+from amt.models.lora import LoRAPool
+
+
+def export_readme(merged: MergedNetwork, about: dict, loading: Sequence[str], prototypes_file: str) -> str:
+    """The text beside an export: what goes in, how to load it, how to classify."""
+    inside = about["format"] in SELF_CONTAINED
+    side = about["image_size"]
+    seen = side if inside else whole_patches(merged.network)
+    task = merged.prototypes is not None
+    output = f"features (N, {about['features']})"
+    if inside and task:
+        output += f" and logits (N, {len(merged.classes)})"
+    lines = [
+        f"A network of the kind {about['arch']}, merged from a meta-tuned pool.",
+        "",
+        f"input         float32 (N, 3, {seen}, {seen}), {about['input']}",
+        f"mean, std     {_numbers(about['mean'])}; {_numbers(about['std'])}{' (applied inside)' * inside}",
+        f"output        {output}",
+        f"coefficients  {_numbers(about['coefficients'])} (one for each member of the pool)",
+        f"scale, bias   {_numbers([about['scale'], about['bias']])}",
+    ]
+    if merged.trims:
+        shown = (f"{trim.layer}:{trim.block}:{trim.keep:g}" for trim in merged.trims)
+        lines.append(f"trimmed       {', '.join(shown)}")
+    if merged.classes:
+        lines.append(f"classes       {json.dumps(merged.classes, ensure_ascii=False)}")
+    lines += [
+        "",
+        f"Pictures were resized to {side * 256 // 224} px on the shorter side (bilinear), then their centre.",
+    ]
+    if seen < side:
+        lines.append(f"Of its {side} rows and columns the first {seen} are taken, which are whole patches.")
+    lines += [
+        "",
+        "Load it:",
+        "",
+        *(f"    {line}" for line in loading),
+        "",
+        "Classify: the largest logit wins,",
+        "",
+        f"    logits = {about['scale']!r} * (cosine(features, prototypes) + {about['bias']!r})",
+        "",
+        "where the prototype of a class is the mean feature of its support images.",
+    ]
+    if task:
+        lines.append(
+            f"Those of the classes above, in this order, are the tensor prototypes of {prototypes_file}."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def loading_lines(to: str, merged: MergedNetwork, path: Path) -> list[str]:
+    """Lines of Python that load an export and compute features."""
+    if to == "timm":
+        return [
+            "import timm",
+            "from safetensors.torch import load_file",
+            f"network = {timm_call(merged.network, whole_patches(merged.network))}.eval()",
+            f"network.load_state_dict(load_file({path.name!r}))",
+            "features = network(images)",
+        ]
+    names = "features," if merged.prototypes is None else "features, logits"
+    if to == "torch":
+        return [
+            "import torch",
+            f"network = torch.export.load({path.name!r}).module()",
+            f"{names} = network(images)",
+        ]
+    return [
+        "import onnxruntime",
+        f"session = onnxruntime.InferenceSession({path.name!r})",
+        f'{names} = session.run(None, {{"images": images}})',
+    ]
+
+
+def published_readme(path: Path, pool: LoRAPool, adapter: int | None) -> str:
+    what = "a pool" if adapter is None else f"LoRA {adapter} of a pool, as a training of a single LoRA"
+    chosen = range(len(pool)) if adapter is None else [adapter]
+    lines = [
+        f"{path.name}: {what}, in the layout of the published AMT code (xyang583/AMT).",
+        "",
+        f"LoRAs         {len(chosen)} of rank {pool.rank}, trained for epsilon "
+        f"{_numbers([pool.levels[p].epsilon for p in chosen])} (of 255)",
+        f"scale         {_numbers([float(pool.scale[p]) for p in chosen])}; "
+        f"bias {_numbers([float(pool.bias[p]) for p in chosen])}",
+    ]
+    if len(chosen) > 1:
+        lines.append("              The file has one of each, their mean. No prediction depends on it.")
+    lines += ["", "The published code itself is written for rank 8, and for pools of four LoRAs."]
+    return "\n".join(lines) + "\n"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.6g}" for value in values)
