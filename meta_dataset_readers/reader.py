@@ -8,7 +8,6 @@ fit together; does not normalise, and does not know networks.
 import contextlib
 import dataclasses
 import hashlib
-import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from meta_dataset_readers.episode import Episode, ImageOrigin
 from meta_dataset_readers.errors import DamagedRecord, InputError
 from meta_dataset_readers.layouts import open_source
+from meta_dataset_readers.loader import OrderedLoader
 from meta_dataset_readers.pictures import UnreadableImage
 from meta_dataset_readers.sampling import EpisodeDescription, EpisodeSampling, check_sampling, sample_episode
 from meta_dataset_readers.store import ImageStore, Source
@@ -209,30 +209,13 @@ class SourceMixture(Dataset):
 def episode_loader(dataset: Dataset, num_workers: int = 0) -> DataLoader:
     """Iterate over the episodes of `dataset` in order, prepared by `num_workers` processes (0: by this one).
 
-    An InputError in a worker arrives as the same InputError, without the worker's traceback. Torch's global
-    generator is left alone (a DataLoader draws from it by default, which would make runs depend on resuming).
+    See `loader.OrderedLoader`.
     """
-    return _EpisodeLoader(
-        _Sendable(dataset),
-        batch_size=None,
-        generator=torch.Generator(),
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        worker_init_fn=leave_signals_to_the_parent,
-    )
+    return _EpisodeLoader(_RawEpisodes(dataset), num_workers, keep_workers=True)
 
 
-def leave_signals_to_the_parent(_worker: int) -> None:
-    """Ctrl-C, `timeout` and batch systems signal the whole process group; a worker that died of it would
-    take the episode with it that its parent still wants to finish and save."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-class _Sendable(Dataset):
-    """What a worker sends of a data set: episodes with uint8 images where it can give them so, since shared
-    memory is dear; and an InputError as an item, since torch would wrap one that is raised in a traceback.
-    """
+class _RawEpisodes(Dataset):
+    """Episodes with uint8 images where a data set can give them so: shared memory is dear."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -240,11 +223,13 @@ class _Sendable(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Episode | InputError:
-        try:
-            return _raw(self.dataset, index)
-        except InputError as error:
-            return error
+    def __getitem__(self, index: int) -> Episode:
+        return _raw(self.dataset, index)
+
+
+class _EpisodeLoader(OrderedLoader):
+    def __iter__(self) -> Iterator[Episode]:
+        return map(_in_unit_range, super().__iter__())
 
 
 def _raw(dataset: Dataset, index: int) -> Episode:
@@ -259,18 +244,6 @@ def _in_unit_range(episode: Episode) -> Episode:
         return episode
     support, query = unit_range(episode.support.numpy()), unit_range(episode.query.numpy())
     return dataclasses.replace(episode, support=support, query=query)
-
-
-class _EpisodeLoader(DataLoader):
-    def __iter__(self) -> Iterator[Episode]:
-        for item in super().__iter__():
-            if isinstance(item, InputError):
-                break
-            yield _in_unit_range(item)
-        else:
-            return
-        self._iterator = None  # stops the workers: left to the garbage collector, they linger for seconds
-        raise item
 
 
 @dataclasses.dataclass(frozen=True)

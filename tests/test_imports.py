@@ -21,9 +21,9 @@ PACKAGES = {
 }
 READERS = "meta_dataset_readers"
 # Of the readers the packages below cli know what an episode is, how an error is told, how files and
-# pictures of foreign origin are read, how images are scaled.
+# pictures of foreign origin are read, how images are scaled, and how items are prepared ahead.
 OF_THE_READERS = {
-    f"{READERS}.{name}" for name in ("episode", "errors", "files", "pictures", "transforms", "reader")
+    f"{READERS}.{name}" for name in ("episode", "errors", "files", "loader", "pictures", "transforms")
 }
 SCRIPTS = {"main", "test_meta_dataset", "studies", "benchmarks", "tools", "tests"}
 

@@ -379,7 +379,7 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, list[str]]]:
         archive.writestr("photos/1.jpg", b"")
     found["photos"] = folder / "photos.pth", ["without a data.pkl"]
     found["missing"] = folder / "missing.pth", ["no such"]
-    found["folder"] = folder, ["no such"]
+    found["folder"] = folder, ["is a folder, expected a regular file"]
     return found
 
 

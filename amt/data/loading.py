@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from amt.data.datasets import known, open_dataset
 from amt.data.labelled import Chosen, Labelled, choose_per_class
 from meta_dataset_readers.errors import InputError
-from meta_dataset_readers.reader import leave_signals_to_the_parent
+from meta_dataset_readers.loader import OrderedLoader
 from meta_dataset_readers.transforms import planes, unit_range
 
 Transform = Callable[[Image.Image, torch.Generator], Tensor]
@@ -224,29 +224,14 @@ class Batches:
         return max(0, len(self._source) - self._start)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        loader = DataLoader(
-            Subset(self._source, range(self._start, self._start + len(self))),
-            batch_size=None,
-            generator=torch.Generator(),
-            num_workers=self._workers,
-            worker_init_fn=leave_signals_to_the_parent,
-        )
-        iterator = iter(loader)
-        for item in iterator:
-            if isinstance(item, InputError):
-                break
-            images, labels, indices = item
+        left = Subset(self._source, range(self._start, self._start + len(self)))
+        for images, labels, indices in OrderedLoader(left, self._workers):
             yield (unit_range(images.numpy()) if images.dtype == torch.uint8 else images), labels, indices
-        else:
-            return
-        del iterator  # stops the workers: left to the garbage collector, they linger for seconds
-        raise item
 
 
 @dataclasses.dataclass(frozen=True)
 class _Source(Dataset):
-    """Batches by number. An InputError is an item, since torch would wrap one that is raised in a worker in a
-    traceback; pixels stay uint8 if the transform has them so, since shared memory is dear."""
+    """Batches by number; pixels stay uint8 if the transform has them so, since shared memory is dear."""
 
     part: Labelled
     transform: Transform
@@ -257,12 +242,9 @@ class _Source(Dataset):
     def __len__(self) -> int:
         return -(-len(self.order) // self.batch_size)
 
-    def __getitem__(self, batch: int) -> tuple[Tensor, Tensor, Tensor] | InputError:
+    def __getitem__(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         indices = torch.from_numpy(self.order[batch * self.batch_size : (batch + 1) * self.batch_size])
-        try:
-            return self._images(indices.tolist()), self.part.labels[indices], indices
-        except InputError as error:
-            return error
+        return self._images(indices.tolist()), self.part.labels[indices], indices
 
     def _images(self, indices: list[int]) -> Tensor:
         generator = torch.Generator()

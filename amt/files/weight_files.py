@@ -27,6 +27,7 @@ from torch import Tensor
 from amt.files import pickles
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError, first_line
+from meta_dataset_readers.files import reading, size_of
 
 # The only kinds of numbers a weight may have; the smaller ones are widened, which is exact.
 _EXACT_IN_FLOAT32 = (torch.float32, torch.float16, torch.bfloat16)
@@ -68,12 +69,11 @@ def read(path: Path, what: str = "file", trust: bool = False) -> Content:
         InputError: the file is missing, empty, truncated, damaged, of another kind, or asks for more than
             tensors and plain values.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such {what}")
+    size = size_of(path, what=what)
     try:
-        with path.open("rb") as file:
+        with reading(path) as file:
             start = file.read(512)
-        kind = _kind(path, start)
+        kind = _kind(path, size, start)
         if kind == "safetensors":
             return _read_safetensors(path)
         if trust:
@@ -87,12 +87,11 @@ def read(path: Path, what: str = "file", trust: bool = False) -> Content:
                 _refuse(path, "a bare pickle", _names(path, file))
         return Content("torch", _as_dictionary(path, _read_torch(path)), {})
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _kind(path: Path, start: bytes) -> str:
+def _kind(path: Path, size: int, start: bytes) -> str:
     """Of which kind a file is that starts with these bytes: "safetensors", "zip" or "pickle"."""
-    size = path.stat().st_size
     if size == 0:
         raise InputError(f"{path}: the file is empty")
     if start.startswith(b"PK\x03\x04"):
