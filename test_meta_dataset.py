@@ -35,10 +35,10 @@ from amt.models.network import Network, find_device
 from amt.report.finish import conclude
 from amt.tasks.classifier import Predictor, pretrained_predictor
 from meta_dataset_readers.domains import DOMAINS
+from meta_dataset_readers.dump import dump_episode
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError, exit_on_bad_input
 from meta_dataset_readers.reader import EpisodeReader, episode_loader
-from meta_dataset_readers.stored_episodes import dump_episode
 
 # Flags that change neither an episode's row nor what it is compared with.
 NOT_SETTINGS = (

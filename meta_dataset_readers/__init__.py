@@ -1,5 +1,6 @@
 """Few-shot episodes from Meta-Dataset's files, without TensorFlow."""
 
+from meta_dataset_readers.dump import dump_episode
 from meta_dataset_readers.episode import Episode, ImageOrigin
 from meta_dataset_readers.errors import DamagedRecord, InputError, exit_on_bad_input, nearest
 from meta_dataset_readers.layouts import open_source, sources
@@ -7,7 +8,7 @@ from meta_dataset_readers.reader import EpisodeReader, SourceMixture, episode_lo
 from meta_dataset_readers.sampling import EpisodeDescription, EpisodeSampling, check_sampling, sample_episode
 from meta_dataset_readers.spec import SPLITS, DatasetSpec, load_spec
 from meta_dataset_readers.store import ImageStore, Source
-from meta_dataset_readers.stored_episodes import dump_episode, open_episodes
+from meta_dataset_readers.stored_episodes import open_episodes
 from meta_dataset_readers.tfrecord import RecordFile, encode_example, open_records, write_records
 
 __all__ = [

@@ -29,9 +29,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
+from meta_dataset_readers import files
 from meta_dataset_readers.command import Parser, add_sources
+from meta_dataset_readers.convert_journal import Journal
 from meta_dataset_readers.errors import DamagedRecord, InputError, exit_on_bad_input
-from meta_dataset_readers.files import LARGEST_LIST, read_bytes
 from meta_dataset_readers.layouts import open_source
 from meta_dataset_readers.packed import (
     FORMAT,
@@ -217,7 +218,7 @@ def _pack(source: Source, name: str, directory: Path, skip_bad_records: bool) ->
     }
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        journal = _Journal(directory / JOURNAL_FILE, plan, skip_bad_records)
+        journal = Journal(directory / JOURNAL_FILE, plan, skip_bad_records)
         for split in SPLITS:
             if source.spec.classes(split) and split not in journal.finished:
                 _pack_split(source, split, counts, directory, journal)
@@ -242,69 +243,12 @@ def _counts(source: Source, skip_bad_records: bool) -> tuple[tuple[int, ...], li
     return counts, [f"count corrected: {line}" for line in wrong]
 
 
-class _Journal:
-    """What has been decided about an unfinished copy, a line of JSON each, the first saying what is copied.
-
-    A line is on disk before anything that follows from it. Raises InputError where the first line is not
-    `plan`, where the file is no journal, and where records were left out and that is no longer wanted.
-    """
-
-    def __init__(self, path: Path, plan: dict[str, Any], skip_bad_records: bool):
-        self._path, self._skip_bad_records = path, skip_bad_records
-        self.left_out: dict[tuple[int, int], str] = {}  # (class id, index): why
-        self.finished: dict[str, tuple[SplitFile, tuple[int, ...]]] = {}  # split: (file, checksums by class)
-        lines = self._whole_lines()
-        if not lines:
-            self._append(plan)
-            return
-        try:
-            begun, *decided = (json.loads(line) for line in lines)
-            for entry in decided:
-                if "left_out" in entry:
-                    self.left_out[entry["class"], entry["image"]] = entry["left_out"]
-                else:
-                    self.finished[entry["split"]] = (SplitFile(**entry["file"]), tuple(entry["checksums"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: not readable; delete {path.parent} to start anew") from error
-        if begun != plan:
-            found = "was begun from another source, or this one has changed since"
-            raise InputError(f"{path}: the copy {found}; delete {path.parent} to start anew")
-        if self.left_out and not skip_bad_records:
-            raise InputError(next(iter(self.left_out.values())))
-
-    def leave_out(self, class_id: int, index: int, error: DamagedRecord) -> None:
-        """Enter a damaged record, or raise the error where none may be left out."""
-        if not self._skip_bad_records:
-            raise error
-        self._append({"left_out": str(error), "class": class_id, "image": index})
-        self.left_out[class_id, index] = str(error)
-
-    def finish(self, split: str, file: SplitFile, checksums: tuple[int, ...]) -> None:
-        self._append({"split": split, "file": file._asdict(), "checksums": checksums})
-        self.finished[split] = (file, checksums)
-
-    def _whole_lines(self) -> list[bytes]:
-        if not self._path.exists():
-            return []
-        text = self._path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        os.truncate(self._path, len(whole))  # the line that was being written when the run was killed
-        return whole.splitlines()
-
-    def _append(self, entry: dict[str, Any]) -> None:
-        with self._path.open("ab") as file:
-            file.write(json.dumps(entry).encode() + b"\n")
-            _to_disk(file)
-
-
 # --- one split: written, and read back ---------------------------------------------------------------------
 
 _Wanted = Iterator[tuple[int, int]]  # (class id, index) of records in the order in which a file holds them
 
 
-def _pack_split(
-    source: Source, split: str, counts: Sequence[int], directory: Path, journal: _Journal
-) -> None:
+def _pack_split(source: Source, split: str, counts: Sequence[int], directory: Path, journal: Journal) -> None:
     path, classes = record_file(directory, split), source.spec.classes(split)
 
     def wanted() -> _Wanted:
@@ -318,7 +262,7 @@ def _pack_split(
     offsets = _read_back(path, wanted(), digest, total)
     with offsets_file(directory, split).open("wb") as file:
         np.save(file, offsets)
-        _to_disk(file)
+        files.to_disk(file)
     packed = _without(counts, journal.left_out)[classes.start : classes.stop]
     entry = SplitFile(len(offsets) - 1, int(offsets[-1]), digest)
     journal.finish(split, entry, class_checksums(offsets, packed))
@@ -350,7 +294,7 @@ def _write(
             record = frame(encode_example(picture, class_id))
             digest.update(record)
             file.write(record)
-        _to_disk(file)
+        files.to_disk(file)
         if hasattr(os, "posix_fadvise"):  # so that it is the disk which is read back, not this memory
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return digest.hexdigest()
@@ -406,11 +350,11 @@ def _bar(items: Iterable, title: str, total: int, done: int) -> Iterable:
 
 
 def _finish(
-    source: Source, counts: Sequence[int], directory: Path, plan: dict[str, Any], journal: _Journal
+    source: Source, counts: Sequence[int], directory: Path, plan: dict[str, Any], journal: Journal
 ) -> DatasetSpec:
     """Write the specification and, when a reader accepts everything else, the index."""
     packed = _without(counts, journal.left_out)
-    _replace(directory / SPEC_FILE, _spec_text(source.spec, packed))
+    files.replace_file(directory / SPEC_FILE, [_spec_text(source.spec, packed)])
     spec = load_spec(directory)
     if spec != dataclasses.replace(source.spec, directory=directory, images_per_class=packed):
         raise InputError(f"{source.spec.file}: has changed since the source was opened")
@@ -427,7 +371,7 @@ def _finish(
     store = PackedStore(directory, plan["source"], spec, index)
     for class_id in _classes(spec):
         store.count(class_id)
-    _replace(directory / INDEX_FILE, json.dumps(index.json(), indent=2).encode())
+    files.replace_file(directory / INDEX_FILE, [json.dumps(index.json(), indent=2).encode()])
     (directory / JOURNAL_FILE).unlink()
     return spec
 
@@ -451,7 +395,7 @@ def _spec_text(spec: DatasetSpec, counts: tuple[int, ...]) -> bytes:
             "__class__": "DatasetSpecification",
         }
         return json.dumps(made, indent=2).encode()
-    text = read_bytes(spec.file, LARGEST_LIST)
+    text = files.read_bytes(spec.file, files.LARGEST_LIST)
     if counts == spec.images_per_class:
         return text
     value = json.loads(text)
@@ -465,23 +409,6 @@ def _spec_text(spec: DatasetSpec, counts: tuple[int, ...]) -> bytes:
     else:
         images.update((str(class_id), count) for class_id, count in enumerate(counts))
     return json.dumps(value, indent=2).encode()
-
-
-# --- files ------------------------------------------------------------------------------------------------
-
-
-def _to_disk(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a whole file: it appears at once or not at all."""
-    unfinished = path.with_name(f"{path.name}.tmp")
-    with unfinished.open("wb") as file:
-        file.write(content)
-        _to_disk(file)
-    os.replace(unfinished, path)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The one way to open a file that came from outside.
+"""The one way to open a file that came from outside, and to write one as a whole.
 
 A pipe would keep its reader waiting for ever and a device fills any memory, so only regular files are read,
 each once and up to a size that the caller names. Whatever is wrong is one line that begins with the path.
@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -108,6 +108,32 @@ def _unreadable(path: str | Path, problem: OSError, error: type[InputError], wha
     if isinstance(problem, IsADirectoryError):
         return error(f"{path}: is a folder, expected a regular file")
     return error(f"{path}: cannot be read: {problem.strerror or problem}")
+
+
+# --- writing ---------------------------------------------------------------------------------------------
+
+
+def replace_file(path: Path, parts: Iterable[bytes]) -> None:
+    """Write `parts` one after the other to `path`: the whole file appears at once or not at all.
+
+    Only one process at a time may write to a path.
+
+    Raises OSError: what was there stays as it was.
+    """
+    unfinished = path.with_name(f".{path.name}.tmp")  # one name: what a killed run left is overwritten
+    try:
+        with unfinished.open("wb") as file:
+            file.writelines(parts)
+            to_disk(file)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def to_disk(file: BinaryIO) -> None:
+    """Return when what was written to `file` survives a power cut."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 # --- folders ---------------------------------------------------------------------------------------------

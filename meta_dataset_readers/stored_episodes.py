@@ -1,16 +1,14 @@
-"""Episodes that lie in files, as map-style data sets of `Episode`, and how episodes are put there.
+"""Episodes that lie in files, as map-style data sets of `Episode`.
 
 Three published forms: PMF's fixed validation episodes (HDF5, already normalised), Meta-Dataset's dumped
 episodes (record files), and PMF's lists of image files for CIFAR-FS and mini-ImageNet (JSON). All they say is
-believed only as far as the files bear it out. `dump_episode` writes the second form, from any layout that a
-reader reads. Does not draw episodes.
+believed only as far as the files bear it out. `dump` writes the second form. Does not draw episodes.
 """
 
 import collections
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import re
 from abc import abstractmethod
@@ -39,9 +37,7 @@ from meta_dataset_readers.hdf5 import (
 from meta_dataset_readers.hdf5_guard import SIGNATURE, MalformedHdf5
 from meta_dataset_readers.json_fields import Fields, typed
 from meta_dataset_readers.pictures import decoded
-from meta_dataset_readers.reader import EpisodeReader
-from meta_dataset_readers.store import ImageStore
-from meta_dataset_readers.tfrecord import encode_example, open_records, write_records
+from meta_dataset_readers.tfrecord import open_records
 from meta_dataset_readers.transforms import RESIZES, eval_transform
 
 COUNTS_FILE = "images_per_class.json"
@@ -185,23 +181,23 @@ class DumpedEpisodes(StoredEpisodes):
 
     def __init__(self, folder: Path, image_size: int):
         self._folder, self._image_size = folder, image_size
-        self._counts = _read_counts(folder)
+        self._counts = read_counts(folder)
         self._stems = sorted({_stem(name) for name in self._counts}, key=lambda stem: (_number(stem), stem))
         super().__init__(len(self._stems))
         for stem in self._stems:
-            for name in _record_files(stem):
+            for name in record_files(stem):
                 if name not in self._counts:
                     raise InputError(f"{folder / COUNTS_FILE}: field {name!r} is missing")
                 if not (folder / name).is_file():
                     raise InputError(f"{folder / name}: no such file, {COUNTS_FILE} lists it")
-            support, query = (self._counts[name] for name in _record_files(stem))
+            support, query = (self._counts[name] for name in record_files(stem))
             if not support or 0 in support or len(query) not in (0, len(support)):
                 where = f"{folder / COUNTS_FILE}: field '{stem}-{_SUPPORT}.tfrecords'"
                 raise InputError(f"{where}: expected an image of each of the classes that its queries have")
 
     def _episode(self, index: int) -> Episode:
         stem = self._stems[index]
-        support_file, query_file = _record_files(stem)
+        support_file, query_file = record_files(stem)
         description = self._describe(stem)
         support, support_labels = self._images(support_file, description.resize)
         query, query_labels = self._images(query_file, description.resize)
@@ -239,15 +235,15 @@ class DumpedEpisodes(StoredEpisodes):
                 raise InputError(f"{file.path}: {found}, {COUNTS_FILE} lists {count}")
         return _stack(images, self._image_size), labels
 
-    def _describe(self, stem: str) -> "_Description":
+    def _describe(self, stem: str) -> "Description":
         """What is known of an episode besides its images."""
-        support_file, query_file = _record_files(stem)
+        support_file, query_file = record_files(stem)
         n_support, n_query = sum(self._counts[support_file]), sum(self._counts[query_file])
         description = self._folder / f"{stem}.json"
         if os.path.lexists(description):
             return _read_description(description, n_support, n_query, len(self._counts[support_file]))
         source = self._folder.absolute().name
-        return _Description(
+        return Description(
             source=source,
             index=_number(stem),
             support_origin=tuple(ImageOrigin(f"{source}/{support_file}", i) for i in range(n_support)),
@@ -255,69 +251,8 @@ class DumpedEpisodes(StoredEpisodes):
         )
 
 
-def dump_episode(folder: str | Path, number: int, episode: Episode, reader: EpisodeReader) -> None:
-    """Write `episode`, which `reader` gave, as episode `number` of `folder`, for `open_episodes` to read.
-
-    The files are those of Meta-Dataset's dumped episodes, with the encoded pictures as the source has them
-    (a PNG where it has only pixels), and beside them `episode-%04d.json`: source, split, seed, index,
-    evaluation transform, class ids and names, file and record of every image. What is read back equals
-    `episode`, except that an augmented one comes back without its augmentation.
-
-    Every file appears at once or not at all, and `images_per_class.json` last. Writing the same episode again
-    completes or repeats it. Only one process at a time may write to a folder. Raises InputError if another
-    episode has this number already, if the folder cannot be written, and as the source does for its images.
-    """
-    folder, stem = Path(folder), f"episode-{number:04d}"
-    if episode.source != reader.source or not episode.class_ids:
-        raise ValueError(f"an episode of {episode.source!r} is not one of a reader of {reader.source!r}")
-    described = _Description.of(episode, reader.resize)
-    text = _json({"split": reader.split, "seed": reader.seed, **dataclasses.asdict(described)})
-    parts = (
-        (episode.support_labels.tolist(), episode.support_origin),
-        (episode.query_labels.tolist(), episode.query_origin),
-    )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        counts = _read_counts(folder) if (folder / COUNTS_FILE).exists() else {}
-        _claim(folder, stem, text, counts)
-        for name, (labels, origins) in zip(_record_files(stem), parts, strict=True):
-            write_records(
-                folder / name,
-                (
-                    encode_example(_encoded(reader.store, episode.class_ids[label], origin), label)
-                    for label, origin in zip(labels, origins, strict=True)
-                ),
-            )
-            counts[name] = tuple(labels.count(label) for label in range(len(episode.class_ids)))
-        by_label = {name: {str(i): n for i, n in enumerate(sizes)} for name, sizes in counts.items()}
-        _write_text(folder / COUNTS_FILE, _json(by_label))
-    except OSError as error:
-        raise InputError(f"{folder}: episode {number} cannot be written: {error.strerror}") from error
-
-
-def _encoded(store: ImageStore, class_id: int, origin: ImageOrigin) -> bytes:
-    """The picture that `store` says comes from `origin`."""
-    index = origin.record - store.origin(class_id, 0).record  # the records of a class follow one another
-    if store.origin(class_id, index) != origin:
-        raise ValueError(f"{origin} is not a picture of class {class_id} of this source")
-    return store.encoded(class_id, index)
-
-
-def _claim(folder: Path, stem: str, description: str, counts: dict[str, tuple[int, ...]]) -> None:
-    """Make sure that `stem` is this episode's and no other's, also if writing it is interrupted."""
-    file = folder / f"{stem}.json"
-    if file.exists():
-        if file.read_bytes() != description.encode():
-            raise InputError(f"{file}: describes another episode, which is not overwritten")
-        return
-    for name in _record_files(stem):
-        if name in counts or (folder / name).exists():
-            raise InputError(f"{folder / name}: belongs to another episode, which is not overwritten")
-    _write_text(file, description)
-
-
 @dataclasses.dataclass(frozen=True)
-class _Description:
+class Description:
     """What `Episode` tells besides tensors, and how its images were resized."""
 
     source: str
@@ -330,18 +265,18 @@ class _Description:
     skipped: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, episode: Episode, resize: str) -> "_Description":
+    def of(cls, episode: Episode, resize: str) -> "Description":
         shared = {field.name for field in dataclasses.fields(cls)} - {"resize"}
         return cls(resize=resize, **{name: getattr(episode, name) for name in shared})
 
 
-def _read_description(file: Path, n_support: int, n_query: int, ways: int) -> _Description:
+def _read_description(file: Path, n_support: int, n_query: int, ways: int) -> Description:
     given = Fields(str(file), read_json(file))
     resize = given.get("resize", str)
     if resize not in RESIZES:
         raise InputError(f"{file}: field 'resize': unknown rule {resize!r}; {nearest(resize, RESIZES)}")
     ids = given.get("class_ids", list)
-    description = _Description(
+    description = Description(
         source=given.get("source", str),
         index=given.count("index"),
         resize=resize,
@@ -367,7 +302,7 @@ def _origins(given: Fields, field: str) -> tuple[ImageOrigin, ...]:
     return tuple(ImageOrigin(entry.get("file", str), entry.count("record")) for entry in entries)
 
 
-def _read_counts(folder: Path) -> dict[str, tuple[int, ...]]:
+def read_counts(folder: Path) -> dict[str, tuple[int, ...]]:
     """The images of label 0, 1, ... in each record file of `folder`, by the file's name."""
     file = folder / COUNTS_FILE
     given = typed(str(file), read_json(file), dict)
@@ -375,14 +310,14 @@ def _read_counts(folder: Path) -> dict[str, tuple[int, ...]]:
     for name, by_label in given.items():
         where = f"{file}: field {name!r:.80}"
         if not _RECORDS.fullmatch(name):
-            expected = f"expected record files such as {_record_files('episode-0000')[0]}"
+            expected = f"expected record files such as {record_files('episode-0000')[0]}"
             raise InputError(f"{where}: unknown name, {expected}")
         labels = typed(where, by_label, dict)
         counts[name] = Fields(where, labels).by_id(len(labels), int)
     return counts
 
 
-def _record_files(stem: str) -> tuple[str, str]:
+def record_files(stem: str) -> tuple[str, str]:
     """The names of the files with support and query."""
     return f"{stem}-{_SUPPORT}.tfrecords", f"{stem}-{_QUERY}.tfrecords"
 
@@ -393,20 +328,6 @@ def _stem(record_file: str) -> str:
 
 def _number(stem: str) -> int:
     return int(stem.removeprefix("episode-"))
-
-
-def _json(value: dict) -> str:
-    return json.dumps(value, indent=2) + "\n"
-
-
-def _write_text(path: Path, text: str) -> None:
-    """The whole file appears at once or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 # --- PMF's lists of image files --------------------------------------------------------------------------

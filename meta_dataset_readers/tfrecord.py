@@ -20,7 +20,7 @@ import google_crc32c
 import numpy as np
 
 from meta_dataset_readers.errors import DamagedRecord, InputError
-from meta_dataset_readers.files import reading
+from meta_dataset_readers.files import reading, replace_file
 
 _HEADER = struct.Struct("<QI")  # payload length, masked CRC of the 8 length bytes
 _FOOTER = struct.Struct("<I")  # masked CRC of the payload
@@ -79,14 +79,7 @@ def _header(length: int) -> bytes:
 
 def write_records(path: str | os.PathLike, payloads: Iterable[bytes]) -> None:
     """Write `payloads`, one record each, to `path`: the whole file appears at once or not at all."""
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("wb") as file:
-            file.writelines(map(frame, payloads))
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    replace_file(Path(path), map(frame, payloads))
 
 
 # --- reading records -------------------------------------------------------------------------------------

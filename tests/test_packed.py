@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import meta_dataset_readers.convert as conversion
+from meta_dataset_readers import files
 from meta_dataset_readers.convert import convert
 from meta_dataset_readers.episode import ImageOrigin
 from meta_dataset_readers.errors import DamagedRecord, InputError, exit_on_bad_input
@@ -350,7 +351,7 @@ def killed_at(out: Path, source: Path, event: int, **options):
                 return call
 
             conversion.encode_example = deadly(conversion.encode_example)
-            conversion._to_disk = deadly(conversion._to_disk)
+            files.to_disk = deadly(files.to_disk)
             os.replace = deadly(os.replace)
             pack(source, out, **options)
         os._exit(0)
@@ -443,7 +444,7 @@ def test_a_full_disk_is_one_line_and_can_be_resumed(source, tmp_path, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(InputError, match="No space left on device; the same"):
-        patch.setattr(conversion, "_to_disk", full)
+        patch.setattr(files, "to_disk", full)
         pack(source, tmp_path / "out")
     assert pack(source, tmp_path / "out").fresh
 

@@ -18,15 +18,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from meta_dataset_readers import stored_episodes
+from meta_dataset_readers import dump
 from meta_dataset_readers.convert import convert
+from meta_dataset_readers.dump import dump_episode
 from meta_dataset_readers.episode import Episode, ImageOrigin
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.layouts import open_source
 from meta_dataset_readers.pictures import decode_image
 from meta_dataset_readers.reader import EpisodeReader, episode_loader
 from meta_dataset_readers.sampling import EpisodeSampling
-from meta_dataset_readers.stored_episodes import dump_episode, open_episodes
+from meta_dataset_readers.stored_episodes import open_episodes
 from meta_dataset_readers.tfrecord import encode_example, open_records, write_records
 from meta_dataset_readers.transforms import eval_transform
 
@@ -465,7 +466,7 @@ def test_an_interrupted_dump_is_no_episode_until_it_is_completed(reader, tmp_pat
         write_records(path, payloads)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(stored_episodes, "write_records", interrupted)
+        patched.setattr(dump, "write_records", interrupted)
         dump_episode(out, 1, reader[1], reader)
     assert len(open_episodes(out, SIZE)) == 1
     fails("describes another episode", lambda: dump_episode(out, 1, reader[2], reader))
