@@ -10,16 +10,15 @@ may be listed twice (it could be trained on and tested on). torchvision's own da
 unpickle, tell that something is missing but not what, and accept a list that names a file which is not there.
 """
 
-import dataclasses
 import re
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from amt.data import cifar
-from amt.data.labelled import ArrayImages, FileImages, Labelled, choose_per_class, int64
+from amt.data.dataset_folder import DatasetFolder, Entry, Known, Opened, class_label, class_names_by_folder
+from amt.data.labelled import ArrayImages, choose_per_class, int64
 from amt.data.list_files import (
     as_integers,
     as_texts,
@@ -31,47 +30,10 @@ from amt.data.list_files import (
     read_pairs,
 )
 from meta_dataset_readers.errors import InputError, nearest
-from meta_dataset_readers.files import (
-    LARGEST_LIST,
-    folder_names,
-    missing_files,
-    read_bytes,
-    read_json,
-    size_of,
-)
+from meta_dataset_readers.files import LARGEST_LIST, folder_names, read_bytes, read_json, size_of
 from meta_dataset_readers.pictures import picture_names
 
 # --- the table -------------------------------------------------------------------------------------------
-
-
-class Opened(NamedTuple):
-    """A data set on disk. `validation` is there only where the disk itself sets pictures aside for it."""
-
-    train: Labelled
-    test: Labelled
-    class_names: tuple[str, ...]
-    validation: Labelled | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Known:
-    """One data set that is known by name.
-
-    Args:
-        name: its name here.
-        title: its name in messages.
-        n_classes: how many classes it has as it is distributed; None where the folder tells.
-        image_size: the side in pixels that it is read at by default.
-        open: `open(place, seed)`: the data set in a folder; the seed is for those without an official split.
-        aliases: other names, see `known`.
-    """
-
-    name: str
-    title: str
-    n_classes: int | None
-    image_size: int
-    open: Callable[["_Place", int], Opened]
-    aliases: tuple[str, ...] = ()
 
 
 def known(name: str) -> Known:
@@ -103,96 +65,15 @@ def open_dataset(name: str, folder: Path, seed: int = 0) -> Opened:
     if seed < 0:
         raise InputError(f"--seed {seed}: expected 0 or more")
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder, expected {entry.title}; {_get(entry)}")
+        raise InputError(f"{folder}: no such folder, expected {entry.title}; get it from {entry.home}")
     try:
-        return entry.open(_Place(folder, entry), seed)
+        return entry.open(DatasetFolder(folder, entry), seed)
     except OSError as error:
-        raise InputError(f"{error.filename or folder}: cannot be read ({error.strerror or error})") from error
+        raise InputError(f"{error.filename or folder}: cannot be read: {error.strerror or error}") from error
 
 
-def _get(entry: Known) -> str:
-    return f"get it from {_HOMES[entry.name]}"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """A folder that is to hold (a part of) a data set."""
-
-    folder: Path
-    entry: Known
-
-    def holds(self, where: str, files: Iterable[str]) -> bool:
-        return any((self.folder / where / file).exists() for file in files)
-
-    def at(self, wheres: Sequence[str], files: Sequence[str]) -> "_Place":
-        """The first of the subfolders `wheres` with any of `files`; the first of all if there is none, so
-        that what is missing is told as it should lie."""
-        where = next((where for where in wheres if self.holds(where, files)), wheres[0])
-        return dataclasses.replace(self, folder=self.folder / where)
-
-    def file(self, name: str, what: str, *others: str) -> Path:
-        """The file of that name, or of one of the `others`. Raises InputError where there is none."""
-        for found in (self.folder / other for other in (name, *others)):
-            if found.is_file():
-                return found
-        raise self._missing(self.folder / name, "file", what)
-
-    def subfolder(self, name: str, what: str) -> Path:
-        if not (self.folder / name).is_dir():
-            raise self._missing(self.folder / name, "folder", what)
-        return self.folder / name
-
-    def _missing(self, path: Path, kind: str, what: str) -> InputError:
-        return InputError(
-            f"{path}: no such {kind}, expected {what} of {self.entry.title}; {_get(self.entry)}"
-        )
-
-    def pictures(
-        self,
-        root: Path,
-        class_names: Sequence[str],
-        train: Sequence["_Entry"],
-        test: Sequence["_Entry"],
-        validation: Sequence["_Entry"] | None = None,
-    ) -> Opened:
-        """The data set whose pictures are these files below `root`.
-
-        Raises InputError for a path that leaves the root, a file that is listed twice or not there, and a
-        split without pictures.
-        """
-        listed: dict[str, Path] = {}
-        for entry in (*train, *test, *(validation or ())):
-            parts = PurePosixPath(entry.file).parts
-            file = "/".join(parts)
-            if not parts or parts[0] == "/" or ".." in parts:
-                raise InputError(f"{entry.said_by}: {entry.file!r} is no path below {root}")
-            if file in listed:
-                where = entry.said_by if entry.said_by == listed[file] else f"{listed[file]}, {entry.said_by}"
-                raise InputError(f"{where}: {file} is listed twice, expected every picture in one place")
-            listed[file] = entry.said_by
-        for file in missing_files(root, list(listed)):
-            raise self._missing(root / file, "file", f"a picture that {listed[file].name} lists")
-        for split, entries in (("training", train), ("test", test)):
-            if not entries:
-                raise InputError(f"{self.folder}: no {split} picture of {self.entry.title}")
-        parts = [None if part is None else _file_images(root, part) for part in (train, test, validation)]
-        return Opened(parts[0], parts[1], tuple(class_names), parts[2])
-
-
-class _Entry(NamedTuple):
-    """One picture of a list: its path below the root of all, its label from 0, and the list (or folder)."""
-
-    file: str
-    label: int
-    said_by: Path
-
-
-def _file_images(root: Path, entries: Sequence[_Entry]) -> FileImages:
-    return FileImages(root, [entry.file for entry in entries], [entry.label for entry in entries])
-
-
-def _open_cifar(*forms: cifar.Form) -> Callable[[_Place, int], Opened]:
-    def read(place: _Place, _seed: int) -> Opened:
+def _open_cifar(*forms: cifar.Form) -> Callable[[DatasetFolder, int], Opened]:
+    def read(place: DatasetFolder, _seed: int) -> Opened:
         form = next((form for form in forms if _cifar_place(place, form).holds(".", form.files)), forms[0])
         place = _cifar_place(place, form)
         files = [place.file(name, "a batch of pictures") for name in (*form.train, *form.test)]
@@ -208,11 +89,11 @@ def _open_cifar(*forms: cifar.Form) -> Callable[[_Place, int], Opened]:
     return read
 
 
-def _cifar_place(place: _Place, form: cifar.Form) -> _Place:
+def _cifar_place(place: DatasetFolder, form: cifar.Form) -> DatasetFolder:
     return place.at((form.folder, "."), form.files)
 
 
-def _cifar_split(form: cifar.Form, files: Sequence[Path], place: _Place, split: str) -> ArrayImages:
+def _cifar_split(form: cifar.Form, files: Sequence[Path], place: DatasetFolder, split: str) -> ArrayImages:
     pixels, labels = [], []
     for file in files:
         rows, found = form.read_batch(file)
@@ -231,7 +112,7 @@ def _cifar_split(form: cifar.Form, files: Sequence[Path], place: _Place, split: 
 _STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 
 
-def _open_stl10(place: _Place, _seed: int) -> Opened:
+def _open_stl10(place: DatasetFolder, _seed: int) -> Opened:
     names = ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin")
     place = place.at(("stl10_binary", "."), names)
     files = [place.file(name, "pictures" if "X" in name else "labels") for name in names]
@@ -248,7 +129,7 @@ def _stl10_split(pictures: Path, labels: Path) -> ArrayImages:
     return ArrayImages(planes.transpose(0, 3, 2, 1), labels_from_zero(labels, found, 10), str(pictures))
 
 
-def _open_dtd(place: _Place, _seed: int) -> Opened:
+def _open_dtd(place: DatasetFolder, _seed: int) -> Opened:
     """Split 1 of ten: its train and val are for training, its test for testing."""
     place = place.at(("dtd/dtd", "dtd", "."), ("labels", "images"))
     root = place.subfolder("images", "a folder of pictures per class")
@@ -257,19 +138,13 @@ def _open_dtd(place: _Place, _seed: int) -> Opened:
     class_names = sorted({line.partition("/")[0] for line, _ in train + val})
     labels = {name: label for label, name in enumerate(class_names)}
 
-    def entry(line: str, file: Path) -> _Entry:
-        return _Entry(line, _label(file, labels, line.partition("/")[0]), file)
+    def entry(line: str, file: Path) -> Entry:
+        return Entry(line, class_label(file, labels, line.partition("/")[0]), file)
 
     return place.pictures(root, class_names, [entry(*at) for at in train + val], [entry(*at) for at in test])
 
 
-def _label(file: Path, labels: dict[str, int], name: str) -> int:
-    if name not in labels:
-        raise InputError(f"{file}: unknown class {name!r}, {nearest(name, labels)}")
-    return labels[name]
-
-
-def _open_dogs(place: _Place, _seed: int) -> Opened:
+def _open_dogs(place: DatasetFolder, _seed: int) -> Opened:
     place = place.at(("stanford_dogs", "StanfordDogs", "."), ("Images", "lists", "train_list.mat"))
     root = place.subfolder("Images", "a folder of pictures per breed")
     splits = []
@@ -281,25 +156,11 @@ def _open_dogs(place: _Place, _seed: int) -> Opened:
         )
         check_same_length(file, pictures=files, labels=labels)
         labels = labels_from_zero(file, labels, place.entry.n_classes)
-        splits.append([_Entry(*pair, file) for pair in zip(files, labels, strict=True)])
-    return place.pictures(root, _class_names_of_folders(*splits), *splits)
+        splits.append([Entry(*pair, file) for pair in zip(files, labels, strict=True)])
+    return place.pictures(root, class_names_by_folder(*splits), *splits)
 
 
-def _class_names_of_folders(*splits: Sequence[_Entry]) -> list[str]:
-    """The folder of each class, by label, of data sets that number their classes.
-
-    Raises InputError for a class in two folders: its labels and its paths disagree.
-    """
-    folders: dict[int, str] = {}
-    for entry in (entry for split in splits for entry in split):
-        folder = PurePosixPath(entry.file).parent.name
-        if folders.setdefault(entry.label, folder) != folder:
-            both = f"both {folders[entry.label]!r} and {folder!r}"
-            raise InputError(f"{entry.said_by}: label {entry.label + 1} is in {both}")
-    return [folders.get(label, f"class {label + 1}") for label in range(max(folders, default=-1) + 1)]
-
-
-def _open_cub(place: _Place, _seed: int) -> Opened:
+def _open_cub(place: DatasetFolder, _seed: int) -> Opened:
     lists = ("images.txt", "image_class_labels.txt", "train_test_split.txt")
     place = place.at(("CUB_200_2011", "cub", "."), lists)
     root = place.subfolder("images", "a folder of pictures per species")
@@ -314,12 +175,12 @@ def _open_cub(place: _Place, _seed: int) -> Opened:
     labels = labels_from_zero(
         files[1], (int(label_of[picture]) for picture in path_of), place.entry.n_classes
     )
-    splits: dict[str, list[_Entry]] = {"1": [], "0": []}
+    splits: dict[str, list[Entry]] = {"1": [], "0": []}
     for (picture, path), label in zip(path_of.items(), labels, strict=True):
         if is_train[picture] not in splits:
             raise InputError(f"{files[2]}: {is_train[picture]!r} for picture {picture}, expected 0 or 1")
-        splits[is_train[picture]].append(_Entry(path, label, files[0]))
-    return place.pictures(root, _class_names_of_folders(*splits.values()), *splits.values())
+        splits[is_train[picture]].append(Entry(path, label, files[0]))
+    return place.pictures(root, class_names_by_folder(*splits.values()), *splits.values())
 
 
 def _by_number(file: Path) -> dict[str, str]:
@@ -331,7 +192,7 @@ def _by_number(file: Path) -> dict[str, str]:
     return found
 
 
-def _open_cars(place: _Place, _seed: int) -> Opened:
+def _open_cars(place: DatasetFolder, _seed: int) -> Opened:
     """Either form: pictures of a split in a folder each, or all in one folder."""
     place = place.at(
         ("stanford_cars", "cars", "."), ("devkit", "cars_train", "cars_test", "cars_annos.mat", "car_ims")
@@ -359,13 +220,13 @@ def _open_cars(place: _Place, _seed: int) -> Opened:
     return place.pictures(place.folder, names, *splits)
 
 
-def _car_entries(file: Path, table: np.ndarray, field: str, folder: str, n_classes: int) -> list[_Entry]:
+def _car_entries(file: Path, table: np.ndarray, field: str, folder: str, n_classes: int) -> list[Entry]:
     paths = [folder + name for name in as_texts(file, matlab_field(file, table, field))]
     labels = labels_from_zero(file, as_integers(file, matlab_field(file, table, "class")), n_classes)
-    return [_Entry(*pair, file) for pair in zip(paths, labels, strict=True)]
+    return [Entry(*pair, file) for pair in zip(paths, labels, strict=True)]
 
 
-def _open_aircraft(place: _Place, _seed: int) -> Opened:
+def _open_aircraft(place: DatasetFolder, _seed: int) -> Opened:
     """The 100 variants; train and val are for training."""
     place = place.at(("fgvc-aircraft-2013b/data", "data", "."), ("variants.txt", "images"))
     root = place.subfolder("images", "the pictures")
@@ -375,12 +236,12 @@ def _open_aircraft(place: _Place, _seed: int) -> Opened:
     for split in ("trainval", "test"):
         file = place.file(f"images_variant_{split}.txt", "a list of pictures")
         splits.append(
-            [_Entry(f"{name}.jpg", _label(file, labels, of), file) for name, of in read_pairs(file)]
+            [Entry(f"{name}.jpg", class_label(file, labels, of), file) for name, of in read_pairs(file)]
         )
     return place.pictures(root, class_names, *splits)
 
 
-def _open_flowers(place: _Place, _seed: int) -> Opened:
+def _open_flowers(place: DatasetFolder, _seed: int) -> Opened:
     """The official training and validation pictures, ten per class each, are both for training."""
     from torchvision.datasets import Flowers102  # for the names, which the archive lacks
 
@@ -390,18 +251,18 @@ def _open_flowers(place: _Place, _seed: int) -> Opened:
     split_file = place.file("setid.mat", "the split")
     labels = labels_from_zero(file, as_integers(file, read_matlab(file, "labels")), place.entry.n_classes)
 
-    def entries(variable: str) -> list[_Entry]:
+    def entries(variable: str) -> list[Entry]:
         numbers = as_integers(split_file, read_matlab(split_file, variable))
         for number in numbers:
             if not 1 <= number <= len(labels):
                 raise InputError(f"{split_file}: picture {number} in {variable}, expected 1 to {len(labels)}")
-        return [_Entry(f"image_{number:05d}.jpg", labels[number - 1], split_file) for number in numbers]
+        return [Entry(f"image_{number:05d}.jpg", labels[number - 1], split_file) for number in numbers]
 
     class_names = Flowers102.classes[: max(labels, default=-1) + 1]
     return place.pictures(root, class_names, entries("trnid") + entries("valid"), entries("tstid"))
 
 
-def _open_food101(place: _Place, _seed: int) -> Opened:
+def _open_food101(place: DatasetFolder, _seed: int) -> Opened:
     place = place.at(("food-101", "."), ("meta", "images"))
     root = place.subfolder("images", "a folder of pictures per class")
     files = [place.file(f"meta/{split}.json", "a list of pictures") for split in ("train", "test")]
@@ -413,7 +274,7 @@ def _open_food101(place: _Place, _seed: int) -> Opened:
     labels = {name: label for label, name in enumerate(class_names)}
     splits = [
         [
-            _Entry(f"{path}.jpg", _label(file, labels, name), file)
+            Entry(f"{path}.jpg", class_label(file, labels, name), file)
             for name in sorted(listed)
             for path in as_texts(file, listed[name])
         ]
@@ -427,10 +288,10 @@ def _open_food101(place: _Place, _seed: int) -> Opened:
 
 def _open_caltech(
     folders: tuple[str, ...], categories: str, most: int, left_out: tuple[str, ...] = ()
-) -> Callable[[_Place, int], Opened]:
+) -> Callable[[DatasetFolder, int], Opened]:
     """No official split: `most` pictures of a class are for training, at most 80 %, the rest for testing."""
 
-    def read(place: _Place, seed: int) -> Opened:
+    def read(place: DatasetFolder, seed: int) -> Opened:
         place = place.at((*folders, "."), (categories,))
         root = place.subfolder(categories, "a folder of pictures per class")
         classes = [folder for folder in folder_names(root) if folder not in left_out]
@@ -439,7 +300,7 @@ def _open_caltech(
     return read
 
 
-def _open_folders(place: _Place, seed: int) -> Opened:
+def _open_folders(place: DatasetFolder, seed: int) -> Opened:
     """train/, test/ and perhaps val/ of class folders; or class folders alone, 80 % of each for training."""
     split_folders = [place.folder / split for split in ("train", "test")]
     if not any(folder.is_dir() and folder_names(folder) for folder in split_folders):
@@ -457,18 +318,18 @@ def _open_folders(place: _Place, seed: int) -> Opened:
     return place.pictures(place.folder, class_names, *splits)
 
 
-def _folder_entries(root: Path, split: str, class_names: Sequence[str]) -> list[_Entry]:
+def _folder_entries(root: Path, split: str, class_names: Sequence[str]) -> list[Entry]:
     """The pictures in root/split/CLASS. Raises InputError for a class that training has not."""
     labels = {name: label for label, name in enumerate(class_names)}
     return [
-        _Entry(f"{split}/{name}/{file}", _label(root / split, labels, name), root / split)
+        Entry(f"{split}/{name}/{file}", class_label(root / split, labels, name), root / split)
         for name in folder_names(root / split)
         for file in picture_names(root / split / name)
     ]
 
 
 def _split_classes(
-    place: _Place, root: Path, classes: Sequence[str], seed: int, most: int | None = None
+    place: DatasetFolder, root: Path, classes: Sequence[str], seed: int, most: int | None = None
 ) -> Opened:
     """Class folders split by `seed`: of n pictures 80 %, but not more than `most`, for training."""
     if not classes:
@@ -479,7 +340,7 @@ def _split_classes(
         if len(files) < 2:
             found = f"{len(files)} pictures of the class"
             raise InputError(f"{root / name}: {found}, expected 2 or more: training and test need one each")
-        entries += [_Entry(f"{name}/{file}", label, root) for file in files]
+        entries += [Entry(f"{name}/{file}", label, root) for file in files]
     labels = int64(entry.label for entry in entries)
     train, test = choose_per_class(labels, lambda n: _training_share(n, most), (seed,))
     return place.pictures(root, classes, [entries[i] for i in train], [entries[i] for i in test])
@@ -509,7 +370,7 @@ _CALTECH256 = _open_caltech(("caltech256", "caltech-256"), "256_ObjectCategories
 
 # By name: title, number of classes, image size, how it is opened, other names.
 DATASETS = {
-    name: Known(name, *entry)
+    name: Known(name, *entry, home=_HOMES[name])
     for name, entry in {
         "cifar10": ("CIFAR-10", 10, 32, _open_cifar(*cifar.CIFAR10)),
         "cifar100": ("CIFAR-100", 100, 32, _open_cifar(*cifar.CIFAR100)),

@@ -1,0 +1,143 @@
+"""A folder that holds a data set: what is missing in it, and lists of its pictures that are not believed.
+
+Does not know any data set.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from amt.data.labelled import FileImages, Labelled
+from meta_dataset_readers.errors import InputError, nearest
+from meta_dataset_readers.files import missing_files
+
+
+class Opened(NamedTuple):
+    """A data set on disk. `validation` is there only where the disk itself sets pictures aside for it."""
+
+    train: Labelled
+    test: Labelled
+    class_names: tuple[str, ...]
+    validation: Labelled | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """One data set that is known by name.
+
+    Args:
+        name: its name here.
+        title: its name in messages.
+        n_classes: how many classes it has as it is distributed; None where the folder tells.
+        image_size: the side in pixels that it is read at by default.
+        open: `open(folder, seed)`: the data set in a folder; the seed is for those without an official split.
+        aliases: other names, see `known`.
+        home: where to get it.
+    """
+
+    name: str
+    title: str
+    n_classes: int | None
+    image_size: int
+    open: Callable[["DatasetFolder", int], Opened]
+    aliases: tuple[str, ...] = ()
+    home: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetFolder:
+    """A folder that is to hold (a part of) a data set."""
+
+    folder: Path
+    entry: Known
+
+    def holds(self, where: str, files: Iterable[str]) -> bool:
+        return any((self.folder / where / file).exists() for file in files)
+
+    def at(self, wheres: Sequence[str], files: Sequence[str]) -> "DatasetFolder":
+        """The first of the subfolders `wheres` with any of `files`; the first of all if there is none, so
+        that what is missing is told as it should lie."""
+        where = next((where for where in wheres if self.holds(where, files)), wheres[0])
+        return dataclasses.replace(self, folder=self.folder / where)
+
+    def file(self, name: str, what: str, *others: str) -> Path:
+        """The file of that name, or of one of the `others`. Raises InputError where there is none."""
+        for found in (self.folder / other for other in (name, *others)):
+            if found.is_file():
+                return found
+        raise self._missing(self.folder / name, "file", what)
+
+    def subfolder(self, name: str, what: str) -> Path:
+        if not (self.folder / name).is_dir():
+            raise self._missing(self.folder / name, "folder", what)
+        return self.folder / name
+
+    def _missing(self, path: Path, kind: str, what: str) -> InputError:
+        return InputError(
+            f"{path}: no such {kind}, expected {what} of {self.entry.title}; get it from {self.entry.home}"
+        )
+
+    def pictures(
+        self,
+        root: Path,
+        class_names: Sequence[str],
+        train: Sequence["Entry"],
+        test: Sequence["Entry"],
+        validation: Sequence["Entry"] | None = None,
+    ) -> Opened:
+        """The data set whose pictures are these files below `root`.
+
+        Raises InputError for a path that leaves the root, a file that is listed twice or not there, and a
+        split without pictures.
+        """
+        listed: dict[str, Path] = {}
+        for entry in (*train, *test, *(validation or ())):
+            parts = PurePosixPath(entry.file).parts
+            file = "/".join(parts)
+            if not parts or parts[0] == "/" or ".." in parts:
+                raise InputError(f"{entry.said_by}: {entry.file!r} is no path below {root}")
+            if file in listed:
+                where = entry.said_by if entry.said_by == listed[file] else f"{listed[file]}, {entry.said_by}"
+                raise InputError(f"{where}: {file} is listed twice, expected every picture in one place")
+            listed[file] = entry.said_by
+        for file in missing_files(root, list(listed)):
+            raise self._missing(root / file, "file", f"a picture that {listed[file].name} lists")
+        for split, entries in (("training", train), ("test", test)):
+            if not entries:
+                raise InputError(f"{self.folder}: no {split} picture of {self.entry.title}")
+        parts = [None if part is None else _file_images(root, part) for part in (train, test, validation)]
+        return Opened(parts[0], parts[1], tuple(class_names), parts[2])
+
+
+class Entry(NamedTuple):
+    """One picture of a list: its path below the root of all, its label from 0, and the list (or folder)."""
+
+    file: str
+    label: int
+    said_by: Path
+
+
+def _file_images(root: Path, entries: Sequence[Entry]) -> FileImages:
+    return FileImages(root, [entry.file for entry in entries], [entry.label for entry in entries])
+
+
+def class_label(file: Path, labels: dict[str, int], name: str) -> int:
+    """The label of the class `name`. Raises InputError for an unknown one; `file` names it."""
+    if name not in labels:
+        raise InputError(f"{file}: unknown class {name!r}, {nearest(name, labels)}")
+    return labels[name]
+
+
+def class_names_by_folder(*splits: Sequence[Entry]) -> list[str]:
+    """The folder of each class, by label, of data sets that number their classes.
+
+    Raises InputError for a class in two folders: its labels and its paths disagree.
+    """
+    folders: dict[int, str] = {}
+    for entry in (entry for split in splits for entry in split):
+        folder = PurePosixPath(entry.file).parent.name
+        if folders.setdefault(entry.label, folder) != folder:
+            both = f"both {folders[entry.label]!r} and {folder!r}"
+            raise InputError(f"{entry.said_by}: label {entry.label + 1} is in {both}")
+    return [folders.get(label, f"class {label + 1}") for label in range(max(folders, default=-1) + 1)]
