@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from amt.cli import options
 from amt.evaluation import runs
-from amt.evaluation.deploy import Deployment, as_decided, check_deployment, deploy
+from amt.evaluation.deploy import check_deployment, deploy, earlier_note
 from amt.evaluation.evaluate import columns, measure
 from amt.evaluation.sanity import probe
 from amt.evaluation.statistics import groups
@@ -32,7 +32,7 @@ from amt.files import checkpoint, writing
 from amt.files.pretrained import load_network
 from amt.files.signals import Interrupts
 from amt.models.network import Network, find_device
-from amt.report.finish import conclude
+from amt.report.finish import finish
 from amt.tasks.classifier import Predictor, pretrained_predictor
 from meta_dataset_readers.domains import DOMAINS
 from meta_dataset_readers.episode import Episode
@@ -75,6 +75,7 @@ def main() -> int:
 
     saved = load_pool(args, network) if args.resume else None
     pool = saved.pool.to(network.device) if saved else None
+    unknown_levels = {"epsilons": "unknown"} if saved and saved.about.get("levels_from") == "nowhere" else {}
     readers = {
         source: open_source(source=source, split=args.split, n_episodes=args.nTestEpisode)
         for source in deployments
@@ -90,7 +91,6 @@ def main() -> int:
     with runs.Writer(args.output_dir, about, (part, parts)) as out, Interrupts() as interrupts:
         earlier = runs.peek(args.output_dir)
         finished = {source: {row["index"] for row in rows} for source, rows in earlier.rows.items()}
-        chosen: dict[Deployment | str, dict] = {}
         done = sum(len(finished.get(source, set()) & set(todo)) for source in readers)
         with tqdm(total=len(readers) * len(todo), initial=done, unit="episode") as progress:
             for source, reader in readers.items():
@@ -98,23 +98,18 @@ def main() -> int:
                 if not left or interrupts.pending():
                     continue
                 progress.set_description(source)
-                # Of one deployment on another source's VALID every domain gets the same choice: made once.
-                alike = deployments[source] if deployments[source].select_on else source
-                decided = runs.read_merging(args.output_dir).get(source, chosen.get(alike))
-                predict, merging = deploy(
+                predict, note = deploy(
                     network,
                     pool,
-                    as_decided(deployments[source], decided) if decided else deployments[source],
+                    deployments[source],
                     source,
                     open_episodes,
                     attacks,
                     args.seed,
                     partial(watched, network, interrupts),
+                    earlier_note(source, deployments, runs.read_merging(args.output_dir)),
                 )
-                if saved and saved.about.get("levels_from") == "nowhere":
-                    merging["epsilons"] = "unknown"
-                chosen[alike] = decided or merging
-                out.note_merging(source, chosen[alike])
+                out.note_merging(source, note | unknown_levels)
                 for read in episode_loader(Subset(reader, left), args.num_workers):
                     if args.dump is not None:
                         dump_episode(args.dump / source, read.index, read, reader)
@@ -129,7 +124,7 @@ def main() -> int:
         print(f"{found} of {len(readers) * args.nTestEpisode} episodes are done; ", end="")
         print("the same command continues" if interrupts.pending() else "other parts are to follow")
         return 128 + interrupts.caught if interrupts.pending() else 0
-    conclude(run, network.device)
+    finish(run, network.device)
     return 0
 
 

@@ -14,7 +14,7 @@ from amt.attacks.evaluation import Attack
 from amt.evaluation import runs
 from amt.evaluation.evaluate import columns, measure
 from amt.evaluation.runs import Writer
-from amt.tasks.classifier import Task
+from amt.tasks.classifier import Classifier
 
 ATTACKS = (Attack("pgd", (2, 8), steps=3),)
 ABOUT = {
@@ -226,7 +226,7 @@ def measured_toy():
     episode = patterned_episode(2, n_way=4, shots=1, queries=5)
     head = torch.randn(4, 3 * 8 * 8, generator=torch.Generator().manual_seed(0))
     logits = lambda images: images.flatten(1) @ head.T  # noqa: E731
-    return episode, measure(lambda _: Task(logits, lambda _: logits, ()), episode, ATTACKS)
+    return episode, measure(lambda _: Classifier(logits, lambda _: logits, ()), episode, ATTACKS)
 
 
 def test_samples_show_every_class_before_and_after(tmp_path):

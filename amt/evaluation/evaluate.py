@@ -18,7 +18,7 @@ from amt.evaluation.statistics import summarise
 from amt.models.network import CHUNK, Network
 from amt.models.pool import Pool
 from amt.models.weights import stream
-from amt.tasks.classifier import Predictor, Task, merged_predictor
+from amt.tasks.classifier import Classifier, Predictor, merged_predictor
 from meta_dataset_readers.episode import Episode
 
 
@@ -27,7 +27,7 @@ class Measurement(NamedTuple):
 
     Args:
         row: plain values for JSON: what the episode was, an accuracy in [0, 1] per column, coefficients.
-        task: the classifier.
+        classifier: of the episode.
         predicted: (Q,) int64, the classes of the queries as they are.
         standing: by column, which queries are classified correctly (Q,) bool.
         attacked: by column of an attack on queries at its largest radius, the query images (Q, 3, H, W) as
@@ -35,7 +35,7 @@ class Measurement(NamedTuple):
     """
 
     row: dict
-    task: Task
+    classifier: Classifier
     predicted: Tensor
     standing: dict[str, Tensor]
     attacked: dict[str, Tensor]
@@ -69,10 +69,10 @@ def measure(
         chunk: images in one pass, which changes nothing but time and memory.
     """
     began = time.perf_counter()
-    task = predict(episode)
+    classifier = predict(episode)
     labels = episode.query_labels
     with torch.no_grad():
-        logits = torch.cat([task.logits(part) for part in episode.query.split(chunk)])
+        logits = torch.cat([classifier.logits(part) for part in episode.query.split(chunk)])
     predicted = logits.argmax(1)
     correct = predicted == labels
     fitted = time.perf_counter()
@@ -92,7 +92,7 @@ def measure(
                     found = attack_queries(
                         attack,
                         epsilon,
-                        task.logits,
+                        classifier.logits,
                         episode.query[which],
                         labels[which],
                         episode.n_way,
@@ -114,12 +114,12 @@ def measure(
         "support": len(episode.support),
         "queries": len(labels),
         **{column: float(right.double().mean()) for column, right in standing.items()},
-        "coefficients": [float(c) for c in task.coefficients],
+        "coefficients": [float(c) for c in classifier.coefficients],
         "fit_seconds": round(fitted - began, 4),
         "seconds": round(time.perf_counter() - began, 4),
         **({"variants": variants} if variants else {}),
     }
-    return Measurement(row, task, predicted, standing, attacked)
+    return Measurement(row, classifier, predicted, standing, attacked)
 
 
 def query_generators(

@@ -198,7 +198,7 @@ def sample_of(episode: Episode, measured: Measurement) -> Sample:
     chosen = (place_in_class(labels) * episode.n_way + labels).argsort()[:SAMPLED]
     clean, attacked = episode.query[chosen], attacked[chosen]
     with torch.no_grad():
-        guesses = [measured.task.logits(images).argmax(1) for images in (clean, attacked)]
+        guesses = [measured.classifier.logits(images).argmax(1) for images in (clean, attacked)]
 
     def pixels(images: Tensor) -> np.ndarray:
         return (255 * images).round().byte().permute(0, 2, 3, 1).cpu().numpy()

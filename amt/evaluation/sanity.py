@@ -52,7 +52,7 @@ def probe(
         loss before and after PGD at the largest radius; how many images only a small Square Attack breaks
         there and how many only the white-box attacks.
     """
-    logits, labels = measured.task.logits, episode.query_labels
+    logits, labels = measured.classifier.logits, episode.query_labels
     correct = measured.standing["clean"].clone()
     correct[CHUNK:] = False  # a sample of the largest episodes is enough
     images, own = episode.query[correct], labels[correct]

@@ -29,8 +29,8 @@ from amt.files import checkpoint
 from amt.files.signals import Interrupts
 from amt.models.classifiers import Network, logits
 from amt.models.weights import Weights
-from amt.report.finish import conclude
-from amt.tasks.classifier import Predictor, Task
+from amt.report.finish import finish
+from amt.tasks.classifier import Classifier, Predictor
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 
@@ -126,7 +126,7 @@ def test(
         print(f", and {len(run.corruptions)} of {len(corrupted)} corruptions" if corrupted else "", end="")
         print("; the same command continues")
         return 128 + interrupts.caught
-    conclude(run, device)
+    finish(run, device)
     return 128 + interrupts.caught if interrupts.pending() else 0
 
 
@@ -136,8 +136,8 @@ def predictor(network: Network, weights: Weights) -> Predictor:
     def classify(images: Tensor) -> Tensor:
         return logits(network, weights, images)
 
-    task = Task(classify, lambda _support: classify, ())
-    return lambda _episode: task
+    classifier = Classifier(classify, lambda _support: classify, ())
+    return lambda _episode: classifier
 
 
 def as_episode(images: Tensor, labels: Tensor, name: str, class_names: Sequence[str]) -> Episode:
