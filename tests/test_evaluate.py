@@ -117,7 +117,7 @@ def test_the_union_is_the_worst_case_per_image():
     measured = measure(
         lambda _: Classifier(halves, lambda _: halves, ()), halves.episode(MARGINS), [weak, strong, other]
     )
-    row, standing = measured.row, measured.standing
+    row, standing = measured.row, measured.correct
     assert row["union@2"] == row["pgd1-step0.001@2"] and row["union@4"] == row[
         "apgd20-ce@4"
     ] == pytest.approx(2 / 6)

@@ -112,13 +112,13 @@ def test_an_attack_that_forgets_is_suspected(monkeypatch):
     """One that breaks images at a small radius and cannot any more at a large one."""
     from amt.evaluation import evaluate, sanity
 
-    honest = evaluate.attack_queries
+    honest = evaluate.attack_some
 
     def forgetful(attack, epsilon, *rest, **more):
         found = honest(attack, epsilon, *rest, **more)
         return found._replace(fooled=found.fooled & (epsilon < 80 or epsilon > 200))
 
-    monkeypatch.setattr(sanity, "attack_queries", forgetful)
+    monkeypatch.setattr(sanity, "attack_some", forgetful)
     found = findings(nearest, [Attack("pgd", (60, 100), steps=10)])
     assert any("withstand a larger radius" in finding.reason for finding in found)
 
@@ -152,10 +152,10 @@ def test_nothing_right_leaves_nothing_to_probe(attacks):
 
 def test_probing_changes_nothing_and_is_repeatable():
     measured = measure(nearest, EPISODES[0], ATTACKS)
-    before = {name: mask.clone() for name, mask in measured.standing.items()}
+    before = {name: mask.clone() for name, mask in measured.correct.items()}
     first, again = (probe(nearest, EPISODES[0], measured, ATTACKS, seed=3) for _ in range(2))
     assert first == again and first["images"] == 24
-    assert all(torch.equal(before[name], mask) for name, mask in measured.standing.items())
+    assert all(torch.equal(before[name], mask) for name, mask in measured.correct.items())
     assert isinstance(measured, Measurement) and "checks" not in measured.row
 
 
