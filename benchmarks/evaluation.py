@@ -137,9 +137,8 @@ def ours(network: Network, pool: LoRAPool, job: Job) -> Evaluate:
     def run(episode: Episode, attack: Attack | None) -> Outcome:
         measured = measure(predict, episode, [attack] if attack else [])
         last = attack.columns[-1] if attack else "clean"
-        return Outcome(
-            measured.task.coefficients, lambda: measured.task.logits(episode.query), measured.row[last]
-        )
+        found = measured.classifier
+        return Outcome(found.coefficients, lambda: found.logits(episode.query), measured.row[last])
 
     return run
 

@@ -23,7 +23,7 @@ from amt.attacks.perturb import Ball, Perturbation, ascend, pgd
 from amt.evaluation.evaluate import columns, measure
 from amt.models.architectures import Arch
 from amt.models.lora import principal_pool
-from amt.tasks.classifier import Task, merged_predictor, pretrained_predictor
+from amt.tasks.classifier import Classifier, merged_predictor, pretrained_predictor
 from amt.tasks.merge import Routing, route
 
 ARCH = Arch(patch_size=4, dim=12, depth=2, heads=2, pretrained_size=8, image_size=8, mlp_ratio=2.0)
@@ -42,7 +42,7 @@ def pool(network):
 
 
 @pytest.fixture(scope="module")
-def task(network, pool):
+def classifier(network, pool):
     return merged_predictor(network, pool, lambda *_: (0.5, 0.5))(EPISODE)
 
 
@@ -150,7 +150,7 @@ def test_random_starts_fill_the_l2_ball_evenly():
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "support"])
-def test_every_attack_stays_in_its_ball_and_tells_the_truth(network, task, kind, norm):
+def test_every_attack_stays_in_its_ball_and_tells_the_truth(network, classifier, kind, norm):
     """Its images are valid and near, what it calls fooled is misclassified, and the seed decides it all."""
     if kind == "pyramid" and norm == "l2":
         pytest.skip("the pyramid is bounded per pixel")
@@ -162,7 +162,7 @@ def test_every_attack_stays_in_its_ball_and_tells_the_truth(network, task, kind,
         logits = Plane(5)
         images, own = torch.rand(6, 3, 6, 6, generator=generator(2)), torch.zeros(6, dtype=torch.int64)
     else:
-        logits, images, own = task.logits, EPISODE.query, EPISODE.query_labels
+        logits, images, own = classifier.logits, EPISODE.query, EPISODE.query_labels
     right = logits(images).argmax(1) == own
     images, own = images[right], own[right]
     assert len(images) > 1
@@ -180,13 +180,13 @@ def test_every_attack_stays_in_its_ball_and_tells_the_truth(network, task, kind,
     assert torch.equal(logits(found.images).argmax(1) != own, found.fooled)
 
 
-def test_one_way_cannot_be_fooled_and_nothing_is_nothing(task):
+def test_one_way_cannot_be_fooled_and_nothing_is_nothing(classifier):
     attack = Attack("autoattack", (8,))
     images, labels = EPISODE.query[:3], torch.zeros(3, dtype=torch.int64)
     alone = lambda images: images.mean((1, 2, 3))[:, None]  # noqa: E731
     found = attack_queries(attack, 8, alone, images, labels, 1, generators(images))
     assert not found.fooled.any() and torch.equal(found.images, images)
-    none = attack_queries(attack, 8, task.logits, images[:0], labels[:0], 5, [])
+    none = attack_queries(attack, 8, classifier.logits, images[:0], labels[:0], 5, [])
     assert len(none.fooled) == 0
 
 
@@ -270,25 +270,25 @@ def test_the_dlr_loss_by_hand():
     torch.testing.assert_close(dlr(100 * logits, torch.tensor([0, 1])), torch.tensor([-0.5, 0.5]))
 
 
-def test_an_image_starts_at_one_point_whatever_else_is_attacked(network, task):
+def test_an_image_starts_at_one_point_whatever_else_is_attacked(network, classifier):
     """So two networks are attacked from the same points, although they got other images right."""
     attack = Attack("pgd", (8.0,), steps=1, step_size=0.0)
     own = torch.full_like(EPISODE.query_labels, -1)  # wrong as they are: the start itself comes back
     every = generators(EPISODE.query)
-    whole = attack_queries(attack, 8.0, task.logits, EPISODE.query, own, 5, every).images
+    whole = attack_queries(attack, 8.0, classifier.logits, EPISODE.query, own, 5, every).images
     which = [3, 7, 8]
     some = [generators(EPISODE.query)[k] for k in which]
-    part = attack_queries(attack, 8.0, task.logits, EPISODE.query[which], own[which], 5, some).images
+    part = attack_queries(attack, 8.0, classifier.logits, EPISODE.query[which], own[which], 5, some).images
     assert torch.equal(part, whole[which])
 
 
-def test_restarts_only_ever_break_more(task):
-    right = task.logits(EPISODE.query).argmax(1) == EPISODE.query_labels
+def test_restarts_only_ever_break_more(classifier):
+    right = classifier.logits(EPISODE.query).argmax(1) == EPISODE.query_labels
     images, labels = EPISODE.query[right], EPISODE.query_labels[right]
 
     def fooled(restarts: int) -> torch.Tensor:
         attack = Attack("pgd", (1.5,), steps=2, restarts=restarts)
-        return attack_queries(attack, 1.5, task.logits, images, labels, 5, generators(images, 3)).fooled
+        return attack_queries(attack, 1.5, classifier.logits, images, labels, 5, generators(images, 3)).fooled
 
     assert not (fooled(1) & ~fooled(6)).any()
 
@@ -375,7 +375,7 @@ def test_the_poison_that_counts_is_one_for_all_queries():
 
             return logits
 
-        return Task(logits_by(shown.support), logits_by, ())
+        return Classifier(logits_by(shown.support), logits_by, ())
 
     episode = dataclasses.replace(episode, support=torch.full_like(episode.support, 0.5))
     row = measure(predict, episode, [Attack("support", (60,), steps=8)]).row

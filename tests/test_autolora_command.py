@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from amt.cli import autolora
 from amt.cli.options import autolora as options
 from amt.data.corruptions import CORRUPTIONS
+from amt.evaluation import recording
 from amt.evaluation import test_set as testing
 from amt.files.robust_weights import Pretrained
 from amt.models.classifiers import build, logits
@@ -395,13 +397,13 @@ def test_a_finished_run_is_not_trained_again(world, tuned, tmp_path, monkeypatch
 
 def test_a_signal_while_testing_stops_the_run_there(world, tuned, tmp_path, monkeypatch):
     """No mode after it is begun; the same command goes on with the test."""
-    measured = testing.measure
+    measured = recording.measure
 
     def interrupted(*arguments, **named):
         os.kill(os.getpid(), signal.SIGTERM)
         return measured(*arguments, **named)
 
-    monkeypatch.setattr(testing, "measure", interrupted)
+    monkeypatch.setattr(recording, "measure", interrupted)
     monkeypatch.setattr(testing, "PROBED", 8)
     flags = world.flags(tmp_path, "--mode", "ALL", "--epochs", 1, "--test_batch_size", 8)
     ended = command(*flags)
@@ -727,7 +729,13 @@ def test_a_head_may_be_wider_than_the_classes(world, tmp_path):
 def test_small_pictures_go_whole_into_a_network_for_large_ones(world, tmp_path, monkeypatch):
     """CIFAR with a transformer is enlarged inside the network: nothing is cut off before."""
     seen = []
-    monkeypatch.setattr(autolora, "test", lambda *args, **more: seen.append(more["transform"]) or 0)
+    unfinished = SimpleNamespace(complete=False)
+
+    def test(_network, _weights, tested, *_folder, **_more):
+        seen.append(tested.transform)
+        return unfinished, 0
+
+    monkeypatch.setattr(autolora, "test", test)
     monkeypatch.setattr(autolora, "open_network", lambda args, network: (network, untrained(network)))
     flags = world.flags(tmp_path, "--arch", "timm:vit_tiny_patch16_224", "--eval_only")
     ended = command(*flags)

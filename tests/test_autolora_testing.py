@@ -23,6 +23,7 @@ from amt.evaluation.evaluate import columns, measure
 from amt.evaluation.statistics import summarise
 from amt.models.classifiers import Network, logits
 from amt.report.document import page
+from amt.report.finish import finish
 from meta_dataset_readers.transforms import planes, unit_range
 
 CLASSES = ("red", "green", "blue", "dark", "light")
@@ -79,18 +80,30 @@ def weights() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def run_test(weights):
-    """`testing.test` on 70 pictures into a folder."""
+    """`testing.test` on 70 pictures into a folder, and the end of a complete run."""
 
-    def run(folder, attacks=PGD, part=None, about=None, **options) -> int:
-        return testing.test(
-            options.pop("network", NETWORK),
-            options.pop("weights", weights),
-            pictures() if part is None else part,
-            options.pop("class_names", CLASSES),
+    def run(folder, attacks=PGD, part=None, **options) -> int:
+        def test_set(images):
+            reading = {name: options[name] for name in ("batch_size", "workers") if name in options}
+            names = options.get("class_names", CLASSES)
+            return testing.TestSet("toys", images, names, transform, **{"batch_size": 16, **reading})
+
+        run, code = testing.test(
+            options.get("network", NETWORK),
+            options.get("weights", weights),
+            test_set(pictures() if part is None else part),
             folder,
-            **{"name": "toys", "about": about or {"settings": {"mode": "AFF"}}, "transform": transform},
-            **{"attacks": attacks, "batch_size": 16, **options},
+            about=options.get("about", {"settings": {"mode": "AFF"}}),
+            attacks=attacks,
+            seed=options.get("seed", 0),
+            corrupted={
+                name: [test_set(images) for images in severities]
+                for name, severities in options.get("corrupted", {}).items()
+            },
         )
+        if run.complete:
+            finish(run, torch.device("cpu"))
+        return code
 
     return run
 
@@ -472,7 +485,7 @@ def test_measuring_by_numbers(weights):
     column = PGD[0].columns[0]
     assert whole.n_way == 5
     assert torch.equal(alone.predicted, together.predicted[8:])
-    assert torch.equal(alone.standing[column], together.standing[column][8:])
+    assert torch.equal(alone.correct[column], together.correct[column][8:])
     torch.testing.assert_close(alone.attacked[column], together.attacked[column][8:])
 
 

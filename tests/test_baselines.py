@@ -33,8 +33,9 @@ from amt.models.full_pool import FullPool, pretrained_pool
 from amt.models.lora import Trim, principal_pool, trim_singular_values
 from amt.models.network import Network
 from amt.models.pool import Pool
-from amt.tasks.classifier import prototype_task
+from amt.tasks.classifier import pretrained, prototype_classifier
 from amt.tasks.finetune import Finetuning, finetune, finetuned_predictor
+from amt.tasks.leave_one_out import Merged
 from amt.tasks.merge import AUGMENTATIONS, augment
 from amt.training.meta_tune import ALONE, Tuner, TuneSettings, natural_outcome, querying_outcome
 from meta_dataset_readers.episode import Episode
@@ -339,14 +340,14 @@ SETTINGS = Finetuning(steps=4, lr=1e-3)
 
 
 def logits_of(network: Network, episode: Episode, settings: Finetuning = SETTINGS, seed: int = 0) -> Tensor:
-    predict = finetuned_predictor(network, network.weights, 10.0, 0.0, settings, seed)
+    predict = finetuned_predictor(network, pretrained(network), settings, seed)
     return predict(episode).logits(patterned_episode(9, side=16).query)
 
 
 @pytest.mark.parametrize("settings", [Finetuning(lr=0.0), Finetuning(steps=0)])
 def test_no_rate_or_no_step_is_no_fine_tuning(network, episode, settings):
-    task = prototype_task(network, network.weights, episode, 10.0, 0.0)
-    expected = task.logits(patterned_episode(9, side=16).query)
+    classifier = prototype_classifier(network, pretrained(network), episode)
+    expected = classifier.logits(patterned_episode(9, side=16).query)
     assert torch.equal(logits_of(network, episode, settings), expected)
 
 
@@ -363,7 +364,7 @@ def test_fine_tuning_is_adam_on_all_weights(network, episode):
     query = patterned_episode(9, side=16).query
     expected = plain(support, labels, query)
     assert torch.allclose(logits_of(network, episode, settings), expected, atol=2e-3)
-    untouched = prototype_task(network, network.weights, episode, 10.0).logits(query)
+    untouched = prototype_classifier(network, pretrained(network), episode).logits(query)
     assert (untouched - expected).abs().max() > 0.1  # so that the tolerance means something
 
 
@@ -373,9 +374,9 @@ def test_fine_tuning_learns(network):
 
     @torch.no_grad()
     def losses(settings: Finetuning) -> tuple[float, float]:
-        task = finetuned_predictor(network, network.weights, 10.0, 0.0, settings, 0)(episode)
-        support = F.cross_entropy(task.logits(episode.support), episode.support_labels)
-        return support.item(), F.cross_entropy(task.logits(episode.query), episode.query_labels).item()
+        classifier = finetuned_predictor(network, pretrained(network), settings, 0)(episode)
+        support = F.cross_entropy(classifier.logits(episode.support), episode.support_labels)
+        return support.item(), F.cross_entropy(classifier.logits(episode.query), episode.query_labels).item()
 
     support, query = losses(Finetuning(steps=0))
     assert losses(Finetuning(steps=20, lr=1e-3, augment_probability=0.0))[0] < 0.1 * support
@@ -400,7 +401,7 @@ def test_fine_tuning_depends_on_the_seed_and_the_episode_alone(network, episode)
 def test_every_task_starts_from_the_same_weights_which_stay_as_they_are(network, episode):
     weights = {name: weight.clone() for name, weight in network.weights.items()}
     before, state = {n: w.clone() for n, w in weights.items()}, copy.deepcopy(network.module.state_dict())
-    predict = finetuned_predictor(network, weights, 10.0, 0.0, SETTINGS, 0)
+    predict = finetuned_predictor(network, Merged(weights, 10.0, 0.0), SETTINGS, 0)
     images = episode.query
     first = predict(episode).logits(images)
     predict(patterned_episode(4, side=16))
@@ -413,26 +414,26 @@ def test_the_attack_goes_through_the_tuned_network(network, episode):
     """White box: images get a gradient through the tuned weights, which get none; `refit` uses them, too."""
     generator = torch.Generator().manual_seed(0)
     support, labels = episode.support, episode.support_labels
-    tuned = finetune(network, network.weights, 10.0, 0.0, support, labels, SETTINGS, generator)
+    tuned = finetune(network, pretrained(network), support, labels, SETTINGS, generator)
     assert not any(weight.requires_grad for weight in tuned.values())
     assert [name for name in tuned if torch.equal(tuned[name], network.weights[name])] == []
-    predict = finetuned_predictor(network, network.weights, 10.0, 0.0, Finetuning(steps=2, lr=1e-3), 0)
-    task = predict(episode)
+    predict = finetuned_predictor(network, pretrained(network), Finetuning(steps=2, lr=1e-3), 0)
+    classifier = predict(episode)
     images = episode.query.clone().requires_grad_()
-    task.logits(images).sum().backward()
-    assert images.grad.abs().sum() > 0 and task.coefficients == ()
+    classifier.logits(images).sum().backward()
+    assert images.grad.abs().sum() > 0 and classifier.coefficients == ()
     again = support.clone().requires_grad_()
-    refitted = task.refit(again)(episode.query)
-    assert torch.allclose(refitted, task.logits(episode.query), atol=1e-5)
+    refitted = classifier.refit(again)(episode.query)
+    assert torch.allclose(refitted, classifier.logits(episode.query), atol=1e-5)
     refitted.square().sum().backward()
     assert again.grad.abs().sum() > 0
 
 
 def test_fine_tuning_is_in_float32_whatever_the_backbone_says(network, episode):
     half = dataclasses.replace(network, autocast=torch.bfloat16)
-    arguments = (10.0, 0.0, episode.support, episode.support_labels, SETTINGS)
+    arguments = (episode.support, episode.support_labels, SETTINGS)
     one, other = (
-        finetune(each, network.weights, *arguments, torch.Generator().manual_seed(0))
+        finetune(each, pretrained(network), *arguments, torch.Generator().manual_seed(0))
         for each in (network, half)
     )
     assert identical(one, other)

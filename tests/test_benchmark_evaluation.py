@@ -57,7 +57,7 @@ def test_baseline_trims_as_we_do():
     found = baseline.evaluate_episode(
         model, pool, episode, Routing(), stream(0, 0, 1), attack, query_generators(episode, 0), trims, shares
     )
-    torch.testing.assert_close(found.logits, measured.task.logits(episode.query), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.logits, measured.classifier.logits(episode.query), rtol=1e-5, atol=1e-6)
     plain = merged_predictor(network, pool, lambda *_: shares)(episode).logits(episode.query)
     assert (plain - found.logits).abs().max() > 1e-3  # trimming does something
     assert found.accuracy == pytest.approx(measured.row["pgd4@8"]) and 0 < found.accuracy < 1

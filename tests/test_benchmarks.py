@@ -107,15 +107,15 @@ def test_baseline_evaluates_as_we_do(augmented):
     routing = Routing(beta=10, augment_probability=augmented)
     attack = Attack("pgd", (8,), steps=4, step_size=2)
     predict = merged_predictor(network, pool, lambda *seen: route(network, pool, *seen, routing))
-    task = predict(episode)
+    classifier = predict(episode)
     (row,) = evaluate(predict, [episode], [attack])
     starts = query_generators(episode, 0)
     found = baseline.evaluate_episode(
         baseline.Baseline(network), pool, episode, routing, stream(0, 0, 1), attack, starts
     )
-    assert found.coefficients == pytest.approx(task.coefficients, abs=1e-5)
+    assert found.coefficients == pytest.approx(classifier.coefficients, abs=1e-5)
     assert sum(c > 0 for c in found.coefficients) == 2
-    torch.testing.assert_close(found.logits, task.logits(episode.query), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.logits, classifier.logits(episode.query), rtol=1e-5, atol=1e-6)
     assert row["clean"] == 1 and 0 < row[attack.columns[0]] < 1  # else accuracies would agree too easily
     assert found.accuracy == pytest.approx(row[attack.columns[0]])
 

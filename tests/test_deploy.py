@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from amt.attacks.evaluation import Attack
 from amt.attacks.perturb import Perturbation
-from amt.evaluation.deploy import STAMP, Deployment, as_decided, check_deployment, check_trims, deploy
+from amt.evaluation.deploy import STAMP, Deployment, check_deployment, check_trims, deploy, earlier_note
 from amt.evaluation.evaluate import evaluate
 from amt.evaluation.select import support_predictor
 from amt.models.architectures import Arch
@@ -24,8 +24,9 @@ from amt.models.lora import LoRAPool, Trim, principal_pool
 from amt.models.network import Network, features
 from amt.models.pool import Pool
 from amt.models.weights import stream
-from amt.tasks.classifier import Task, prototype_task
+from amt.tasks.classifier import Classifier, prototype_classifier
 from amt.tasks.finetune import Finetuning
+from amt.tasks.leave_one_out import Merged
 from amt.tasks.merge import Routing, augment, route, soup, uniform
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
@@ -80,7 +81,7 @@ def poisoned(episode: Episode) -> Episode:
     )
 
 
-def same_task(one: Task, other: Task, images: Tensor) -> bool:
+def same_classifier(one: Classifier, other: Classifier, images: Tensor) -> bool:
     return one.coefficients == other.coefficients and torch.equal(one.logits(images), other.logits(images))
 
 
@@ -132,13 +133,16 @@ def test_a_soup_averages_the_factors(network, pool):
         if name in pool.A:
             product = pool.B[name].mean(0) @ pool.A[name].mean(0)
             by_hand[name] = residual + product.reshape(residual.shape)
-    expected = prototype_task(network, by_hand, episode, pool.scale.mean(), pool.bias.mean())
-    task = predict(episode)
-    assert torch.allclose(task.logits(episode.query), expected.logits(episode.query), atol=1e-4)
-    assert task.coefficients == uniform(pool) == tuple(about["coefficients"])
+    by_hand = Merged(by_hand, pool.scale.mean(), pool.bias.mean())
+    expected = prototype_classifier(network, by_hand, episode)
+    classifier = predict(episode)
+    assert torch.allclose(classifier.logits(episode.query), expected.logits(episode.query), atol=1e-4)
+    assert classifier.coefficients == uniform(pool) == tuple(about["coefficients"])
     assert about["how"] == "soup of the factors of 3 adapters"
     merged, _ = deploy(network, pool, Deployment(routing="uniform"), "tiny", nowhere)
-    assert not torch.allclose(merged(episode).logits(episode.query), task.logits(episode.query), atol=1e-2)
+    assert not torch.allclose(
+        merged(episode).logits(episode.query), classifier.logits(episode.query), atol=1e-2
+    )
 
 
 def test_a_soup_of_complete_weights_is_their_uniform_merge(network, full):
@@ -193,10 +197,10 @@ def test_fine_tuning_starts_from_the_network_deployed(network, kind, request):
     episode = make_episode(0)
     expected = deploy(network, pool, plain, "tiny", nowhere)[0](episode)
     predict, about = deploy(network, pool, dataclasses.replace(plain, finetune=still), "tiny", nowhere)
-    assert same_task(predict(episode), expected, episode.query)
+    assert same_classifier(predict(episode), expected, episode.query)
     assert about["how"].endswith("; tuned to every task in 2 steps of 0")
     predict, _ = deploy(network, pool, dataclasses.replace(plain, finetune=moving), "tiny", nowhere)
-    assert not same_task(predict(episode), expected, episode.query)
+    assert not same_classifier(predict(episode), expected, episode.query)
 
 
 # --- the knob from clean to robust -----------------------------------------------------------------------
@@ -325,8 +329,8 @@ def test_valid_looks_at_the_domains_own_valid_episodes_and_at_nothing_else(netwo
     )
     expected, _ = deploy(network, pool, fixed, "tiny", nowhere)
     episode = make_episode(9)
-    assert same_task(predict(episode), expected(episode), episode.query)
-    assert same_task(predict(poisoned(episode)), expected(episode), episode.query)
+    assert same_classifier(predict(episode), expected(episode), episode.query)
+    assert same_classifier(predict(poisoned(episode)), expected(episode), episode.query)
 
 
 def test_another_sources_valid_episodes_may_be_named(network, pool):
@@ -351,10 +355,29 @@ def test_what_was_decided_is_deployed_again_without_choosing(network, pool):
             trim_candidates=(HALF,),
         )
         predict, about = deploy(network, pool, deployment, "tiny", Episodes(VALID=2))
-        settled = as_decided(deployment, json.loads(json.dumps(about)))
-        again, _ = deploy(network, pool, settled, "tiny", nowhere)
+        again, note = deploy(network, pool, deployment, "tiny", nowhere, note=json.loads(json.dumps(about)))
+        assert note == about
         episode = make_episode(3)
-        assert same_task(predict(episode), again(episode), episode.query)
+        assert same_classifier(predict(episode), again(episode), episode.query)
+
+
+def test_a_note_that_does_not_say_what_was_chosen_is_named(network, pool):
+    deployment = Deployment(routings=GRID, select="valid")
+    damaged = ({}, {"trims": [], "routing": {"alpha": 1}}, {"trims": 5})
+    for note in damaged:
+        with pytest.raises(InputError, match=r"merging\.json is damaged"):
+            deploy(network, pool, deployment, "tiny", nowhere, note={"how": "x", **note})
+
+
+def test_domains_that_choose_on_the_same_episodes_share_a_note():
+    """Their own note counts more; who chooses on its own episodes shares nothing."""
+    same, own = Deployment(select="valid", select_on="x"), Deployment(select="valid")
+    deployments = {"a": same, "b": same, "c": own, "d": own, "e": dataclasses.replace(same, split="VALID")}
+    notes = {"a": {"how": "1"}, "c": {"how": "2"}}
+    found = {source: earlier_note(source, deployments, notes) for source in deployments}
+    assert found == {"a": notes["a"], "b": notes["a"], "c": notes["c"], "d": None, "e": None}
+    assert earlier_note("b", deployments, notes | {"b": {"how": "3"}}) == {"how": "3"}
+    assert earlier_note("a", deployments, {"gone": {"how": "4"}}) is None
 
 
 def test_the_published_protocol_says_what_it_is(network, pool):
@@ -383,7 +406,7 @@ def test_the_support_decides_by_itself(network, pool):
         "support set, its images attacked within 4/255; trimmed qkv:-1:0.5 as given"
     )
     episode = make_episode(4)
-    assert same_task(predict(episode), predict(poisoned(episode)), episode.query)
+    assert same_classifier(predict(episode), predict(poisoned(episode)), episode.query)
 
 
 @pytest.mark.parametrize("select", ["valid", "support", "published"])

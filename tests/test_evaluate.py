@@ -17,7 +17,7 @@ from amt.evaluation.statistics import summarise
 from amt.models.architectures import Arch
 from amt.models.lora import LoRAPool, principal_pool
 from amt.models.network import Network
-from amt.tasks.classifier import Task, merged_predictor, pretrained_predictor
+from amt.tasks.classifier import Classifier, merged_predictor, pretrained_predictor
 from meta_dataset_readers.episode import Episode
 
 ARCH = Arch(patch_size=4, dim=12, depth=2, heads=2, pretrained_size=8, image_size=8, mlp_ratio=2.0)
@@ -53,7 +53,7 @@ class Halves:
 
 def rows_of(classifier, episodes, attacks=(), seed: int = 0) -> list[dict]:
     return list(
-        evaluate(lambda _episode: Task(classifier, lambda _: classifier, ()), episodes, attacks, seed)
+        evaluate(lambda _episode: Classifier(classifier, lambda _: classifier, ()), episodes, attacks, seed)
     )
 
 
@@ -115,9 +115,9 @@ def test_the_union_is_the_worst_case_per_image():
     weak, strong = Attack("pgd", (2, 11), steps=1, step_size=0.001), Attack("apgd", (4,), steps=20)
     other = Attack("pgd", (60,), "l2", steps=10)
     measured = measure(
-        lambda _: Task(halves, lambda _: halves, ()), halves.episode(MARGINS), [weak, strong, other]
+        lambda _: Classifier(halves, lambda _: halves, ()), halves.episode(MARGINS), [weak, strong, other]
     )
-    row, standing = measured.row, measured.standing
+    row, standing = measured.row, measured.correct
     assert row["union@2"] == row["pgd1-step0.001@2"] and row["union@4"] == row[
         "apgd20-ce@4"
     ] == pytest.approx(2 / 6)

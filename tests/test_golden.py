@@ -38,7 +38,8 @@ from amt.models.lora import LoRAPool, Trim, split_principal, trim_singular_value
 from amt.models.network import Network, features, resize_positions
 from amt.models.weights import Coefficients
 from amt.tasks import merge
-from amt.tasks.classifier import prototype_task
+from amt.tasks.classifier import prototype_classifier
+from amt.tasks.leave_one_out import Merged
 from amt.tasks.merge import Routing, average_of, blend, compactness, support_cosines
 from amt.training import meta_tune
 from amt.training.losses import kl_sum, robust_loss
@@ -786,8 +787,8 @@ def recorded_shares(data: dict[str, Tensor], case: str, adapters: int) -> Tensor
 
 def merged_logits(model: Model, coefficients: Coefficients, episode: Episode, trims=()) -> Tensor:
     weights = trim_singular_values(model.pool.merge(coefficients), trims)
-    head = model.pool.head(coefficients)
-    return prototype_task(model.network, weights, episode, *head).logits(episode.query)
+    merged = Merged(weights, *model.pool.head(coefficients))
+    return prototype_classifier(model.network, merged, episode).logits(episode.query)
 
 
 def merged_layers() -> dict[str, str]:

@@ -14,7 +14,8 @@ from amt.attacks.evaluation import Attack
 from amt.evaluation import runs
 from amt.evaluation.evaluate import columns, measure
 from amt.evaluation.runs import Writer
-from amt.tasks.classifier import Task
+from amt.evaluation.samples import SAMPLED, sample_of
+from amt.tasks.classifier import Classifier
 
 ATTACKS = (Attack("pgd", (2, 8), steps=3),)
 ABOUT = {
@@ -226,22 +227,22 @@ def measured_toy():
     episode = patterned_episode(2, n_way=4, shots=1, queries=5)
     head = torch.randn(4, 3 * 8 * 8, generator=torch.Generator().manual_seed(0))
     logits = lambda images: images.flatten(1) @ head.T  # noqa: E731
-    return episode, measure(lambda _: Task(logits, lambda _: logits, ()), episode, ATTACKS)
+    return episode, measure(lambda _: Classifier(logits, lambda _: logits, ()), episode, ATTACKS)
 
 
 def test_samples_show_every_class_before_and_after(tmp_path):
     episode, measured = measured_toy()
     with Writer(tmp_path, ABOUT | {"sources": ["tiny"]}) as out:
-        out.keep(runs.sample_of(episode, measured))
+        out.keep(sample_of(episode, measured))
         out.append(row("tiny", 2))
     (sample,) = runs.load(tmp_path).samples()
     assert (sample.source, sample.index, sample.column) == ("tiny", 2, "pgd3@8")
-    assert len(sample.clean) == runs.SAMPLED and set(sample.labels[:4]) == {0, 1, 2, 3}
+    assert len(sample.clean) == SAMPLED and set(sample.labels[:4]) == {0, 1, 2, 3}
     assert sample.clean.dtype == sample.attacked.dtype == np.uint8 and sample.clean.shape[1:] == (8, 8, 3)
     assert 0 < abs(sample.perturbation).max() <= 8.01 and len(sample.class_names) == 4
     moved = sample.attacked.astype(float) - sample.clean
     assert abs(moved - sample.perturbation).max() <= 1.01  # both were rounded
-    right = measured.standing["clean"].float().mean()
+    right = measured.correct["clean"].float().mean()
     assert (sample.predicted_clean == sample.labels).mean() == pytest.approx(float(right), abs=0.5)
 
 
@@ -249,7 +250,7 @@ def test_samples_show_every_class_before_and_after(tmp_path):
 def test_a_damaged_sample_is_named(tmp_path, damage):
     episode, measured = measured_toy()
     with Writer(tmp_path, ABOUT | {"sources": ["tiny"]}) as out:
-        sample = runs.sample_of(episode, measured)
+        sample = sample_of(episode, measured)
         if damage == "labels":
             sample = sample._replace(labels=sample.labels + 9)
         if damage == "shape":

@@ -12,7 +12,7 @@ from amt.evaluation.evaluate import Measurement, measure
 from amt.evaluation.sanity import judge, probe
 from amt.models.architectures import Arch
 from amt.models.lora import principal_pool
-from amt.tasks.classifier import Task, merged_predictor
+from amt.tasks.classifier import Classifier, merged_predictor
 
 ARCH = Arch(patch_size=4, dim=12, depth=2, heads=2, pretrained_size=8, image_size=8, mlp_ratio=2.0)
 ATTACKS = (Attack("pgd", (20, 80), steps=10), Attack("pgd", (900,), "l2", steps=10))
@@ -40,7 +40,7 @@ def nearest(episode, blur=lambda images: images, scale=0.5):
     def logits(images):
         return -scale * (blur(images)[:, None] - centres[None]).square().sum((2, 3, 4))
 
-    return Task(logits, lambda _: logits, ())
+    return Classifier(logits, lambda _: logits, ())
 
 
 def columns_of(found) -> set[str]:
@@ -101,7 +101,7 @@ def test_a_constant_network_is_suspected():
         def logits(images):
             return torch.tensor([1.0, 0.0, 0.0]).repeat(len(images), 1) + 0 * images.sum((1, 2, 3))[:, None]
 
-        return Task(logits, lambda _: logits, ())
+        return Classifier(logits, lambda _: logits, ())
 
     reasons = {finding.reason for finding in findings(predict)}
     assert {"16 of 16 images withstand a perturbation without limit"} <= reasons
@@ -112,13 +112,13 @@ def test_an_attack_that_forgets_is_suspected(monkeypatch):
     """One that breaks images at a small radius and cannot any more at a large one."""
     from amt.evaluation import evaluate, sanity
 
-    honest = evaluate.attack_queries
+    honest = evaluate.attack_some
 
     def forgetful(attack, epsilon, *rest, **more):
         found = honest(attack, epsilon, *rest, **more)
         return found._replace(fooled=found.fooled & (epsilon < 80 or epsilon > 200))
 
-    monkeypatch.setattr(sanity, "attack_queries", forgetful)
+    monkeypatch.setattr(sanity, "attack_some", forgetful)
     found = findings(nearest, [Attack("pgd", (60, 100), steps=10)])
     assert any("withstand a larger radius" in finding.reason for finding in found)
 
@@ -142,9 +142,9 @@ def test_black_box_attacks_that_do_better_are_suspected_beyond_noise():
 @pytest.mark.parametrize("attacks", [ATTACKS, ()])
 def test_nothing_right_leaves_nothing_to_probe(attacks):
     def predict(episode):
-        task = nearest(episode)
-        logits = lambda images: task.logits(images).roll(1, dims=1)  # noqa: E731
-        return Task(logits, lambda _: logits, ())
+        classifier = nearest(episode)
+        logits = lambda images: classifier.logits(images).roll(1, dims=1)  # noqa: E731
+        return Classifier(logits, lambda _: logits, ())
 
     assert findings(predict, attacks, EPISODES[:1]) == []
     assert judge([], attacks) == []
@@ -152,10 +152,10 @@ def test_nothing_right_leaves_nothing_to_probe(attacks):
 
 def test_probing_changes_nothing_and_is_repeatable():
     measured = measure(nearest, EPISODES[0], ATTACKS)
-    before = {name: mask.clone() for name, mask in measured.standing.items()}
+    before = {name: mask.clone() for name, mask in measured.correct.items()}
     first, again = (probe(nearest, EPISODES[0], measured, ATTACKS, seed=3) for _ in range(2))
     assert first == again and first["images"] == 24
-    assert all(torch.equal(before[name], mask) for name, mask in measured.standing.items())
+    assert all(torch.equal(before[name], mask) for name, mask in measured.correct.items())
     assert isinstance(measured, Measurement) and "checks" not in measured.row
 
 
@@ -166,7 +166,7 @@ def test_black_box_attacks_alone_are_checked_as_well():
         def logits(images):
             return torch.tensor([1.0, 0.0, 0.0]).repeat(len(images), 1) + 0 * images.sum((1, 2, 3))[:, None]
 
-        return Task(logits, lambda _: logits, ())
+        return Classifier(logits, lambda _: logits, ())
 
     found = findings(predict, [Attack("square", (8,), queries=5)])
     assert columns_of(found) == {"square5@8"}

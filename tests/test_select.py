@@ -20,8 +20,7 @@ from amt.evaluation.evaluate import evaluate
 from amt.evaluation.select import (
     BETAS,
     GAMMAS,
-    merged_networks,
-    names,
+    candidate_names,
     published_grid,
     select,
     selection_attacks,
@@ -32,7 +31,7 @@ from amt.models.lora import LoRAPool, Trim, principal_pool
 from amt.models.network import Network
 from amt.models.weights import stream
 from amt.tasks import leave_one_out
-from amt.tasks.classifier import merged_predictor
+from amt.tasks.classifier import merged_networks, merged_predictor
 from amt.tasks.leave_one_out import leave_one_out_loss, new_trial
 from amt.tasks.merge import Routing, route
 from meta_dataset_readers.episode import Episode
@@ -92,7 +91,7 @@ def test_every_candidate_is_scored_as_an_evaluation_with_it_would_be(network, th
     monkeypatch.setattr(selecting, "_rounded", lambda coefficients: coefficients)
     candidates = grid(Routing(epsilon=epsilon, augment_probability=0.5))[::6]
     found = chosen(network, three, candidates, EPISODES[:2], PGD, seed=4, halving=False)
-    assert [what for what, _ in found.scores] == names(candidates)
+    assert [what for what, _ in found.scores] == candidate_names(candidates)
     expected = [straightforwardly(network, three, EPISODES[:2], each, PGD, seed=4) for each in candidates]
     assert [score for _, score in found.scores] == pytest.approx(expected)
     assert found.candidate == expected.index(max(expected))
@@ -105,7 +104,7 @@ def test_views_are_shared_and_yet_what_each_would_be_alone(network, three):
 
     def of(candidates):
         generator = stream(3, 0, 1)
-        return selecting.choices(
+        return selecting.candidate_coefficients(
             network, three, candidates, episode.support, episode.support_labels, generator
         )
 
@@ -160,9 +159,9 @@ def test_the_published_grid():
 
 
 def test_candidates_are_called_by_what_they_differ_in():
-    assert names([Routing(), Routing(gamma=1)]) == ["beta 1, gamma 0.6", "beta 1, gamma 1"]
+    assert candidate_names([Routing(), Routing(gamma=1)]) == ["beta 1, gamma 0.6", "beta 1, gamma 1"]
     several = [Routing(top_k=1, epsilon=4), Routing(), (0.0, 1.0), (0.5, 0.5)]
-    assert names(several) == [
+    assert candidate_names(several) == [
         "beta 1, gamma 0.6, top 1, route_epsilon 4",
         "beta 1, gamma 0.6, top 2, route_epsilon 0",
         "adapter 1",
@@ -185,7 +184,7 @@ def prescribing(monkeypatch, score) -> list[tuple]:
         return SimpleNamespace(row={"clean": score(episode.index, coefficients, trims) / 100})
 
     monkeypatch.setattr(selecting, "measure", measure)
-    monkeypatch.setattr(selecting, "_task", lambda network, merged, episode, setting: setting)
+    monkeypatch.setattr(selecting, "_classifier", lambda network, merged, episode, setting: setting)
     return tried
 
 
@@ -305,7 +304,7 @@ def by_hand(network, pool, episode, settings, epsilon, seed) -> list[float]:
     trial = new_trial(
         network, episode.support, episode.support_labels, epsilon, stream(seed, episode.index, 4)
     )
-    return [leave_one_out_loss(network, merged_networks(pool, [])(setting), trial) for setting in settings]
+    return [leave_one_out_loss(network, merged_networks(pool)(*setting), trial) for setting in settings]
 
 
 @pytest.mark.parametrize("shots", [1, 3])
@@ -318,7 +317,7 @@ def test_a_task_gets_the_candidate_that_tells_its_support_apart(network, three, 
     for number in range(3):
         episode = make_episode(number, shots=shots)
         generator = stream(2, number, 1)
-        given_ = selecting.choices(
+        given_ = selecting.candidate_coefficients(
             network, three, candidates, episode.support, episode.support_labels, generator
         )
         losses = by_hand(network, three, episode, [(each, ()) for each in given_], epsilon, 2)
@@ -346,8 +345,8 @@ def test_a_tasks_trimming_is_one_that_improves(network, three, offered):
         episode = make_episode(number, shots=2)
         settings = [((0.5, 0.5, 0.0), (BLOCK, *extra)) for extra in [(), *((trim,) for trim in offered)]]
         losses = by_hand(network, three, episode, settings, 0, 0)
-        merged = merged_networks(three, [])(settings[losses.index(min(losses))])
-        expected = selecting._task(network, lambda _: merged, episode, settings[0])  # noqa: B023
+        merged = merged_networks(three)(*settings[losses.index(min(losses))])
+        expected = selecting._classifier(network, lambda *_: merged, episode, settings[0])  # noqa: B023
         assert torch.allclose(predict(episode).logits(episode.query), expected.logits(episode.query))
 
 
@@ -364,7 +363,7 @@ def test_each_distinct_network_sees_a_task_once(network, three, monkeypatch):
     episode = make_episode(0, shots=2)
     generator = stream(0, 0, 1)
     arguments = network, three, CANDIDATES, episode.support, episode.support_labels, generator
-    distinct = {selecting._rounded(each) for each in selecting.choices(*arguments)}
+    distinct = {selecting._rounded(each) for each in selecting.candidate_coefficients(*arguments)}
     support_predictor(network, three, CANDIDATES)(episode)
     assert seen == [len(episode.support)] * len(distinct) and len(distinct) < len(CANDIDATES)
 

@@ -217,7 +217,7 @@ def attack_queries(
 
     Args:
         epsilon: in 1/255 of the pixel range.
-        logits: the network under attack, see `amt.predict.Task`.
+        logits: the network under attack, see `amt.tasks.classifier.Classifier`.
         images, labels: query images that it classifies correctly, (Q, 3, H, W) in [0, 1] and (Q,) int64.
         n_way: number of classes N; with one class no image can be taken for another.
         generators: a CPU generator for each image, so that its random starts do not depend on which others

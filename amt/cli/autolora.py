@@ -11,7 +11,7 @@ RUN/MODE/test is a run directory as of test_meta_dataset.py. The same command co
 import argparse
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,9 +20,10 @@ from amt.cli.options import autolora as options
 from amt.cli.options import check_output, use_threads
 from amt.data import corruptions
 from amt.data.datasets import known
-from amt.data.loading import Splits, batches, open_splits, transforms
+from amt.data.labelled import Labelled
+from amt.data.loading import Splits, Transform, batches, open_splits, transforms
 from amt.evaluation import runs
-from amt.evaluation.test_set import check_attacks, check_labels, test
+from amt.evaluation.test_set import TestSet, check_attacks, check_labels, test
 from amt.files import checkpoint, writing
 from amt.files import robust_weights as pretrained
 from amt.files.robust_weights import Pretrained
@@ -30,6 +31,7 @@ from amt.files.signals import Interrupts
 from amt.models.classifiers import Network, build
 from amt.models.network import find_device
 from amt.models.weights import Weights
+from amt.report.finish import finish
 from amt.training.autolora import FineTuner, Settings, accuracy, fine_tune, new_student, validate
 from amt.training.autolora_journal import Journal, continued
 from amt.training.meta_tune import NonFiniteLoss
@@ -58,25 +60,31 @@ def main(argv: Sequence[str]) -> int:
     corrupted = open_corrupted(args, splits)
 
     _, plain = transforms(args.resize, options.large_crops(args))
+    # Pictures that are corrupted here have their final size before that.
+    corrupted_transform = transforms(args.resize, False)[1] if args.corruptions is None else plain
+
+    def test_set(images: Labelled, transform: Transform) -> TestSet:
+        return TestSet(
+            splits.name, images, splits.class_names, transform, args.test_batch_size, args.num_workers
+        )
 
     def tested(folder: Path, weights: Weights, file: Path) -> int:
-        return test(
+        run, code = test(
             network,
             {name: weight.to(device) for name, weight in weights.items()},
-            splits.test,
-            splits.class_names,
+            test_set(splits.test, plain),
             folder / "test",
-            name=splits.name,
             about={"checkpoint": str(file), "settings": data_protocol(args)},
-            transform=plain,
             attacks=attacks,
             seed=args.seed,
-            batch_size=args.test_batch_size,
-            workers=args.num_workers,
-            corrupted=corrupted,
-            # Pictures that are corrupted here have their final size before that.
-            corrupted_transform=transforms(args.resize, False)[1] if args.corruptions is None else plain,
+            corrupted={
+                name: [test_set(part, corrupted_transform) for part in severities]
+                for name, severities in corrupted.items()
+            },
         )
+        if run.complete:
+            finish(run, device)
+        return code
 
     if args.eval_only:
         return tested(args.output, found.weights, args.checkpoint)
@@ -225,10 +233,10 @@ def data_protocol(args: argparse.Namespace) -> dict:
     }
 
 
-def open_corrupted(args: argparse.Namespace, splits: Splits):
-    """The test set under common corruptions, if asked for."""
+def open_corrupted(args: argparse.Namespace, splits: Splits) -> Mapping[str, Sequence[Labelled]]:
+    """By common corruption the test set at each severity, if asked for."""
     if not args.eval_OOD:
-        return None
+        return {}
     if args.corruptions is not None:
         return corruptions.open_corrupted(args.corruptions, len(splits.class_names))
     return corruptions.corrupted(splits.test, args.resize, options.large_crops(args), args.seed)

@@ -22,7 +22,7 @@ import torch
 
 from amt.cli import options
 from amt.cli.options import Parser, natural, place, positive
-from amt.evaluation.deploy import check_trims
+from amt.evaluation.deploy import Deployment, check_fit
 from amt.files import checkpoint, export
 from amt.files.export import FORMATS, Support
 from amt.files.pretrained import load_network
@@ -116,17 +116,13 @@ def check_pool(args: argparse.Namespace, pool: Pool) -> None:
     export.check_kind(pool, args.to, str(args.pool))
     if args.adapter is not None and args.adapter >= len(pool):
         raise InputError(f"--adapter {args.adapter}: {args.pool} holds adapters 0 to {len(pool) - 1}")
-    if args.coefficients is not None and len(args.coefficients) != len(pool):
-        raise InputError(
-            f"--coefficients has {len(args.coefficients)} values, {args.pool} holds {len(pool)} adapters"
-        )
+    check_fit(Deployment(coefficients=args.coefficients, trims=tuple(args.trim or ())), pool, str(args.pool))
     given = (args.adapter, args.coefficients, args.support)
     if args.to != "published" and len(pool) > 1 and given == (None,) * 3:
         raise InputError(
             f"{args.pool} holds {len(pool)} adapters, --to {args.to} takes one network: "
             "choose by --adapter P, --coefficients C ..., or --support FOLDER"
         )
-    check_trims(args.trim, pool)
 
 
 def backbone_of(args: argparse.Namespace, about: dict) -> Network:

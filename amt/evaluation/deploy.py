@@ -17,8 +17,8 @@ from amt.evaluation.select import (
     PUBLISHED_EPISODES,
     PUBLISHED_SEED,
     Candidate,
-    merged_networks,
-    names,
+    Selection,
+    candidate_names,
     select,
     selection_attacks,
     support_predictor,
@@ -28,7 +28,7 @@ from amt.models.lora import Trim
 from amt.models.network import Network
 from amt.models.pool import Pool
 from amt.models.weights import Coefficients
-from amt.tasks.classifier import Predictor, merged_predictor, pretrained_predictor
+from amt.tasks.classifier import Predictor, fixed_predictor, merged_networks, merged_predictor, pretrained
 from amt.tasks.finetune import Finetuning, finetuned_predictor
 from amt.tasks.merge import Routing, average_of, kept_members, route, soup, uniform
 from meta_dataset_readers.episode import Episode
@@ -98,6 +98,22 @@ def check_deployment(
     """
     if pool is None:
         return
+    check_fit(deployment, pool, where)
+    if deployment.select != "valid" or not _chooses(deployment, pool):
+        return
+    try:
+        open_episodes(deployment.select_on or source, "VALID", deployment.select_episodes, None)
+    except InputError as error:
+        if deployment.select_on is not None:
+            raise
+        raise InputError(
+            f"--select valid has nothing to choose on for {source}: {error}; --select_on SOURCE takes "
+            "another source's VALID, --select support needs none"
+        ) from error
+
+
+def check_fit(deployment: Deployment, pool: Pool, where: str) -> None:
+    """Raise an `InputError` for settings that do not fit the pool that `where` holds."""
     if deployment.single and len(pool) > 1:
         raise InputError(f"--deploy vanilla takes a single adapter, {where} holds {len(pool)}: merge-vanilla")
     beyond = [p for p in deployment.experts or () if p >= len(pool)]
@@ -108,24 +124,12 @@ def check_deployment(
             f"--coefficients has {len(deployment.coefficients)} values, {where} holds {len(pool)} adapters"
         )
     check_trims((*deployment.trims, *deployment.trim_candidates), pool)
-    if deployment.finetune is not None:
-        one = not any(isinstance(each, Routing) for each in _candidates(deployment, pool))
-        if not one or deployment.select == "support":
-            raise InputError(
-                "--deploy finetune starts every task from one network: choose it by --specified_expert, "
-                "--coefficients, --routing uniform or soup, or --routing best with --select valid"
-            )
-    if _chooses(deployment, pool) and deployment.select == "valid":
-        on = deployment.select_on or source
-        try:
-            open_episodes(on, "VALID", deployment.select_episodes, None)
-        except InputError as error:
-            if deployment.select_on is not None:
-                raise
-            raise InputError(
-                f"--select valid has nothing to choose on for {source}: {error}; --select_on SOURCE takes "
-                "another source's VALID, --select support needs none"
-            ) from error
+    routed = any(isinstance(each, Routing) for each in candidates_of(deployment, pool))
+    if deployment.finetune is not None and (routed or deployment.select == "support"):
+        raise InputError(
+            "--deploy finetune starts every task from one network: choose it by --specified_expert, "
+            "--coefficients, --routing uniform or soup, or --routing best with --select valid"
+        )
 
 
 def check_trims(trims: Iterable[Trim], pool: Pool) -> None:
@@ -149,125 +153,55 @@ def deploy(
     attacks: Sequence[Attack] = (),
     seed: int = 0,
     progress: Progress = lambda episodes, title: episodes,
+    note: Mapping | None = None,
 ) -> tuple[Predictor, dict]:
-    """The predictor for one domain, and in plain values how it came about.
+    """The predictor for one domain, and the note of how its settings were decided, in plain values.
 
-    Whatever is chosen beforehand is chosen here, so this may read and attack episodes. `check_deployment` has
-    passed.
+    `check_deployment` has passed. Without `note` this may read and attack episodes to choose settings.
 
     Args:
-        pool: on the backbone's device; None: the pretrained network.
+        pool: on the network's device; None: the pretrained network.
         source: the domain.
         attacks: of the evaluation; choosing on VALID episodes uses `select.selection_attacks` of them.
         seed: of the evaluation.
+        note: of an earlier call, as read back from JSON: what it chose is not chosen again.
 
     Returns:
         The predictor, and a dictionary of "how" in words, and where there is such a thing "epsilons",
         "coefficients", "routing", "trims", "candidates" with their scores, and "stamp": what has to be
         printed beside every result.
-    """
-    if pool is None:
-        return _pretrained(network, deployment, seed)
-    candidates, trims = _candidates(deployment, pool), deployment.trims
-    served = soup(pool) if _stewed(deployment, pool) else pool
-    about: dict = {"epsilons": [level.epsilon for level in pool.levels]}
-    by, by_trim = "as given", "as given"
-    if _chooses(deployment, pool) and deployment.select != "support":
-        split, n, own_seed = _choosing_on(deployment)
-        on = source if deployment.select == "published" else deployment.select_on or source
-        tried = () if deployment.select == "published" else selection_attacks(attacks)
-        found = select(
-            network,
-            served,
-            candidates,
-            lambda: progress(open_episodes(on, split, n, own_seed), f"choosing on {on} {split}"),
-            tried,
-            trims,
-            deployment.trim_candidates,
-            seed if own_seed is None else own_seed,
-            halving=deployment.select == "valid",
-        )
-        by = _chosen_on(deployment, on, tried)
-        by_trim = f"(the last one {by})" if found.trims else by_trim
-        candidates, trims = candidates[found.candidate : found.candidate + 1], (*trims, *found.trims)
-        about["candidates"] = [list(score) for score in found.scores]
-        about |= {"stamp": STAMP} if deployment.select == "published" else {}
-    about["trims"] = [dataclasses.asdict(trim) for trim in trims]
-    if _chooses(deployment, pool) and deployment.select == "support":
-        epsilon, offered = deployment.support_epsilon, deployment.trim_candidates
-        predict = support_predictor(network, served, candidates, trims, offered, epsilon, seed=seed)
-        how = _chosen_by_support(deployment, candidates)
-        about["candidates"] = [[name, None] for name in names(candidates)]
-    else:
-        (candidate,) = candidates
-        predict = _settled(network, served, candidate, trims, deployment.finetune, seed)
-        how = _how(deployment, pool, candidate, by)
-        if isinstance(candidate, Routing):
-            about["routing"] = dataclasses.asdict(candidate)
-        else:
-            about["coefficients"] = list(candidate)
-    if _stewed(deployment, pool):
-        about["coefficients"], predict = list(uniform(pool)), _sharing(predict, uniform(pool))
-    how += f"; trimmed {', '.join(map(trim_name, trims))} {by_trim}" if trims else ""
-    return predict, {"how": how + _tuned(deployment), **about}
-
-
-def as_decided(deployment: Deployment, about: Mapping) -> Deployment:
-    """The deployment that makes the predictor of an earlier `deploy` again, without choosing once more.
-
-    Args:
-        about: what `deploy` said of the predictor, as read back from JSON.
 
     Raises:
-        InputError: it says nothing of the kind.
+        InputError: `note` does not say what was chosen.
     """
-    if deployment.select not in ("valid", "published") or "candidates" not in about:
-        return deployment
-    try:
-        trims = tuple(Trim(**trim) for trim in about["trims"])
-        settled = dataclasses.replace(deployment, select="none", trims=trims, trim_candidates=())
-        if "routing" in about:
-            return dataclasses.replace(settled, routings=(Routing(**about["routing"]),))
-        if deployment.routing == "best":
-            return dataclasses.replace(settled, coefficients=tuple(about["coefficients"]))
-        return settled
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"merging.json is damaged: it does not say what was chosen ({error!r})") from error
+    if note is None:
+        choose = partial(_choose, network, pool, deployment, source, open_episodes, attacks, seed, progress)
+        note = _decide(pool, deployment, choose)
+    if pool is not None and _chooses_once(deployment, pool):
+        deployment = _settled(deployment, note)
+    return _predictor(network, pool, deployment, seed), dict(note)
 
 
-def _pretrained(network: Network, deployment: Deployment, seed: int) -> tuple[Predictor, dict]:
-    """The pretrained network, tuned to each task if asked for."""
-    predict = pretrained_predictor(network)
-    if deployment.finetune is not None:
-        predict = finetuned_predictor(network, network.weights, 10.0, 0.0, deployment.finetune, seed)
-    return predict, {"how": "none, the pretrained network" + _tuned(deployment)}
+def earlier_note(
+    source: str, deployments: Mapping[str, Deployment], notes: Mapping[str, dict]
+) -> dict | None:
+    """The note that decides a domain already: its own, or that of another domain which is deployed alike and
+    chooses on the same VALID episodes.
+
+    Args:
+        deployments: by domain.
+        notes: of `deploy`, by domain, as far as there are any.
+    """
+    same = [
+        other
+        for other, each in deployments.items()
+        if each == deployments[source] and each.select == "valid" and each.select_on is not None
+    ]
+    return next((notes[each] for each in (source, *same) if each in notes), None)
 
 
-def _settled(
-    network: Network,
-    pool: Pool,
-    candidate: Candidate,
-    trims: Sequence[Trim],
-    finetune: Finetuning | None,
-    seed: int,
-) -> Predictor:
-    """The predictor when nothing is left to choose."""
-    if finetune is not None:  # from one network, see `check_deployment`
-        start = merged_networks(pool, [candidate])((candidate, tuple(trims)))
-        return _sharing(finetuned_predictor(network, *start, finetune, seed), candidate)
-    if isinstance(candidate, Routing):
-        choose = partial(route, network, pool, routing=candidate, members=kept_members(pool))
-        return merged_predictor(network, pool, choose, trims, seed)
-    return merged_predictor(network, pool, lambda *_: candidate, trims, seed)
-
-
-def _sharing(predict: Predictor, coefficients: Coefficients) -> Predictor:
-    """The same predictor, whose tasks say that the adapters have these shares."""
-    return lambda episode: predict(episode)._replace(coefficients=coefficients)
-
-
-def _candidates(deployment: Deployment, pool: Pool) -> tuple[Candidate, ...]:
-    """What there is to choose from: several, or the one thing that is settled."""
+def candidates_of(deployment: Deployment, pool: Pool) -> tuple[Candidate, ...]:
+    """What there is to choose from: several, or the one thing that is given."""
     if deployment.experts is not None:
         return (average_of(pool, deployment.experts),)
     if deployment.coefficients is not None:
@@ -281,33 +215,123 @@ def _candidates(deployment: Deployment, pool: Pool) -> tuple[Candidate, ...]:
     return deployment.routings
 
 
-def _stewed(deployment: Deployment, pool: Pool) -> bool:
+def _averages_factors(deployment: Deployment, pool: Pool) -> bool:
     given = deployment.experts is not None or deployment.coefficients is not None
     return deployment.routing == "soup" and not given and len(pool) > 1
 
 
 def _chooses(deployment: Deployment, pool: Pool) -> bool:
     """Whether there is something to choose, and a way to."""
-    several = len(_candidates(deployment, pool)) > 1 or deployment.trim_candidates
+    several = len(candidates_of(deployment, pool)) > 1 or deployment.trim_candidates
     return deployment.select != "none" and bool(several)
 
 
-def _choosing_on(deployment: Deployment) -> tuple[str, int, int | None]:
-    """Split, number and seed of the episodes that `select` is shown."""
+def _chooses_once(deployment: Deployment, pool: Pool) -> bool:
+    """Whether settings are chosen for the domain as a whole, and not by every task's support set."""
+    return deployment.select != "support" and _chooses(deployment, pool)
+
+
+def _predictor(network: Network, pool: Pool | None, deployment: Deployment, seed: int) -> Predictor:
+    """The predictor when nothing is left to choose, or every task chooses."""
+    merged, shares = pretrained(network), ()
+    if pool is not None:
+        candidates, trims = candidates_of(deployment, pool), deployment.trims
+        soup_shares = uniform(pool) if _averages_factors(deployment, pool) else None
+        members = soup(pool) if soup_shares else pool
+        if deployment.select == "support" and _chooses(deployment, pool):
+            offered, epsilon = deployment.trim_candidates, deployment.support_epsilon
+            predict = support_predictor(network, members, candidates, trims, offered, epsilon, seed)
+            if soup_shares is None:
+                return predict
+            return lambda episode: predict(episode)._replace(coefficients=soup_shares)
+        (candidate,) = candidates
+        if isinstance(candidate, Routing):
+            choose = partial(route, network, pool, routing=candidate, members=kept_members(pool))
+            return merged_predictor(network, pool, choose, trims, seed)
+        merged, shares = merged_networks(members)(candidate, trims), soup_shares or candidate
+    if deployment.finetune is not None:
+        return finetuned_predictor(network, merged, deployment.finetune, seed, shares)
+    return fixed_predictor(network, merged, shares)
+
+
+def _settled(deployment: Deployment, note: Mapping) -> Deployment:
+    """The deployment with what a note says was chosen, so that nothing is left to choose."""
+    try:
+        trims = tuple(Trim(**trim) for trim in note["trims"])
+        settled = dataclasses.replace(deployment, select="none", trims=trims, trim_candidates=())
+        if "routing" in note:
+            return dataclasses.replace(settled, routings=(Routing(**note["routing"]),))
+        if deployment.routing == "best":
+            return dataclasses.replace(settled, coefficients=tuple(note["coefficients"]))
+        return settled
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"merging.json is damaged: it does not say what was chosen ({error!r})") from error
+
+
+def _decide(pool: Pool | None, deployment: Deployment, choose: Callable[[], tuple[Selection, str]]) -> dict:
+    """Choose what there is to choose for a domain; the note that `deploy` returns."""
+    if pool is None:
+        return {"how": f"none, the pretrained network{_tuning_words(deployment)}"}
+    candidates, trims = candidates_of(deployment, pool), deployment.trims
+    note: dict = {"epsilons": [level.epsilon for level in pool.levels]}
+    by = by_trim = "as given"
+    if _chooses_once(deployment, pool):
+        found, by = choose()
+        candidates, trims = candidates[found.candidate : found.candidate + 1], (*trims, *found.trims)
+        by_trim = f"(the last one {by})" if found.trims else by_trim
+        note["candidates"] = [list(score) for score in found.scores]
+        note |= {"stamp": STAMP} if deployment.select == "published" else {}
+    note["trims"] = [dataclasses.asdict(trim) for trim in trims]
+    if _chooses(deployment, pool) and deployment.select == "support":
+        how = _support_words(deployment, candidates)
+        note["candidates"] = [[name, None] for name in candidate_names(candidates)]
+    else:
+        (candidate,) = candidates
+        how = _merging_words(deployment, pool, candidate, by)
+        if isinstance(candidate, Routing):
+            note["routing"] = dataclasses.asdict(candidate)
+        else:
+            note["coefficients"] = list(candidate)
+    if _averages_factors(deployment, pool):
+        note["coefficients"] = list(uniform(pool))
+    how += f"; trimmed {', '.join(map(trim_name, trims))} {by_trim}" if trims else ""
+    return {"how": how + _tuning_words(deployment), **note}
+
+
+def _choose(
+    network: Network,
+    pool: Pool,
+    deployment: Deployment,
+    source: str,
+    open_episodes: OpenEpisodes,
+    attacks: Sequence[Attack],
+    seed: int,
+    progress: Progress,
+) -> tuple[Selection, str]:
+    """What is best on labelled episodes, and in words how it was chosen."""
     if deployment.select == "published":
-        return deployment.split, PUBLISHED_EPISODES, PUBLISHED_SEED
-    return "VALID", deployment.select_episodes, None
+        on, split, n, own_seed = source, deployment.split, PUBLISHED_EPISODES, PUBLISHED_SEED
+        tried, by = (), "chosen on labelled test episodes (published protocol)"
+    else:
+        on, split, n, own_seed = deployment.select_on or source, "VALID", deployment.select_episodes, None
+        tried = selection_attacks(attacks)
+        columns = [column for attack in tried for column in attack.columns]
+        by = f"chosen on {n} VALID episodes of {on}" + (f" under {', '.join(columns)}" if columns else "")
+    found = select(
+        network,
+        soup(pool) if _averages_factors(deployment, pool) else pool,
+        candidates_of(deployment, pool),
+        lambda: progress(open_episodes(on, split, n, own_seed), f"choosing on {on} {split}"),
+        tried,
+        deployment.trims,
+        deployment.trim_candidates,
+        seed if own_seed is None else own_seed,
+        halving=deployment.select == "valid",
+    )
+    return found, by
 
 
-def _chosen_on(deployment: Deployment, on: str, tried: Sequence[Attack]) -> str:
-    if deployment.select == "published":
-        return "chosen on labelled test episodes (published protocol)"
-    columns = [column for attack in tried for column in attack.columns]
-    under = f" under {', '.join(columns)}" if columns else ""
-    return f"chosen on {deployment.select_episodes} VALID episodes of {on}{under}"
-
-
-def _chosen_by_support(deployment: Deployment, candidates: Sequence[Candidate]) -> str:
+def _support_words(deployment: Deployment, candidates: Sequence[Candidate]) -> str:
     what = "single adapters" if deployment.routing == "best" else "settings"
     offered = [f"one of {len(candidates)} {what}"] if len(candidates) > 1 else []
     trimmings = len(deployment.trim_candidates)
@@ -320,19 +344,19 @@ def _chosen_by_support(deployment: Deployment, candidates: Sequence[Candidate]) 
     )
 
 
-def _how(deployment: Deployment, pool: Pool, candidate: Candidate, by: str) -> str:
-    """In words: what merges, and how that was decided."""
+def _merging_words(deployment: Deployment, pool: Pool, candidate: Candidate, by: str) -> str:
+    """What merges, and how that was decided."""
     if isinstance(candidate, Routing):
         top = f", top {candidate.top_k}" if candidate.top_k != Routing.top_k else ""
-        knob = f", route_epsilon {candidate.epsilon:g}" if candidate.epsilon > 0 else ""
-        return f"amt, beta {candidate.beta:g} and gamma {candidate.gamma:g}{top}{knob} {by}"
-    if _stewed(deployment, pool):
+        attacked = f", route_epsilon {candidate.epsilon:g}" if candidate.epsilon > 0 else ""
+        return f"amt, beta {candidate.beta:g} and gamma {candidate.gamma:g}{top}{attacked} {by}"
+    if _averages_factors(deployment, pool):
         return f"soup of the factors of {len(pool)} adapters"
     if deployment.routing == "best" and len(pool) > 1:
-        return f"best single adapter, {names([candidate])[0]} {by}"
+        return f"best single adapter, {candidate_names([candidate])[0]} {by}"
     return f"fixed coefficients {', '.join(f'{c:.3g}' for c in candidate)}"
 
 
-def _tuned(deployment: Deployment) -> str:
+def _tuning_words(deployment: Deployment) -> str:
     tuning = deployment.finetune
     return "" if tuning is None else f"; tuned to every task in {tuning.steps} steps of {tuning.lr:g}"

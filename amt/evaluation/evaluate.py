@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amt.attacks.evaluation import NORMS, Attack, attack_queries, attack_support, on_queries
+from amt.attacks.evaluation import NORMS, Attack, Attacked, attack_queries, attack_support, on_queries
 from amt.evaluation.statistics import summarise
 from amt.models.network import CHUNK, Network
 from amt.models.pool import Pool
 from amt.models.weights import stream
-from amt.tasks.classifier import Predictor, Task, merged_predictor
+from amt.tasks.classifier import Classifier, Logits, Predictor, merged_predictor
 from meta_dataset_readers.episode import Episode
 
 
@@ -27,17 +27,17 @@ class Measurement(NamedTuple):
 
     Args:
         row: plain values for JSON: what the episode was, an accuracy in [0, 1] per column, coefficients.
-        task: the classifier.
+        classifier: of the episode.
         predicted: (Q,) int64, the classes of the queries as they are.
-        standing: by column, which queries are classified correctly (Q,) bool.
+        correct: by column, which queries are classified correctly (Q,) bool.
         attacked: by column of an attack on queries at its largest radius, the query images (Q, 3, H, W) as
             it left them; those that were wrong before are unchanged.
     """
 
     row: dict
-    task: Task
+    classifier: Classifier
     predicted: Tensor
-    standing: dict[str, Tensor]
+    correct: dict[str, Tensor]
     attacked: dict[str, Tensor]
 
 
@@ -69,61 +69,72 @@ def measure(
         chunk: images in one pass, which changes nothing but time and memory.
     """
     began = time.perf_counter()
-    task = predict(episode)
-    labels = episode.query_labels
+    classifier = predict(episode)
     with torch.no_grad():
-        logits = torch.cat([task.logits(part) for part in episode.query.split(chunk)])
+        logits = torch.cat([classifier.logits(part) for part in episode.query.split(chunk)])
     predicted = logits.argmax(1)
-    correct = predicted == labels
+    clean = predicted == episode.query_labels
     fitted = time.perf_counter()
-    standing, attacked, variants = {"clean": correct}, {}, {}
+    correct, attacked, variants = {"clean": clean}, {}, {}
     transfer = any(attack.kind == "transfer" for attack in attacks)
     other = surrogate(episode).logits if transfer else None
     for attack in attacks:
-        left, images = correct, episode.query
-        for epsilon, column in zip(attack.epsilons, attack.columns, strict=True):
-            if attack.kind == "support":
-                generator = stream(seed, episode.index, 2)
-                left = _under_poison(predict, episode, attack, epsilon, correct, left, generator)
-            else:
-                left, images = left.clone(), images.clone()
-                generators = query_generators(episode, seed, numbers)
-                for which in left.nonzero().squeeze(1).split(chunk):
-                    found = attack_queries(
-                        attack,
-                        epsilon,
-                        task.logits,
-                        episode.query[which],
-                        labels[which],
-                        episode.n_way,
-                        [generators[k] for k in which.tolist()],
-                        other,
-                        library_seed(episode, seed),
-                    )
-                    left[which], images[which] = ~found.fooled, found.images
-                    if found.variant:
-                        variants[column] = found.variant
-            standing[column] = left
-        if attack.kind != "support":
-            attacked[column] = images
-    standing |= _unions(attacks, standing)
+        if attack.kind == "support":
+            correct |= _under_support_attack(predict, episode, attack, clean, seed)
+            continue
+        left, images, ran = _under_query_attack(
+            classifier.logits, episode, attack, clean, other, seed, numbers, chunk
+        )
+        correct, variants = correct | left, variants | ran
+        attacked[attack.columns[-1]] = images
+    correct |= _unions(attacks, correct)
     row = {
         "source": episode.source,
         "index": episode.index,
         "ways": episode.n_way,
         "support": len(episode.support),
-        "queries": len(labels),
-        **{column: float(right.double().mean()) for column, right in standing.items()},
-        "coefficients": [float(c) for c in task.coefficients],
+        "queries": len(predicted),
+        **{column: float(right.double().mean()) for column, right in correct.items()},
+        "coefficients": [float(c) for c in classifier.coefficients],
         "fit_seconds": round(fitted - began, 4),
         "seconds": round(time.perf_counter() - began, 4),
         **({"variants": variants} if variants else {}),
     }
-    return Measurement(row, task, predicted, standing, attacked)
+    return Measurement(row, classifier, predicted, correct, attacked)
+
+
+def attack_some(
+    attack: Attack,
+    epsilon: float,
+    logits: Logits,
+    episode: Episode,
+    which: Tensor,
+    generators: Sequence[torch.Generator],
+    seed: int,
+    surrogate: Logits | None = None,
+) -> Attacked:
+    """`attack_queries` on some queries of an episode.
+
+    Args:
+        which: (n,) int64, the queries that are attacked.
+        generators: one for each of all queries.
+        seed: of the evaluation.
+    """
+    return attack_queries(
+        attack,
+        epsilon,
+        logits,
+        episode.query[which],
+        episode.query_labels[which],
+        episode.n_way,
+        [generators[k] for k in which.tolist()],
+        surrogate,
+        library_seed(episode, seed),
+    )
 
 
 def query_generators(
-    episode: Episode, seed: int, numbers: Sequence[int] | None = None
+    episode: Episode, seed: int, numbers: Sequence[int] | None = None, purpose: int = 2
 ) -> list[torch.Generator]:
     """The generator of each query's random starts: the same whatever network is attacked, and however many
     of the others it got right.
@@ -131,9 +142,10 @@ def query_generators(
     Args:
         numbers: tell the queries from each other, and those of episodes that share an index, such as the
             batches of one large test set; None for 0..Q-1.
+        purpose: 2 for the attacks that are reported, 3 for checks of them.
     """
     numbers = range(len(episode.query)) if numbers is None else numbers
-    return [stream(seed, episode.index, 2, number) for number in numbers]
+    return [stream(seed, episode.index, purpose, number) for number in numbers]
 
 
 def library_seed(episode: Episode, seed: int) -> int:
@@ -141,25 +153,54 @@ def library_seed(episode: Episode, seed: int) -> int:
     return int(torch.randint(2**31, (), generator=stream(seed, episode.index, 2)))
 
 
-def _under_poison(predict, episode, attack, epsilon, correct, left, generator) -> Tensor:
-    """Which queries (Q,) bool are right clean and under the more harmful of two moves of the support: the one
-    found here, and the one within a smaller radius that left `left`."""
-    which = correct.nonzero().squeeze(1)
-    found = attack_support(
-        attack,
-        epsilon,
-        lambda support: predict(dataclasses.replace(episode, support=support.detach())).refit(support),
-        episode.support,
-        episode.query[which],
-        episode.query_labels[which],
-        generator,
-    )
-    harmed = correct.clone()
-    harmed[which] = ~found.fooled
-    return harmed if harmed.sum() < left.sum() else left
+def _under_query_attack(
+    logits: Logits,
+    episode: Episode,
+    attack: Attack,
+    clean: Tensor,
+    surrogate: Logits | None,
+    seed: int,
+    numbers: Sequence[int] | None,
+    chunk: int,
+) -> tuple[dict[str, Tensor], Tensor, dict[str, str]]:
+    """By column, which queries (Q,) bool are classified correctly, clean and within every radius up to its
+    own; the query images at the largest radius; by column what was run, where the episode decides it."""
+    left, images, correct, variants = clean, episode.query, {}, {}
+    for epsilon, column in zip(attack.epsilons, attack.columns, strict=True):
+        left, images = left.clone(), images.clone()
+        generators = query_generators(episode, seed, numbers)
+        for which in left.nonzero().squeeze(1).split(chunk):
+            found = attack_some(attack, epsilon, logits, episode, which, generators, seed, surrogate)
+            left[which], images[which] = ~found.fooled, found.images
+            variants |= {column: found.variant} if found.variant else {}
+        correct[column] = left
+    return correct, images, variants
 
 
-def _unions(attacks: Sequence[Attack], standing: dict[str, Tensor]) -> dict[str, Tensor]:
+def _under_support_attack(
+    predict: Predictor, episode: Episode, attack: Attack, clean: Tensor, seed: int
+) -> dict[str, Tensor]:
+    """By column, which queries (Q,) bool are classified correctly, clean and under the most harmful move of
+    the support that was found within its radius: the one found there, or within a smaller radius."""
+    which, correct, left = clean.nonzero().squeeze(1), {}, clean
+    for epsilon, column in zip(attack.epsilons, attack.columns, strict=True):
+        found = attack_support(
+            attack,
+            epsilon,
+            lambda support: predict(dataclasses.replace(episode, support=support.detach())).refit(support),
+            episode.support,
+            episode.query[which],
+            episode.query_labels[which],
+            stream(seed, episode.index, 2),
+        )
+        harmed = clean.clone()
+        harmed[which] = ~found.fooled
+        left = harmed if harmed.sum() < left.sum() else left
+        correct[column] = left
+    return correct
+
+
+def _unions(attacks: Sequence[Attack], correct: dict[str, Tensor]) -> dict[str, Tensor]:
     """The worst case per image over several attacks, by the column it is reported in."""
     unions = {}
     for norm in NORMS:
@@ -168,14 +209,14 @@ def _unions(attacks: Sequence[Attack], standing: dict[str, Tensor]) -> dict[str,
             continue
         for epsilon in sorted({epsilon for attack in group for epsilon in attack.epsilons}):
             within = [
-                standing[attack.column(radius)]
+                correct[attack.column(radius)]
                 for attack in group
                 for radius in attack.epsilons
                 if radius <= epsilon
             ]
             unions[union_column(norm, epsilon)] = torch.stack(within).all(0)
     if len({(attack.norm, attack.kind == "support") for attack in attacks}) > 1:
-        unions["union"] = torch.stack(list(standing.values())).all(0)
+        unions["union"] = torch.stack(list(correct.values())).all(0)
     return unions
 
 
@@ -187,8 +228,8 @@ def union_column(norm: str, epsilon: float) -> str:
 def columns(attacks: Sequence[Attack]) -> tuple[str, ...]:
     """All accuracies that `measure` gives, in order."""
     one = torch.ones(1, dtype=torch.bool)
-    standing = {"clean": one} | {column: one for attack in attacks for column in attack.columns}
-    return (*standing, *_unions(attacks, standing))
+    correct = {"clean": one} | {column: one for attack in attacks for column in attack.columns}
+    return (*correct, *_unions(attacks, correct))
 
 
 def evaluate(

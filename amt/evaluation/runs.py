@@ -23,23 +23,15 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from amt.attacks.evaluation import Attack
-from amt.evaluation.evaluate import Measurement
+from amt.evaluation.samples import Sample, read_samples, write_sample
 from amt.evaluation.sanity import Finding, judge
 from amt.evaluation.statistics import Summary, average_summary, summarise
 from amt.files.writing import replace_file
-from amt.models.heads import place_in_class
-from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 
 FORMAT = 1
-SAMPLED = 10  # images kept of an episode
 _ABOUT = {
     "settings": dict,
     "deployments": dict,
@@ -53,30 +45,6 @@ _ABOUT = {
 _COUNTS = ("ways", "support", "queries")
 UNITS = ("episode", "image")
 SEVERITIES = 5
-
-
-class Sample(NamedTuple):
-    """Some images of one episode, for people to look at.
-
-    Args:
-        source, index: which episode.
-        column: the attack.
-        clean, attacked: (n, H, W, 3) uint8.
-        perturbation: (n, H, W, 3) float16, attacked - clean in 1/255 of the pixel range.
-        labels, predicted_clean, predicted_attacked: (n,) int64.
-        class_names: (N,).
-    """
-
-    source: str
-    index: int
-    column: str
-    clean: np.ndarray
-    attacked: np.ndarray
-    perturbation: np.ndarray
-    labels: np.ndarray
-    predicted_clean: np.ndarray
-    predicted_attacked: np.ndarray
-    class_names: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,39 +148,20 @@ class Run:
         rows = all(len(self.rows.get(s, ())) == self.about["episodes"] for s in self.about["sources"])
         return rows and all(name in self.corruptions for name in self.about.get("corruptions", ()))
 
+    def left(self, source: str, numbers: Iterable[int]) -> list[int]:
+        """Those episodes or images of a domain that have no row yet, by their numbers."""
+        done = {row["index"] for row in self.rows.get(source, ())}
+        return [number for number in numbers if number not in done]
+
     def samples(self) -> list[Sample]:
         """The images that were kept, by domain and episode.
 
         Raises:
             InputError: a file is damaged.
         """
-        found = [_read_sample(path) for path in sorted((self.folder / "samples").glob("*.npz"))]
         order = {source: k for k, source in enumerate(self.about["sources"])}
+        found = read_samples(self.folder)
         return sorted(found, key=lambda sample: (order.get(sample.source, len(order)), sample.index))
-
-
-def sample_of(episode: Episode, measured: Measurement) -> Sample:
-    """Up to `SAMPLED` queries of an episode, classes in turn, before and after the last attack on them."""
-    column, attacked = list(measured.attacked.items())[-1]
-    labels = episode.query_labels
-    chosen = (place_in_class(labels) * episode.n_way + labels).argsort()[:SAMPLED]
-    clean, attacked = episode.query[chosen], attacked[chosen]
-    with torch.no_grad():
-        guesses = [measured.task.logits(images).argmax(1) for images in (clean, attacked)]
-
-    def pixels(images: Tensor) -> np.ndarray:
-        return (255 * images).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
-    return Sample(
-        episode.source,
-        episode.index,
-        column,
-        pixels(clean),
-        pixels(attacked),
-        (255 * (attacked - clean)).half().permute(0, 2, 3, 1).cpu().numpy(),
-        *(numbers.cpu().numpy() for numbers in (labels[chosen], *guesses)),
-        episode.class_names or tuple(f"class {label}" for label in range(episode.n_way)),
-    )
 
 
 class Writer:
@@ -290,14 +239,7 @@ class Writer:
 
     def keep(self, sample: Sample) -> None:
         """Keep some images."""
-        path = self.folder / "samples" / f"{sample.source}-{sample.index}.npz"
-        path.parent.mkdir(exist_ok=True)
-
-        def write(part: Path) -> None:
-            with open(part, "wb") as file:
-                np.savez_compressed(file, **sample._asdict())
-
-        replace_file(path, write)
+        write_sample(self.folder, sample)
 
 
 def check_same(path: Path, found: Mapping, asked: Mapping) -> None:
@@ -470,30 +412,3 @@ def _read_rows(path: Path, columns: Sequence[str]) -> Iterable[dict]:
         if not good:
             raise InputError(f"{path}, line {number}: a value is out of range, such as an accuracy beyond 1")
         yield row
-
-
-_SAMPLE_DTYPES = {
-    **{"clean": "u1", "attacked": "u1", "perturbation": "f2"},
-    **{"labels": "i8", "predicted_clean": "i8", "predicted_attacked": "i8"},
-}
-
-
-def _read_sample(path: Path) -> Sample:
-    try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            found = {name: file[name] for name in Sample._fields}
-        n = len(found["clean"])
-        good = all(
-            found[name].dtype == dtype and len(found[name]) == n for name, dtype in _SAMPLE_DTYPES.items()
-        )
-        good = good and found["clean"].ndim == 4 and found["clean"].shape[-1] == 3
-        good = good and found["clean"].shape == found["attacked"].shape == found["perturbation"].shape
-        names = tuple(str(name) for name in found["class_names"])
-        for name in ("labels", "predicted_clean", "predicted_attacked"):
-            good = good and bool(((found[name] >= 0) & (found[name] < len(names))).all())
-        source, index, column = str(found["source"]), int(found["index"]), str(found["column"])
-    except Exception as error:  # numpy and zipfile raise a dozen kinds over damaged files
-        raise InputError(f"{path}: no sample of images ({error!r})") from error
-    if not good:
-        raise InputError(f"{path}: no sample of images (its arrays do not fit each other)")
-    return Sample(**found | {"source": source, "index": index, "column": column, "class_names": names})

@@ -5,16 +5,16 @@ Gradient masking, randomness and weak attacks make a network look robust (Athaly
 `judge` reads the counts of a whole run, and its rows, and says which results are suspect and why.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amt.attacks.evaluation import BLACK_BOX, NORMS, WHITE_BOX, Attack, attack_queries, on_queries
+from amt.attacks.evaluation import BLACK_BOX, NORMS, WHITE_BOX, Attack, on_queries
 from amt.attacks.perturb import Ball, ascend, pgd
-from amt.evaluation.evaluate import Measurement, library_seed, union_column
+from amt.evaluation.evaluate import Measurement, attack_some, query_generators, union_column
 from amt.evaluation.statistics import paired_difference
 from amt.models.network import CHUNK
 from amt.models.weights import stream
@@ -24,6 +24,8 @@ from meta_dataset_readers.episode import Episode
 FROM_SCRATCH = ("pgd", "apgd")  # attacks that are cheap enough to be run again without what they know
 BLACK_BOX_QUERIES = 100
 WITHOUT_LIMIT = 255.0  # of 255, per pixel: such an image can become any other
+
+Reason = tuple[Iterable[str], str]  # the columns it concerns, and in words
 
 MOST_ZERO_GRADIENTS = 0.01
 MOST_STANDING = 0.05
@@ -52,14 +54,14 @@ def probe(
         loss before and after PGD at the largest radius; how many images only a small Square Attack breaks
         there and how many only the white-box attacks.
     """
-    logits, labels = measured.task.logits, episode.query_labels
-    correct = measured.standing["clean"].clone()
+    logits, labels = measured.classifier.logits, episode.query_labels
+    correct = measured.correct["clean"].clone()
     correct[CHUNK:] = False  # a sample of the largest episodes is enough
     images, own = episode.query[correct], labels[correct]
     again = predict(episode).logits
     with torch.no_grad():
         right = again(episode.query[:CHUNK]).argmax(1) == labels[:CHUNK]
-    changed = int((right != measured.standing["clean"][:CHUNK]).sum())
+    changed = int((right != measured.correct["clean"][:CHUNK]).sum())
     counts: dict = {"images": len(images), "changed": changed}
     if len(images) == 0 or episode.n_way == 1:
         return counts
@@ -68,61 +70,74 @@ def probe(
     counts["zero_gradients"] = int((_gradient(logits, images, own).flatten(1).abs().amax(1) == 0).sum())
 
     def broken_by(attack: Attack, epsilon: float, which: Tensor) -> Tensor:
-        generators = [stream(seed, episode.index, 3, k) for k in which.nonzero().squeeze(1).tolist()]
-        found = attack_queries(
-            attack,
-            epsilon,
-            logits,
-            episode.query[which],
-            labels[which],
-            episode.n_way,
-            generators,
-            seed=library_seed(episode, seed),
-        )
+        """Which (Q,) bool of the queries `which` (Q,) bool the attack breaks when it is run afresh."""
+        generators = query_generators(episode, seed, purpose=3)
+        numbers = which.nonzero().squeeze(1)
         broken = torch.zeros_like(which)
-        broken[which] = found.fooled
+        broken[which] = attack_some(attack, epsilon, logits, episode, numbers, generators, seed).fooled
         return broken
 
     counts["from_scratch"] = {}
     for attack in attacks:
         if attack.kind in FROM_SCRATCH:
             small, large = attack.epsilons[0], max(attack.epsilons[-1], 2 * attack.epsilons[0])
-            before = correct & ~measured.standing[attack.column(small)]
+            before = correct & ~measured.correct[attack.column(small)]
             escaped = before & ~broken_by(attack, large, before)
             counts["from_scratch"][attack.name] = [int(escaped.sum()), int(before.sum())]
-
     counts["norms"] = {}
     for norm in NORMS:
-        concerned = on_queries(attacks, norm)
-        if not concerned:
-            continue
-        radius = max(attack.epsilons[-1] for attack in concerned)
-        limit = WITHOUT_LIMIT * (1 if norm == "linf" else images[0].numel() ** 0.5)
-        unlimited = Attack("pgd", (limit,), norm)
-        ball = Ball(norm, radius / 255)
-        climbed = ascend(
-            lambda moved: F.cross_entropy(logits(moved), own, reduction="sum"),
-            images,
-            ball.start(images, stream(seed, episode.index, 3)),
-            ball,
-            radius / 255 / 4,
-            steps=10,
-        )
-        by_white, by_black = torch.zeros_like(correct), torch.zeros_like(correct)
-        white = [attack for attack in concerned if attack.kind in WHITE_BOX]
-        for attack in white:
-            by_white |= correct & ~measured.standing[attack.columns[-1]]
-        if white:
-            square = Attack("square", (radius,), norm, queries=BLACK_BOX_QUERIES)
-            by_black = broken_by(square, radius, correct)
-        counts["norms"][norm] = {
-            "standing": int((correct & ~broken_by(unlimited, limit, correct)).sum()),
-            "loss_before": _loss(logits, images, own),
-            "loss_after": _loss(logits, climbed, own),
-            "only_black_box": int((by_black & ~by_white).sum()),
-            "only_white_box": int((by_white & ~by_black).sum()),
-        }
+        if concerned := on_queries(attacks, norm):
+            generator = stream(seed, episode.index, 3)
+            losses = _losses(logits, images, own, norm, concerned, generator)
+            outdone = _outdone_by_black_box(measured, correct, norm, concerned, broken_by)
+            limit = WITHOUT_LIMIT * (1 if norm == "linf" else images[0].numel() ** 0.5)
+            standing = correct & ~broken_by(Attack("pgd", (limit,), norm), limit, correct)
+            counts["norms"][norm] = {"standing": int(standing.sum()), **losses, **outdone}
     return counts
+
+
+def _losses(
+    logits: Logits,
+    images: Tensor,
+    own: Tensor,
+    norm: str,
+    attacks: Sequence[Attack],
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """The mean loss of images with labels `own` before and after 10 steps at the largest radius of a norm."""
+    radius = max(attack.epsilons[-1] for attack in attacks)
+    ball = Ball(norm, radius / 255)
+    climbed = ascend(
+        lambda moved: F.cross_entropy(logits(moved), own, reduction="sum"),
+        images,
+        ball.start(images, generator),
+        ball,
+        radius / 255 / 4,
+        steps=10,
+    )
+    return {"loss_before": _loss(logits, images, own), "loss_after": _loss(logits, climbed, own)}
+
+
+def _outdone_by_black_box(
+    measured: Measurement,
+    correct: Tensor,
+    norm: str,
+    attacks: Sequence[Attack],
+    broken_by: Callable[[Attack, float, Tensor], Tensor],
+) -> dict[str, int]:
+    """How many images only a small Square Attack breaks, and how many only the white-box ones."""
+    by_white, by_black = torch.zeros_like(correct), torch.zeros_like(correct)
+    white = [attack for attack in attacks if attack.kind in WHITE_BOX]
+    for attack in white:
+        by_white |= correct & ~measured.correct[attack.columns[-1]]
+    if white:
+        radius = max(attack.epsilons[-1] for attack in attacks)
+        square = Attack("square", (radius,), norm, queries=BLACK_BOX_QUERIES)
+        by_black = broken_by(square, radius, correct)
+    return {
+        "only_black_box": int((by_black & ~by_white).sum()),
+        "only_white_box": int((by_white & ~by_black).sum()),
+    }
 
 
 def _gradient(logits: Logits, images: Tensor, labels: Tensor) -> Tensor:
@@ -150,32 +165,37 @@ def judge(rows: Sequence[dict], attacks: Sequence[Attack]) -> list[Finding]:
     """
     if not rows:
         return []
-    source = rows[0]["source"]
     probes = [row["checks"] for row in rows if "checks" in row]
     images = sum(counts["images"] for counts in probes)
-    reasons: list[tuple[Iterable[str], str]] = []
-
-    changed = sum(counts["changed"] for counts in probes)
-    if changed:
-        everything = ["clean", *(column for attack in attacks for column in attack.columns)]
-        reasons.append(
-            (everything, f"{changed} predictions change with nothing perturbed; is the network random?")
-        )
-    zero = sum(counts.get("zero_gradients", 0) for counts in probes)
-    if zero > MOST_ZERO_GRADIENTS * images:
-        reasons.append((_of(attacks), f"{zero} of {images} images have an exactly zero gradient"))
-    for attack in attacks:
-        pairs = [counts.get("from_scratch", {}).get(attack.name, (0, 0)) for counts in probes]
-        escaped, broken = (sum(column) for column in zip(*pairs, strict=True)) if pairs else (0, 0)
-        if escaped > 1 + MOST_ESCAPED * broken:
-            reasons.append((attack.columns, f"{escaped} of {broken} broken images withstand a larger radius"))
+    reasons = [*_random(probes, attacks), *_masked(probes, attacks, images), *_escaped(probes, attacks)]
     for norm in NORMS:
         found = [counts["norms"][norm] for counts in probes if norm in counts.get("norms", {})]
-        white = [a for a in attacks if a.norm == norm and a.kind in WHITE_BOX]
         if found:
-            reasons += [(_of(on_queries(attacks, norm)), reason) for reason in _doubts(found, images)]
-        reasons += _outdone(rows, attacks, white, norm)
-    return [found for found in _per_column(source, attacks, reasons) if found.column in rows[0]]
+            reasons += [(_columns(on_queries(attacks, norm)), reason) for reason in _doubts(found, images)]
+        reasons += _outdone(rows, attacks, norm)
+    findings = _per_column(rows[0]["source"], attacks, reasons)
+    return [finding for finding in findings if finding.column in rows[0]]
+
+
+def _random(probes: Sequence[dict], attacks: Sequence[Attack]) -> Iterator[Reason]:
+    changed = sum(counts["changed"] for counts in probes)
+    if changed:
+        text = f"{changed} predictions change with nothing perturbed; is the network random?"
+        yield ["clean", *_columns(attacks)], text
+
+
+def _masked(probes: Sequence[dict], attacks: Sequence[Attack], images: int) -> Iterator[Reason]:
+    zero = sum(counts.get("zero_gradients", 0) for counts in probes)
+    if zero > MOST_ZERO_GRADIENTS * images:
+        yield _columns(attacks), f"{zero} of {images} images have an exactly zero gradient"
+
+
+def _escaped(probes: Sequence[dict], attacks: Sequence[Attack]) -> Iterator[Reason]:
+    for attack in attacks:
+        pairs = [counts.get("from_scratch", {}).get(attack.name, (0, 0)) for counts in probes]
+        escaped, broken = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
+        if escaped > 1 + MOST_ESCAPED * broken:
+            yield attack.columns, f"{escaped} of {broken} broken images withstand a larger radius"
 
 
 def _doubts(found: Sequence[dict], images: int) -> list[str]:
@@ -195,14 +215,11 @@ def _doubts(found: Sequence[dict], images: int) -> list[str]:
     return reasons
 
 
-def _outdone(
-    rows: Sequence[dict], attacks: Sequence[Attack], white: Sequence[Attack], norm: str
-) -> list[tuple[Iterable[str], str]]:
+def _outdone(rows: Sequence[dict], attacks: Sequence[Attack], norm: str) -> Iterator[Reason]:
     """Reasons from black-box attacks that were asked for, over all episodes."""
-    reasons = []
-    for attack in attacks:
-        if attack.norm != norm or attack.kind not in BLACK_BOX:
-            continue
+    white = [attack for attack in attacks if attack.norm == norm and attack.kind in WHITE_BOX]
+    black = [attack for attack in attacks if attack.norm == norm and attack.kind in BLACK_BOX]
+    for attack in black:
         for epsilon in attack.epsilons:
             within = [a.column(e) for a in white for e in a.epsilons if e <= epsilon]
             if not within:
@@ -211,19 +228,14 @@ def _outdone(
             theirs = [row | {"": row[attack.column(epsilon)]} for row in rows]
             excess = paired_difference(ours, theirs, "")
             if excess.mean > excess.interval:
-                reasons.append(
-                    (within, f"{attack.column(epsilon)} breaks {excess.mean:.1f} points more images")
-                )
-    return reasons
+                yield within, f"{attack.column(epsilon)} breaks {excess.mean:.1f} points more images"
 
 
-def _of(attacks: Iterable[Attack]) -> list[str]:
+def _columns(attacks: Iterable[Attack]) -> list[str]:
     return [column for attack in attacks for column in attack.columns]
 
 
-def _per_column(
-    source: str, attacks: Sequence[Attack], reasons: Sequence[tuple[Iterable[str], str]]
-) -> list[Finding]:
+def _per_column(source: str, attacks: Sequence[Attack], reasons: Sequence[Reason]) -> list[Finding]:
     """One finding per column and reason; a worst case over attacks is as doubtful as they are."""
     findings = []
     for columns, reason in reasons:

@@ -10,7 +10,6 @@ coefficients. Knows no file, and does not know where episodes come from.
 """
 
 import dataclasses
-import functools
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -21,11 +20,11 @@ from torch import Tensor
 
 from amt.attacks.evaluation import Attack
 from amt.evaluation.evaluate import measure
-from amt.models.lora import Trim, trim_singular_values
+from amt.models.lora import Trim
 from amt.models.network import Network
 from amt.models.pool import Pool
 from amt.models.weights import Coefficients, stream
-from amt.tasks.classifier import Predictor, Task, prototype_task
+from amt.tasks.classifier import Classifier, Predictor, merged_networks, prototype_classifier
 from amt.tasks.leave_one_out import Merged, lowest_loss, new_trial
 from amt.tasks.merge import Members, Routing, kept_members, route_each
 from meta_dataset_readers.episode import Episode
@@ -71,22 +70,21 @@ def published_grid(
     return tuple(0.1 + i * (s0 - 0.1) / n0 for i in range(n0)), tuple(i * s1 / n1 for i in range(n1 + 1))
 
 
-def names(candidates: Sequence[Candidate]) -> list[str]:
+def candidate_names(candidates: Sequence[Candidate]) -> list[str]:
     """What candidates are called, as briefly as their differences allow."""
     routings = [candidate for candidate in candidates if isinstance(candidate, Routing)]
     vary = {name: len({getattr(r, name) for r in routings}) > 1 for name in ("top_k", "epsilon")}
-    found = []
-    for candidate in candidates:
+
+    def name(candidate: Candidate) -> str:
         if isinstance(candidate, Routing):
-            words = [f"beta {candidate.beta:g}, gamma {candidate.gamma:g}"]
-            words += [f"top {candidate.top_k}"] if vary["top_k"] else []
-            words += [f"route_epsilon {candidate.epsilon:g}"] if vary["epsilon"] else []
-            found.append(", ".join(words))
-        elif max(candidate) == 1:
-            found.append(f"adapter {candidate.index(1)}")
-        else:
-            found.append("coefficients " + ", ".join(f"{c:.3g}" for c in candidate))
-    return found
+            top = f", top {candidate.top_k}" if vary["top_k"] else ""
+            attacked = f", route_epsilon {candidate.epsilon:g}" if vary["epsilon"] else ""
+            return f"beta {candidate.beta:g}, gamma {candidate.gamma:g}{top}{attacked}"
+        if max(candidate) == 1:
+            return f"adapter {candidate.index(1)}"
+        return f"coefficients {', '.join(f'{c:.3g}' for c in candidate)}"
+
+    return [name(candidate) for candidate in candidates]
 
 
 def trim_name(trim: Trim) -> str:
@@ -94,7 +92,7 @@ def trim_name(trim: Trim) -> str:
     return f"{trim.layer}:{trim.block}:{trim.keep:g}"
 
 
-def choices(
+def candidate_coefficients(
     network: Network,
     pool: Pool,
     candidates: Sequence[Candidate],
@@ -137,47 +135,48 @@ def select(
 
     The criterion is the mean of clean accuracy and the accuracies under `attacks`, averaged over the
     episodes; of equally good candidates the first is taken. Shares that agree to a twentieth are evaluated
-    once. With `halving`, those that lag behind are given up early: after 2, 4, 8, ... episodes the
-    better half of what differs goes on, and two at least go to the end. So ten distinct mixtures cost as
-    much as 2.6 on each of 40 episodes, and what is compared has always seen the same episodes.
+    once. With `halving`, those that lag behind are given up early (successive halving, Jamieson & Talwalkar
+    2016): after 2, 4, 8, ... episodes the better half of what differs goes on, and two at least go to the
+    end. So ten distinct mixtures cost as much as 2.6 on each of 40 episodes, and what is compared has always
+    seen the same episodes.
 
     Args:
-        episodes: gives labelled episodes on the backbone's device, the same at every call; none is kept, and
+        episodes: gives labelled episodes on the network's device, the same at every call; none is kept, and
             they are asked for a second time if there are trimmings to choose from.
         attacks: on queries, tried in turn.
         trims: what is trimmed whatever is chosen.
         trim_candidates: single trimmings to try, after `trims`, with the chosen candidate.
         seed: decides, with an episode's index, augmentation and the attacks' starts, as in evaluation.
     """
-    merged, members = merged_networks(pool, candidates, trim_candidates), kept_members(pool)
+    merged, members = _networks(pool, candidates, trim_candidates), kept_members(pool)
     columns = ["clean", *(column for attack in attacks for column in attack.columns)]
 
-    def quality(episode: Episode, setting: Setting) -> float:
-        row = measure(lambda _: _task(network, merged, episode, setting), episode, attacks, seed).row
+    def score(episode: Episode, setting: Setting) -> float:
+        row = measure(lambda _: _classifier(network, merged, episode, setting), episode, attacks, seed).row
         return 100 * statistics.fmean(row[column] for column in columns)
 
     def routed(episode: Episode) -> list[Setting]:
         generator = stream(seed, episode.index, 1)
         support, labels = episode.support, episode.support_labels
-        found = choices(network, pool, candidates, support, labels, generator, members)
+        found = candidate_coefficients(network, pool, candidates, support, labels, generator, members)
         return [(coefficients, tuple(trims)) for coefficients in found]
 
-    entrants = _race(episodes(), routed, quality, halving)
-    best = _winner(entrants)
-    scores = _scores(names(candidates), entrants)
+    tried = _try(episodes(), routed, score, halving)
+    best = _best(tried)
+    scores = _named_scores(candidate_names(candidates), tried)
     if not trim_candidates:
         return Selection(best, (), scores)
-    chosen = dict(zip(entrants[best].episodes, entrants[best].settings, strict=True))
+    untrimmed = dict(zip(tried[best].episodes, tried[best].settings, strict=True))
 
     def trimmed(episode: Episode) -> list[Setting]:
-        coefficients, always = chosen[episode.index]
-        return [(coefficients, (*always, candidate)) for candidate in trim_candidates]
+        coefficients, always = untrimmed[episode.index]
+        return [(coefficients, (*always, trim)) for trim in trim_candidates]
 
-    tried = _race(episodes(), trimmed, quality, halving)
-    scores += _scores([f"trim {trim_name(candidate)}" for candidate in trim_candidates], tried)
-    first = _winner(tried)
-    improves = statistics.fmean(tried[first].scores) > statistics.fmean(entrants[best].scores)
-    return Selection(best, (trim_candidates[first],) if improves else (), scores)
+    tried_trims = _try(episodes(), trimmed, score, halving)
+    scores += _named_scores([f"trim {trim_name(trim)}" for trim in trim_candidates], tried_trims)
+    best_trim = _best(tried_trims)
+    improves = tried_trims[best_trim].mean > tried[best].mean
+    return Selection(best, (trim_candidates[best_trim],) if improves else (), scores)
 
 
 def support_predictor(
@@ -198,49 +197,42 @@ def support_predictor(
         trims, trim_candidates, seed: as for `select`.
         epsilon: bound, in 1/255, of an attack on the images left out; 0: they are clean.
     """
-    merged, members = merged_networks(pool, candidates, trim_candidates), kept_members(pool)
+    merged, members = _networks(pool, candidates, trim_candidates), kept_members(pool)
 
-    def predict(episode: Episode) -> Task:
+    def predict(episode: Episode) -> Classifier:
         support, labels = episode.support, episode.support_labels
         trial = new_trial(network, support, labels, epsilon, stream(seed, episode.index, 4))
 
-        def least(settings: Sequence[Setting]) -> Setting:
+        def best(settings: Sequence[Setting]) -> Setting:
             if len(settings) == 1:
                 return settings[0]
-            return settings[lowest_loss(network, [partial(merged, each) for each in settings], trial)[0]]
+            return settings[lowest_loss(network, [partial(merged, *each) for each in settings], trial)[0]]
 
         generator = stream(seed, episode.index, 1)
-        found = choices(network, pool, candidates, support, labels, generator, members)
-        distinct: dict[tuple, Setting] = {}
+        found = candidate_coefficients(network, pool, candidates, support, labels, generator, members)
+        distinct: dict[Coefficients, Setting] = {}
         for coefficients in found:
             distinct.setdefault(_rounded(coefficients), (coefficients, tuple(trims)))
-        coefficients, always = least(list(distinct.values()))
-        options = [(coefficients, (*always, candidate)) for candidate in trim_candidates]
-        return _task(network, merged, episode, least([(coefficients, always), *options]))
+        coefficients, always = best(list(distinct.values()))
+        options = [(coefficients, (*always, trim)) for trim in trim_candidates]
+        return _classifier(network, merged, episode, best([(coefficients, always), *options]))
 
     return predict
 
 
-def merged_networks(
-    pool: Pool, candidates: Sequence[Candidate], trim_candidates: Sequence[Trim] = ()
-) -> Callable[[Setting], Merged]:
-    """Merged and trimmed networks; those of fixed coefficients are made once, whatever the tasks."""
-    fixed = not any(isinstance(candidate, Routing) for candidate in candidates)
-
-    @functools.lru_cache(maxsize=max(len(candidates), len(trim_candidates) + 1) if fixed else 2)
-    def merged(setting: Setting) -> Merged:
-        coefficients, trims = setting
-        return Merged(
-            trim_singular_values(pool.merge(coefficients), trims),
-            *pool.head(coefficients),
-        )
-
-    return merged
+def _networks(
+    pool: Pool, candidates: Sequence[Candidate], trim_candidates: Sequence[Trim]
+) -> Callable[..., Merged]:
+    """Merged and trimmed networks; those of fixed coefficients are all kept, as every task needs them."""
+    if any(isinstance(candidate, Routing) for candidate in candidates):
+        return merged_networks(pool)
+    return merged_networks(pool, kept=max(len(candidates), len(trim_candidates) + 1))
 
 
-def _task(network: Network, merged: Callable[[Setting], Merged], episode: Episode, setting: Setting) -> Task:
-    weights, scale, bias = merged(setting)
-    return prototype_task(network, weights, episode, scale, bias, coefficients=setting[0])
+def _classifier(
+    network: Network, merged: Callable[..., Merged], episode: Episode, setting: Setting
+) -> Classifier:
+    return prototype_classifier(network, merged(*setting), episode, setting[0])
 
 
 def _rounded(coefficients: Coefficients) -> Coefficients:
@@ -249,68 +241,71 @@ def _rounded(coefficients: Coefficients) -> Coefficients:
 
 
 @dataclasses.dataclass
-class _Entrant:
-    """What one candidate was on each episode, by the episode's index, and its quality there."""
+class _Tried:
+    """What one candidate was on each episode, by the episode's index, and its score there."""
 
     episodes: list[int] = dataclasses.field(default_factory=list)
     settings: list[Setting] = dataclasses.field(default_factory=list)
     scores: list[float] = dataclasses.field(default_factory=list)
 
     @property
-    def course(self) -> tuple:
-        """Entrants of the same course cannot be told apart so far."""
+    def mean(self) -> float:
+        return statistics.fmean(self.scores)
+
+    @property
+    def history(self) -> tuple:
+        """Candidates of the same history cannot be told apart so far."""
         return tuple((_rounded(coefficients), trims) for coefficients, trims in self.settings)
 
 
-def _race(
+def _try(
     episodes: Iterable[Episode],
     settings_of: Callable[[Episode], list[Setting]],
-    quality: Callable[[Episode, Setting], float],
+    score: Callable[[Episode, Setting], float],
     halving: bool,
-) -> list[_Entrant]:
-    """Every candidate's settings and qualities, as far as it got; `select` says who goes on."""
-    entrants: list[_Entrant] = []
+) -> list[_Tried]:
+    """Every candidate's settings and scores, until the last episode or until it is given up."""
+    tried: list[_Tried] = []
     running: list[int] = []
     for number, episode in enumerate(episodes, 1):
         settings = settings_of(episode)
         if number == 1:
-            entrants = [_Entrant() for _ in settings]
+            tried = [_Tried() for _ in settings]
             running = list(range(len(settings)))
         known: dict[tuple, float] = {}
         for k in running:
             key = _rounded(settings[k][0]), settings[k][1]
             if key not in known:
-                known[key] = quality(episode, settings[k])
-            entrants[k].episodes.append(episode.index)
-            entrants[k].settings.append(settings[k])
-            entrants[k].scores.append(known[key])
+                known[key] = score(episode, settings[k])
+            tried[k].episodes.append(episode.index)
+            tried[k].settings.append(settings[k])
+            tried[k].scores.append(known[key])
         if halving and number > 1 and number & (number - 1) == 0:
-            running = _better_half(entrants, running)
-    return entrants
+            running = _better_half(tried, running)
+    return tried
 
 
-def _better_half(entrants: Sequence[_Entrant], running: Sequence[int]) -> list[int]:
-    """The better half, rounded up and two at least, of the different courses; the first of equals."""
-    courses: dict[tuple, list[int]] = {}
+def _better_half(tried: Sequence[_Tried], running: Sequence[int]) -> list[int]:
+    """The better half, rounded up and two at least, of the different histories; the first of equals."""
+    by_history: dict[tuple, list[int]] = {}
     for k in running:
-        courses.setdefault(entrants[k].course, []).append(k)
-    ranked = sorted(courses.values(), key=lambda group: -statistics.fmean(entrants[group[0]].scores))
+        by_history.setdefault(tried[k].history, []).append(k)
+    ranked = sorted(by_history.values(), key=lambda group: -tried[group[0]].mean)
     return sorted(k for group in ranked[: max(2, (len(ranked) + 1) // 2)] for k in group)
 
 
-def _winner(entrants: Sequence[_Entrant]) -> int:
-    length = max(len(entrant.scores) for entrant in entrants)
-    means = {
-        k: statistics.fmean(each.scores) for k, each in enumerate(entrants) if len(each.scores) == length
-    }
-    return max(means, key=means.__getitem__)  # of equals the first
+def _best(tried: Sequence[_Tried]) -> int:
+    """The number of the best of those that were not given up, of equals the first."""
+    most = max(len(each.scores) for each in tried)
+    finished = [k for k, each in enumerate(tried) if len(each.scores) == most]
+    return max(finished, key=lambda k: tried[k].mean)
 
 
-def _scores(called: Sequence[str], entrants: Sequence[_Entrant]) -> tuple[tuple[str, float], ...]:
-    length = max(len(entrant.scores) for entrant in entrants)
+def _named_scores(names: Sequence[str], tried: Sequence[_Tried]) -> tuple[tuple[str, float], ...]:
+    most = max(len(each.scores) for each in tried)
     found = []
-    for name, entrant in zip(called, entrants, strict=True):
-        seen = len(entrant.scores)
-        given_up = "" if seen == length else f" (given up after {seen} episodes)"
-        found.append((name + given_up, statistics.fmean(entrant.scores)))
+    for name, each in zip(names, tried, strict=True):
+        seen = len(each.scores)
+        given_up = "" if seen == most else f" (given up after {seen} episodes)"
+        found.append((name + given_up, each.mean))
     return tuple(found)

@@ -15,7 +15,7 @@ from amt.report import tables as report
 from amt.report.tensorboard import write_board
 
 
-def conclude(run: Run, device: torch.device) -> None:
+def finish(run: Run, device: torch.device) -> None:
     """Write results.json, the picture and the TensorBoard events of a complete run, and print its table.
 
     Args:

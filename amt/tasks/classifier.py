@@ -1,7 +1,7 @@
-"""Classifiers for single tasks: what the support set of an episode is turned into.
+"""Few-shot classifiers: what the support set of an episode is turned into.
 
-A `Predictor` is shown an episode and returns a `Task`, the classifier that the attacks of evaluation then
-differentiate through. It may look at the support set only. Knows no attack, no table and no file.
+A `Predictor` takes an episode and returns a `Classifier`, which the attacks differentiate through.
+It may look at the support set only. Knows no attack, no table and no file.
 """
 
 import functools
@@ -15,15 +15,16 @@ from amt.models.heads import cosine_logits, prototypes
 from amt.models.lora import Trim, trim_singular_values
 from amt.models.network import Network, features, fixed_features
 from amt.models.pool import Pool
-from amt.models.weights import Coefficients, Weights, stream
+from amt.models.weights import Coefficients, stream
+from amt.tasks.leave_one_out import Merged
 from meta_dataset_readers.episode import Episode
 
 Logits = Callable[[Tensor], Tensor]
 Chooser = Callable[[Tensor, Tensor, torch.Generator], Coefficients]
 
 
-class Task(NamedTuple):
-    """A classifier for one task.
+class Classifier(NamedTuple):
+    """A classifier of the N classes of one task.
 
     Args:
         logits: images (n, 3, H, W) in [0, 1] -> (n, N), differentiable.
@@ -37,55 +38,76 @@ class Task(NamedTuple):
     coefficients: Coefficients
 
 
-Predictor = Callable[[Episode], Task]
+Predictor = Callable[[Episode], Classifier]
 
 
-def prototype_task(
-    network: Network,
-    weights: Weights,
-    episode: Episode,
-    scale: Tensor | float = 1.0,
-    bias: Tensor | float = 0.0,
-    coefficients: Coefficients = (),
-) -> Task:
-    """The classifier by cosine to the support's prototypes under `weights`."""
+def prototype_classifier(
+    network: Network, merged: Merged, episode: Episode, coefficients: Coefficients = ()
+) -> Classifier:
+    """The classifier by cosine to the support's prototypes (Snell et al. 2017; Hu et al. 2022).
+
+    Args:
+        network: the structure.
+        merged: its weights, and the scale and bias of the logits.
+        episode: on the device of the weights; its query is not looked at.
+        coefficients: that the weights were merged with, if they were.
+    """
     labels, n_way = episode.support_labels, episode.n_way
+    weights, scale, bias = merged
 
-    def with_centres(centres: Tensor) -> Logits:
+    def with_prototypes(centres: Tensor) -> Logits:
         return lambda images: cosine_logits(features(network, weights, images), centres, scale, bias)
 
     def refit(support: Tensor) -> Logits:
-        return with_centres(prototypes(features(network, weights, support), labels, n_way))
+        return with_prototypes(prototypes(features(network, weights, support), labels, n_way))
 
-    plain = fixed_features(network, weights, episode.support)
-    return Task(with_centres(prototypes(plain, labels, n_way)), refit, coefficients)
+    support = fixed_features(network, weights, episode.support)
+    return Classifier(with_prototypes(prototypes(support, labels, n_way)), refit, coefficients)
+
+
+def pretrained(network: Network) -> Merged:
+    """The pretrained weights, and the scale and bias that training starts from."""
+    return Merged(network.weights, 10.0, 0.0)
+
+
+def fixed_predictor(network: Network, merged: Merged, coefficients: Coefficients = ()) -> Predictor:
+    """The same weights for every task, with its prototypes; arguments as of `prototype_classifier`."""
+    return lambda episode: prototype_classifier(network, merged, episode, coefficients)
 
 
 def pretrained_predictor(network: Network) -> Predictor:
     """The pretrained network as it is, with prototypes; no coefficients."""
-    return lambda episode: prototype_task(network, network.weights, episode, scale=10.0)
+    return fixed_predictor(network, pretrained(network))
+
+
+def merged_networks(pool: Pool, kept: int = 2) -> Callable[[Coefficients, tuple[Trim, ...]], Merged]:
+    """The function that merges and trims; the last `kept` networks are not made again.
+
+    Fixed coefficients give every task the same weights, whose trimming takes longer than the task itself.
+    """
+
+    @functools.lru_cache(maxsize=kept)
+    def merged(coefficients: Coefficients, trims: tuple[Trim, ...]) -> Merged:
+        return Merged(trim_singular_values(pool.merge(coefficients), trims), *pool.head(coefficients))
+
+    return merged
 
 
 def merged_predictor(
     network: Network, pool: Pool, choose: Chooser, trims: Sequence[Trim] = (), seed: int = 0
 ) -> Predictor:
-    """For every task: coefficients from the support set, merge, trim, prototypes.
+    """For every task: coefficients from the support set, merge, trim, prototypes (AMT, section 3.4).
 
     Args:
         choose: (support, labels, generator) -> coefficients; it is shown no query.
         trims: see `trim_singular_values`.
         seed: decides, with the episode's index, the generator that `choose` is given.
     """
+    merged = merged_networks(pool)
 
-    # Fixed coefficients give every task the same weights, whose trimming takes longer than the task itself.
-    @functools.lru_cache(maxsize=2)
-    def merged(coefficients: Coefficients) -> Weights:
-        return trim_singular_values(pool.merge(coefficients), trims)
-
-    def predict(episode: Episode) -> Task:
+    def predict(episode: Episode) -> Classifier:
         generator = stream(seed, episode.index, 1)
         coefficients = choose(episode.support, episode.support_labels, generator)
-        scale, bias = pool.head(coefficients)
-        return prototype_task(network, merged(coefficients), episode, scale, bias, coefficients)
+        return prototype_classifier(network, merged(coefficients, tuple(trims)), episode, coefficients)
 
     return predict

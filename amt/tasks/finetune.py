@@ -18,8 +18,9 @@ from torch import Tensor
 
 from amt.models.heads import cosine_logits, prototypes
 from amt.models.network import Network, features
-from amt.models.weights import Weights, stream
-from amt.tasks.classifier import Predictor, Task, prototype_task
+from amt.models.weights import Coefficients, Weights, stream
+from amt.tasks.classifier import Classifier, Predictor, prototype_classifier
+from amt.tasks.leave_one_out import Merged
 from amt.tasks.merge import AUGMENTATIONS, augment
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
@@ -43,26 +44,21 @@ class Finetuning:
 
 
 def finetuned_predictor(
-    network: Network,
-    weights: Weights,
-    scale: Tensor | float,
-    bias: Tensor | float,
-    settings: Finetuning,
-    seed: int,
+    network: Network, merged: Merged, settings: Finetuning, seed: int, coefficients: Coefficients = ()
 ) -> Predictor:
-    """For every task: fine-tune `weights` on the support set, then prototypes; no coefficients.
+    """For every task: fine-tune the weights on the support set, then prototypes.
 
     Args:
-        weights: complete, such as a pool merges to, or the pretrained ones.
-        scale, bias: of the logits, in fine-tuning and after it.
+        merged: complete weights, of a pool or pretrained; scale and bias stay as they are.
         seed: decides, with the episode's index, the augmentation.
+        coefficients: that the weights were merged with, if they were.
     """
 
-    def predict(episode: Episode) -> Task:
+    def predict(episode: Episode) -> Classifier:
         generator = stream(seed, episode.index, 3)
         support, labels = episode.support, episode.support_labels
-        tuned = finetune(network, weights, scale, bias, support, labels, settings, generator)
-        return prototype_task(network, tuned, episode, scale, bias)
+        weights = finetune(network, merged, support, labels, settings, generator)
+        return prototype_classifier(network, merged._replace(weights=weights), episode, coefficients)
 
     return predict
 
@@ -70,24 +66,24 @@ def finetuned_predictor(
 @torch.enable_grad()
 def finetune(
     network: Network,
-    weights: Weights,
-    scale: Tensor | float,
-    bias: Tensor | float,
+    merged: Merged,
     support: Tensor,
     labels: Tensor,
     settings: Finetuning,
     generator: torch.Generator,
 ) -> Weights:
-    """`weights` tuned to a support set, without graph; in float32, whatever the backbone's precision.
+    """The weights tuned to a support set, without graph; in float32, whatever the network's precision.
 
     Args:
+        merged: where every task starts from; it is not written to.
         support: (S, 3, H, W) in [0, 1].
         labels: (S,) int64 in 0..N-1.
         generator: a CPU generator for the augmentation.
 
     Raises:
-        InputError: the rate is so large that the weights ended as no numbers.
+        InputError: the rate is so large that some weights are not finite.
     """
+    weights, scale, bias = merged
     if settings.lr == 0:
         return weights
     network = dataclasses.replace(network, autocast=None)  # Adam's small steps would drown in float16

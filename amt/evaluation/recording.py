@@ -1,0 +1,101 @@
+"""The walk over a run directory that evaluations of episodes and of whole test sets have in common.
+
+    description    what run.json says
+    examine        measure an episode, check the attacks on it, keep some of its images
+    record         append rows to the run as they come, until a signal
+    ended          say how much of an unfinished run is done; the exit code
+
+Chooses nothing, and knows no flags.
+"""
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Iterable, Sequence
+
+from tqdm import tqdm
+
+from amt.attacks.evaluation import Attack
+from amt.evaluation.evaluate import Measurement, columns, measure
+from amt.evaluation.runs import Run, Writer
+from amt.evaluation.samples import sample_of
+from amt.evaluation.sanity import probe
+from amt.files.checkpoint import provenance
+from amt.files.signals import Interrupts
+from amt.models.network import CHUNK
+from amt.tasks.classifier import Predictor
+from meta_dataset_readers.episode import Episode
+
+
+def description(attacks: Sequence[Attack], **about) -> dict:
+    """What run.json says, in plain values: `about`, the attacks with their columns, command, versions, date.
+
+    Args:
+        about: arch, checkpoint, seed, split, sources, episodes, averages, deployments, and under "settings"
+            everything else that decides a row.
+    """
+    found = {
+        **provenance(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **about,
+        "attacks": [dataclasses.asdict(attack) for attack in attacks],
+        "columns": columns(attacks),
+    }
+    return json.loads(json.dumps(found, default=_plain))
+
+
+def _plain(value: object) -> object:
+    """What JSON has no notation for."""
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
+
+
+def examine(
+    out: Writer,
+    predict: Predictor,
+    episode: Episode,
+    attacks: Sequence[Attack],
+    seed: int,
+    *,
+    check: bool,
+    keep: bool,
+    surrogate: Predictor | None = None,
+    numbers: Sequence[int] | None = None,
+    chunk: int = CHUNK,
+) -> Measurement:
+    """Measure an episode; arguments and result as of `measure`.
+
+    Args:
+        check: check the attacks on this episode: their counts are "checks" of the row, see `sanity.probe`.
+        keep: keep some of its images, if its queries were attacked.
+    """
+    measured = measure(predict, episode, attacks, seed, surrogate, numbers, chunk)
+    if attacks and check:
+        measured.row["checks"] = probe(predict, episode, measured, attacks, seed)
+    if measured.attacked and keep:
+        out.keep(sample_of(episode, measured))
+    return measured
+
+
+def record(out: Writer, rows: Iterable[Sequence[dict]], progress: tqdm, interrupts: Interrupts) -> None:
+    """Append rows as they come; after a signal those at hand are the last."""
+    for found in rows:
+        out.append(*found)
+        progress.update(len(found))
+        if interrupts.pending():
+            return
+
+
+def ended(run: Run, interrupts: Interrupts) -> int:
+    """Say how much of an unfinished run is done.
+
+    Returns:
+        The exit code: 0, or 128 and the number of the signal that stopped it.
+    """
+    stopped = interrupts.pending()
+    if not run.complete:
+        wanted = len(run.about["sources"]) * run.about["episodes"]
+        text = f"{len(run.every_row)} of {wanted} {run.unit}s are done"
+        if corruptions := run.about.get("corruptions"):
+            text += f", and {len(run.corruptions)} of {len(corruptions)} corruptions"
+        print(f"{text}; {'the same command continues' if stopped else 'other parts are to follow'}")
+    return 128 + interrupts.caught if stopped else 0

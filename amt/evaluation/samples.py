@@ -1,0 +1,120 @@
+"""A few images of an episode, clean and attacked, for people to look at: RUN/samples/SOURCE-INDEX.npz."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from amt.evaluation.evaluate import Measurement
+from amt.files.writing import replace_file
+from amt.models.heads import place_in_class
+from meta_dataset_readers.episode import Episode
+from meta_dataset_readers.errors import InputError
+
+SAMPLED = 10  # images kept of an episode
+_DTYPES = {
+    **{"clean": "u1", "attacked": "u1", "perturbation": "f2"},
+    **{"labels": "i8", "predicted_clean": "i8", "predicted_attacked": "i8"},
+}
+
+
+class Sample(NamedTuple):
+    """Some images of one episode.
+
+    Args:
+        source, index: which episode.
+        column: the attack.
+        clean, attacked: (n, H, W, 3) uint8.
+        perturbation: (n, H, W, 3) float16, attacked - clean in 1/255 of the pixel range.
+        labels, predicted_clean, predicted_attacked: (n,) int64.
+        class_names: (N,).
+    """
+
+    source: str
+    index: int
+    column: str
+    clean: np.ndarray
+    attacked: np.ndarray
+    perturbation: np.ndarray
+    labels: np.ndarray
+    predicted_clean: np.ndarray
+    predicted_attacked: np.ndarray
+    class_names: tuple[str, ...]
+
+
+def sample_of(episode: Episode, measured: Measurement) -> Sample:
+    """Up to `SAMPLED` queries of an episode, classes in turn, before and after the last attack on them."""
+    column, attacked = list(measured.attacked.items())[-1]
+    labels = episode.query_labels
+    chosen = (place_in_class(labels) * episode.n_way + labels).argsort()[:SAMPLED]
+    clean, attacked = episode.query[chosen], attacked[chosen]
+    with torch.no_grad():
+        guesses = [measured.classifier.logits(images).argmax(1) for images in (clean, attacked)]
+
+    def pixels(images: Tensor) -> np.ndarray:
+        return (255 * images).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+    return Sample(
+        episode.source,
+        episode.index,
+        column,
+        pixels(clean),
+        pixels(attacked),
+        (255 * (attacked - clean)).half().permute(0, 2, 3, 1).cpu().numpy(),
+        *(numbers.cpu().numpy() for numbers in (labels[chosen], *guesses)),
+        episode.class_names or tuple(f"class {label}" for label in range(episode.n_way)),
+    )
+
+
+def write_sample(folder: Path, sample: Sample) -> None:
+    """Write a sample into the run directory `folder`."""
+    path = folder / "samples" / f"{sample.source}-{sample.index}.npz"
+    path.parent.mkdir(exist_ok=True)
+
+    def write(part: Path) -> None:
+        with open(part, "wb") as file:
+            np.savez_compressed(file, **sample._asdict())
+
+    replace_file(path, write)
+
+
+def read_samples(folder: Path) -> list[Sample]:
+    """All samples of the run directory `folder`, by file name.
+
+    Raises:
+        InputError: a file is damaged.
+    """
+    return [_read_sample(path) for path in sorted((folder / "samples").glob("*.npz"))]
+
+
+def _read_sample(path: Path) -> Sample:
+    try:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            found = {name: file[name] for name in Sample._fields}
+        texts = {
+            "source": str(found["source"]),
+            "index": int(found["index"]),
+            "column": str(found["column"]),
+            "class_names": tuple(str(name) for name in found["class_names"]),
+        }
+        sample = Sample(**found | texts)
+        good = _fits(sample)
+    except Exception as error:  # numpy and zipfile raise a dozen kinds over damaged files
+        raise InputError(f"{path}: no sample of images ({error!r})") from error
+    if not good:
+        raise InputError(f"{path}: no sample of images (its arrays do not fit each other)")
+    return sample
+
+
+def _fits(sample: Sample) -> bool:
+    """Whether all arrays are of their dtype, of as many images, and all labels have a name."""
+    arrays = sample._asdict()
+    n, shape = len(sample.clean), sample.clean.shape
+    good = all(arrays[name].dtype == dtype and len(arrays[name]) == n for name, dtype in _DTYPES.items())
+    good = good and len(shape) == 4 and shape[-1] == 3
+    good = good and shape == sample.attacked.shape == sample.perturbation.shape
+    labels = (sample.labels, sample.predicted_clean, sample.predicted_attacked)
+    names = len(sample.class_names)
+    return good and all(bool(((each >= 0) & (each < names)).all()) for each in labels)
