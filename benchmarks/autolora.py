@@ -57,8 +57,8 @@ from torch.utils.flop_counter import flop_registry
 
 from amt.attacks.perturb import pgd
 from amt.cli import options
-from amt.models.branch import Student
 from amt.models.classifiers import build, logits
+from amt.models.pool import Student
 from amt.models.weights import stream
 from amt.training.autolora import FineTuner, Settings, accuracy, new_student, validate
 from amt.training.objectives import Adversary

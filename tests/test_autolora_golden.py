@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from amt.attacks.perturb import Ball, ascend
-from amt.models.branch import Student, factor_shapes, natural_weights, new_factors
 from amt.models.classifiers import Network, ResNet, logits
-from amt.models.lora import low_rank
+from amt.models.pool import Student, factor_shapes, low_rank, natural_weights, new_factors
 from amt.training.autolora import FineTuner, Settings, accuracy
 from amt.training.objectives import Adversary, attack, autolora, vanilla
 from amt.training.schedule import LossWeights

@@ -19,8 +19,8 @@ from torchvision.models.resnet import BasicBlock
 
 from amt.data.labelled import ArrayImages
 from amt.data.loading import batches, transforms
-from amt.models.branch import Student, factor_shapes, natural_weights, new_factors
 from amt.models.classifiers import Network, ResNet, logits
+from amt.models.pool import Student, factor_shapes, natural_weights, new_factors
 from amt.models.weights import stream
 from amt.training.autolora import Accuracy, FineTuner, Settings, accuracy, fine_tune, new_student, validate
 from amt.training.autolora_journal import Journal, continued

@@ -28,8 +28,8 @@ from amt.models.architectures import (
     freeze,
     matching_archs,
 )
-from amt.models.lora import principal_pool
 from amt.models.network import Network, features, find_device
+from amt.models.pool import principal_pool
 from amt.training.meta_tune import Tuner, TuneSettings
 from meta_dataset_readers.errors import InputError
 

@@ -29,10 +29,9 @@ from amt.cli import pool as pooling
 from amt.files import checkpoint, export
 from amt.files.checkpoint import Checkpoint
 from amt.models.architectures import Arch
-from amt.models.full_pool import FullPool, pretrained_pool
-from amt.models.lora import Trim, principal_pool, trim_singular_values
 from amt.models.network import Network
-from amt.models.pool import Pool
+from amt.models.pool import FullPool, Pool, pretrained_pool, principal_pool
+from amt.models.weights import Trim, trim_singular_values
 from amt.tasks.classifier import prototype_task
 from amt.tasks.finetune import Finetuning, finetune, finetuned_predictor
 from amt.tasks.merge import AUGMENTATIONS, augment

@@ -18,12 +18,10 @@ from amt.evaluation.deploy import STAMP, Deployment, as_decided, check_deploymen
 from amt.evaluation.evaluate import evaluate
 from amt.evaluation.select import support_predictor
 from amt.models.architectures import Arch
-from amt.models.full_pool import FullPool, pretrained_pool
 from amt.models.heads import prototypes
-from amt.models.lora import LoRAPool, Trim, principal_pool
 from amt.models.network import Network, features
-from amt.models.pool import Pool
-from amt.models.weights import stream
+from amt.models.pool import FullPool, LoRAPool, Pool, pretrained_pool, principal_pool
+from amt.models.weights import Trim, stream
 from amt.tasks.classifier import Task, prototype_task
 from amt.tasks.finetune import Finetuning
 from amt.tasks.merge import Routing, augment, route, soup, uniform

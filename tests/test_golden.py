@@ -34,9 +34,9 @@ from amt.files.pretrained import read_weights
 from amt.files.published import pool_from_published, published_shapes
 from amt.models.architectures import Arch, build_network
 from amt.models.heads import cosine_logits, prototypes
-from amt.models.lora import LoRAPool, Trim, split_principal, trim_singular_values, truncate
 from amt.models.network import Network, features, resize_positions
-from amt.models.weights import Coefficients
+from amt.models.pool import LoRAPool, split_principal
+from amt.models.weights import Coefficients, Trim, trim_singular_values, truncate
 from amt.tasks import merge
 from amt.tasks.classifier import prototype_task
 from amt.tasks.merge import Routing, average_of, blend, compactness, support_cosines

@@ -34,8 +34,8 @@ from amt.files.checkpoint import Checkpoint
 from amt.files.pretrained import load_network
 from amt.files.published import POOL_EPSILONS, pool_from_published, published_shapes
 from amt.models.architectures import Arch
-from amt.models.lora import LoRAPool, principal_pool
 from amt.models.network import features
+from amt.models.pool import LoRAPool, principal_pool
 from meta_dataset_readers.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent

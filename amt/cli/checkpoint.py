@@ -16,13 +16,12 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from amt.cli.options import Parser, place
-from amt.files import checkpoint, published, weight_files, writing
+from amt.files import checkpoint, pretrained, published, weight_files, writing
 from amt.files.checkpoint import Checkpoint
 from amt.files.pretrained import pretraining_only
 from amt.files.weight_files import Content
-from amt.models import network as network
 from amt.models.architectures import matching_archs
-from amt.models.lora import LoRAPool
+from amt.models.pool import LoRAPool
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError
 
@@ -99,7 +98,7 @@ def describe_weights(path: Path, content: Content) -> tuple[Weights, Lines]:
     Raises:
         InputError: there are no weights of a vision transformer, or they are not sound.
     """
-    where, state = network.unwrap(path, content.data)
+    where, state = pretrained.unwrap(path, content.data)
     weights = {name: tensor for name, tensor in state.items() if not pretraining_only(name)}
     if not {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= weights.keys():
         raise InputError(

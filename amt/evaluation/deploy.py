@@ -1,7 +1,7 @@
 """From typed settings to a predictor: how the pool becomes a classifier on one domain, and who decided that.
 
     coefficients         given, or uniform, or a router's (amt/tasks/merge.py), or of the best single adapter
-    weights              merged and trimmed (amt/models/lora.py), or the soup of the factors
+    weights              merged and trimmed (amt/models/pool.py), or the soup of the factors
     settings in between  as given, or chosen (amt/evaluation/select.py)
     test-time tuning     amt/tasks/finetune.py
 
@@ -24,10 +24,9 @@ from amt.evaluation.select import (
     support_predictor,
     trim_name,
 )
-from amt.models.lora import Trim
 from amt.models.network import Network
 from amt.models.pool import Pool
-from amt.models.weights import Coefficients
+from amt.models.weights import Coefficients, Trim
 from amt.tasks.classifier import Predictor, merged_predictor, pretrained_predictor
 from amt.tasks.finetune import Finetuning, finetuned_predictor
 from amt.tasks.merge import Routing, average_of, kept_members, route, soup, uniform

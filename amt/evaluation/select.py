@@ -21,10 +21,9 @@ from torch import Tensor
 
 from amt.attacks.evaluation import Attack
 from amt.evaluation.evaluate import measure
-from amt.models.lora import Trim, trim_singular_values
 from amt.models.network import Network
 from amt.models.pool import Pool
-from amt.models.weights import Coefficients, stream
+from amt.models.weights import Coefficients, Trim, stream, trim_singular_values
 from amt.tasks.classifier import Predictor, Task, prototype_task
 from amt.tasks.leave_one_out import Merged, lowest_loss, new_trial
 from amt.tasks.merge import Members, Routing, kept_members, route_each

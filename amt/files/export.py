@@ -34,10 +34,9 @@ from amt.files.published import published_shapes
 from amt.files.writing import replace_file
 from amt.models.architectures import TIMM
 from amt.models.heads import cosine_logits, prototypes
-from amt.models.lora import LoRAPool, Trim, trim_singular_values
 from amt.models.network import Network, features, resize_positions
-from amt.models.pool import Pool
-from amt.models.weights import Coefficients, Weights
+from amt.models.pool import LoRAPool, Pool
+from amt.models.weights import Coefficients, Trim, Weights, trim_singular_values
 from meta_dataset_readers.errors import InputError
 
 FORMATS = ("timm", "peft", "onnx", "torch", "published")

@@ -26,7 +26,7 @@ from torch import Tensor
 from amt.attacks.perturb import Perturbation
 from amt.files import weight_files
 from amt.models.architectures import ARCHS
-from amt.models.lora import VIT_LAYERS, LoRAPool
+from amt.models.pool import VIT_LAYERS, LoRAPool, factor_groups
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError
 
@@ -133,7 +133,7 @@ def pool_from_published(state: Mapping[str, Tensor], levels: tuple[Perturbation,
         if sorted(found) != list(range(len(levels))):
             raise ValueError(f"{name} has LoRAs {sorted(found)}, expected {len(levels)} of them")
         stacked = torch.stack([found[p] for p in range(len(levels))])
-        groups = 3 if name.endswith("qkv.weight") else 1
+        groups = factor_groups(name)
         (A if side == "A" else B)[name] = stacked.reshape(len(levels), groups, -1, stacked.shape[-1])
     scale, bias = (state[name].reshape(1).repeat(len(levels)) for name in ("scale_cls", "bias"))
     return LoRAPool(residual, A, B, scale, bias, levels)

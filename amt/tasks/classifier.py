@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from amt.models.heads import cosine_logits, prototypes
-from amt.models.lora import Trim, trim_singular_values
 from amt.models.network import Network, features, fixed_features
 from amt.models.pool import Pool
-from amt.models.weights import Coefficients, Weights, stream
+from amt.models.weights import Coefficients, Trim, Weights, stream, trim_singular_values
 from meta_dataset_readers.episode import Episode
 
 Logits = Callable[[Tensor], Tensor]
