@@ -17,7 +17,7 @@ from baseline import pgd
 from torch import Tensor, nn
 
 from amt.attacks.evaluation import Attack
-from amt.models.classifiers import Network
+from amt.models.network import Network
 from amt.models.pool import Student
 from amt.models.weights import stream
 from amt.training.autolora import Accuracy

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_backbone import write_official
+from test_network import write_official
 from torch import Tensor
 
 from amt.attacks.perturb import (

@@ -20,8 +20,8 @@ from conftest import moved_apart, random_backbone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_backbone import write_official
 from test_commands import command
+from test_network import write_official
 from torch import Tensor
 
 from amt.attacks.perturb import Perturbation

@@ -27,7 +27,7 @@ from amt.evaluation.evaluate import Measurement, columns, measure
 from amt.evaluation.sanity import probe
 from amt.files import checkpoint
 from amt.files.signals import Interrupts
-from amt.models.classifiers import Network, logits
+from amt.models.network import Network, logits
 from amt.models.weights import Weights
 from amt.report.finish import conclude
 from amt.tasks.classifier import Predictor, Task

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from amt.attacks.perturb import Perturbation
-from amt.files import weight_files
+from amt.files import state_dicts, weight_files
 from amt.models.architectures import ARCHS
 from amt.models.pool import VIT_LAYERS, LoRAPool, factor_groups
 from amt.models.weights import Weights
@@ -47,10 +47,9 @@ _COPY = (
 
 def find_state(data: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
     """The published state dict in a file's contents, or None if there is none: see `weight_files.read`."""
-    for state in (data.get("model"), data):
-        if weight_files.is_state(state) and any(_FACTOR.fullmatch(name) for name in state):
-            return state
-    return None
+    found = state_dicts.networks(data)
+    states = (found[key] for key in ("model", "") if key in found)
+    return next((state for state in states if any(map(_FACTOR.fullmatch, state))), None)
 
 
 def read_pool(path: Path, data: Mapping[str, Any]) -> tuple[LoRAPool, dict]:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from amt.attacks.perturb import Perturbation
-from amt.models.classifiers import Network
+from amt.models.network import Network
 from amt.models.weights import Trim, Weights, trim_singular_values
 
 VIT_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
