@@ -26,10 +26,8 @@ from amt.evaluation.evaluate import validate
 from amt.files import checkpoint
 from amt.files.pretrained import load_network
 from amt.files.signals import Interrupts
-from amt.models.full_pool import pretrained_pool
-from amt.models.lora import principal_pool
 from amt.models.network import Network, find_device
-from amt.models.pool import Pool
+from amt.models.pool import Pool, pretrained_pool, principal_pool
 from amt.training.journal import Journal
 from amt.training.meta_tune import NonFiniteLoss, Tuner, TuneSettings, meta_tune
 from meta_dataset_readers.errors import InputError, exit_on_bad_input

@@ -57,8 +57,8 @@ from torch.utils.flop_counter import flop_registry
 
 from amt.attacks.perturb import pgd
 from amt.cli import options
-from amt.models.branch import Student
-from amt.models.classifiers import build, logits
+from amt.models.network import build_classifier, logits
+from amt.models.pool import Student
 from amt.models.weights import stream
 from amt.training.autolora import FineTuner, Settings, accuracy, new_student, validate
 from amt.training.objectives import Adversary
@@ -76,7 +76,7 @@ class Job:
     """One row of the table.
 
     Args:
-        arch: as `build` takes it.
+        arch: as `build_classifier` takes it.
         kind: "step", "epoch" or "validation".
         batch: images in a batch; all those of validation.
         steps: of the attack.
@@ -121,7 +121,7 @@ class Problem:
 
     def __init__(self, job: Job, device: str, dtype: torch.dtype = torch.float32):
         self.job = job
-        self.network = build(job.arch, CLASSES, SIDE)
+        self.network = build_classifier(job.arch, CLASSES, SIDE)
         self.network.module.to(dtype)
         weights = {
             name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
@@ -461,7 +461,7 @@ def jobs_of(args: argparse.Namespace) -> dict[str, list[Job]]:
             rows = KINDS
         jobs[arch] = plan_of(arch, args.batch or batch, args.steps, args.quick, args.rows or rows)
         with torch.device("meta"):
-            build(arch, CLASSES, SIDE)  # an unknown name is told before anything is timed
+            build_classifier(arch, CLASSES, SIDE)  # an unknown name is told before anything is timed
     return jobs
 
 

@@ -17,8 +17,8 @@ from baseline import pgd
 from torch import Tensor, nn
 
 from amt.attacks.evaluation import Attack
-from amt.models.branch import Student
-from amt.models.classifiers import Network
+from amt.models.network import Network
+from amt.models.pool import Student
 from amt.models.weights import stream
 from amt.training.autolora import Accuracy
 from amt.training.losses import RobustLoss, robust_loss

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from amt.attacks.evaluation import Attack
 from amt.attacks.perturb import Perturbation, pyramid_attack
 from amt.models.heads import cosine_logits, prototypes
-from amt.models.lora import LoRAPool, Trim, truncate
 from amt.models.network import Network, resize_positions
-from amt.models.weights import Coefficients
+from amt.models.pool import LoRAPool
+from amt.models.weights import Coefficients, Trim, truncate
 from amt.tasks.merge import Routing, augment, blend, compactness
 from amt.training.losses import RobustLoss, kl_sum, robust_loss
 from meta_dataset_readers.episode import Episode

@@ -58,9 +58,9 @@ from torch import Tensor
 from amt.attacks.evaluation import Attack
 from amt.evaluation.evaluate import measure, query_generators
 from amt.models.architectures import ARCHS
-from amt.models.lora import LoRAPool, Trim
 from amt.models.network import Network
-from amt.models.weights import stream
+from amt.models.pool import LoRAPool
+from amt.models.weights import Trim, stream
 from amt.tasks.classifier import merged_predictor
 from amt.tasks.merge import Routing, route, uniform
 from meta_dataset_readers.episode import Episode

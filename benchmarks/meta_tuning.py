@@ -55,8 +55,8 @@ from amt.attacks.evaluation import Attack
 from amt.attacks.perturb import pyramid_start
 from amt.evaluation.evaluate import evaluate, query_generators
 from amt.models.architectures import ARCHS
-from amt.models.lora import LoRAPool
 from amt.models.network import Network
+from amt.models.pool import LoRAPool
 from amt.models.weights import stream
 from amt.tasks.classifier import merged_predictor
 from amt.tasks.merge import Routing, route

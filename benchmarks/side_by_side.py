@@ -28,8 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from amt.attacks.perturb import Perturbation
 from amt.cli import options
 from amt.models.architectures import ARCHS, base_arch, build_network
-from amt.models.lora import LoRAPool, adapted_layers
 from amt.models.network import Network, find_device
+from amt.models.pool import LoRAPool, adapted_layers
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 

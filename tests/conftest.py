@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 from amt.models.architectures import Arch, build_network
-from amt.models.lora import LoRAPool
 from amt.models.network import Network
+from amt.models.pool import LoRAPool
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.tfrecord import encode_example, write_records

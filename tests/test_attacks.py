@@ -22,7 +22,7 @@ from amt.attacks.evaluation import (
 from amt.attacks.perturb import Ball, Perturbation, ascend, pgd
 from amt.evaluation.evaluate import columns, measure
 from amt.models.architectures import Arch
-from amt.models.lora import principal_pool
+from amt.models.pool import principal_pool
 from amt.tasks.classifier import Classifier, merged_predictor, pretrained_predictor
 from amt.tasks.merge import Routing, route
 

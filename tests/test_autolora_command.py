@@ -33,7 +33,7 @@ from amt.data.corruptions import CORRUPTIONS
 from amt.evaluation import recording
 from amt.evaluation import test_set as testing
 from amt.files.robust_weights import Pretrained
-from amt.models.classifiers import build, logits
+from amt.models.network import build_classifier, logits
 from amt.training import autolora as tune
 from amt.training.autolora import FineTuner
 from amt.training.objectives import Adversary
@@ -130,7 +130,7 @@ class World(NamedTuple):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> World:
     folder = tmp_path_factory.mktemp("world")
-    weights = build("resnet_mini", 10, 32).start(3)
+    weights = build_classifier("resnet_mini", 10, 32).start(3)
     save_file({n: t for n, t in weights.items() if not n.startswith("fc.")}, folder / "start.safetensors")
     return World(write_cifar(folder / "data"), folder / "start.safetensors")
 
@@ -257,7 +257,7 @@ def test_a_kept_classifier_is_torchvisions_resnet(world, tmp_path):
     module = torchvision.models.resnet18(num_classes=10)
     module.conv1, module.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
     module.load_state_dict(best, strict=True)
-    network = build("resnet18", 10, 16)
+    network = build_classifier("resnet18", 10, 16)
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (network.mean, network.std))
     with torch.no_grad():
@@ -282,7 +282,7 @@ def test_baselines_and_two_batchnorm_sets_leave_a_plain_classifier(world, tmp_pa
     ended = command(*world.flags(tmp_path, *more, "--epochs", 1))
     assert ended.code == 0, ended.err
     best = load_file(tmp_path / "AFF" / "best.safetensors")
-    assert best.keys() == build("resnet_mini", 10, 32).names
+    assert best.keys() == build_classifier("resnet_mini", 10, 32).names
     found = about(tmp_path / "AFF" / "best.safetensors")["protocol"]
     assert found["auto_lr"] == found["auto_weights"] == ("--method" not in more)
 
@@ -303,7 +303,7 @@ def test_common_corruptions_from_cifar10_c(world, tuned, tmp_path):
     ended = command(*world.flags(tmp_path / "out", *flags))
     assert ended.code == 0, ended.err
     found = json.loads((tmp_path / "out" / "test" / "corruptions.json").read_text())
-    network, weights = build("resnet_mini", 10, 32), load_file(best)
+    network, weights = build_classifier("resnet_mini", 10, 32), load_file(best)
     assert set(CORRUPTIONS) <= set(found)
     for name in CORRUPTIONS:
         pixels = torch.from_numpy(np.load(folder / f"{name}.npy")).permute(0, 3, 1, 2) / 255
@@ -752,7 +752,7 @@ def untrained(network):
 
 def test_a_head_of_another_data_set_is_not_kept(world, tmp_path):
     """Of a complete file the classifier is made anew for training, and kept for testing alone."""
-    network = build("resnet_mini", 10, 32)
+    network = build_classifier("resnet_mini", 10, 32)
     full = network.start(5)
     save_file(full, tmp_path / "full.safetensors")
     for more, kept in (((), False), (("--eval_only",), True)):

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from amt.attacks.perturb import Ball, ascend
-from amt.models.branch import Student, factor_shapes, natural_weights, new_factors
-from amt.models.classifiers import Network, ResNet, logits
-from amt.models.lora import low_rank
+from amt.models.network import Network, logits
+from amt.models.pool import Student, factor_shapes, low_rank, natural_weights, new_factors
+from amt.models.resnet import ResNet
 from amt.training.autolora import FineTuner, Settings, accuracy
 from amt.training.objectives import Adversary, attack, autolora, vanilla
 from amt.training.schedule import LossWeights
@@ -70,7 +70,7 @@ def leaves(student: Student) -> dict[str, Tensor]:
 
 
 def structure(make, **settings) -> Network:
-    return Network("tiny", make(), make, **settings)
+    return Network("tiny", make(), make=make, **settings)
 
 
 def low() -> Network:

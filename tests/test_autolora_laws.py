@@ -19,8 +19,9 @@ from torchvision.models.resnet import BasicBlock
 
 from amt.data.labelled import ArrayImages
 from amt.data.loading import batches, transforms
-from amt.models.branch import Student, factor_shapes, natural_weights, new_factors
-from amt.models.classifiers import Network, ResNet, logits
+from amt.models.network import Network, logits
+from amt.models.pool import Student, factor_shapes, natural_weights, new_factors
+from amt.models.resnet import ResNet
 from amt.models.weights import stream
 from amt.training.autolora import Accuracy, FineTuner, Settings, accuracy, fine_tune, new_student, validate
 from amt.training.autolora_journal import Journal, continued
@@ -58,7 +59,7 @@ METHODS = {
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-NETWORKS = {kind: Network(kind, make(), make, SIDE) for kind, make in MAKERS.items()}
+NETWORKS = {kind: Network(kind, make(), SIDE, make=make) for kind, make in MAKERS.items()}
 
 
 def network(kind: str = "resnet") -> Network:
@@ -150,7 +151,7 @@ def test_the_update_is_the_methods_definition(layer_and_rank, seed):
     gives what the layer and, beside it, the same layer with dW alone give together."""
     layer, rank = layer_and_rank
     module = nn.Sequential(nn.Identity(), layer, nn.Linear(1, CLASSES).double())
-    net = Network("one layer", module, lambda: module, SIDE)
+    net = Network("one layer", module, SIDE)
     generator = torch.Generator().manual_seed(seed)
     A, B = (
         torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -435,7 +436,7 @@ def test_the_frozen_half_of_twins_keeps_the_statistics_it_started_with():
 
 def test_twins_is_trades_on_each_half():
     """Computed anew from the definition, in double precision."""
-    net = Network("double", MAKERS["resnet"]().double(), MAKERS["resnet"], SIDE)
+    net = Network("double", MAKERS["resnet"]().double(), SIDE, make=MAKERS["resnet"])
     weights = {
         name: tensor.double() if tensor.is_floating_point() else tensor
         for name, tensor in start_of(net).items()

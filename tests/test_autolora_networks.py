@@ -10,14 +10,16 @@ from conftest import fails
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from amt.models.classifiers import ARCHS, IMAGENET_MEAN, IMAGENET_STD, Network, ResNet, build, logits
+from amt.models.architectures import CLASSIFIERS, IMAGENET_MEAN, IMAGENET_STD
+from amt.models.network import Network, build_classifier, features, logits, untrained
+from amt.models.resnet import ResNet
 from amt.models.wide_resnet import WideResNet
 
 
 def unmade(arch: str, *arguments, **more) -> Network:
     """A network without numbers: large ones cost nothing."""
     with torch.device("meta"):
-        return build(arch, *arguments, **more)
+        return build_classifier(arch, *arguments, **more)
 
 
 def images(count: int, side: int, seed: int = 0) -> Tensor:
@@ -85,7 +87,7 @@ def test_transformers_adapt_the_four_layers_of_every_block(arch, blocks):
     ],
 )
 def test_every_convolution_and_linear_layer_is_adapted_but_the_first_and_the_last(arch, side):
-    build_one = build if arch.startswith("timm:") else unmade
+    build_one = build_classifier if arch.startswith("timm:") else unmade
     network = build_one(arch, 7, side)
     layers = [
         f"{name}.weight"
@@ -114,7 +116,7 @@ def test_the_published_coverage_of_resnets_depends_on_the_size():
 
 
 def test_norms_are_the_parameters_and_buffers_of_batch_normalisation():
-    network = build("resnet_mini", 5, 32)
+    network = build_classifier("resnet_mini", 5, 32)
     owns = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     assert network.norms[:5] == tuple(f"bn1.{own}" for own in owns)
     assert set(network.norms) == {
@@ -147,7 +149,7 @@ def test_logits_are_torchvisions(arch, block):
     theirs = getattr(torchvision.models, arch)(num_classes=4)
     depths = tuple(len(getattr(theirs, f"layer{stage}")) for stage in (1, 2, 3, 4))
     make = functools.partial(ResNet, block, depths, (64, 128, 256, 512), 4, False)
-    network = Network(arch, make(), make, 64)
+    network = Network(arch, make(), 64, make=make)
     weights = copied(theirs.state_dict())
     batch = images(2, 64)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -172,9 +174,9 @@ def test_the_stem_of_small_images_keeps_their_resolution(arch):
             handle.remove()
         return seen[0]
 
-    assert first_block_sees(build(arch, 10, 32)) == 32
-    assert first_block_sees(build(arch, 10, 64)) == 16
-    assert first_block_sees(build(arch, 10, 16, resize=64)) == 16
+    assert first_block_sees(build_classifier(arch, 10, 32)) == 32
+    assert first_block_sees(build_classifier(arch, 10, 64)) == 16
+    assert first_block_sees(build_classifier(arch, 10, 16, resize=64)) == 16
 
 
 def test_the_mini_network_is_of_the_promised_size():
@@ -218,7 +220,7 @@ def test_position_tables_are_of_the_size_that_reaches_the_network(side, resize, 
 
 
 def test_all_names_and_aliases_build():
-    for arch in ARCHS:
+    for arch in CLASSIFIERS:
         assert unmade(arch, 3, 64).arch == arch
     for alias, arch in {
         "r34": "resnet34",
@@ -233,7 +235,8 @@ def test_all_names_and_aliases_build():
     [
         ("resnet19", 32, "did you mean 'resnet18'"),
         ("timm:resnt18", 32, "did you mean 'timm:resnet18'"),
-        ("timm:resnet18.nobody", 32, "cannot be built"),
+        ("timm:resnet18.nobody", 32, "did you mean 'timm:resnet18"),
+        ("timm:nest_tiny_jx", 50, "cannot be built"),
         ("vit_small", 32, "at least 64 px"),
         ("timm:vit_tiny_patch16_224", 48, "at least 64 px"),
         ("timm:deit_tiny_distilled_patch16_224", 224, "one last linear layer"),
@@ -241,14 +244,14 @@ def test_all_names_and_aliases_build():
     ],
 )
 def test_what_cannot_be_built_is_told(arch, side, message):
-    fails(message, lambda: build(arch, 10, side))
+    fails(message, lambda: build_classifier(arch, 10, side))
 
 
 # Weights are an argument
 
 
 def test_a_start_is_a_function_of_its_seed_alone():
-    network = build("resnet_mini", 4, 32)
+    network = build_classifier("resnet_mini", 4, 32)
     torch.manual_seed(1)
     before = torch.get_rng_state()
     one = network.start(7)
@@ -262,7 +265,7 @@ def test_a_start_is_a_function_of_its_seed_alone():
 
 
 def test_evaluation_changes_nothing():
-    network = build("resnet_mini", 4, 32)
+    network = build_classifier("resnet_mini", 4, 32)
     weights = network.start(0)
     kept, own = copied(weights), copied(network.module.state_dict())
     logits(network, weights, images(3, 32))
@@ -270,7 +273,7 @@ def test_evaluation_changes_nothing():
 
 
 def test_training_updates_running_statistics_in_the_weights_and_never_in_the_module():
-    network = build("resnet_mini", 4, 32)
+    network = build_classifier("resnet_mini", 4, 32)
     weights = network.start(0)
     kept, own = copied(weights), copied(network.module.state_dict())
     batch = images(3, 32)
@@ -290,15 +293,45 @@ def test_training_updates_running_statistics_in_the_weights_and_never_in_the_mod
 
 
 def test_modes_leave_no_trace_even_where_the_network_fails():
-    network = build("resnet_mini", 4, 32)
+    network = build_classifier("resnet_mini", 4, 32)
     with pytest.raises(RuntimeError):
         logits(network, network.start(0), torch.zeros(1, 2, 32, 32), training=True)
     assert not any(part.training for part in network.module.modules())
 
 
+@pytest.mark.parametrize("arch", ["resnet_mini", "wide", "deit_tiny", "timm:mobilenetv3_small_050"])
+def test_logits_are_the_classifier_of_the_features(arch):
+    """Whatever the network: logits = features W^T + b; and features need no classifier to be had."""
+    if arch == "wide":
+        make = functools.partial(WideResNet, 10, 1, 4)
+        network = Network("wide", make(), 64, make=make)
+    else:
+        network = build_classifier(arch, 4, 64)
+    weights, batch = network.start(0), images(3, 64)
+    W, b = (weights[f"{network.classifier}.{part}"] for part in ("weight", "bias"))
+    kept = copied(weights)
+    with torch.no_grad():
+        found = features(network, weights, batch)
+        torch.testing.assert_close(logits(network, weights, batch), found @ W.T + b)
+        other = weights | {name: value + 1 for name, value in weights.items() if network.is_head(name)}
+        assert torch.equal(features(network, other, batch), found)
+    assert found.shape == (3, W.shape[1]) and found.dtype == torch.float32
+    assert same(weights, kept)
+    del weights[f"{network.stem}.weight"]
+    with pytest.raises(ValueError, match="lack"):
+        features(network, weights, batch)
+
+
+def test_a_network_without_a_classifier_has_no_logits():
+    network, _ = untrained("vit_mini")
+    assert network.classifier == "" and not any(map(network.is_head, network.names))
+    with pytest.raises(ValueError, match="vit_mini ends in features"):
+        logits(network, network.start(0), images(1, 32))
+
+
 def test_an_incomplete_state_is_refused():
     """Otherwise the module's own random tensors would be used, and written to."""
-    network = build("resnet_mini", 4, 32)
+    network = build_classifier("resnet_mini", 4, 32)
     weights = network.start(0)
     del weights["bn1.running_mean"]
     with pytest.raises(ValueError, match="lack"):
@@ -308,7 +341,7 @@ def test_an_incomplete_state_is_refused():
 @pytest.mark.parametrize("arch", ["resnet_mini", "deit_tiny"])
 @pytest.mark.parametrize("training", [False, True])
 def test_gradients_reach_every_parameter_and_the_image_in_float64(arch, training):
-    network = build(arch, 4, 64)
+    network = build_classifier(arch, 4, 64)
     weights = {
         name: value.double() if value.is_floating_point() else value
         for name, value in network.start(0).items()
@@ -326,8 +359,8 @@ def test_gradients_reach_every_parameter_and_the_image_in_float64(arch, training
 
 def test_images_are_enlarged_inside_and_normalised():
     """Nearest neighbour: one pixel becomes a square; mean and standard deviation act on [0, 1] images."""
-    network = build("resnet_mini", 4, 16, resize=32)
-    plain = build("resnet_mini", 4, 32, normalise=False)
+    network = build_classifier("resnet_mini", 4, 16, resize=32)
+    plain = build_classifier("resnet_mini", 4, 32, normalise=False)
     weights, batch = network.start(0), images(2, 16)
     enlarged = batch.repeat_interleave(2, -1).repeat_interleave(2, -2)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from amt.files.robust_weights import PRETRAININGS, read
-from amt.models.classifiers import IMAGENET_MEAN, IMAGENET_STD, Network, build, logits
+from amt.models.architectures import IMAGENET_MEAN, IMAGENET_STD
+from amt.models.network import Network, build_classifier, logits
 from amt.models.wide_resnet import WideResNet
 
 Weights = dict[str, Tensor]
@@ -32,7 +33,7 @@ COUNTER = "num_batches_tracked"
 
 @functools.cache
 def network(arch: str = "resnet_mini", n_classes: int = 5, side: int = 32) -> Network:
-    return build(arch, n_classes, side)
+    return build_classifier(arch, n_classes, side)
 
 
 def random_state(like: Weights, seed: int) -> Weights:
@@ -248,7 +249,7 @@ def test_classifiers_of_ours_and_smaller_numbers(tmp_path, mini):
 def test_wide_resnets(tmp_path):
     """The usual file: DataParallel's prefix, and a copy of the first block that is never used."""
     make = functools.partial(WideResNet, 10, 1, 5)
-    net = Network("wide", make(), make, 32)
+    net = Network("wide", make(), 32, make=make)
     start = net.start(0)
     weights = random_state(start, 3)
     state = {f"module.{name}": value for name, value in weights.items()}
@@ -260,7 +261,7 @@ def test_wide_resnets(tmp_path):
 
 def test_transformers_and_their_position_tables(tmp_path):
     """timm's names, DeiT's nesting, ImageNet's head left out, the table resized and its own row kept."""
-    net = build("timm:vit_tiny_patch16_224", 5, 64)
+    net = build_classifier("timm:vit_tiny_patch16_224", 5, 64)
     start = net.start(0)
     weights = random_state(start, 1)
     state = headless(weights) | {
@@ -326,7 +327,7 @@ def test_an_unknown_pretraining_is_told(tmp_path, mini):
 def test_a_file_of_another_architecture_lists_the_first_mismatches(tmp_path, mini):
     net, start, _ = mini
     with torch.device("meta"):
-        other = build("resnet18", 5, 32).module.state_dict()
+        other = build_classifier("resnet18", 5, 32).module.state_dict()
     state = {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in other.items()}
     error = fails("--arch resnet_mini: ", lambda: read(saved(tmp_path, {"model": state}), net, start))
     message = str(error)
@@ -370,7 +371,7 @@ def test_a_tensor_under_two_names_is_refused(tmp_path, mini):
 def test_a_file_without_a_network_is_told(tmp_path, mini):
     net, start, _ = mini
     fails(
-        "holds epoch, lr, expected tensors",
+        "holds 'epoch', 'lr', expected tensors",
         lambda: read(saved(tmp_path, {"epoch": 3, "lr": 0.1}), net, start),
     )
     fails("no such checkpoint", lambda: read(tmp_path / "absent.pt", net, start))
@@ -464,7 +465,7 @@ def test_high_resolution_files_load_as_published_and_as_published_code_saves_the
 def test_factors_are_as_many_numbers_as_recorded(arch):
     entry = GOLDEN["highres_key_conversion"][f"{arch}_params"]
     with torch.device("meta"):
-        net = build(arch, 1000, 224)
+        net = build_classifier(arch, 1000, 224)
     sides = [net.module.get_submodule(name.removesuffix(".weight")) for name in net.adapted()]
     rank = 8
     factors = sum(

@@ -21,7 +21,7 @@ from amt.evaluation import test_set as testing
 from amt.evaluation.comparison import compare, other_episodes
 from amt.evaluation.evaluate import columns, measure
 from amt.evaluation.statistics import summarise
-from amt.models.classifiers import Network, logits
+from amt.models.network import Network, logits
 from amt.report.document import page
 from amt.report.finish import finish
 from meta_dataset_readers.transforms import planes, unit_range
@@ -48,7 +48,7 @@ def small_network(n_classes: int = 5) -> nn.Module:
     )
 
 
-NETWORK = Network("toy", small_network(), small_network, SIDE)
+NETWORK = Network("toy", small_network(), SIDE, make=small_network)
 
 
 def pictures(n: int = 70, seed: int = 0) -> ArrayImages:

@@ -29,13 +29,11 @@ from amt.cli import pool as pooling
 from amt.files import checkpoint, export
 from amt.files.checkpoint import Checkpoint
 from amt.models.architectures import Arch
-from amt.models.full_pool import FullPool, pretrained_pool
-from amt.models.lora import Trim, principal_pool, trim_singular_values
 from amt.models.network import Network
-from amt.models.pool import Pool
+from amt.models.pool import FullPool, Merged, Pool, pretrained_pool, principal_pool
+from amt.models.weights import Trim, trim_singular_values
 from amt.tasks.classifier import pretrained, prototype_classifier
 from amt.tasks.finetune import Finetuning, finetune, finetuned_predictor
-from amt.tasks.leave_one_out import Merged
 from amt.tasks.merge import AUGMENTATIONS, augment
 from amt.training.meta_tune import ALONE, Tuner, TuneSettings, natural_outcome, querying_outcome
 from meta_dataset_readers.episode import Episode

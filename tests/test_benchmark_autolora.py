@@ -15,8 +15,8 @@ import torch
 from timm.models import VisionTransformer
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from amt.models import classifiers as networks
-from amt.models.classifiers import Network, ResNet
+from amt.models.network import Network, build_classifier
+from amt.models.resnet import ResNet
 from amt.models.weights import stream
 from amt.training.autolora import validate
 from amt.training.objectives import Adversary, attack
@@ -52,9 +52,9 @@ def tiny(monkeypatch):
     """The benchmark on networks that are as small as can be."""
 
     def build(arch: str, _classes: int, side: int) -> Network:
-        return Network(arch, NETWORKS[arch](), NETWORKS[arch], side)
+        return Network(arch, NETWORKS[arch](), side, make=NETWORKS[arch])
 
-    monkeypatch.setattr(benchmark, "build", build)
+    monkeypatch.setattr(benchmark, "build_classifier", build)
 
 
 def job_of(kind: str, arch: str = "basic", **changes):
@@ -234,7 +234,7 @@ def test_quick_benchmark_prints_its_table(tmp_path):
 
 
 def test_rows_are_those_asked_for(monkeypatch):
-    monkeypatch.setattr(benchmark, "build", lambda *_: None)
+    monkeypatch.setattr(benchmark, "build_classifier", lambda *_: None)
 
     def rows(*argv: str) -> dict[str, list[tuple]]:
         plan = benchmark.jobs_of(benchmark.parse(list(argv)))
@@ -267,7 +267,7 @@ def test_bad_options_are_named(argv, named):
 
 
 def test_an_unknown_network_is_named_before_anything_is_timed(monkeypatch):
-    monkeypatch.setattr(benchmark, "build", networks.build)
+    monkeypatch.setattr(benchmark, "build_classifier", build_classifier)
     with pytest.raises(InputError, match="did you mean 'resnet18'"):
         benchmark.jobs_of(benchmark.parse(["--arch", "resnet19"]))
 

@@ -14,9 +14,8 @@ import torch
 from amt.attacks.evaluation import Attack
 from amt.evaluation.evaluate import measure, query_generators
 from amt.models.architectures import Arch, build_network
-from amt.models.lora import Trim
 from amt.models.network import Network
-from amt.models.weights import stream
+from amt.models.weights import Trim, stream
 from amt.tasks.classifier import merged_predictor
 from amt.tasks.merge import Routing
 

@@ -31,7 +31,7 @@ from amt.cli import options
 from amt.evaluation import runs
 from amt.files import checkpoint
 from amt.models.architectures import ARCHS, build_network
-from amt.models.lora import principal_pool
+from amt.models.pool import principal_pool
 from amt.training.journal import Journal
 from meta_dataset_readers.errors import exit_on_bad_input
 from meta_dataset_readers.reader import EpisodeReader, SourceMixture

@@ -18,15 +18,12 @@ from amt.evaluation.deploy import STAMP, Deployment, check_deployment, check_tri
 from amt.evaluation.evaluate import evaluate
 from amt.evaluation.select import support_predictor
 from amt.models.architectures import Arch
-from amt.models.full_pool import FullPool, pretrained_pool
 from amt.models.heads import prototypes
-from amt.models.lora import LoRAPool, Trim, principal_pool
 from amt.models.network import Network, features
-from amt.models.pool import Pool
-from amt.models.weights import stream
+from amt.models.pool import FullPool, LoRAPool, Merged, Pool, pretrained_pool, principal_pool
+from amt.models.weights import Trim, stream
 from amt.tasks.classifier import Classifier, prototype_classifier
 from amt.tasks.finetune import Finetuning
-from amt.tasks.leave_one_out import Merged
 from amt.tasks.merge import Routing, augment, route, soup, uniform
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError

@@ -6,7 +6,7 @@ from conftest import fails
 from amt.cli import options
 from amt.cli.options.domain_config import LARGEST, DomainSettings, read_domain_config
 from amt.evaluation.select import published_grid
-from amt.models.lora import Trim
+from amt.models.weights import Trim
 from amt.tasks.merge import Routing
 
 SOURCES = ("signs", "digits")

@@ -15,8 +15,8 @@ from amt.attacks.perturb import Perturbation
 from amt.evaluation.evaluate import columns, evaluate, measure, validate
 from amt.evaluation.statistics import summarise
 from amt.models.architectures import Arch
-from amt.models.lora import LoRAPool, principal_pool
 from amt.models.network import Network
+from amt.models.pool import LoRAPool, principal_pool
 from amt.tasks.classifier import Classifier, merged_predictor, pretrained_predictor
 from meta_dataset_readers.episode import Episode
 

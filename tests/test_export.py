@@ -24,8 +24,9 @@ from amt.files.export import MergedNetwork, Support, merged_network
 from amt.files.pretrained import load_network
 from amt.models.architectures import ARCHS, Arch, freeze
 from amt.models.heads import cosine_logits
-from amt.models.lora import LoRAPool, Trim, principal_pool
 from amt.models.network import Network, features, untrained
+from amt.models.pool import LoRAPool, principal_pool
+from amt.models.weights import Trim
 from amt.tasks.merge import Routing, route
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_backbone import write_official
+from test_network import write_official
 from torch import Tensor
 
 from amt.attacks.perturb import (
@@ -34,12 +34,11 @@ from amt.files.pretrained import read_weights
 from amt.files.published import pool_from_published, published_shapes
 from amt.models.architectures import Arch, build_network
 from amt.models.heads import cosine_logits, prototypes
-from amt.models.lora import LoRAPool, Trim, split_principal, trim_singular_values, truncate
 from amt.models.network import Network, features, resize_positions
-from amt.models.weights import Coefficients
+from amt.models.pool import LoRAPool, Merged, split_principal
+from amt.models.weights import Coefficients, Trim, trim_singular_values, truncate
 from amt.tasks import merge
 from amt.tasks.classifier import prototype_classifier
-from amt.tasks.leave_one_out import Merged
 from amt.tasks.merge import Routing, average_of, blend, compactness, support_cosines
 from amt.training import meta_tune
 from amt.training.losses import kl_sum, robust_loss

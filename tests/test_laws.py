@@ -25,8 +25,9 @@ from amt.files import checkpoint as checkpoints
 from amt.files.checkpoint import Checkpoint
 from amt.models.architectures import Arch
 from amt.models.heads import cosine_logits, prototypes
-from amt.models.lora import LoRAPool, Trim, principal_pool, split_principal, trim_singular_values
 from amt.models.network import Network, features
+from amt.models.pool import LoRAPool, principal_pool, split_principal
+from amt.models.weights import Trim, trim_singular_values
 from amt.tasks.classifier import merged_predictor
 from amt.tasks.merge import Routing, blend, route
 from amt.training import meta_tune

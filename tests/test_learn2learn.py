@@ -26,7 +26,7 @@ from amt.attacks.perturb import Perturbation
 from amt.evaluation.evaluate import evaluate
 from amt.files.learn2learn import EpisodeTaskset, TasksetEpisodes, task_of
 from amt.models.architectures import Arch
-from amt.models.lora import principal_pool
+from amt.models.pool import principal_pool
 from amt.tasks.classifier import pretrained_predictor
 from amt.training.meta_tune import Tuner, TuneSettings, meta_tune
 from meta_dataset_readers.episode import Episode

@@ -11,7 +11,7 @@ from amt.attacks.evaluation import Attack
 from amt.cli import options
 from amt.cli.options.published_flags import is_published
 from amt.evaluation.select import BETAS, GAMMAS
-from amt.models.lora import Trim
+from amt.models.weights import Trim
 from amt.tasks.merge import Routing
 from meta_dataset_readers.errors import InputError
 

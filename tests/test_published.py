@@ -20,8 +20,8 @@ from conftest import moved_apart, random_backbone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_backbone import write_official
 from test_commands import command
+from test_network import write_official
 from torch import Tensor
 
 from amt.attacks.perturb import Perturbation
@@ -34,8 +34,8 @@ from amt.files.checkpoint import Checkpoint
 from amt.files.pretrained import load_network
 from amt.files.published import POOL_EPSILONS, pool_from_published, published_shapes
 from amt.models.architectures import Arch
-from amt.models.lora import LoRAPool, principal_pool
 from amt.models.network import features
+from amt.models.pool import LoRAPool, principal_pool
 from meta_dataset_readers.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -41,8 +41,8 @@ from amt.cli.options import autolora as autolora_options
 from amt.cli.options import recipes
 from amt.cli.options.recipes import AMT, TEST, TRAIN
 from amt.files import checkpoint, export
-from amt.models import classifiers as networks
 from amt.models.architectures import ARCHS, Arch, build_network
+from amt.models.network import build_classifier
 from amt.training.journal import Journal
 from meta_dataset_readers.bscd import CHESTX_FINDINGS, CHESTX_IMAGES, CHESTX_LABELS, ISIC_IMAGES, ISIC_LABELS
 from meta_dataset_readers.errors import InputError, exit_on_bad_input
@@ -361,7 +361,7 @@ class Folders(NamedTuple):
 def folders(tmp_path) -> Folders:
     for split, n in (("train", 6), ("test", 2)):
         write_classes(tmp_path / "data" / split, x=n, y=n)
-    network = networks.build("resnet_mini", 2, 16)
+    network = build_classifier("resnet_mini", 2, 16)
     encoder = {key: tensor for key, tensor in network.start(0).items() if not network.is_head(key)}
     (tmp_path / "files").mkdir()
     for name in ("DynACL++_cifar100.pth", "resnet18_linf_eps4.0.ckpt"):

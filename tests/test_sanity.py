@@ -11,7 +11,7 @@ from amt.attacks.perturb import Perturbation
 from amt.evaluation.evaluate import Measurement, measure
 from amt.evaluation.sanity import judge, probe
 from amt.models.architectures import Arch
-from amt.models.lora import principal_pool
+from amt.models.pool import principal_pool
 from amt.tasks.classifier import Classifier, merged_predictor
 
 ARCH = Arch(patch_size=4, dim=12, depth=2, heads=2, pretrained_size=8, image_size=8, mlp_ratio=2.0)

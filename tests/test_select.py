@@ -27,9 +27,9 @@ from amt.evaluation.select import (
     support_predictor,
 )
 from amt.models.architectures import Arch
-from amt.models.lora import LoRAPool, Trim, principal_pool
 from amt.models.network import Network
-from amt.models.weights import stream
+from amt.models.pool import LoRAPool, principal_pool
+from amt.models.weights import Trim, stream
 from amt.tasks import leave_one_out
 from amt.tasks.classifier import merged_networks, merged_predictor
 from amt.tasks.leave_one_out import leave_one_out_loss, new_trial

@@ -28,8 +28,7 @@ from amt.files import checkpoint, writing
 from amt.files import robust_weights as pretrained
 from amt.files.robust_weights import Pretrained
 from amt.files.signals import Interrupts
-from amt.models.classifiers import Network, build
-from amt.models.network import find_device
+from amt.models.network import Network, build_classifier, find_device
 from amt.models.weights import Weights
 from amt.report.finish import finish
 from amt.training.autolora import FineTuner, Settings, accuracy, fine_tune, new_student, validate
@@ -49,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     device = find_device(args.device)
     torch.backends.cudnn.deterministic = True
     splits = open_data(args)
-    network = build(args.arch, len(splits.class_names), args.resize, resize=options.inside(args))
+    network = build_classifier(args.arch, len(splits.class_names), args.resize, resize=options.inside(args))
     network, found = open_network(args, network)
     print(f"{args.checkpoint or 'random weights'}: {found.kind}")
     if args.dualBN and not network.norms:

@@ -16,13 +16,12 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from amt.cli.options import Parser, place
-from amt.files import checkpoint, published, weight_files, writing
+from amt.files import checkpoint, pretrained, published, weight_files, writing
 from amt.files.checkpoint import Checkpoint
 from amt.files.pretrained import pretraining_only
 from amt.files.weight_files import Content
-from amt.models import network as network
 from amt.models.architectures import matching_archs
-from amt.models.lora import LoRAPool
+from amt.models.pool import LoRAPool
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError
 
@@ -99,7 +98,8 @@ def describe_weights(path: Path, content: Content) -> tuple[Weights, Lines]:
     Raises:
         InputError: there are no weights of a vision transformer, or they are not sound.
     """
-    where, state = network.unwrap(path, content.data)
+    found = pretrained.unwrap(path, content.data)
+    state = found.weights
     weights = {name: tensor for name, tensor in state.items() if not pretraining_only(name)}
     if not {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= weights.keys():
         raise InputError(
@@ -112,13 +112,14 @@ def describe_weights(path: Path, content: Content) -> tuple[Weights, Lines]:
         "": "a plain state dict",
         "teacher": "the teacher of a DINO or iBOT checkpoint",
         "student": "the student of a DINO or iBOT checkpoint",
-    }.get(where, f"a checkpoint that keeps them as {where!r}, as DeiT does")
+    }.get(found.container, f"a checkpoint that keeps them as {found.container!r}, as DeiT does")
     return sound, [
         ("kind", f"weights of a vision transformer, {layout}"),
         ("container", content.container),
         ("arch", possible_archs(weights)),
         ("tensors", count(weights.values())),
         *(("left out", f"{number} tensors: {part}") for part, number in left_out.items()),
+        *(("left out", f"the network under {key!r}") for key in found.others),
     ]
 
 

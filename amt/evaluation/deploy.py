@@ -1,7 +1,7 @@
 """From typed settings to a predictor: how the pool becomes a classifier on one domain, and who decided that.
 
     coefficients         given, or uniform, or a router's (amt/tasks/merge.py), or of the best single adapter
-    weights              merged and trimmed (amt/models/lora.py), or the soup of the factors
+    weights              merged and trimmed (amt/models/pool.py), or the soup of the factors
     settings in between  as given, or chosen (amt/evaluation/select.py)
     test-time tuning     amt/tasks/finetune.py
 
@@ -24,11 +24,16 @@ from amt.evaluation.select import (
     support_predictor,
     trim_name,
 )
-from amt.models.lora import Trim
 from amt.models.network import Network
 from amt.models.pool import Pool
-from amt.models.weights import Coefficients
-from amt.tasks.classifier import Predictor, fixed_predictor, merged_networks, merged_predictor, pretrained
+from amt.models.weights import Coefficients, Trim
+from amt.tasks.classifier import (
+    Predictor,
+    fixed_predictor,
+    merged_networks,
+    merged_predictor,
+    pretrained,
+)
 from amt.tasks.finetune import Finetuning, finetuned_predictor
 from amt.tasks.merge import Routing, average_of, kept_members, route, soup, uniform
 from meta_dataset_readers.episode import Episode

@@ -20,12 +20,11 @@ from torch import Tensor
 
 from amt.attacks.evaluation import Attack
 from amt.evaluation.evaluate import measure
-from amt.models.lora import Trim
 from amt.models.network import Network
-from amt.models.pool import Pool
-from amt.models.weights import Coefficients, stream
+from amt.models.pool import Merged, Pool
+from amt.models.weights import Coefficients, Trim, stream
 from amt.tasks.classifier import Classifier, Predictor, merged_networks, prototype_classifier
-from amt.tasks.leave_one_out import Merged, lowest_loss, new_trial
+from amt.tasks.leave_one_out import lowest_loss, new_trial
 from amt.tasks.merge import Members, Routing, kept_members, route_each
 from meta_dataset_readers.episode import Episode
 

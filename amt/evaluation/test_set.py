@@ -25,7 +25,7 @@ from amt.evaluation import runs
 from amt.evaluation.evaluate import Measurement, measure
 from amt.evaluation.recording import description, ended, examine, record
 from amt.files.signals import Interrupts
-from amt.models.classifiers import Network, logits
+from amt.models.network import Network, logits
 from amt.models.weights import Weights
 from amt.tasks.classifier import Classifier, Predictor
 from meta_dataset_readers.episode import Episode

@@ -22,9 +22,7 @@ from amt.attacks.perturb import Perturbation
 from amt.files import published, weight_files
 from amt.files.version import commit
 from amt.files.writing import replace_file
-from amt.models.full_pool import FullPool
-from amt.models.lora import LoRAPool
-from amt.models.pool import Pool
+from amt.models.pool import FullPool, LoRAPool, Pool
 from amt.models.weights import Weights
 from amt.training.meta_tune import TuneSettings
 from meta_dataset_readers.errors import InputError

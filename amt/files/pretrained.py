@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import huggingface_hub
 import torch
 from torch import nn
 
-from amt.files import weight_files
+from amt.files import state_dicts, weight_files
+from amt.files.state_dicts import StateDict
 from amt.models.architectures import HUB_FILE, TIMM, Origin, base_arch
 from amt.models.network import Network, untrained
 from amt.models.weights import Weights
@@ -47,9 +48,7 @@ def load_network(
     Raises:
         InputError: unknown name, no weights to be had, weights that do not fit, or images too small.
     """
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
-        network, origin = untrained(base_arch(name))
+    network, origin = untrained(base_arch(name))
     if image_size is not None and image_size < network.patch_size:
         raise InputError(
             f"--image_size is {image_size}, expected at least a patch of {network.patch_size} px"
@@ -90,9 +89,6 @@ def find_weights(base: str, origin: Origin) -> Path:
     raise InputError(f"--arch {base!r}: {reason}; {file} by --pretrained_checkpoint{place}")
 
 
-# Where checkpoints keep the network. Of the two that DINO and iBOT keep, they publish the teacher.
-_PLACES = ("teacher", "student", "model", "state_dict")
-
 # What files hold besides the features, by name: all of it serves the pretraining task, and is left out.
 _PRETRAINING_ONLY = {
     "classification or projection head": re.compile(r"head(_dist)?\..+"),
@@ -100,35 +96,16 @@ _PRETRAINING_ONLY = {
 }
 
 
-def unwrap(path: Path, data: Mapping[str, Any]) -> tuple[str, Weights]:
-    """The named tensors of a backbone in a file's contents, and where in it they were.
+def unwrap(path: Path, data: Mapping[str, Any], known: Collection[str] = ()) -> StateDict:
+    """`state_dicts.unwrap` of a network without LoRAs; raises an `InputError` also if there are some."""
+    found = state_dicts.unwrap(path, data, known)
+    if any("lora_" in name for name in found.weights):
+        raise _holds_loras(path)
+    return found
 
-    Args:
-        path: for errors.
-        data: what `weight_files.read` found: a plain state dict, or a checkpoint that keeps one under
-            `teacher`, `student`, `model` or `state_dict`. Of several the first named here is taken.
 
-    Returns:
-        "" or the key, and the tensors by names without `module.` and `backbone.`.
-
-    Raises:
-        InputError: there is no state dict, or it is one of LoRAs.
-    """
-    place = next((key for key in _PLACES if weight_files.is_state(data.get(key))), "")
-    state = data[place] if place else data
-    if not weight_files.is_state(state):
-        raise InputError(
-            f"{path}: holds {', '.join(map(repr, list(data)[:5])) or 'nothing'}, "
-            f"expected tensors by name, or a dictionary of such as one of {', '.join(_PLACES)}"
-        )
-    if any("lora_" in name for name in state):
-        raise InputError(f"{path}: holds LoRAs, expected the weights of a backbone; name it by --resume")
-    for prefix in ("module.", "backbone."):
-        names = [name.removeprefix(prefix) for name in state]
-        if len(set(names)) < len(names):
-            raise InputError(f"{path}: holds tensors both with and without the prefix {prefix!r}")
-        state = dict(zip(names, state.values(), strict=True))
-    return place, state
+def _holds_loras(path: Path) -> InputError:
+    return InputError(f"{path}: holds LoRAs, expected the weights of a backbone; name it by --resume")
 
 
 def pretraining_only(name: str) -> str | None:
@@ -151,9 +128,9 @@ def read_weights(path: Path, network: nn.Module) -> Weights:
     """
     content = weight_files.read(path, "weights file")
     if "amt" in content.header:
-        raise InputError(f"{path}: holds LoRAs, expected the weights of a backbone; name it by --resume")
-    state = unwrap(path, content.data)[1]
+        raise _holds_loras(path)
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    state = unwrap(path, content.data, shapes.keys()).weights
     if network.dynamic_img_size and _TIMM_CONVERTS & state.keys():
         state = _as_timm_converts(path, state, network)
     state = {name: tensor for name, tensor in state.items() if name in shapes or not pretraining_only(name)}

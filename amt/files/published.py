@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from amt.attacks.perturb import Perturbation
-from amt.files import weight_files
+from amt.files import state_dicts, weight_files
 from amt.models.architectures import ARCHS
-from amt.models.lora import VIT_LAYERS, LoRAPool
+from amt.models.pool import VIT_LAYERS, LoRAPool, factor_groups
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError
 
@@ -47,10 +47,9 @@ _COPY = (
 
 def find_state(data: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
     """The published state dict in a file's contents, or None if there is none: see `weight_files.read`."""
-    for state in (data.get("model"), data):
-        if weight_files.is_state(state) and any(_FACTOR.fullmatch(name) for name in state):
-            return state
-    return None
+    found = state_dicts.networks(data)
+    states = (found[key] for key in ("model", "") if key in found)
+    return next((state for state in states if any(map(_FACTOR.fullmatch, state))), None)
 
 
 def read_pool(path: Path, data: Mapping[str, Any]) -> tuple[LoRAPool, dict]:
@@ -133,7 +132,7 @@ def pool_from_published(state: Mapping[str, Tensor], levels: tuple[Perturbation,
         if sorted(found) != list(range(len(levels))):
             raise ValueError(f"{name} has LoRAs {sorted(found)}, expected {len(levels)} of them")
         stacked = torch.stack([found[p] for p in range(len(levels))])
-        groups = 3 if name.endswith("qkv.weight") else 1
+        groups = factor_groups(name)
         (A if side == "A" else B)[name] = stacked.reshape(len(levels), groups, -1, stacked.shape[-1])
     scale, bias = (state[name].reshape(1).repeat(len(levels)) for name in ("scale_cls", "bias"))
     return LoRAPool(residual, A, B, scale, bias, levels)

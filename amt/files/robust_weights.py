@@ -1,7 +1,6 @@
 """Files of robustly pretrained networks, recognised by what they hold and read into one network's names.
 
-    container    state_dict_dual, state_dict, model, or the file itself
-    prefixes     module.  model.  backbone.  attacker.model. (a second copy)
+    container    and prefixes as in `state_dicts`
     BatchNorm    X.bn_list.1 (adversarial) -> X;  X.bn_list.0 (natural) -> the same names, kept apart
     shortcuts    downsample.conv, downsample.bn -> downsample.0, downsample.1
     LoRA         convN.conv.weight -> convN.weight; the factors beside it are left out
@@ -22,9 +21,11 @@ from typing import Any, NamedTuple
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from amt.files import weight_files
+from amt.files import state_dicts, weight_files
 from amt.files.checkpoint import HEADER
-from amt.models.classifiers import Network
+from amt.files.state_dicts import StateDict
+from amt.models.architectures import Triple
+from amt.models.network import Network
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError, nearest
 
@@ -42,8 +43,6 @@ PRETRAININGS = {
 }
 
 CLASSIFIER = "classifier"  # the kind of our files that hold one
-
-Triple = tuple[float, float, float]
 
 
 class Pretrained(NamedTuple):
@@ -87,12 +86,13 @@ def read(path: Path, network: Network, start: Weights, pretraining: str | None =
     normalises = None if pretraining is None else _normalises(pretraining)
     content = weight_files.read(path, "checkpoint")
     about = _about(path, content.header)
-    place, found = _unwrap(path, content.data)
+    found = state_dicts.unwrap(path, content.data, network.names)
     parts = _sort(path, found, network)
     head, note = _choose_head(parts.heads, network, start)
     headless = {name: value for name, value in start.items() if head or not network.is_head(name)}
     weights = _fit(f"{path} for --arch {network.arch}", parts.weights | head, headless, network)
-    notes = [f"tensors under {place!r}" if place else "plain tensors", *parts.notes, note]
+    notes = [f"tensors under {found.container!r}" if found.container else "plain tensors"]
+    notes += [f"not those under {key!r}" for key in found.others] + [*parts.notes, note]
     natural = {}
     if parts.natural:
         norms = {name: start[name] for name in network.norms}
@@ -136,26 +136,8 @@ def _normalises(pretraining: str) -> bool:
         ) from None
 
 
-_PLACES = ("state_dict_dual", "state_dict", "model")
-
-
-def _unwrap(path: Path, data: Mapping[str, Any]) -> tuple[str, Weights]:
-    """The named tensors in a file's contents, and the key they were under ("" if none)."""
-    place = next((key for key in _PLACES if weight_files.is_state(data.get(key))), "")
-    state = data[place] if place else data
-    if not weight_files.is_state(state):
-        shown = ", ".join(weight_files.printable(str(key)) for key in list(data)[:5]) or "nothing"
-        raise InputError(
-            f"{path}: holds {shown}, expected tensors by name, or a dictionary of such under one of "
-            f"{', '.join(_PLACES)}"
-        )
-    return place, dict(state)
-
-
 # Names
 
-_PREFIX = re.compile(r"(module|model|backbone|attacker\.model)\.")
-_COPY = "attacker.model."  # the robustness library saves its network twice
 _NORMALISATION = re.compile(r"(attacker\.)?normali[sz]er?\.(new_)?(?P<what>.+)")
 _LORA = re.compile(r".+\.lora_[AB]_(nat|adv)")  # their product is not in the weights beside them
 _HEAD = re.compile(
@@ -181,14 +163,13 @@ class _Parts(NamedTuple):
     notes: list[str]
 
 
-def _sort(path: Path, found: Weights, network: Network) -> _Parts:
+def _sort(path: Path, found: StateDict, network: Network) -> _Parts:
     parts = _Parts({}, {}, {}, {}, [])
-    left = {"LoRA factors": 0, "second copies": 0, "unused tensors": 0}
-    for full in sorted(found, key=lambda name: _COPY in name):  # whatever is there once is no copy
-        name = _without_prefixes(full, network)
+    left = {"LoRA factors": 0, "second copies": found.copies, "unused tensors": 0}
+    for name, tensor in found.weights.items():
         known = name in network.names
         if normalisation := _NORMALISATION.fullmatch(name):
-            parts.normalisation[normalisation["what"]] = found[full]
+            parts.normalisation[normalisation["what"]] = tensor
             continue
         if _LORA.fullmatch(name):
             left["LoRA factors"] += 1
@@ -202,20 +183,11 @@ def _sort(path: Path, found: Weights, network: Network) -> _Parts:
             where, name = parts.natural, _renamed(name.replace(".bn_list.0.", "."), network)
         else:
             where, name = parts.weights, _renamed(name.replace(".bn_list.1.", "."), network)
-        if name not in where:
-            where[name] = found[full]
-        elif _COPY in full:
-            left["second copies"] += 1
-        else:
+        if name in where:
             raise InputError(f"{path}: holds tensor {weight_files.printable(name)} under two names")
+        where[name] = tensor
     parts.notes.extend(f"{count} {what} left out" for what, count in left.items() if count)
     return parts
-
-
-def _without_prefixes(name: str, network: Network) -> str:
-    while name not in network.names and (prefix := _PREFIX.match(name)):
-        name = name[prefix.end() :]
-    return name
 
 
 def _renamed(name: str, network: Network) -> str:

@@ -258,15 +258,6 @@ def _as_dictionary(path: Path, found: object) -> dict[str, Any]:
     return dict(found) | {name: network.state_dict() for name, network in networks.items()}
 
 
-def is_state(value: object) -> bool:
-    """Whether `value` is a dictionary of named tensors and nothing else."""
-    return (
-        isinstance(value, Mapping)
-        and len(value) > 0
-        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
-    )
-
-
 def check_fit(
     path: Path | str, found: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> Weights:

@@ -1,38 +1,43 @@
 """The table of architectures: their names and sizes, where their weights come from, how they are built.
 
-Knows no file and no weights.
+Two kinds of names: `ARCHS`, vision transformers without a head, for few-shot tasks; and `CLASSIFIERS`, which
+are fine-tuned on one data set. `timm:NAME` is either. Knows no file and no weights.
 """
 
 import dataclasses
 import difflib
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import timm
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from meta_dataset_readers.errors import InputError, nearest
+from amt.models.resnet import ResNet
+from amt.models.wide_resnet import WideResNet
+from meta_dataset_readers.errors import InputError, first_line, nearest
 
-TIMM = "timm:"  # opens the name of an architecture that is not in the table below but in timm's
+TIMM = "timm:"  # opens the name of an architecture that is not in the tables below but in timm's
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
+Triple = tuple[float, float, float]  # one number per RGB channel
 
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
+IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 
 HUB_FILE = "model.safetensors"
-
+_HUB = "https://huggingface.co"
 _DINO = "https://dl.fbaipublicfiles.com/dino"
-
 _DEIT = "https://dl.fbaipublicfiles.com/deit"
-
 _IBOT = "https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/ibot"
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where pretrained weights are had: a repository on timm's hub, and an address to download them from."""
+    """Where pretrained weights come from: a repository on timm's hub, an address to download."""
 
     hub: str | None = None
     url: str | None = None
@@ -49,8 +54,8 @@ class Arch:
     pretrained_size: int  # image side of the stored position table
     image_size: int  # image side that this project uses by default
     origin: Origin = Origin()
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
     mlp_ratio: float = 4.0
 
 
@@ -86,6 +91,41 @@ ARCHS = {
         _BASE, "timm/deit_base_patch16_224.fb_in1k", f"{_DEIT}/deit_base_patch16_224-b5f2ef4d.pth"
     ),
 }
+
+
+class _Residual(NamedTuple):
+    block: type[BasicBlock | Bottleneck]
+    depths: tuple[int, ...]
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+
+
+_RESNETS = {
+    "resnet18": _Residual(BasicBlock, (2, 2, 2, 2)),
+    "resnet34": _Residual(BasicBlock, (3, 4, 6, 3)),
+    "resnet50": _Residual(Bottleneck, (3, 4, 6, 3)),
+    "resnet_mini": _Residual(BasicBlock, (1, 1, 1), (8, 16, 32)),
+}
+_WIDE = {"wrn28-10": (28, 10)}  # depth and widening
+_OF_TIMM = {
+    "vit_small": "vit_small_patch16_224",
+    "vit_base": "vit_base_patch16_224",
+    "deit_tiny": "deit_tiny_patch16_224",
+    "deit_small": "deit_small_patch16_224",
+}
+CLASSIFIERS = (*_RESNETS, *_WIDE, *_OF_TIMM)  # besides timm:NAME
+ALIASES = {
+    "r18": "resnet18",
+    "r34": "resnet34",
+    "r50": "resnet50",
+    "wrn-28-10": "wrn28-10",
+    "wideresnet28_10": "wrn28-10",
+    **{name: arch for arch, name in _OF_TIMM.items()},
+}
+
+SMALLEST = 16  # px: under it a last stage has one value per channel, of which there are no statistics
+SMALL = 64  # px: images under this side get a ResNet's stem that does not shrink them
+LARGE = 128  # px: from this side on the published code is its high-resolution one
+TOKENS = 4  # patches per side, at the least: of fewer, attention has nothing to tell apart
 
 
 def base_arch(name: str) -> str:
@@ -152,6 +192,88 @@ def freeze(network: nn.Module) -> nn.Module:
     """`network` in eval mode, without parameter gradients, and indifferent to the image size."""
     network.patch_embed.strict_img_size = False
     return network.eval().requires_grad_(False)
+
+
+def timm_statistics(network: nn.Module) -> tuple[Triple, Triple]:
+    """The mean and standard deviation that timm knows for a network; ImageNet's if it knows none."""
+    settings = getattr(network, "pretrained_cfg", {})
+    return tuple(settings.get("mean", IMAGENET_MEAN)), tuple(settings.get("std", IMAGENET_STD))
+
+
+def timm_origin(network: nn.Module) -> Origin:
+    """Where timm's weights of a network of its own come from."""
+    hub = network.pretrained_cfg.get("hf_hub_id")
+    return Origin(hub, f"{_HUB}/{hub}/resolve/main/{HUB_FILE}" if hub else None)
+
+
+def classifier_maker(arch: str, n_classes: int, side: int) -> Callable[[], nn.Module]:
+    """What makes a classifier with random weights, by torch's global generator.
+
+    Args:
+        arch: a name in `CLASSIFIERS`, or `timm:NAME`.
+        n_classes: K.
+        side: in pixels, of the images that reach the first layer.
+
+    Raises:
+        InputError: the name is unknown, or images of that size are too small. Of networks of timm's the
+            maker raises it.
+    """
+    if side < SMALLEST and (arch in _RESNETS or arch in _WIDE):
+        raise InputError(f"--arch {arch!r}: {side} px are too small, expected {SMALLEST} px or more")
+    if arch in _RESNETS:
+        block, depths, widths = _RESNETS[arch]
+        return functools.partial(ResNet, block, depths, widths, n_classes, side < SMALL)
+    if arch in _WIDE:
+        return functools.partial(WideResNet, *_WIDE[arch], n_classes)
+    if arch in _OF_TIMM or arch.startswith(TIMM):
+        return functools.partial(_build_timm_classifier, arch, n_classes, side)
+    raise InputError(
+        f"--arch {arch!r} is not known; {nearest(arch, (*CLASSIFIERS, *ALIASES, TIMM + 'NAME'))}"
+    )
+
+
+def _build_timm_classifier(arch: str, n_classes: int, side: int) -> nn.Module:
+    """A random network of timm's for images of `side` pixels."""
+    if arch.startswith(TIMM):
+        _check_timm_name(arch)
+    name = _OF_TIMM.get(arch, arch.removeprefix(TIMM))
+    try:
+        try:
+            module = timm.create_model(name, num_classes=n_classes, img_size=side)
+        except TypeError:  # of networks that have no such option, since they take any size
+            module = timm.create_model(name, num_classes=n_classes)
+    except Exception as error:  # whatever a network makes of a size it cannot have
+        reason = first_line(error)
+        raise InputError(f"--arch {arch!r} cannot be built for images of {side} px: {reason}") from error
+    for part in module.modules():  # a network's own noise would not follow the seed of a run
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        elif isinstance(part, timm.layers.DropPath):
+            part.drop_prob = 0.0
+    _check_patches(arch, module, side)
+    if isinstance(module, timm.models.ResNet) and side < SMALL:
+        _keep_resolution(module)
+    return module
+
+
+def _check_patches(arch: str, module: nn.Module, side: int) -> None:
+    patch = max(getattr(getattr(module, "patch_embed", None), "patch_size", None) or (1,))
+    if side < TOKENS * patch:
+        raise InputError(
+            f"--arch {arch!r} sees patches of {patch} px, images of {side} px are too small for it: expected "
+            f"at least {TOKENS * patch} px, or images enlarged to 224 px inside the network"
+        )
+
+
+def _keep_resolution(module: timm.models.ResNet) -> None:
+    """Give a ResNet of timm's the stem for small images."""
+    if isinstance(module.conv1, nn.Conv2d):
+        wide = module.conv1.out_channels
+        module.conv1 = nn.Conv2d(3, wide, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(module.conv1.weight, mode="fan_out", nonlinearity="relu")
+    else:  # a deep stem, whose first of three convolutions halves the resolution
+        module.conv1[0].stride = (1, 1)
+    module.maxpool = nn.Identity()
 
 
 def matching_archs(weights: Mapping[str, Tensor]) -> list[str]:

@@ -1,36 +1,137 @@
-"""What training, merging, evaluation and checkpoints know of a pool: P networks that become one.
+"""Pools of adapters, and AutoLoRa's branch: low-rank factors over one residual, as plain data.
 
-    merge(c) -> complete weights       linear in whatever the members are made of, for c that sums to 1
+    W       =   W_res   +   sum_p  c_p      B_p        A_p            per adapted layer; sum_p c_p = 1
+    (out, in)  (out, in)           ()   (out/g, r)   (r, in)          per group of output rows
 
-`LoRAPool` (amt/models/lora.py) has low-rank adapters over a shared residual as members, `FullPool`
-(amt/models/full_pool.py) complete sets of weights. Nothing else asks which, but what can only be said of
-one of them: a published format, say. Knows no training and no files.
+    A    (P, g, r, in)       P members, rank r, g groups: 3 for a fused qkv, else 1
+    B    (P, g, out/g, r)
+    B A  (g, out/g, in), viewed in the shape of W: (out, in), or (out, in, kh, kw) for a convolution
+
+All members of a `LoRAPool` share W_res, so a merge is exact whatever the members. A `FullPool` has complete
+networks as members, sum_p c_p W_p: every weight is a factor. AutoLoRa's `Student` has one member, its branch:
+
+    adversarial thread    W                 the deployed network; the branch is not seen
+    natural thread        W + B A / r       W and its BatchNorm parameters without gradient
+
+    A    (r k, C_in k)        a convolution C_out x C_in/g x k x k with g groups; a linear layer is k = 1
+    B    (C_out/g k, r k)     A ~ N(0, 1), B = 0: at first the two threads are one
+
+The gradient reaches W from the adversarial thread alone, A and B from the natural one, the classifier from
+both. Knows no training and no file.
+
+LoRA: Hu et al. 2021, arxiv.org/abs/2106.09685. Start from the leading singular triplets: Meng et al. 2024,
+arxiv.org/abs/2404.02948, and eq. 5 of the AMT paper. Full meta-training: Hu et al. 2022 (P>M>F),
+arxiv.org/abs/2204.07305. The branch: Xu et al. 2024 (AutoLoRa), section 4.1, arxiv.org/abs/2310.01818.
 """
 
-import abc
+import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar, Self
+from types import MappingProxyType
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from amt.attacks.perturb import Perturbation
-from amt.models.weights import Weights
+from amt.models.network import Network
+from amt.models.weights import Trim, Weights, trim_singular_values
+
+VIT_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
-class Pool(abc.ABC):
+class Merged(NamedTuple):
+    """Complete weights, with the scale and bias of their logits, scale * (cosine + bias): two scalars."""
+
+    weights: Weights
+    scale: Tensor | float = 1.0
+    bias: Tensor | float = 0.0
+
+
+# Low-rank arithmetic
+
+
+def low_rank(A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
+    """B A, entry by entry in the order of memory, in the shape of `weight`: whatever the factors' own shapes,
+    of a linear layer or of a convolution."""
+    return (B @ A).reshape(weight.shape)
+
+
+def adapted_layers(weights: Weights, layers: Sequence[str] = VIT_LAYERS) -> list[str]:
+    """Names of the weights that get an adapter: those of layers whose name ends as listed."""
+    endings = tuple(f"{layer}.weight" for layer in layers)
+    return [name for name in weights if name.endswith(endings)]
+
+
+def factor_groups(name: str) -> int:
+    """The number g of groups of output rows of the weight called `name`: queries, keys and values have one
+    each."""
+    return 3 if name.endswith("qkv.weight") else 1
+
+
+def split_principal(weight: Tensor, rank: int, groups: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Split a weight into its leading singular triplets and the rest.
+
+    Per group of output rows W = U S V^T:  A = sqrt(S_r) V_r^T,  B = U_r sqrt(S_r),  W_res = W - B A.
+    The signs of A's rows and B's columns are arbitrary together; B A is not.
+
+    Args:
+        weight: (out, in) or a convolution's (out, in, kh, kw).
+        rank: r, at most min(out / groups, in * kh * kw).
+        groups: number of equal blocks of rows to split separately.
+
+    Returns:
+        W_res like `weight`, A (groups, r, in), B (groups, out / groups, r).
+
+    Raises:
+        ValueError: the rank exceeds the matrix.
+    """
+    blocks = weight.reshape(groups, weight.shape[0] // groups, -1)
+    if not 0 < rank <= min(blocks.shape[1:]):
+        raise ValueError(f"rank {rank} does not fit a {blocks.shape[1]} x {blocks.shape[2]} matrix")
+    U, S, Vh = torch.linalg.svd(blocks, full_matrices=False)
+    root = S[:, :rank].sqrt()
+    A = root[:, :, None] * Vh[:, :rank]
+    B = U[:, :, :rank] * root[:, None]
+    return weight - low_rank(A, B, weight), A, B
+
+
+# Pools
+
+
+class Pool:
     """P members of one architecture, each with the classifier head it was trained with; immutable.
+
+    What `LoRAPool` and `FullPool` share, and all that training, merging and evaluation know of a pool.
 
     Attributes:
         tune: the value of main.py's --tune that trains this kind.
         scale, bias: (P,) the head's logit scale and bias.
         levels: the P robustness levels the members were (or are to be) trained for.
+        rank: of the low-rank factors, or None where there are none.
+        residual: what members of low rank are added to; empty where there are none.
+        shapes: names and shapes of the complete weights that `merge` gives.
+        adapted: names of the weights in which members differ.
+        factors: all that is trained but the head: tensors with a leading P by name, in an order fixed by
+            names, as sums over factors depend on it.
     """
 
     tune: ClassVar[str]
     scale: Tensor
     bias: Tensor
     levels: tuple[Perturbation, ...]
+    rank: int | None
+    residual: Weights
+    shapes: dict[str, tuple[int, ...]]
+    adapted: frozenset[str]
+    factors: dict[str, Tensor]
+
+    def with_factors(self, factors: dict[str, Tensor]) -> Self:
+        """The same pool with other factors, named as in `factors`."""
+        raise NotImplementedError
+
+    def _mixture(self, shares: dict[int, float]) -> Weights:
+        """Complete weights of some members in these shares, which sum to 1."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.scale)
@@ -39,35 +140,20 @@ class Pool(abc.ABC):
         """Member `member` alone: a pool of size one that shares its tensors."""
         if not 0 <= member < len(self):
             raise IndexError(f"member {member} of a pool of {len(self)}")
-        return self._part(slice(member, member + 1))
+        part = slice(member, member + 1)
+        chosen = self.with_factors({name: factor[part] for name, factor in self.factors.items()})
+        head = {"scale": self.scale[part], "bias": self.bias[part], "levels": self.levels[part]}
+        return dataclasses.replace(chosen, **head)
 
-    @property
-    @abc.abstractmethod
-    def rank(self) -> int | None:
-        """Of the low-rank factors, or None where there are none."""
-
-    @property
-    @abc.abstractmethod
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the complete weights that `merge` gives."""
-
-    @property
-    @abc.abstractmethod
-    def adapted(self) -> frozenset[str]:
-        """Names of the weights in which members differ."""
-
-    @property
-    @abc.abstractmethod
-    def factors(self) -> dict[str, Tensor]:
-        """All that is trained but the head: tensors with a leading P by name, in an order fixed by names."""
-
-    @abc.abstractmethod
-    def with_factors(self, factors: dict[str, Tensor]) -> Self:
-        """The same pool with other factors, named as in `factors`."""
-
-    @abc.abstractmethod
-    def to(self, device) -> Self:
+    def to(self, device: torch.device | str) -> Self:
         """The same pool with every tensor on `device`."""
+
+        def moved(value):
+            if isinstance(value, dict):
+                return {name: tensor.to(device) for name, tensor in value.items()}
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        return dataclasses.replace(self, **{name: moved(value) for name, value in vars(self).items()})
 
     def merge(self, coefficients: Sequence[float]) -> Weights:
         """Complete weights; a gradient reaches every factor of a member whose coefficient is not 0.
@@ -91,38 +177,264 @@ class Pool(abc.ABC):
         shares = self.scale.new_tensor([float(c) for c in coefficients])
         return shares @ self.scale, shares @ self.bias
 
+    def merged(self, coefficients: Sequence[float], trims: Sequence[Trim] = ()) -> Merged:
+        """`merge`, trimmed, and `head` in one; errors as of `merge`."""
+        return Merged(trim_singular_values(self.merge(coefficients), trims), *self.head(coefficients))
+
     @staticmethod
     def concat(pools: Sequence["Pool"]) -> "Pool":
         """One pool of all members of `pools`, in order.
 
         Raises:
-            ValueError: they are of different kinds, or do not belong together; see the kinds.
+            ValueError: they are of different kinds, ranks, layers or architectures, or of LoRAs with
+                different residuals (beyond the rounding of a float32 SVD).
         """
         first = pools[0]
         for pool in pools[1:]:
-            if pool.tune != first.tune:
-                raise ValueError(f"one was trained with --tune {first.tune}, another with {pool.tune}")
-        return first._joined(pools)
-
-    @abc.abstractmethod
-    def _part(self, members: slice) -> Self: ...
-
-    @abc.abstractmethod
-    def _mixture(self, shares: dict[int, float]) -> Weights: ...
-
-    @abc.abstractmethod
-    def _joined(self, pools: Sequence[Self]) -> Self: ...
+            _check_joins(first, pool)
+        found = [pool.factors for pool in pools]
+        head = {
+            "scale": torch.cat([pool.scale for pool in pools]),
+            "bias": torch.cat([pool.bias for pool in pools]),
+            "levels": tuple(level for pool in pools for level in pool.levels),
+        }
+        joined = {name: torch.cat([each[name] for each in found]) for name in found[0]}
+        return dataclasses.replace(first.with_factors(joined), **head)
 
 
-def untrained_head(like: Tensor, members: int) -> tuple[Tensor, Tensor]:
+def _check_joins(first: Pool, other: Pool) -> None:
+    if other.tune != first.tune:
+        raise ValueError(f"one was trained with --tune {first.tune}, another with {other.tune}")
+    if other.rank != first.rank:
+        raise ValueError(f"the LoRAs of one have rank {first.rank}, those of another rank {other.rank}")
+    for name in first.residual.keys() | other.residual.keys():
+        one, two = first.residual.get(name), other.residual.get(name)
+        alike = one is not None and two is not None and one.shape == two.shape
+        if one is not two and not (alike and torch.allclose(one, two, rtol=1e-4, atol=1e-5)):
+            raise ValueError(f"residuals differ at {name}: not adapters of one pretrained network")
+    for name in sorted(first.shapes.keys() | other.shapes.keys()):
+        if first.shapes.get(name) != other.shapes.get(name):
+            raise ValueError(f"weights differ in shape at {name}: not of one architecture")
+    if other.adapted != first.adapted:
+        raise ValueError("the pools differ in the layers they adapt")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAPool(Pool):
+    """P low-rank adapters over one shared residual.
+
+    Args:
+        residual: every weight of the network by name; adapted ones hold W_res.
+        A, B: factors by the name of the weight they adapt; shapes as in the module's docstring.
+        scale, bias, levels: see `Pool`.
+    """
+
+    residual: Weights
+    A: dict[str, Tensor]
+    B: dict[str, Tensor]
+    scale: Tensor
+    bias: Tensor
+    levels: tuple[Perturbation, ...]
+
+    tune = "lora"
+
+    @property
+    def rank(self) -> int:
+        return next(iter(self.A.values())).shape[2]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(weight.shape) for name, weight in self.residual.items()}
+
+    @property
+    def adapted(self) -> frozenset[str]:
+        return frozenset(self.A)
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """All low-rank factors in one flat dictionary, `<weight>.lora_A` and `<weight>.lora_B`."""
+        named = {}
+        for name in sorted(self.A):
+            named[f"{name}.lora_A"] = self.A[name]
+            named[f"{name}.lora_B"] = self.B[name]
+        return named
+
+    def with_factors(self, factors: dict[str, Tensor]) -> "LoRAPool":
+        return dataclasses.replace(
+            self,
+            A={name: factors[f"{name}.lora_A"] for name in self.A},
+            B={name: factors[f"{name}.lora_B"] for name in self.B},
+        )
+
+    def _mixture(self, shares: dict[int, float]) -> Weights:
+        """W_res + sum_p c_p B_p A_p, each sum as one product of rank k r for k members."""
+
+        def update(name: str, weight: Tensor) -> Tensor:
+            wide_A = torch.cat([self.A[name][p] for p in shares], dim=1)
+            wide_B = torch.cat([share * self.B[name][p] for p, share in shares.items()], dim=2)
+            return low_rank(wide_A, wide_B, weight)
+
+        return self.residual | {
+            name: weight + update(name, weight) for name, weight in self.residual.items() if name in self.A
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class FullPool(Pool):
+    """P complete sets of weights of one network: what full meta-tuning trains. Every weight is a factor.
+
+    Args:
+        weights: every weight by name, (P, ...) over its own shape: position table, class token, norms and
+            biases too.
+        scale, bias, levels: see `Pool`.
+    """
+
+    weights: dict[str, Tensor]
+    scale: Tensor
+    bias: Tensor
+    levels: tuple[Perturbation, ...]
+
+    tune = "full"
+    rank = None
+    residual = MappingProxyType({})
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(weight.shape[1:]) for name, weight in self.weights.items()}
+
+    @property
+    def adapted(self) -> frozenset[str]:
+        return frozenset(self.weights)
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """All weights, by their own names."""
+        return dict(sorted(self.weights.items()))
+
+    def with_factors(self, factors: dict[str, Tensor]) -> "FullPool":
+        return dataclasses.replace(self, weights={name: factors[name] for name in self.weights})
+
+    def _mixture(self, shares: dict[int, float]) -> Weights:
+        """sum_p c_p W_p as W_k + sum_p c_p (W_p - W_k), k the first member with c_k != 0: so a single member,
+        and a pool whose members are still equal, come out bit for bit."""
+        first, *others = shares
+
+        def mixed(weight: Tensor) -> Tensor:
+            base = weight[first]
+            return base + sum(shares[p] * (weight[p] - base) for p in others) if others else base
+
+        return {name: mixed(weight) for name, weight in self.weights.items()}
+
+
+def principal_pool(
+    weights: Weights, rank: int, levels: Sequence[Perturbation], layers: Sequence[str] = VIT_LAYERS
+) -> LoRAPool:
+    """An untrained pool: every adapter starts at the leading singular triplets of the pretrained weights.
+
+    Args:
+        weights: all pretrained weights by name.
+        rank: r of every adapter.
+        levels: one robustness level per adapter.
+        layers: endings of the names of the layers to adapt.
+    """
+    residual, A, B = dict(weights), {}, {}
+    for name in adapted_layers(weights, layers):
+        residual[name], one_A, one_B = split_principal(weights[name], rank, factor_groups(name))
+        A[name] = one_A.repeat(len(levels), 1, 1, 1)
+        B[name] = one_B.repeat(len(levels), 1, 1, 1)
+    return LoRAPool(residual, A, B, *_untrained_head(weights, len(levels)), tuple(levels))
+
+
+def pretrained_pool(weights: Weights, levels: Sequence[Perturbation]) -> FullPool:
+    """An untrained pool: every member is the pretrained network.
+
+    Args:
+        weights: all pretrained weights by name.
+        levels: one robustness level per member.
+    """
+    copies = {name: torch.stack([weight] * len(levels)) for name, weight in weights.items()}
+    return FullPool(copies, *_untrained_head(weights, len(levels)), tuple(levels))
+
+
+def _untrained_head(weights: Weights, members: int) -> tuple[Tensor, Tensor]:
     """Logit scales and biases that training starts from (Hu et al. 2022): (P,) of 10, (P,) of 0."""
+    like = next(iter(weights.values()))
     return like.new_full((members,), 10.0), like.new_zeros(members)
 
 
-def joined_heads(pools: Sequence[Pool]) -> dict:
-    """`scale`, `bias` and `levels` of all pools, one after another."""
-    return {
-        "scale": torch.cat([pool.scale for pool in pools]),
-        "bias": torch.cat([pool.bias for pool in pools]),
-        "levels": tuple(level for pool in pools for level in pool.levels),
+# AutoLoRa's branch
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """All tensors of a fine-tuning; those that are trained are leaves.
+
+    Args:
+        weights: the complete state dict that is deployed; its running statistics are written to.
+        factors: `<weight>.lora_A` and `<weight>.lora_B`; empty without a branch.
+        norms: a second set of BatchNorm parameters and statistics, named as in `weights`; empty without.
+    """
+
+    weights: Weights
+    factors: Weights = dataclasses.field(default_factory=dict)
+    norms: Weights = dataclasses.field(default_factory=dict)
+
+    @property
+    def tensors(self) -> Weights:
+        """Everything under one name each, in a fixed order: `weights/NAME`, `factors/NAME`, `norms/NAME`."""
+        return {
+            f"{field.name}/{name}": tensor
+            for field in dataclasses.fields(self)
+            for name, tensor in sorted(getattr(self, field.name).items())
+        }
+
+    def copy(self) -> "Student":
+        """The same values in tensors of its own, without gradients."""
+        return Student.of_tensors({name: tensor.detach().clone() for name, tensor in self.tensors.items()})
+
+    @classmethod
+    def of_tensors(cls, tensors: Weights) -> "Student":
+        """The inverse of `tensors`."""
+        parts: dict[str, Weights] = {field.name: {} for field in dataclasses.fields(cls)}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition("/")
+            parts[part][rest] = tensor
+        return cls(**parts)
+
+
+def factor_shapes(network: Network, name: str, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The shapes of A and B for the weight called `name`."""
+    layer = network.module.get_submodule(name.removesuffix(".weight"))
+    out, inside, *kernel = layer.weight.shape
+    groups, (rows, columns) = getattr(layer, "groups", 1), kernel or (1, 1)
+    return (rank * rows, inside * groups * columns), (out // groups * rows, rank * rows)
+
+
+def new_factors(
+    network: Network, names: tuple[str, ...], rank: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """The branch as it starts, for the weights called `names`: float32 on the CPU."""
+    factors = {}
+    for name in names:
+        shape_A, shape_B = factor_shapes(network, name, rank)
+        factors[f"{name}.lora_A"] = torch.randn(shape_A, generator=generator)
+        factors[f"{name}.lora_B"] = torch.zeros(shape_B)
+    return factors
+
+
+def natural_weights(network: Network, student: Student, rank: int) -> Weights:
+    """The weights of the natural thread: gradients reach the factors and the classifier only.
+
+    With a second BatchNorm set the thread has that one, without gradient; otherwise it shares the network's,
+    whose running statistics it updates in turn.
+    """
+    fixed = {
+        name: weight if network.is_head(name) else weight.detach() for name, weight in student.weights.items()
+    }
+    fixed |= {name: norm.detach() for name, norm in student.norms.items()}
+    factors = student.factors
+    adapted = [name.removesuffix(".lora_A") for name in factors if name.endswith(".lora_A")]
+    return fixed | {
+        name: fixed[name] + low_rank(factors[f"{name}.lora_A"], factors[f"{name}.lora_B"], fixed[name]) / rank
+        for name in adapted
     }

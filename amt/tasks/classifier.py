@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from amt.models.heads import cosine_logits, prototypes
-from amt.models.lora import Trim, trim_singular_values
 from amt.models.network import Network, features, fixed_features
-from amt.models.pool import Pool
-from amt.models.weights import Coefficients, stream
-from amt.tasks.leave_one_out import Merged
+from amt.models.pool import Merged, Pool
+from amt.models.weights import Coefficients, Trim, stream
 from meta_dataset_readers.episode import Episode
 
 Logits = Callable[[Tensor], Tensor]
@@ -85,12 +83,7 @@ def merged_networks(pool: Pool, kept: int = 2) -> Callable[[Coefficients, tuple[
 
     Fixed coefficients give every task the same weights, whose trimming takes longer than the task itself.
     """
-
-    @functools.lru_cache(maxsize=kept)
-    def merged(coefficients: Coefficients, trims: tuple[Trim, ...]) -> Merged:
-        return Merged(trim_singular_values(pool.merge(coefficients), trims), *pool.head(coefficients))
-
-    return merged
+    return functools.lru_cache(maxsize=kept)(pool.merged)
 
 
 def merged_predictor(

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from amt.models.heads import cosine_logits, prototypes
 from amt.models.network import Network, features
+from amt.models.pool import Merged
 from amt.models.weights import Coefficients, Weights, stream
 from amt.tasks.classifier import Classifier, Predictor, prototype_classifier
-from amt.tasks.leave_one_out import Merged
 from amt.tasks.merge import AUGMENTATIONS, augment
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError

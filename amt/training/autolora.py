@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from amt.attacks.perturb import pgd
-from amt.models.branch import Student, natural_weights, new_factors
-from amt.models.classifiers import Network, logits
+from amt.models.network import Network, logits
+from amt.models.pool import Student, natural_weights, new_factors
 from amt.models.weights import Weights, stream
 from amt.training.meta_tune import NonFiniteLoss
 from amt.training.objectives import (

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amt.attacks.perturb import Ball, ascend
-from amt.models.branch import Student, natural_weights
-from amt.models.classifiers import Network, logits
+from amt.models.network import Network, logits
+from amt.models.pool import Student, natural_weights
 from amt.training.losses import RobustLoss, kl_sum, robust_loss
 from amt.training.schedule import LossWeights
 

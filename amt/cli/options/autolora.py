@@ -23,7 +23,7 @@ from amt.cli.options.parsing import (
 from amt.cli.options.published_settings import PublishedSettings, published_settings
 from amt.data.datasets import known
 from amt.files.robust_weights import PRETRAININGS
-from amt.models.classifiers import LARGE
+from amt.models.architectures import LARGE
 from amt.training.autolora import Settings
 from amt.training.objectives import METHODS, MODES, Adversary
 from meta_dataset_readers.errors import InputError

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from amt.models.lora import Trim
+from amt.models.weights import Trim
 from meta_dataset_readers.errors import InputError, nearest
 
 DEFAULT = "default"

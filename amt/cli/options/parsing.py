@@ -16,7 +16,7 @@ from pathlib import Path
 
 from amt.cli.options.domain_config import parse_trim
 from amt.cli.options.published_flags import is_published, n_values, reasons
-from amt.models.lora import Trim
+from amt.models.weights import Trim
 from meta_dataset_readers.errors import InputError
 
 

@@ -9,8 +9,7 @@ from amt.cli.options.common import add_common, check_episodes, folder_source
 from amt.cli.options.parsing import Parser, amount, check_distinct, natural, place, positive
 from amt.files.published import POOL_EPSILONS
 from amt.models.architectures import base_arch
-from amt.models.full_pool import FullPool
-from amt.models.lora import LoRAPool
+from amt.models.pool import FullPool, LoRAPool
 from amt.training.meta_tune import METHODS, TuneSettings
 from meta_dataset_readers.errors import InputError
 

@@ -25,8 +25,8 @@ from amt.files.export.merged import (
 )
 from amt.files.export.readme import export_readme
 from amt.files.export.timm_model import timm_call
-from amt.models.lora import LoRAPool
 from amt.models.network import Network
+from amt.models.pool import LoRAPool
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError
 

@@ -2,7 +2,7 @@
 
 from amt.files.export.merged import check_kind
 from amt.files.published import published_shapes
-from amt.models.lora import LoRAPool
+from amt.models.pool import LoRAPool
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from amt.files.export.merged import SELF_CONTAINED, MergedNetwork, whole_patches
 from amt.files.export.timm_model import timm_call
-from amt.models.lora import LoRAPool
+from amt.models.pool import LoRAPool
 
 
 def export_readme(merged: MergedNetwork, about: dict, loading: Sequence[str], prototypes_file: str) -> str:
