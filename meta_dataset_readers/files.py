@@ -146,7 +146,7 @@ def listing(directory: Path, wanted: Callable[[os.DirEntry], bool]) -> list[str]
         with os.scandir(directory) as entries:
             return sorted(entry.name for entry in entries if wanted(entry))
     except OSError as error:
-        raise InputError(f"{directory}: cannot be listed: {error.strerror}") from error
+        raise InputError(f"{error.filename or directory}: cannot be listed: {error.strerror}") from error
 
 
 def folder_names(directory: Path) -> list[str]:
