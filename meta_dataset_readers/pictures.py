@@ -1,7 +1,8 @@
 """From bytes or a file to an RGB picture.
 
-Knows which encodings are read, and that a picture of foreign origin may claim any size. As in every published
-loader, the EXIF orientation is not applied. Does not know classes, transforms or tensors.
+Knows which encodings are read, and that a picture of foreign origin may claim any size. As in every
+published loader, the EXIF orientation is not applied, except by `upright`. Does not know classes, transforms
+or tensors.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from meta_dataset_readers.errors import DamagedRecord
 from meta_dataset_readers.files import listing, read_bytes
@@ -46,7 +47,10 @@ def decode_image(
     that decoding or resizing them would exhaust the memory; their size is read before their pixels.
     """
     with opened_image(data, formats) as image:
-        return prepare(image).convert("RGB") if prepare else as_rgb(image)
+        if prepare is None:
+            return as_rgb(image)
+        prepared = prepare(image)
+        return prepared if prepared.mode == "RGB" else prepared.convert("RGB")
 
 
 @contextlib.contextmanager
@@ -84,6 +88,20 @@ def as_rgb(image: Image.Image) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     # PIL would copy a picture that is in RGB already.
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The picture as RGB, turned as its EXIF orientation says: published loaders do not look at that, so this
+    is for one's own pictures."""
+    return as_rgb(ImageOps.exif_transpose(image) if is_turned(image) else image)
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether its EXIF orientation says that the picture is to be turned before it is shown."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    except Exception:  # whatever damaged EXIF data raise: the picture may be sound
+        return False
 
 
 def check_size(width: int, height: int) -> None:
