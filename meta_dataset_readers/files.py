@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 LARGEST_LIST = 64 * 2**20  # bytes of a JSON, CSV, text or MATLAB file; the longest real ones have 8 million
+LARGEST_SETTINGS = 2**20  # bytes of a file that people write
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -145,7 +146,7 @@ def listing(directory: Path, wanted: Callable[[os.DirEntry], bool]) -> list[str]
         with os.scandir(directory) as entries:
             return sorted(entry.name for entry in entries if wanted(entry))
     except OSError as error:
-        raise InputError(f"{directory}: cannot be listed: {error.strerror}") from error
+        raise InputError(f"{error.filename or directory}: cannot be listed: {error.strerror}") from error
 
 
 def folder_names(directory: Path) -> list[str]:
@@ -190,6 +191,52 @@ def parse_json(where: str, text: str | bytes) -> Any:
         raise InputError(f"{where}: not valid JSON: nested too deeply") from error
     except ValueError as error:
         raise InputError(f"{where}: not valid JSON: {error}") from error
+
+
+def read_yaml(path: str | Path, flag: str) -> Any:
+    """What a YAML file that people write holds: settings of two levels. `flag` named it and begins messages.
+
+    Raises:
+        InputError: the file cannot be read, is larger than 1 MiB, is not YAML of UTF-8, has a key twice or is
+            nested too deeply.
+    """
+    import yaml  # here: whoever reads a list does not wait for it
+
+    where = f"{flag} {path}"
+    try:
+        data = read_bytes(path, LARGEST_SETTINGS)
+    except InputError as error:
+        raise InputError(f"{flag} {error}") from error
+    try:
+        text = data.decode("utf-8")
+        _check_keys(yaml.compose(text, Loader=yaml.SafeLoader), where)
+        return yaml.safe_load(text)
+    except InputError:
+        raise
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f" in line {mark.line + 1}" if mark else ""
+        raise InputError(f"{where}: no YAML{line}: {error.problem or error.context}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"{where}: no YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise InputError(f"{where}: nested too deeply, expected two levels") from error
+
+
+def _check_keys(node: Any, where: str, levels: int = 2) -> None:
+    """Of entries or fields given twice YAML would silently take the last."""
+    import yaml
+
+    if levels == 0 or not isinstance(node, yaml.MappingNode):
+        return
+    seen = set()
+    for key, value in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise InputError(f"{where}: {key.value!r} is there twice, again in line {line}")
+            seen.add(key.value)
+        _check_keys(value, where, levels - 1)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -24,9 +24,11 @@ from meta_dataset_readers.pictures import (
     EXTENSIONS,
     RECORD_FORMATS,
     Prepare,
+    is_turned,
     picture_bytes,
     picture_names,
     read_picture,
+    upright,
 )
 from meta_dataset_readers.spec import SPLITS, DatasetSpec
 from meta_dataset_readers.store import ImageStore, Source
@@ -61,7 +63,7 @@ class FileStore(ImageStore):
     def encoded(self, class_id: int, index: int) -> bytes:
         data = picture_bytes(self._path(class_id, index))
         # Where these bytes end up in a record, the decoder of records must find the same picture in them.
-        if self._prepare is None and _is_record(data):
+        if self._prepare in (None, upright) and _is_record(data, self._prepare):
             return data
         return super().encoded(class_id, index)
 
@@ -129,8 +131,8 @@ def open_class_folders(directory: Path, name: str) -> Source:
     """A domain of one's own: any directory with one folder of image files per class.
 
     Classes and pictures go by sorted name; hidden names and other files are passed over, folders inside a
-    class folder are not searched. All classes are TEST unless `splits.json` beside them names those of TRAIN,
-    VALID and TEST, in lists under these keys, any of which may be left out: a class in no list is not used.
+    class folder are not searched. Pictures are turned as their EXIF orientation says. All classes are TEST
+    unless `splits.json` beside them names those of TRAIN, VALID and TEST, in lists under these keys, any of which may be left out: a class in no list is not used.
 
     Raises InputError, naming file and field, for lists that are no such thing, name an unknown class or one
     class twice, for a class without a picture, and for a directory without classes or that cannot be read.
@@ -144,6 +146,7 @@ def open_class_folders(directory: Path, name: str) -> Source:
         name,
         {split: [class_files(directory, folder) for folder in splits[split]] for split in splits},
         resize="shorter",
+        prepare=upright,
     )
 
 
@@ -203,10 +206,10 @@ def _read_splits(file: Path, folders: Sequence[str]) -> dict[str, list[str]]:
     return {split: sorted(folder for folder in home if home[folder] == split) for split in SPLITS}
 
 
-def _is_record(data: bytes) -> bool:
-    """Whether the decoder of records takes `data`, going by its header."""
+def _is_record(data: bytes, prepare: Prepare | None) -> bool:
+    """Whether the decoder of records finds the same picture in `data`, going by its header."""
     try:
-        Image.open(io.BytesIO(data), formats=RECORD_FORMATS).close()
+        with Image.open(io.BytesIO(data), formats=RECORD_FORMATS) as image:
+            return prepare is None or not is_turned(image)
     except Exception:  # of whatever kind: decoding it in earnest says what is wrong
         return False
-    return True

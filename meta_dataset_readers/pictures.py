@@ -1,7 +1,8 @@
 """From bytes or a file to an RGB picture.
 
-Knows which encodings are read, and that a picture of foreign origin may claim any size. As in every published
-loader, the EXIF orientation is not applied. Does not know classes, transforms or tensors.
+Knows which encodings are read, and that a picture of foreign origin may claim any size. As in every
+published loader, the EXIF orientation is not applied, except by `upright`. Does not know classes, transforms
+or tensors.
 """
 
 import contextlib
@@ -10,7 +11,8 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
 
 from meta_dataset_readers.errors import DamagedRecord
 from meta_dataset_readers.files import listing, read_bytes
@@ -19,6 +21,7 @@ RECORD_FORMATS = ("JPEG", "PNG", "BMP", "GIF")  # what Meta-Dataset's own decode
 FILE_FORMATS = (*RECORD_FORMATS, "PPM", "TIFF", "WEBP")  # what a single image file may hold as well
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # in either case
 
+_SIXTEEN_BITS = ("PNG", "PPM")  # formats whose pictures of more than 8 bits PIL scales to 16
 _MOST_PIXELS = 64 * 2**20  # of a picture before resizing; the largest real ones have about 20 million
 _MOST_ELONGATED = 100  # longer side / shorter side: resizing the shorter side must not make the longer huge
 _LARGEST_FILE = 256 * 2**20  # bytes; the largest picture that is decoded has 192 MiB of uncompressed RGB
@@ -35,16 +38,19 @@ def decode_image(
     formats: tuple[str, ...] = RECORD_FORMATS,
     prepare: Prepare | None = None,
 ) -> Image.Image:
-    """The RGB picture encoded in `data` in one of `formats` (PIL's names), identical to PIL's.
+    """The RGB picture encoded in `data` in one of `formats` (PIL's names), see `as_rgb`.
 
     Of several frames it is the first. `prepare` is for a protocol that changes the picture in its own mode,
-    before it becomes RGB.
+    before PIL converts it to RGB.
 
     Raises UnreadableImage for other formats, damaged or truncated data, and pictures so large or elongated
     that decoding or resizing them would exhaust the memory; their size is read before their pixels.
     """
     with opened_image(data, formats) as image:
-        return as_rgb(prepare(image) if prepare else image)
+        if prepare is None:
+            return as_rgb(image)
+        prepared = prepare(image)
+        return prepared if prepared.mode == "RGB" else prepared.convert("RGB")
 
 
 @contextlib.contextmanager
@@ -65,9 +71,37 @@ def opened_image(data: bytes, formats: tuple[str, ...]) -> Iterator[Image.Image]
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB with 8 bits: 16-bit grey is scaled, what is transparent shows white.
+
+    Opaque pictures of 8 bits are converted as PIL does. Raises UnreadableImage for pixels without a known
+    range (32-bit integers, floating point), of which PIL would make white.
+    """
     image.load()
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS):
+        grey = np.asarray(image.convert("I")).clip(0, 65535)
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        kind = {"I": "32-bit integers", "F": "floating-point numbers"}[image.mode]
+        raise UnreadableImage(f"its pixels are {kind} of unknown range, expected 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     # PIL would copy a picture that is in RGB already.
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The picture as RGB, turned as its EXIF orientation says: published loaders do not look at that, so this
+    is for one's own pictures."""
+    return as_rgb(ImageOps.exif_transpose(image) if is_turned(image) else image)
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether its EXIF orientation says that the picture is to be turned before it is shown."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    except Exception:  # whatever damaged EXIF data raise: the picture may be sound
+        return False
 
 
 def check_size(width: int, height: int) -> None:

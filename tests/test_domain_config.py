@@ -4,10 +4,11 @@ import pytest
 from conftest import fails
 
 from amt.cli import options
-from amt.cli.options.domain_config import LARGEST, DomainSettings, read_domain_config
+from amt.cli.options.domain_config import DomainSettings, read_domain_config
 from amt.evaluation.select import published_grid
 from amt.models.weights import Trim
 from amt.tasks.merge import Routing
+from meta_dataset_readers.files import LARGEST_SETTINGS
 
 SOURCES = ("signs", "digits")
 POOL = "--data_path d --test_sources signs digits --output_dir o --arch vit_mini --resume pool.safetensors"
@@ -112,7 +113,7 @@ def test_an_empty_entry_says_nothing(written):
         (b"signs: \xff", ["no YAML"]),
         ("signs: \x07", ["no YAML"]),
         ("[" * 5000, ["nested too deeply"]),
-        ("#" * (LARGEST + 1), ["more than", "bytes"]),
+        ("#" * (LARGEST_SETTINGS + 1), [f"{LARGEST_SETTINGS + 1} bytes, at most"]),
         ("a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nsigns: {beta: *c}", ["'a'", "no test source"]),
     ],
 )

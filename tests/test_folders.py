@@ -337,3 +337,19 @@ def test_the_pictures_of_pmfs_validation_episodes_have_its_mean():
         support = [eval_transform(image, episodes["support"][-1], source.resize).numpy() for image in images]
         assert len(support) == episodes["support"][0]
         assert np.mean(support) == pytest.approx(episodes["support_mean"], abs=1e-6)
+
+
+def test_own_pictures_are_turned_as_their_exif_says(tmp_path):
+    """And only those: published layouts are read as the published loaders read them."""
+    path = tmp_path / "own" / "ant" / "0.jpg"
+    path.parent.mkdir(parents=True)
+    image = Image.new("RGB", (16, 8), "white")
+    image.paste("black", (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn to the right
+    image.save(path, exif=exif)
+    store = open_class_folders(tmp_path / "own", "own").store
+    found = np.array(store.image(0, 0))
+    assert found.shape == (16, 8, 3) and found[:6].max() < 20 and found[-6:].min() > 235
+    assert np.array_equal(np.array(decode_image(store.encoded(0, 0))), found)
+    assert FileStore(tmp_path / "own", "own", [("ant/0.jpg",)]).image(0, 0).size == (16, 8)

@@ -744,7 +744,7 @@ def assert_one_line(path, *words: str) -> None:
 
 def test_a_missing_checkpoint_is_said_in_one_line(tmp_path):
     assert_one_line(tmp_path / "none.safetensors", "no such")
-    assert_one_line(tmp_path, "no such")
+    assert_one_line(tmp_path, "is a folder, expected a regular file")
 
 
 @pytest.mark.parametrize(

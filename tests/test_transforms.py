@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
-from meta_dataset_readers.pictures import UnreadableImage, decode_image
+from meta_dataset_readers.pictures import FILE_FORMATS, UnreadableImage, decode_image
 from meta_dataset_readers.transforms import eval_transform, train_transform
 
 
@@ -33,9 +33,35 @@ def encoded(image, format):
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
 def test_a_png_of_any_mode_becomes_rgb(mode):
     image = picture(mode=mode)
+    if mode == "RGBA":
+        image.putalpha(255)
     decoded = decode_image(encoded(image, "PNG"))
     assert decoded.mode == "RGB"
     assert np.array_equal(np.array(decoded), np.array(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bits_are_scaled_and_not_clipped(format):
+    grey = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+    decoded = np.array(decode_image(encoded(Image.fromarray(grey), format), FILE_FORMATS))
+    assert decoded.shape == (32, 32, 3) and (decoded == decoded[..., :1]).all()
+    assert np.abs(decoded[..., 0] - grey / 257).max() <= 0.5
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_pixels_without_a_known_range_are_refused(kind):
+    image = Image.fromarray(np.full((8, 8), 7, kind))
+    with pytest.raises(UnreadableImage, match="of unknown range, expected 8 or 16 bits"):
+        decode_image(encoded(image, "TIFF"), FILE_FORMATS)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_shows_white(mode):
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 4, 8))
+    image = image.convert(mode)
+    decoded = np.array(decode_image(encoded(image, "PNG")))
+    assert (decoded[:, :4] == 255).all() and (decoded[:, 4:] == 0).all()
 
 
 @pytest.mark.parametrize("format", ["JPEG", "BMP", "GIF"])

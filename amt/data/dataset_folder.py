@@ -11,6 +11,7 @@ from typing import NamedTuple
 from amt.data.labelled import FileImages, Labelled
 from meta_dataset_readers.errors import InputError, nearest
 from meta_dataset_readers.files import missing_files
+from meta_dataset_readers.pictures import Prepare
 
 
 class Opened(NamedTuple):
@@ -34,6 +35,7 @@ class Known:
         open: `open(folder, seed)`: the data set in a folder; the seed is for those without an official split.
         aliases: other names, see `known`.
         home: where to get it.
+        prepare: of pictures that are files, see `pictures.decode_image`.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Known:
     open: Callable[["DatasetFolder", int], Opened]
     aliases: tuple[str, ...] = ()
     home: str = ""
+    prepare: Prepare | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +109,12 @@ class DatasetFolder:
         for split, entries in (("training", train), ("test", test)):
             if not entries:
                 raise InputError(f"{self.folder}: no {split} picture of {self.entry.title}")
-        parts = [None if part is None else _file_images(root, part) for part in (train, test, validation)]
-        return Opened(parts[0], parts[1], tuple(class_names), parts[2])
+        held_out = None if validation is None else self._images(root, validation)
+        return Opened(self._images(root, train), self._images(root, test), tuple(class_names), held_out)
+
+    def _images(self, root: Path, entries: Sequence["Entry"]) -> FileImages:
+        files, labels = [entry.file for entry in entries], [entry.label for entry in entries]
+        return FileImages(root, files, labels, self.entry.prepare)
 
 
 class Entry(NamedTuple):
@@ -116,10 +123,6 @@ class Entry(NamedTuple):
     file: str
     label: int
     said_by: Path
-
-
-def _file_images(root: Path, entries: Sequence[Entry]) -> FileImages:
-    return FileImages(root, [entry.file for entry in entries], [entry.label for entry in entries])
 
 
 def class_label(file: Path, labels: dict[str, int], name: str) -> int:

@@ -31,7 +31,7 @@ from amt.data.list_files import (
 )
 from meta_dataset_readers.errors import InputError, nearest
 from meta_dataset_readers.files import LARGEST_LIST, folder_names, read_bytes, read_json, size_of
-from meta_dataset_readers.pictures import picture_names
+from meta_dataset_readers.pictures import picture_names, upright
 
 # --- the table -------------------------------------------------------------------------------------------
 
@@ -370,7 +370,7 @@ _CALTECH256 = _open_caltech(("caltech256", "caltech-256"), "256_ObjectCategories
 
 # By name: title, number of classes, image size, how it is opened, other names.
 DATASETS = {
-    name: Known(name, *entry, home=_HOMES[name])
+    name: Known(name, *entry, home=_HOMES[name], prepare=upright if name == "imagefolder" else None)
     for name, entry in {
         "cifar10": ("CIFAR-10", 10, 32, _open_cifar(*cifar.CIFAR10)),
         "cifar100": ("CIFAR-100", 100, 32, _open_cifar(*cifar.CIFAR100)),

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from meta_dataset_readers.pictures import read_picture
+from meta_dataset_readers.pictures import Prepare, read_picture
 
 
 class Labelled(ABC):
@@ -50,13 +50,16 @@ class ArrayImages(Labelled):
 
 
 class FileImages(Labelled):
-    """Pictures that are files; `files` are relative to `root`, with "/" between their parts."""
+    """Pictures that are files; `files` are relative to `root`, with "/" between their parts, and `prepare` as
+    in `pictures.decode_image`."""
 
-    def __init__(self, root: Path, files: Sequence[str], labels: Iterable[int]):
-        self.root, self.files, self.labels = root, tuple(files), int64(labels)
+    def __init__(
+        self, root: Path, files: Sequence[str], labels: Iterable[int], prepare: Prepare | None = None
+    ):
+        self.root, self.files, self.labels, self.prepare = root, tuple(files), int64(labels), prepare
 
     def image(self, index: int) -> Image.Image:
-        return read_picture(self.root / self.files[index])
+        return read_picture(self.root / self.files[index], self.prepare)
 
     def origin(self, index: int) -> str:
         return str(self.root / self.files[index])

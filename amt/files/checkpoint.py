@@ -26,6 +26,7 @@ from amt.models.pool import FullPool, LoRAPool, Pool
 from amt.models.weights import Weights
 from amt.training.meta_tune import TuneSettings
 from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.files import parse_json
 
 FORMAT = 1
 HEADER = "amt"  # the field of a safetensors header that makes a file ours
@@ -118,8 +119,8 @@ def parse(path: Path, content: weight_files.Content) -> Checkpoint:
 
 
 def _parse_own(path: Path, tensors: dict[str, Tensor], text: str) -> Checkpoint:
+    about = parse_json(f"{path}: damaged header field 'amt'", text)
     try:
-        about = json.loads(text)
         if about["format"] != FORMAT:
             raise ValueError(f"format {about['format']!r}, expected {FORMAT}")
         if "kind" in about:
@@ -130,31 +131,34 @@ def _parse_own(path: Path, tensors: dict[str, Tensor], text: str) -> Checkpoint:
         )
         about.pop("format")
         tune = about.pop("tune", LoRAPool.tune)  # older files hold LoRAs and do not say so
-        if not levels or tune not in _KINDS:
+        if not levels or tune not in (LoRAPool.tune, FullPool.tune):
             raise ValueError(f"{len(levels)} levels, tuned {tune!r}")
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged header field 'amt' ({error!r})") from error
-    return _assemble(path, tensors, tune, levels, about)
-
-
-def _assemble(path: Path, tensors: Weights, tune: str, levels: Levels, about: dict) -> Checkpoint:
-    rooms: dict[str, Weights] = {"residual": {}, "factors": {}, "head": {}, "momentum": {}}
-    for name, tensor in tensors.items():
-        room, _, rest = name.partition("/")
-        if room not in rooms:
-            raise InputError(f"{path}: unexpected tensor {name!r}")
-        rooms[room][rest] = tensor
-    head = rooms["head"]
+    groups = _grouped(path, tensors)
     for name in ("scale", "bias"):
-        if name not in head or tuple(head[name].shape) != (len(levels),):
+        if name not in groups["head"] or tuple(groups["head"][name].shape) != (len(levels),):
             raise InputError(f"{path}: tensor head/{name} is missing or not of shape ({len(levels)},)")
-    pool = _KINDS[tune](path, rooms["residual"], rooms["factors"], head, levels)
+    read_pool = _full_pool if tune == FullPool.tune else _lora_pool
+    pool = read_pool(path, groups["residual"], groups["factors"], groups["head"], levels)
+    return Checkpoint(pool, about, groups["momentum"])
+
+
+def _grouped(path: Path, tensors: Weights) -> dict[str, Weights]:
+    """Tensors by the word before the first "/" of their names, all of them finite floating-point numbers."""
+    groups: dict[str, Weights] = {"residual": {}, "factors": {}, "head": {}, "momentum": {}}
     for name, tensor in tensors.items():
+        group, _, rest = name.partition("/")
+        if group not in groups:
+            raise InputError(f"{path}: unexpected tensor {weight_files.printable(name)}")
         if not tensor.is_floating_point():
             raise InputError(f"{path}: tensor {name} is {tensor.dtype}, expected a floating-point type")
         if not torch.isfinite(tensor).all():
             raise InputError(f"{path}: tensor {name} holds values that are not finite")
-    return Checkpoint(pool, about, rooms["momentum"])
+        groups[group][rest] = tensor
+    return groups
 
 
 def _lora_pool(path: Path, residual: Weights, factors: Weights, head: Weights, levels: Levels) -> LoRAPool:
@@ -178,9 +182,6 @@ def _full_pool(path: Path, residual: Weights, factors: Weights, head: Weights, l
                 f"expected one weight for each of {len(levels)} levels"
             )
     return FullPool(factors, head["scale"], head["bias"], levels)
-
-
-_KINDS = {LoRAPool.tune: _lora_pool, FullPool.tune: _full_pool}
 
 
 def check_factors(path: Path, name: str, weight: Tensor, A: Tensor, B: Tensor | None, adapters: int) -> None:

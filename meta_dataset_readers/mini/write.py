@@ -25,6 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.files import read_json
 from meta_dataset_readers.mini.sources import FILE_PATTERN, OBJECTS_PER_CLASS, SOURCE_NAMES, Source, build
 from meta_dataset_readers.tfrecord import encode_example, write_records
 
@@ -125,7 +126,7 @@ def _claim(out: Path, force: bool) -> dict[str, dict]:
 
 def _load_manifest(path: Path) -> dict[str, dict]:
     try:
-        sources = json.loads(path.read_text(encoding="utf-8"))["sources"]
+        sources = read_json(path)["sources"]
         return {str(name): dict(entry) for name, entry in sources.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a manifest of Mini-Meta-Dataset; delete it to start anew") from error

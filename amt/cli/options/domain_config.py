@@ -21,13 +21,11 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from amt.models.weights import Trim
 from meta_dataset_readers.errors import InputError, nearest
+from meta_dataset_readers.files import read_yaml
 
 DEFAULT = "default"
-LARGEST = 2**20  # bytes: what people write is far smaller
 MOST_STEPS = 10_000  # of a search: each is a candidate
 
 
@@ -58,8 +56,8 @@ def read_domain_config(path: Path, sources: Collection[str]) -> dict[str, Domain
         InputError: the file cannot be read, is not such YAML, or has an entry for something that is no test
             source, an unknown field, or a value of the wrong kind.
     """
-    document = _load(path)
     where = f"--domain_config {path}"
+    document = read_yaml(path, "--domain_config")
     if not isinstance(document, dict):
         raise InputError(
             f"{where}: found {_shown(document)}, expected entries such as {DEFAULT}: and a source's"
@@ -91,46 +89,6 @@ def parse_trim(text: str) -> Trim:
     if not 0 < found.keep <= 1:
         raise ValueError(f"{text!r} keeps {found.keep:g}, expected a fraction in (0, 1]")
     return found
-
-
-def _load(path: Path) -> object:
-    """What the file holds; every failure is one line."""
-    where = f"--domain_config {path}"
-    try:
-        with open(path, "rb") as file:
-            data = file.read(LARGEST + 1)
-    except OSError as error:
-        raise InputError(f"{where}: {error.strerror}") from error
-    if len(data) > LARGEST:
-        raise InputError(f"{where}: more than {LARGEST} bytes, expected a few settings per domain")
-    try:
-        text = data.decode("utf-8")
-        _check_keys(yaml.compose(text, Loader=yaml.SafeLoader), where)
-        return yaml.safe_load(text)
-    except InputError:
-        raise
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f" in line {mark.line + 1}" if mark else ""
-        raise InputError(f"{where}: no YAML{line}: {error.problem or error.context}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"{where}: no YAML: {' '.join(str(error).split())}") from error
-    except RecursionError as error:
-        raise InputError(f"{where}: nested too deeply, expected two levels") from error
-
-
-def _check_keys(node: yaml.Node | None, where: str, levels: int = 2) -> None:
-    """Of entries or fields given twice YAML would silently take the last."""
-    if levels == 0 or not isinstance(node, yaml.MappingNode):
-        return
-    seen = set()
-    for key, value in node.value:
-        if isinstance(key, yaml.ScalarNode):
-            if key.value in seen:
-                line = key.start_mark.line + 1
-                raise InputError(f"{where}: {key.value!r} is there twice, again in line {line}")
-            seen.add(key.value)
-        _check_keys(value, where, levels - 1)
 
 
 def _settings(where: str, fields: object) -> dict[str, Any]:
