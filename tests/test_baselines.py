@@ -30,7 +30,7 @@ from amt.files import checkpoint, export
 from amt.files.checkpoint import Checkpoint
 from amt.models.architectures import Arch
 from amt.models.network import Network
-from amt.models.pool import FullPool, Pool, pretrained_pool, principal_pool
+from amt.models.pool import FullPool, Merged, Pool, pretrained_pool, principal_pool
 from amt.models.weights import Trim, trim_singular_values
 from amt.tasks.classifier import prototype_task
 from amt.tasks.finetune import Finetuning, finetune, finetuned_predictor
@@ -338,13 +338,13 @@ SETTINGS = Finetuning(steps=4, lr=1e-3)
 
 
 def logits_of(network: Network, episode: Episode, settings: Finetuning = SETTINGS, seed: int = 0) -> Tensor:
-    predict = finetuned_predictor(network, network.weights, 10.0, 0.0, settings, seed)
+    predict = finetuned_predictor(network, Merged(network.weights, 10.0), settings, seed)
     return predict(episode).logits(patterned_episode(9, side=16).query)
 
 
 @pytest.mark.parametrize("settings", [Finetuning(lr=0.0), Finetuning(steps=0)])
 def test_no_rate_or_no_step_is_no_fine_tuning(network, episode, settings):
-    task = prototype_task(network, network.weights, episode, 10.0, 0.0)
+    task = prototype_task(network, Merged(network.weights, 10.0), episode)
     expected = task.logits(patterned_episode(9, side=16).query)
     assert torch.equal(logits_of(network, episode, settings), expected)
 
@@ -362,7 +362,7 @@ def test_fine_tuning_is_adam_on_all_weights(network, episode):
     query = patterned_episode(9, side=16).query
     expected = plain(support, labels, query)
     assert torch.allclose(logits_of(network, episode, settings), expected, atol=2e-3)
-    untouched = prototype_task(network, network.weights, episode, 10.0).logits(query)
+    untouched = prototype_task(network, Merged(network.weights, 10.0), episode).logits(query)
     assert (untouched - expected).abs().max() > 0.1  # so that the tolerance means something
 
 
@@ -372,7 +372,7 @@ def test_fine_tuning_learns(network):
 
     @torch.no_grad()
     def losses(settings: Finetuning) -> tuple[float, float]:
-        task = finetuned_predictor(network, network.weights, 10.0, 0.0, settings, 0)(episode)
+        task = finetuned_predictor(network, Merged(network.weights, 10.0), settings, 0)(episode)
         support = F.cross_entropy(task.logits(episode.support), episode.support_labels)
         return support.item(), F.cross_entropy(task.logits(episode.query), episode.query_labels).item()
 
@@ -399,7 +399,7 @@ def test_fine_tuning_depends_on_the_seed_and_the_episode_alone(network, episode)
 def test_every_task_starts_from_the_same_weights_which_stay_as_they_are(network, episode):
     weights = {name: weight.clone() for name, weight in network.weights.items()}
     before, state = {n: w.clone() for n, w in weights.items()}, copy.deepcopy(network.module.state_dict())
-    predict = finetuned_predictor(network, weights, 10.0, 0.0, SETTINGS, 0)
+    predict = finetuned_predictor(network, Merged(weights, 10.0), SETTINGS, 0)
     images = episode.query
     first = predict(episode).logits(images)
     predict(patterned_episode(4, side=16))
@@ -412,10 +412,10 @@ def test_the_attack_goes_through_the_tuned_network(network, episode):
     """White box: images get a gradient through the tuned weights, which get none; `refit` uses them, too."""
     generator = torch.Generator().manual_seed(0)
     support, labels = episode.support, episode.support_labels
-    tuned = finetune(network, network.weights, 10.0, 0.0, support, labels, SETTINGS, generator)
+    tuned = finetune(network, Merged(network.weights, 10.0), support, labels, SETTINGS, generator)
     assert not any(weight.requires_grad for weight in tuned.values())
     assert [name for name in tuned if torch.equal(tuned[name], network.weights[name])] == []
-    predict = finetuned_predictor(network, network.weights, 10.0, 0.0, Finetuning(steps=2, lr=1e-3), 0)
+    predict = finetuned_predictor(network, Merged(network.weights, 10.0), Finetuning(steps=2, lr=1e-3), 0)
     task = predict(episode)
     images = episode.query.clone().requires_grad_()
     task.logits(images).sum().backward()
@@ -429,11 +429,8 @@ def test_the_attack_goes_through_the_tuned_network(network, episode):
 
 def test_fine_tuning_is_in_float32_whatever_the_backbone_says(network, episode):
     half = dataclasses.replace(network, autocast=torch.bfloat16)
-    arguments = (10.0, 0.0, episode.support, episode.support_labels, SETTINGS)
-    one, other = (
-        finetune(each, network.weights, *arguments, torch.Generator().manual_seed(0))
-        for each in (network, half)
-    )
+    arguments = (Merged(network.weights, 10.0), episode.support, episode.support_labels, SETTINGS)
+    one, other = (finetune(each, *arguments, torch.Generator().manual_seed(0)) for each in (network, half))
     assert identical(one, other)
 
 

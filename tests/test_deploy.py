@@ -20,7 +20,7 @@ from amt.evaluation.select import support_predictor
 from amt.models.architectures import Arch
 from amt.models.heads import prototypes
 from amt.models.network import Network, features
-from amt.models.pool import FullPool, LoRAPool, Pool, pretrained_pool, principal_pool
+from amt.models.pool import FullPool, LoRAPool, Merged, Pool, pretrained_pool, principal_pool
 from amt.models.weights import Trim, stream
 from amt.tasks.classifier import Task, prototype_task
 from amt.tasks.finetune import Finetuning
@@ -130,7 +130,7 @@ def test_a_soup_averages_the_factors(network, pool):
         if name in pool.A:
             product = pool.B[name].mean(0) @ pool.A[name].mean(0)
             by_hand[name] = residual + product.reshape(residual.shape)
-    expected = prototype_task(network, by_hand, episode, pool.scale.mean(), pool.bias.mean())
+    expected = prototype_task(network, Merged(by_hand, pool.scale.mean(), pool.bias.mean()), episode)
     task = predict(episode)
     assert torch.allclose(task.logits(episode.query), expected.logits(episode.query), atol=1e-4)
     assert task.coefficients == uniform(pool) == tuple(about["coefficients"])

@@ -35,7 +35,7 @@ from amt.files.published import pool_from_published, published_shapes
 from amt.models.architectures import Arch, build_network
 from amt.models.heads import cosine_logits, prototypes
 from amt.models.network import Network, features, resize_positions
-from amt.models.pool import LoRAPool, split_principal
+from amt.models.pool import LoRAPool, Merged, split_principal
 from amt.models.weights import Coefficients, Trim, trim_singular_values, truncate
 from amt.tasks import merge
 from amt.tasks.classifier import prototype_task
@@ -786,8 +786,8 @@ def recorded_shares(data: dict[str, Tensor], case: str, adapters: int) -> Tensor
 
 def merged_logits(model: Model, coefficients: Coefficients, episode: Episode, trims=()) -> Tensor:
     weights = trim_singular_values(model.pool.merge(coefficients), trims)
-    head = model.pool.head(coefficients)
-    return prototype_task(model.network, weights, episode, *head).logits(episode.query)
+    merged = Merged(weights, *model.pool.head(coefficients))
+    return prototype_task(model.network, merged, episode).logits(episode.query)
 
 
 def merged_layers() -> dict[str, str]:

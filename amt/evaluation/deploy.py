@@ -25,7 +25,7 @@ from amt.evaluation.select import (
     trim_name,
 )
 from amt.models.network import Network
-from amt.models.pool import Pool
+from amt.models.pool import Merged, Pool
 from amt.models.weights import Coefficients, Trim
 from amt.tasks.classifier import Predictor, merged_predictor, pretrained_predictor
 from amt.tasks.finetune import Finetuning, finetuned_predictor
@@ -238,7 +238,7 @@ def _pretrained(network: Network, deployment: Deployment, seed: int) -> tuple[Pr
     """The pretrained network, tuned to each task if asked for."""
     predict = pretrained_predictor(network)
     if deployment.finetune is not None:
-        predict = finetuned_predictor(network, network.weights, 10.0, 0.0, deployment.finetune, seed)
+        predict = finetuned_predictor(network, Merged(network.weights, 10.0), deployment.finetune, seed)
     return predict, {"how": "none, the pretrained network" + _tuned(deployment)}
 
 
@@ -253,7 +253,7 @@ def _settled(
     """The predictor when nothing is left to choose."""
     if finetune is not None:  # from one network, see `check_deployment`
         start = merged_networks(pool, [candidate])((candidate, tuple(trims)))
-        return _sharing(finetuned_predictor(network, *start, finetune, seed), candidate)
+        return _sharing(finetuned_predictor(network, start, finetune, seed), candidate)
     if isinstance(candidate, Routing):
         choose = partial(route, network, pool, routing=candidate, members=kept_members(pool))
         return merged_predictor(network, pool, choose, trims, seed)

@@ -22,10 +22,10 @@ from torch import Tensor
 from amt.attacks.evaluation import Attack
 from amt.evaluation.evaluate import measure
 from amt.models.network import Network
-from amt.models.pool import Pool
-from amt.models.weights import Coefficients, Trim, stream, trim_singular_values
+from amt.models.pool import Merged, Pool
+from amt.models.weights import Coefficients, Trim, stream
 from amt.tasks.classifier import Predictor, Task, prototype_task
-from amt.tasks.leave_one_out import Merged, lowest_loss, new_trial
+from amt.tasks.leave_one_out import lowest_loss, new_trial
 from amt.tasks.merge import Members, Routing, kept_members, route_each
 from meta_dataset_readers.episode import Episode
 
@@ -228,18 +228,13 @@ def merged_networks(
 
     @functools.lru_cache(maxsize=max(len(candidates), len(trim_candidates) + 1) if fixed else 2)
     def merged(setting: Setting) -> Merged:
-        coefficients, trims = setting
-        return Merged(
-            trim_singular_values(pool.merge(coefficients), trims),
-            *pool.head(coefficients),
-        )
+        return pool.merged(*setting)
 
     return merged
 
 
 def _task(network: Network, merged: Callable[[Setting], Merged], episode: Episode, setting: Setting) -> Task:
-    weights, scale, bias = merged(setting)
-    return prototype_task(network, weights, episode, scale, bias, coefficients=setting[0])
+    return prototype_task(network, merged(setting), episode, setting[0])
 
 
 def _rounded(coefficients: Coefficients) -> Coefficients:

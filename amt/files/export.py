@@ -36,7 +36,7 @@ from amt.models.architectures import TIMM
 from amt.models.heads import cosine_logits, prototypes
 from amt.models.network import Network, features, resize_positions
 from amt.models.pool import LoRAPool, Pool
-from amt.models.weights import Coefficients, Trim, Weights, trim_singular_values
+from amt.models.weights import Coefficients, Trim, Weights
 from meta_dataset_readers.errors import InputError
 
 FORMATS = ("timm", "peft", "onnx", "torch", "published")
@@ -105,16 +105,17 @@ def merged_network(
         ValueError: another number of coefficients than adapters, or a sum other than 1.
     """
     network = dataclasses.replace(network, autocast=None)
-    weights = trim_singular_values(pool.merge(coefficients), trims)
-    weights = {name: tensor.detach() for name, tensor in weights.items()}
-    scale, bias = (float(number) for number in pool.head(coefficients))
+    merged = pool.merged(coefficients, trims)
+    weights = {name: tensor.detach() for name, tensor in merged.weights.items()}
     classes, centres = (), None
     if support is not None:
         classes = support.classes
         with torch.no_grad():
             centres = prototypes(features(network, weights, support.images), support.labels, len(classes))
     shares = tuple(float(c) for c in coefficients)
-    return MergedNetwork(network, weights, shares, tuple(trims), scale, bias, classes, centres)
+    return MergedNetwork(
+        network, weights, shares, tuple(trims), float(merged.scale), float(merged.bias), classes, centres
+    )
 
 
 def save(path: Path, to: str, merged: MergedNetwork, pool: Pool) -> list[Path]:

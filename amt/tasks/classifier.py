@@ -13,8 +13,8 @@ from torch import Tensor
 
 from amt.models.heads import cosine_logits, prototypes
 from amt.models.network import Network, features, fixed_features
-from amt.models.pool import Pool
-from amt.models.weights import Coefficients, Trim, Weights, stream, trim_singular_values
+from amt.models.pool import Merged, Pool
+from amt.models.weights import Coefficients, Trim, stream
 from meta_dataset_readers.episode import Episode
 
 Logits = Callable[[Tensor], Tensor]
@@ -41,13 +41,12 @@ Predictor = Callable[[Episode], Task]
 
 def prototype_task(
     network: Network,
-    weights: Weights,
+    merged: Merged,
     episode: Episode,
-    scale: Tensor | float = 1.0,
-    bias: Tensor | float = 0.0,
     coefficients: Coefficients = (),
 ) -> Task:
-    """The classifier by cosine to the support's prototypes under `weights`."""
+    """The classifier by cosine to the support's prototypes under the merged weights."""
+    weights, scale, bias = merged
     labels, n_way = episode.support_labels, episode.n_way
 
     def with_centres(centres: Tensor) -> Logits:
@@ -62,7 +61,7 @@ def prototype_task(
 
 def pretrained_predictor(network: Network) -> Predictor:
     """The pretrained network as it is, with prototypes; no coefficients."""
-    return lambda episode: prototype_task(network, network.weights, episode, scale=10.0)
+    return lambda episode: prototype_task(network, Merged(network.weights, scale=10.0), episode)
 
 
 def merged_predictor(
@@ -78,13 +77,12 @@ def merged_predictor(
 
     # Fixed coefficients give every task the same weights, whose trimming takes longer than the task itself.
     @functools.lru_cache(maxsize=2)
-    def merged(coefficients: Coefficients) -> Weights:
-        return trim_singular_values(pool.merge(coefficients), trims)
+    def merged(coefficients: Coefficients) -> Merged:
+        return pool.merged(coefficients, trims)
 
     def predict(episode: Episode) -> Task:
         generator = stream(seed, episode.index, 1)
         coefficients = choose(episode.support, episode.support_labels, generator)
-        scale, bias = pool.head(coefficients)
-        return prototype_task(network, merged(coefficients), episode, scale, bias, coefficients)
+        return prototype_task(network, merged(coefficients), episode, coefficients)
 
     return predict

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from amt.models.heads import cosine_logits, prototypes
 from amt.models.network import Network, features
+from amt.models.pool import Merged
 from amt.models.weights import Weights, stream
 from amt.tasks.classifier import Predictor, Task, prototype_task
 from amt.tasks.merge import AUGMENTATIONS, augment
@@ -42,27 +43,20 @@ class Finetuning:
     augment_kinds: tuple[str, ...] = AUGMENTATIONS
 
 
-def finetuned_predictor(
-    network: Network,
-    weights: Weights,
-    scale: Tensor | float,
-    bias: Tensor | float,
-    settings: Finetuning,
-    seed: int,
-) -> Predictor:
-    """For every task: fine-tune `weights` on the support set, then prototypes; no coefficients.
+def finetuned_predictor(network: Network, start: Merged, settings: Finetuning, seed: int) -> Predictor:
+    """For every task: fine-tune the weights of `start` on the support set, then prototypes; no coefficients.
 
     Args:
-        weights: complete, such as a pool merges to, or the pretrained ones.
-        scale, bias: of the logits, in fine-tuning and after it.
+        start: what a pool merges to, or the pretrained weights; its scale and bias are those of the logits,
+            in fine-tuning and after it.
         seed: decides, with the episode's index, the augmentation.
     """
 
     def predict(episode: Episode) -> Task:
         generator = stream(seed, episode.index, 3)
         support, labels = episode.support, episode.support_labels
-        tuned = finetune(network, weights, scale, bias, support, labels, settings, generator)
-        return prototype_task(network, tuned, episode, scale, bias)
+        tuned = finetune(network, start, support, labels, settings, generator)
+        return prototype_task(network, start._replace(weights=tuned), episode)
 
     return predict
 
@@ -70,15 +64,13 @@ def finetuned_predictor(
 @torch.enable_grad()
 def finetune(
     network: Network,
-    weights: Weights,
-    scale: Tensor | float,
-    bias: Tensor | float,
+    start: Merged,
     support: Tensor,
     labels: Tensor,
     settings: Finetuning,
     generator: torch.Generator,
 ) -> Weights:
-    """`weights` tuned to a support set, without graph; in float32, whatever the backbone's precision.
+    """The weights of `start` tuned to a support set, without graph; in float32, whatever `autocast` says.
 
     Args:
         support: (S, 3, H, W) in [0, 1].
@@ -89,10 +81,10 @@ def finetune(
         InputError: the rate is so large that the weights ended as no numbers.
     """
     if settings.lr == 0:
-        return weights
+        return start.weights
     network = dataclasses.replace(network, autocast=None)  # Adam's small steps would drown in float16
     n_way = int(labels.max()) + 1
-    leaves = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
+    leaves = {name: weight.detach().clone().requires_grad_() for name, weight in start.weights.items()}
     optimiser = torch.optim.Adam(leaves.values(), settings.lr)
     for _ in range(settings.steps):
         view = support
@@ -100,7 +92,7 @@ def finetune(
             normal = augment(network.normalise(support), generator, settings.augment_kinds)
             view = network.denormalise(normal)
         plain, seen = features(network, leaves, torch.cat([support, view])).chunk(2)
-        logits = cosine_logits(seen, prototypes(plain, labels, n_way), scale, bias)
+        logits = cosine_logits(seen, prototypes(plain, labels, n_way), start.scale, start.bias)
         optimiser.zero_grad()
         F.cross_entropy(logits, labels).backward()
         optimiser.step()

@@ -13,7 +13,6 @@ worth comparing tie. Every class counts the same, as in a query set. Sees no que
 import dataclasses
 import heapq
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,21 +21,13 @@ from torch import Tensor
 from amt.attacks.perturb import Ball
 from amt.models.heads import cosine_logits, place_in_class, prototypes
 from amt.models.network import CHUNK, Network, features, fixed_features
-from amt.models.weights import Weights
+from amt.models.pool import Merged
 from amt.tasks.merge import augment
 
 # Of larger support sets as many are attacked as bring 100 images, at least one of a class: they say enough,
 # and each costs as much as a query image.
 ATTACKED = 100
 STEPS = 3  # of that attack, each of epsilon / 2
-
-
-class Merged(NamedTuple):
-    """Complete weights, with the logit scale and bias of their head."""
-
-    weights: Weights
-    scale: Tensor | float
-    bias: Tensor | float
 
 
 @dataclasses.dataclass(frozen=True)
