@@ -132,7 +132,8 @@ def open_class_folders(directory: Path, name: str) -> Source:
 
     Classes and pictures go by sorted name; hidden names and other files are passed over, folders inside a
     class folder are not searched. Pictures are turned as their EXIF orientation says. All classes are TEST
-    unless `splits.json` beside them names those of TRAIN, VALID and TEST, in lists under these keys, any of which may be left out: a class in no list is not used.
+    unless `splits.json` beside them names those of TRAIN, VALID and TEST, in lists under these keys, any of
+    which may be left out: a class in no list is not used.
 
     Raises InputError, naming file and field, for lists that are no such thing, name an unknown class or one
     class twice, for a class without a picture, and for a directory without classes or that cannot be read.

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from amt.attacks.perturb import Perturbation
 from amt.models.architectures import Arch
 from amt.models.network import Network, features
-from amt.models.pool import principal_pool
+from amt.models.pool import Merged, principal_pool
 from amt.tasks import leave_one_out
 from amt.tasks.leave_one_out import (
     STEPS,
-    Merged,
     leave_one_out_logits,
     leave_one_out_loss,
     lowest_loss,

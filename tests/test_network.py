@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from amt.attacks.perturb import Perturbation
-from amt.files import checkpoint, pretrained
+from amt.files import checkpoint, pretrained, state_dicts
 from amt.files.pretrained import load_network, read_weights
 from amt.models.architectures import (
     ARCHS,
@@ -165,6 +165,25 @@ def test_files_that_hold_no_backbone(tiny, tmp_path):
     torch.save({"module.norm.bias": torch.ones(1), "norm.bias": torch.ones(1)}, path)
     with pytest.raises(InputError, match=r"norm.bias under two names, 'module.norm.bias' and 'norm.bias'"):
         read_weights(path, tiny.module)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "backbone.module.", "module.model.backbone."])
+def test_prefixes_in_any_nesting_are_taken_off(tiny, prefix, tmp_path):
+    state = {f"{prefix}{name}": weight for name, weight in tiny.weights.items()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "file.pth")
+    found = read_weights(tmp_path / "file.pth", tiny.module)
+    assert all(torch.equal(found[name], weight) for name, weight in tiny.weights.items())
+
+
+def test_of_several_networks_it_is_told_which_were_not_taken():
+    one, other = {"module.a": torch.zeros(1)}, {"b": torch.ones(1)}
+    found = state_dicts.unwrap(Path("file"), {"student": other, "teacher": one, "epoch": 3})
+    assert (found.weights.keys(), found.container, found.others) == ({"a"}, "teacher", ("student",))
+    twice = {"attacker.model.a": torch.ones(1)} | one
+    found = state_dicts.unwrap(Path("file"), twice)
+    assert torch.equal(found.weights["a"], torch.zeros(1)) and found.copies == 1
+    kept = state_dicts.unwrap(Path("file"), {"model.a": torch.ones(1)}, known={"model.a"})
+    assert kept.weights.keys() == {"model.a"}
 
 
 def test_official_dinov2_and_dinov3_files_are_converted_as_timm_does(tmp_path):

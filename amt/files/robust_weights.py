@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from timm.layers import resample_abs_pos_embed
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 from amt.files import state_dicts, weight_files
@@ -269,8 +269,8 @@ def _resized(table: Tensor, like: Tensor, network: Network) -> Tensor:
 
 
 def _statistics(normalisation: Weights) -> tuple[Triple, Triple] | None:
-    values = [normalisation.get(what) for what in ("mean", "std")]
-    if any(value is None or value.numel() != 3 or not value.is_floating_point() for value in values):
+    values = [normalisation[what] for what in ("mean", "std") if what in normalisation]
+    if len(values) < 2 or any(value.numel() != 3 or not value.is_floating_point() for value in values):
         return None
     mean, std = (tuple(value.flatten().tolist()) for value in values)
     sound = all(map(math.isfinite, mean)) and all(math.isfinite(value) and value > 0 for value in std)

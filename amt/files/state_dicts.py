@@ -10,7 +10,7 @@ which are then never shortened.
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from torch import Tensor
 
@@ -98,7 +98,7 @@ def _is_copy(name: str) -> bool:
     return any(copy in name for copy in COPIES)
 
 
-def _is_state(value: object) -> bool:
+def _is_state(value: object) -> TypeGuard[Mapping[str, Tensor]]:
     """Whether `value` is a dictionary of named tensors and nothing else."""
     return (
         isinstance(value, Mapping)

@@ -9,9 +9,10 @@ import difflib
 import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
+from timm.layers.drop import DropPath
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -190,7 +191,8 @@ def build_timm_network(arch: str) -> nn.Module:
 
 def freeze(network: nn.Module) -> nn.Module:
     """`network` in eval mode, without parameter gradients, and indifferent to the image size."""
-    network.patch_embed.strict_img_size = False
+    embed: Any = network.patch_embed
+    embed.strict_img_size = False
     return network.eval().requires_grad_(False)
 
 
@@ -202,7 +204,8 @@ def timm_statistics(network: nn.Module) -> tuple[Triple, Triple]:
 
 def timm_origin(network: nn.Module) -> Origin:
     """Where timm's weights of a network of its own come from."""
-    hub = network.pretrained_cfg.get("hf_hub_id")
+    settings: Any = network.pretrained_cfg
+    hub = settings.get("hf_hub_id")
     return Origin(hub, f"{_HUB}/{hub}/resolve/main/{HUB_FILE}" if hub else None)
 
 
@@ -248,7 +251,7 @@ def _build_timm_classifier(arch: str, n_classes: int, side: int) -> nn.Module:
     for part in module.modules():  # a network's own noise would not follow the seed of a run
         if isinstance(part, nn.Dropout):
             part.p = 0.0
-        elif isinstance(part, timm.layers.DropPath):
+        elif isinstance(part, DropPath):
             part.drop_prob = 0.0
     _check_patches(arch, module, side)
     if isinstance(module, timm.models.ResNet) and side < SMALL:
@@ -272,7 +275,8 @@ def _keep_resolution(module: timm.models.ResNet) -> None:
         module.conv1 = nn.Conv2d(3, wide, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(module.conv1.weight, mode="fan_out", nonlinearity="relu")
     else:  # a deep stem, whose first of three convolutions halves the resolution
-        module.conv1[0].stride = (1, 1)
+        first: Any = module.conv1[0]
+        first.stride = (1, 1)
     module.maxpool = nn.Identity()
 
 

@@ -14,6 +14,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +108,8 @@ class Network:
     @property
     def patch_size(self) -> int:
         """Side in pixels of what becomes one token of a ViT; a hybrid's stem shrinks the image first."""
-        return self.module.patch_embed.feat_ratio()
+        embed: Any = self.module.patch_embed
+        return embed.feat_ratio()
 
     @functools.cached_property
     def any_size(self) -> bool:
@@ -130,7 +132,8 @@ class Network:
 
     @property
     def n_classes(self) -> int:
-        return self.module.get_submodule(self.classifier).out_features
+        layer: Any = self.module.get_submodule(self.classifier)
+        return layer.out_features
 
     def is_head(self, name: str) -> bool:
         """Whether the weight called `name` is the classifier's."""
@@ -194,7 +197,8 @@ class Network:
 
 @functools.lru_cache(maxsize=8)  # made anew they would be sent to the device at every pass
 def _statistics(mean: Triple, std: Triple, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    return tuple(torch.tensor(values, dtype=dtype, device=device).view(3, 1, 1) for values in (mean, std))
+    found = torch.tensor([mean, std], dtype=dtype, device=device).view(2, 3, 1, 1)
+    return found[0], found[1]
 
 
 def features(network: Network, weights: Weights, images: Tensor) -> Tensor:
@@ -329,7 +333,7 @@ def untrained(base: str) -> tuple[Network, Origin]:
         make = functools.partial(architectures.build_network, arch)
         return Network(base, _seeded(make, 0), arch.image_size, arch.mean, arch.std, make=make), arch.origin
     make = functools.partial(architectures.build_timm_network, base)
-    module = _seeded(make, 0)
+    module: Any = _seeded(make, 0)
     mean, std = architectures.timm_statistics(module)
     side = module.pretrained_cfg["input_size"][-1]
     return Network(base, module, side, mean, std, make=make), architectures.timm_origin(module)
@@ -357,7 +361,7 @@ def build_classifier(
     arch = ALIASES.get(arch, arch)
     make = architectures.classifier_maker(arch, n_classes, resize or image_size)
     module = _seeded(make, 0)
-    mean, std = architectures.timm_statistics(module) if normalise else ((0.0,) * 3, (1.0,) * 3)
+    mean, std = architectures.timm_statistics(module) if normalise else ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     network = Network(arch, module, image_size, mean, std, resize=resize, make=make)
     if arch.startswith(TIMM):
         _check_classifier(network, n_classes)
@@ -367,7 +371,7 @@ def build_classifier(
 def _check_classifier(network: Network, n_classes: int) -> None:
     """Raise an `InputError` unless the network maps its images to logits through one last linear layer."""
     fault = f"--arch {network.arch!r} is no classifier with one last linear layer"
-    module = network.module
+    module: Any = network.module
     head = module.get_classifier()
     if not isinstance(head, nn.Linear) or module.get_submodule(network.classifier) is not head:
         raise InputError(fault)

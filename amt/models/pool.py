@@ -26,8 +26,7 @@ arxiv.org/abs/2204.07305. The branch: Xu et al. 2024 (AutoLoRa), section 4.1, ar
 
 import dataclasses
 from collections.abc import Sequence
-from types import MappingProxyType
-from typing import ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -116,6 +115,7 @@ class Pool:
     """
 
     tune: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # both kinds are dataclasses
     scale: Tensor
     bias: Tensor
     levels: tuple[Perturbation, ...]
@@ -209,8 +209,14 @@ def _check_joins(first: Pool, other: Pool) -> None:
         raise ValueError(f"the LoRAs of one have rank {first.rank}, those of another rank {other.rank}")
     for name in first.residual.keys() | other.residual.keys():
         one, two = first.residual.get(name), other.residual.get(name)
-        alike = one is not None and two is not None and one.shape == two.shape
-        if one is not two and not (alike and torch.allclose(one, two, rtol=1e-4, atol=1e-5)):
+        if one is two:
+            continue
+        if (
+            one is None
+            or two is None
+            or one.shape != two.shape
+            or not torch.allclose(one, two, rtol=1e-4, atol=1e-5)
+        ):
             raise ValueError(f"residuals differ at {name}: not adapters of one pretrained network")
     for name in sorted(first.shapes.keys() | other.shapes.keys()):
         if first.shapes.get(name) != other.shapes.get(name):
@@ -296,7 +302,10 @@ class FullPool(Pool):
 
     tune = "full"
     rank = None
-    residual = MappingProxyType({})
+
+    @property
+    def residual(self) -> Weights:
+        return {}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -404,7 +413,7 @@ class Student:
 
 def factor_shapes(network: Network, name: str, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """The shapes of A and B for the weight called `name`."""
-    layer = network.module.get_submodule(name.removesuffix(".weight"))
+    layer: Any = network.module.get_submodule(name.removesuffix(".weight"))
     out, inside, *kernel = layer.weight.shape
     groups, (rows, columns) = getattr(layer, "groups", 1), kernel or (1, 1)
     return (rank * rows, inside * groups * columns), (out // groups * rows, rank * rows)
