@@ -1,17 +1,16 @@
 """Two runs on the same episodes: by how much one is better, and how sure that is.
 
-Episodes depend on seed, split and sampling alone, and so do the starts of attacks, image by image; so runs
-that agree in these are compared episode by episode, which takes the spread between episodes out of the
-interval. Runs on whole test sets are compared image by image.
-An attack's columns carry its settings in their names; a worst case over attacks is compared only where the
-attacks are the same.
+Episodes and the starts of attacks depend on seed, split and sampling alone. Runs that agree in these are
+compared episode by episode, which takes the spread between episodes out of the interval; runs on whole test
+sets are compared image by image. The name of an attack's column carries its settings; a worst case over
+attacks is compared only where the attacks are the same.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from amt.evaluation.runs import UNITS, Run
-from amt.evaluation.statistics import Summary, average_summary, paired_difference
+from amt.evaluation.statistics import Summary, paired_difference, with_averages
 
 
 class Comparison(NamedTuple):
@@ -28,37 +27,38 @@ class Comparison(NamedTuple):
 
 def compare(ours: Run, theirs: Run) -> Comparison:
     """Paired differences of all columns that both runs have, by domain and by average."""
-    if (reason := other_episodes(ours.about, theirs.about)) is not None:
+    reason = other_episodes(ours.about, theirs.about)
+    if reason is not None:
         return Comparison({}, (reason,))
-    pairs, refusals = {}, []
-    for source in [source for source in theirs.sources if source in ours.sources]:
-        pair = same_episodes(ours.rows[source], theirs.rows[source])
-        if pair is None:
-            refusals.append(f"they share no {theirs.unit} of {source}")
-        else:
-            pairs[source] = pair
-    if not pairs and not refusals:
-        refusals.append("they share no domain")
-    found: dict[tuple[str, str], Summary] = {}
+    both = [source for source in theirs.sources if source in ours.sources]
+    pairs = {source: same_episodes(ours.rows[source], theirs.rows[source]) for source in both}
+    refusals = [f"they share no {theirs.unit} of {source}" for source in both if pairs[source] is None]
+    refusals += [] if both else ["they share no domain"]
+    pairs = {source: pair for source, pair in pairs.items() if pair is not None}
+    # An average over other domains would be another number under the same name.
+    averages = {
+        name: members
+        for name, members in theirs.averages.items()
+        if len(members) > 1 and set(members) == set(ours.averages.get(name, ())) <= pairs.keys()
+    }
     columns = [column for column in theirs.columns if column in ours.columns]
     if ours.about["attacks"] != theirs.about["attacks"]:
         unions = [column for column in columns if column.startswith("union")]
         columns = [column for column in columns if column not in unions]
-        refusals += [f"{column}, which is that of other attacks" for column in unions]
+        refusals += [f"{column}, which is over other attacks" for column in unions]
+    found: dict[tuple[str, str], Summary] = {}
     for column in columns:
-        for source, pair in pairs.items():
-            found[source, column] = paired_difference(*pair, column)
-        for name, members in theirs.averages.items():
-            shared = [found[source, column] for source in members if source in pairs]
-            # Of other domains an average would be another number under the same name.
-            if set(members) == set(ours.averages.get(name, ())) and len(shared) == len(members) > 1:
-                found[name, column] = average_summary(shared)
+        by_source = {source: paired_difference(*pair, column) for source, pair in pairs.items()}
+        summaries = with_averages(by_source, averages)
+        found |= {(name, column): difference for name, difference in summaries.items()}
     return Comparison(found, tuple(refusals))
 
 
 def other_episodes(ours: Mapping, theirs: Mapping) -> str | None:
-    """Why two runs, by what their run.json says, did not draw the same episodes; None if they did. Of a whole
-    test set nothing is drawn: there the seed decides the attacks' starts alone."""
+    """Why two runs, by what their run.json says, did not draw the same episodes; None if they did.
+
+    A whole test set is not drawn: there the seed decides only where attacks start.
+    """
     units = [about.get("unit", UNITS[0]) for about in (ours, theirs)]
     if units[0] != units[1]:
         return f"its rows are of one {units[0]} each, not of one {units[1]}"
@@ -78,8 +78,8 @@ def in_words(value: object) -> str:
 
 
 def same_episodes(ours: Sequence[Mapping], theirs: Sequence[Mapping]) -> tuple[list, list] | None:
-    """The rows of the episodes that both runs finished; None if there is none, or the shapes or labels of
-    some differ, which are then others."""
+    """The rows of the episodes that both runs finished, in one order; None if there is none, or if shapes or
+    labels show that they are other episodes."""
     by_index = {row["index"]: row for row in theirs}
     pairs = [(row, by_index[row["index"]]) for row in ours if row["index"] in by_index]
     shape = ("ways", "support", "queries", "label")

@@ -1,4 +1,4 @@
-"""From typed settings to a predictor: how the pool becomes a classifier on one domain, and who decided that.
+"""From typed settings to a predictor: how a pool becomes classifiers on one domain, and how that was decided.
 
     coefficients         given, or uniform, or a router's (amt/tasks/merge.py), or of the best single adapter
     weights              merged and trimmed (amt/models/pool.py), or the soup of the factors
@@ -48,7 +48,7 @@ STAMP = (
 
 # (source, split, number of episodes, seed or None for that of the run) -> episodes, as often as iterated
 OpenEpisodes = Callable[[str, str, int, int | None], Iterable[Episode]]
-# (episodes, title) -> the same, on the backbone's device, with a progress line if wanted
+# (episodes, title) -> the same, on the network's device, with a progress line if wanted
 Progress = Callable[[Iterable[Episode], str], Iterable[Episode]]
 
 
@@ -61,17 +61,17 @@ class Deployment:
             (`merge.soup`); "best": the best single adapter, which has to be chosen.
         coefficients: instead of `routing`, one number per adapter, of sum 1.
         experts: instead of either, the adapters to average.
-        routings: the routers' settings, one or, to choose from, several; without "amt" not used.
+        routings: settings of the router, one, or several to choose from; used with "amt" only.
         trims: trimmings of the merged weights.
-        trim_candidates: of these one may be added by choice.
+        trim_candidates: at most one of these is added, by choice.
         select: "none"; "valid": on labelled VALID episodes; "support": for every task on its support set;
             "published": on labelled episodes of the scored split.
         select_on: the source whose VALID episodes "valid" uses; None: the domain's own.
         select_episodes: how many of them.
-        support_epsilon: bound of the attack on the images that "support" leaves out, in 1/255; 0: none.
+        support_epsilon: bound in 1/255 of the attack on the images that "support" leaves out; 0: no attack.
         split: the split that is scored.
-        single: refuse a pool of several adapters.
-        finetune: test-time fine-tuning of the one network that the settings above lead to.
+        single: refuse a pool of several members.
+        finetune: test-time fine-tuning of the one network that the settings above give.
     """
 
     routing: str = "amt"
@@ -138,7 +138,7 @@ def check_fit(deployment: Deployment, pool: Pool, where: str) -> None:
 
 
 def check_trims(trims: Iterable[Trim], pool: Pool) -> None:
-    """Raise an `InputError` unless every trimming selects some layers, and such as members differ in."""
+    """Raise an `InputError` unless every trimming selects layers, and only layers that members differ in."""
     matrices = {name for name, shape in pool.shapes.items() if len(shape) == 2 and name in pool.adapted}
     for trim in trims:
         selected = {name for name in pool.shapes if trim.selects(name)}

@@ -27,7 +27,7 @@ from pathlib import Path
 from amt.attacks.evaluation import Attack
 from amt.evaluation.samples import Sample, read_samples, write_sample
 from amt.evaluation.sanity import Finding, judge
-from amt.evaluation.statistics import Summary, average_summary, summarise
+from amt.evaluation.statistics import Summary, summarise, with_averages
 from amt.files.writing import replace_file
 from meta_dataset_readers.errors import InputError
 
@@ -72,6 +72,7 @@ class Run:
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """The accuracies of a row, in the order of tables."""
         return tuple(self.about["columns"])
 
     @property
@@ -92,10 +93,9 @@ class Run:
     def _summaries(self) -> dict[tuple[str, str], Summary]:
         found = {}
         for column in self.columns:
-            for source, rows in self.rows.items():
-                found[source, column] = summarise(rows, column)
-            for name, members in self.averages.items():
-                found[name, column] = average_summary([found[source, column] for source in members])
+            by_source = {source: summarise(rows, column) for source, rows in self.rows.items()}
+            summaries = with_averages(by_source, self.averages)
+            found |= {(name, column): summary for name, summary in summaries.items()}
         return found
 
     def summary(self, name: str, column: str) -> Summary | None:
@@ -109,7 +109,7 @@ class Run:
         return [finding for rows in self.rows.values() for finding in judge(rows, attacks)]
 
     def suspect(self, name: str, column: str) -> str | None:
-        """Why the result of a domain, or of an average it is part of, is not to be believed, if so."""
+        """Why the result of a domain or an average is suspect; None if it is not."""
         members = self.averages.get(name, (name,))
         reasons = [
             f.reason if f.source == name else f"{f.source}: {f.reason}"
@@ -125,12 +125,12 @@ class Run:
 
     @property
     def stamps(self) -> tuple[str, ...]:
-        """What has to be printed beside every result, where settings were not chosen honestly."""
+        """What has to be printed beside every result, where settings were chosen on scored data."""
         return tuple(dict.fromkeys(about["stamp"] for about in self.merging.values() if "stamp" in about))
 
     @property
     def variants(self) -> dict[str, tuple[str, ...]]:
-        """By column what was run under its name, where the episode's ways decide that."""
+        """By column what was run under its name, where the number of classes decides that."""
         found: dict[str, dict[str, None]] = {}
         for row in self.every_row:
             for column, variant in row.get("variants", {}).items():
@@ -139,22 +139,22 @@ class Run:
 
     @property
     def checked(self) -> int:
-        """On how many images the attacks were checked."""
+        """The number of images that the attacks were checked on."""
         return sum(row["checks"]["images"] for row in self.every_row if "checks" in row)
 
     @property
     def complete(self) -> bool:
-        """Whether every episode that was asked for has its row, and every corruption its accuracies."""
+        """Whether every episode asked for has its row, and every corruption its accuracies."""
         rows = all(len(self.rows.get(s, ())) == self.about["episodes"] for s in self.about["sources"])
         return rows and all(name in self.corruptions for name in self.about.get("corruptions", ()))
 
     def left(self, source: str, numbers: Iterable[int]) -> list[int]:
-        """Those episodes or images of a domain that have no row yet, by their numbers."""
+        """Which of these episodes or images of a domain have no row yet."""
         done = {row["index"] for row in self.rows.get(source, ())}
         return [number for number in numbers if number not in done]
 
     def samples(self) -> list[Sample]:
-        """The images that were kept, by domain and episode.
+        """The images that were kept, in the order of domains and episodes.
 
         Raises:
             InputError: a file is damaged.
@@ -278,12 +278,12 @@ def load(folder: Path) -> Run:
     """
     run = peek(folder)
     if not run.rows:
-        raise InputError(f"{folder}: no results yet, no episode is finished")
+        raise InputError(f"{folder}: no results yet: no {run.unit} is finished")
     return run
 
 
 def peek(folder: Path) -> Run:
-    """Read a run directory that may hold no row yet; otherwise as `load`."""
+    """Read a run directory as `load` does; it may have no row yet."""
     about = _read_about(folder)
     if (folder / "results.json").exists():
         about = _read_json(folder / "results.json", dict) | about
@@ -298,7 +298,7 @@ def peek(folder: Path) -> Run:
 
 
 def summarise_run(run: Run, more: Mapping) -> dict:
-    """The content of results.json: run.json's, `more`, a summary per domain and average, what is suspect."""
+    """The content of results.json: run.json, `more`, summaries by domain and average, what is suspect."""
     names = [*run.sources, *run.averages]
     return {
         **run.about,
@@ -314,7 +314,7 @@ def summarise_run(run: Run, more: Mapping) -> dict:
 
 
 def corruption_summary(corruptions: Mapping[str, Sequence[float]]) -> dict:
-    """Means over common corruptions in per cent: by severity, and over these, which is what papers report."""
+    """Mean accuracy over common corruptions in per cent: by severity, and over all, as papers report."""
     by_severity = [100 * sum(each) / len(each) for each in zip(*corruptions.values(), strict=True)]
     return {"by_severity": by_severity, "mean": sum(by_severity) / len(by_severity)}
 
@@ -335,23 +335,24 @@ def attack_from(values: Mapping) -> Attack:
 def _read_about(folder: Path) -> dict:
     path = folder / "run.json"
     if not path.is_file():
-        raise InputError(f"{folder}: no run directory, it has no run.json")
+        raise InputError(f"{folder}: no run directory: it has no run.json")
     about = _read_json(path, dict)
     for name, kind in _ABOUT.items():
         if not isinstance(about.get(name), kind):
-            raise InputError(f"{path}: {name} is missing or no {kind.__name__}")
+            found = type(about.get(name)).__name__
+            raise InputError(f"{path}: expected a {kind.__name__} under {name}, got {found}")
     if about.get("format") != FORMAT:
         raise InputError(f"{path}: format is {about.get('format')!r}, expected {FORMAT}")
     if about.get("unit", UNITS[0]) not in UNITS:
         raise InputError(f"{path}: unit is {about['unit']!r}, expected one of {', '.join(UNITS)}")
     names = [about["sources"], *about["averages"].values(), about["columns"], about.get("corruptions", [])]
     if not all(isinstance(each, list) and all(isinstance(name, str) for name in each) for each in names):
-        raise InputError(f"{path}: sources, averages, columns or corruptions holds something else than names")
+        raise InputError(f"{path}: expected lists of names under sources, averages, columns and corruptions")
     try:
         for values in about["attacks"]:
             attack_from(values)
     except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: attacks holds something else than an attack ({error})") from error
+        raise InputError(f"{path}: expected a list of attacks under attacks ({error})") from error
     return about
 
 
@@ -390,7 +391,7 @@ def read_corruptions(folder: Path) -> dict[str, list[float]]:
     for name, values in found.items():
         good = isinstance(values, list) and len(values) == SEVERITIES
         if not good or not all(isinstance(each, int | float) and 0 <= each <= 1 for each in values):
-            raise InputError(f"{path}: {name} has no {SEVERITIES} accuracies from 0 to 1")
+            raise InputError(f"{path}: expected {SEVERITIES} accuracies from 0 to 1 under {name}")
     return found
 
 
@@ -400,15 +401,24 @@ def _read_rows(path: Path, columns: Sequence[str]) -> Iterable[dict]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            good = isinstance(row["source"], str) and isinstance(row["index"], int)
-            good = good and all(0 <= row[column] <= 1 for column in columns)
-            good = good and all(row[name] >= 0 for name in ("seconds", *_COUNTS))
-            good = good and all(0 <= share <= 1 + 1e-3 for share in row["coefficients"])
-            checks, variants = row.get("checks", {"images": 0, "changed": 0}), row.get("variants", {})
-            good = good and isinstance(variants, dict) and isinstance(checks, dict)
-            good = good and {"images", "changed"} <= checks.keys()
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{path}, line {number}: no row of results ({error!r})") from error
+            good = _in_range(row, columns)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"{path}, line {number}: not a row of results ({error!r})") from error
         if not good:
-            raise InputError(f"{path}, line {number}: a value is out of range, such as an accuracy beyond 1")
+            raise InputError(f"{path}, line {number}: a value is out of range, such as an accuracy above 1")
         yield row
+
+
+def _in_range(row: dict, columns: Sequence[str]) -> bool:
+    """Whether the values of a row make sense; raises a TypeError or a KeyError for what is not a row."""
+    checks, variants = row.get("checks", {"images": 0, "changed": 0}), row.get("variants", {})
+    return (
+        isinstance(row["source"], str)
+        and isinstance(row["index"], int)
+        and all(0 <= row[column] <= 1 for column in columns)
+        and all(row[name] >= 0 for name in ("seconds", *_COUNTS))
+        and all(0 <= share <= 1 + 1e-3 for share in row["coefficients"])
+        and isinstance(variants, dict)
+        and isinstance(checks, dict)
+        and {"images", "changed"} <= checks.keys()
+    )

@@ -1,7 +1,7 @@
 """Choosing how a pool is merged: which routing, which adapter, which trimming.
 
-    select               once for a domain, on labelled episodes that are not scored (or, under the published
-                         protocol, on such as are like the scored ones)
+    select               once for a domain, on labelled episodes that are not scored (the published protocol
+                         takes them from the split that is scored)
     support_predictor    anew for every task, from its support set alone
 
 Candidates are routers' settings or fixed coefficients. What they share is computed once per episode: the
@@ -47,8 +47,8 @@ class Selection(NamedTuple):
     Args:
         candidate: by number.
         trims: of the trimmings offered none or one.
-        scores: every candidate's name and score in per cent, then those of the trimmings; one that was given
-            up before the last episode says so, and its score is that of the episodes until then.
+        scores: every candidate's name and score in per cent, then those of the trimmings. The name says when
+            a candidate was given up early; its score is then the mean until that episode.
     """
 
     candidate: int
@@ -109,8 +109,8 @@ def candidate_coefficients(
 
 
 def selection_attacks(attacks: Sequence[Attack]) -> tuple[Attack, ...]:
-    """What candidates are tried against when `attacks` on queries are to score: PGD at their norms and radii,
-    of at most 10 steps, because the stronger and dearer attacks rank networks alike."""
+    """The attacks that candidates are compared under when `attacks` score: PGD at the same norms and radii,
+    of at most 10 steps. Stronger attacks cost more and rank networks alike."""
     scoring = [attack for attack in attacks if attack.kind != "support"]
     steps = min([_SELECTION_STEPS, *(attack.steps for attack in scoring if attack.kind == "pgd")])
     radii: dict[str, set[float]] = {}

@@ -39,6 +39,9 @@ class Summary(NamedTuple):
 def summarise(rows: Sequence[Mapping], column: str) -> Summary:
     """Mean and intervals of one column over episodes.
 
+    Args:
+        rows: with an accuracy in [0, 1] under `column`.
+
     Raises:
         ValueError: there is no row.
     """
@@ -50,7 +53,7 @@ def summarise(rows: Sequence[Mapping], column: str) -> Summary:
 def average_summary(summaries: Sequence[Summary]) -> Summary:
     """The unweighted average of independent domains, with the intervals that follow from theirs.
 
-    The ends of its bootstrap interval are those distances from the mean that independent errors add up to.
+    Independent errors add in squares, for the normal interval and for both sides of the bootstrap interval.
     """
     count = len(summaries)
     mean = statistics.fmean(summary.mean for summary in summaries)
@@ -60,8 +63,22 @@ def average_summary(summaries: Sequence[Summary]) -> Summary:
     return Summary(mean, interval, sum(s.n for s in summaries), mean - below, mean + above)
 
 
+def with_averages(
+    by_source: Mapping[str, Summary], averages: Mapping[str, Sequence[str]]
+) -> dict[str, Summary]:
+    """The summaries of domains by name, and after them those of the averages over them.
+
+    Args:
+        averages: by name the domains behind each, one at least, all of them in `by_source`.
+    """
+    found = {
+        name: average_summary([by_source[source] for source in members]) for name, members in averages.items()
+    }
+    return {**by_source, **found}
+
+
 def paired_difference(ours: Sequence[Mapping], theirs: Sequence[Mapping], column: str) -> Summary:
-    """Mean of ours - theirs over the episodes, which are the same ones in the same order, in points.
+    """Mean of ours - theirs in points over the episodes, which are the same ones in the same order.
 
     Raises:
         ValueError: there is no row, or the episodes differ.
@@ -76,12 +93,12 @@ def groups(
 ) -> dict[str, tuple[str, ...]]:
     """The domains behind each average that is printed under a table, by the average's name.
 
-    "average" is over all; the others follow where they say something else: "without ImageNet", "in-domain"
-    and "out-of-domain", and one for each benchmark.
+    "average" is over all domains. "without ImageNet", "in-domain", "out-of-domain" and one for each benchmark
+    follow where they are over other domains than those before.
 
     Args:
         sources: the domains evaluated on.
-        trained_on: the sources of meta-training; empty if nobody knows, or there was none.
+        trained_on: the sources of meta-training; empty if they are unknown, or there was none.
         benchmarks: the collection each known domain belongs to.
     """
     sources, seen, benchmarks = tuple(sources), set(trained_on), benchmarks or {}
@@ -110,6 +127,7 @@ def _summary(values: Sequence[float]) -> Summary:
 
 
 def _resampled_means(values: np.ndarray) -> np.ndarray:
+    """(n,) values -> (BOOTSTRAP_SAMPLES,) means of n draws of them with replacement."""
     if len(values) <= MANY:
         return _resampling(len(values)) @ values
     # The same distribution: of n draws of n values it only matters how often each value comes up.
@@ -120,9 +138,9 @@ def _resampled_means(values: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _resampling(n: int) -> np.ndarray:
-    """A matrix that takes n values to the means of as many draws of n of them as the bootstrap needs.
+    """The bootstrap as a matrix (BOOTSTRAP_SAMPLES, n): times n values it gives the resampled means.
 
-    Always the same for one n: an interval must not depend on what was summarised before it.
+    It is the same for every call, so that an interval does not depend on what was summarised before.
     """
     picks = np.random.default_rng(0).integers(n, size=(BOOTSTRAP_SAMPLES, n))
     shares = np.zeros(picks.shape)

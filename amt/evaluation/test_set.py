@@ -1,10 +1,9 @@
 """Testing a fine-tuned classifier: every image of a test set, clean and under attack, and common corruptions.
 
-To the project's one evaluation a classifier is a predictor that ignores the support set, and a batch of test
-images the queries of an episode without support. What it leaves is a run directory as of
-amt/evaluation/runs.py, with a row per image: so means, intervals, paired comparisons, the report and going
-on after a stop are those of every other run. An image's row depends on the seed and its place in the test
-set, not on its batch.
+A classifier is a predictor that ignores the support set, and a batch of test images is the query of an
+episode without support. So a test is a run directory (amt/evaluation/runs.py) with a row per image, and
+means, intervals, paired comparisons, the report and continuing after a stop are those of every other run. An
+image's row depends on the seed and its place in the test set, not on its batch.
 """
 
 import dataclasses
@@ -140,7 +139,7 @@ def as_episode(images: Tensor, labels: Tensor, name: str, class_names: Sequence[
 def image_rows(
     measured: Measurement, episode: Episode, numbers: Sequence[int], attacks: Sequence[Attack]
 ) -> list[dict]:
-    """A row per image: its place in the test set, its label, what it was taken for, and 1 or 0 per column.
+    """A row per image: its place in the test set, its label, the predicted class, and 1 or 0 per column.
 
     Times are equal shares. What was run under the name of a column is said of the images that were attacked,
     what checking the attacks found of the first.
