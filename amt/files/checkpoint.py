@@ -11,6 +11,7 @@ import platform
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy
 import timm
@@ -24,7 +25,6 @@ from amt.files.version import commit
 from amt.files.writing import replace_file
 from amt.models.pool import FullPool, LoRAPool, Pool
 from amt.models.weights import Weights
-from amt.training.meta_tune import TuneSettings
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.files import parse_json
 
@@ -222,7 +222,7 @@ def require_levels(path: Path, found: Checkpoint) -> None:
 def check_resumable(
     path: Path,
     saved: Checkpoint,
-    settings: TuneSettings,
+    settings: Any,
     levels: Levels,
     tuned: dict,
     protocol: dict,
@@ -230,6 +230,7 @@ def check_resumable(
     """Raise an `InputError` unless `saved` is an unfinished run of these very settings and `protocol`.
 
     Args:
+        settings: a dataclass, of training.
         tuned: `tune` and `rank` of the pool that the flags ask for.
     """
     if "published" in saved.about:

@@ -83,7 +83,12 @@ def merged_networks(pool: Pool, kept: int = 2) -> Callable[[Coefficients, tuple[
 
     Fixed coefficients give every task the same weights, whose trimming takes longer than the task itself.
     """
-    return functools.lru_cache(maxsize=kept)(pool.merged)
+
+    @functools.lru_cache(maxsize=kept)
+    def merged(coefficients: Coefficients, trims: tuple[Trim, ...]) -> Merged:
+        return pool.merged(coefficients, trims)
+
+    return merged
 
 
 def merged_predictor(
