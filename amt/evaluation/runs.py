@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from amt.attacks.evaluation import Attack
+from amt.attacks.kinds import Attack
 from amt.evaluation.evaluate import Measurement
 from amt.evaluation.sanity import Finding, judge
 from amt.evaluation.statistics import Summary, average_summary, summarise

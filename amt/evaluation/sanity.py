@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amt.attacks.evaluation import BLACK_BOX, NORMS, WHITE_BOX, Attack, attack_queries, on_queries
-from amt.attacks.perturb import Ball, ascend, pgd
+from amt.attacks.evaluation import attack_queries
+from amt.attacks.kinds import BLACK_BOX, NORMS, WHITE_BOX, Attack, on_queries
+from amt.attacks.perturb import Ball, ascend, input_gradient, pgd
 from amt.evaluation.evaluate import Measurement, library_seed, union_column
 from amt.evaluation.statistics import paired_difference
 from amt.models.network import CHUNK
@@ -63,9 +64,14 @@ def probe(
     counts: dict = {"images": len(images), "changed": changed}
     if len(images) == 0 or episode.n_way == 1:
         return counts
-    still = pgd(again, images, own, epsilon=0, step_size=0, steps=1, generator=stream(seed, 0))
-    counts["changed"] += int(still[1].sum())
-    counts["zero_gradients"] = int((_gradient(logits, images, own).flatten(1).abs().amax(1) == 0).sum())
+    _, fell = pgd(again, images, own, Ball("linf", 0, 0), steps=1, generator=stream(seed, 0))
+    counts["changed"] += int(fell.sum())
+
+    def loss_of(moved: Tensor) -> Tensor:
+        return F.cross_entropy(logits(moved), own, reduction="sum")
+
+    slopes = input_gradient(loss_of, images).flatten(1)
+    counts["zero_gradients"] = int((slopes.abs().amax(1) == 0).sum())
 
     def broken_by(attack: Attack, epsilon: float, which: Tensor) -> Tensor:
         generators = [stream(seed, episode.index, 3, k) for k in which.nonzero().squeeze(1).tolist()]
@@ -99,15 +105,9 @@ def probe(
         radius = max(attack.epsilons[-1] for attack in concerned)
         limit = WITHOUT_LIMIT * (1 if norm == "linf" else images[0].numel() ** 0.5)
         unlimited = Attack("pgd", (limit,), norm)
-        ball = Ball(norm, radius / 255)
-        climbed = ascend(
-            lambda moved: F.cross_entropy(logits(moved), own, reduction="sum"),
-            images,
-            ball.start(images, stream(seed, episode.index, 3)),
-            ball,
-            radius / 255 / 4,
-            steps=10,
-        )
+        ball = Ball(norm, radius / 255, radius / 255 / 4)
+        start = ball.start(images, stream(seed, episode.index, 3))
+        climbed = ascend(loss_of, images, start, ball, steps=10)
         by_white, by_black = torch.zeros_like(correct), torch.zeros_like(correct)
         white = [attack for attack in concerned if attack.kind in WHITE_BOX]
         for attack in white:
@@ -123,12 +123,6 @@ def probe(
             "only_white_box": int((by_white & ~by_black).sum()),
         }
     return counts
-
-
-def _gradient(logits: Logits, images: Tensor, labels: Tensor) -> Tensor:
-    points = images.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(F.cross_entropy(logits(points), labels, reduction="sum"), points)
-    return gradient
 
 
 def _loss(logits: Logits, images: Tensor, labels: Tensor) -> float:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amt.attacks.perturb import Perturbation
+from amt.attacks.levels import Perturbation
 from amt.files import weight_files
 from amt.models.architectures import ARCHS
 from amt.models.lora import VIT_LAYERS, LoRAPool
