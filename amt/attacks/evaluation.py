@@ -68,10 +68,9 @@ def attack_queries(
     variant = attack.loss_among(n_way)[1]
     if attack.kind == "pgd":
         return Attacked(*_pgd(attack, epsilon, logits, images, labels, n_way, generators), variant)
-    if attack.kind == "pyramid":
-        found = _pyramid(attack, epsilon, logits, images, labels, generators)
-    elif attack.kind == "transfer":
-        found = _transfer(attack, epsilon, surrogate, images, labels, n_way, generators)
+    if attack.kind in ("pyramid", "transfer"):
+        other = surrogate if attack.kind == "transfer" else logits
+        found = _to_the_end(attack, epsilon, other, images, labels, n_way, generators)
     else:
         found, variant = library_attack(attack, epsilon, logits, images, labels, n_way, seed)
     with torch.no_grad():
@@ -148,37 +147,21 @@ def _pgd(
     return found, fooled
 
 
-def _transfer(
-    attack: Attack,
-    epsilon: float,
-    surrogate: Logits,
-    images: Tensor,
-    labels: Tensor,
-    n_way: int,
-    generators: Sequence[torch.Generator],
-) -> Tensor:
-    """PGD on another network, to the last step with every image."""
-    loss_of = _objective(attack, surrogate, images, labels, n_way)
-    everything, ball = torch.arange(len(images), device=images.device), _ball(attack, epsilon)
-    start = ball.start(images, generators)
-    return ascend(lambda moved: loss_of(surrogate(moved), everything), images, start, ball, attack.steps)
-
-
-def _pyramid(
+def _to_the_end(
     attack: Attack,
     epsilon: float,
     logits: Logits,
     images: Tensor,
     labels: Tensor,
+    n_way: int,
     generators: Sequence[torch.Generator],
 ) -> Tensor:
-    """The training attack of AMT, on the cross-entropy."""
+    """The training attack of AMT, or PGD; with every image, fooled or not."""
     pyramid = Perturbation(epsilon, attack.step_at(epsilon)).pyramid
-
-    def loss_of(moved: Tensor) -> Tensor:
-        return F.cross_entropy(logits(moved), labels, reduction="sum")
-
-    return ascend(loss_of, images, pyramid.start(images, generators), pyramid, attack.steps)
+    geometry = pyramid if attack.kind == "pyramid" else _ball(attack, epsilon)
+    loss_of = _objective(attack, logits, images, labels, n_way)
+    everything, start = torch.arange(len(images), device=images.device), geometry.start(images, generators)
+    return ascend(lambda moved: loss_of(logits(moved), everything), images, start, geometry, attack.steps)
 
 
 def _objective(
