@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from amt.attacks.evaluation import Attack
+from amt.attacks.kinds import Attack
 from amt.cli import options
 from amt.evaluation import runs
 from amt.evaluation.deploy import check_deployment, deploy, earlier_note

@@ -55,7 +55,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from amt.attacks.perturb import pgd
+from amt.attacks.perturb import Ball, pgd
 from amt.cli import options
 from amt.models.network import build_classifier, logits
 from amt.models.pool import Student
@@ -187,10 +187,9 @@ class Problem:
                 logits_of,
                 self.images[few],
                 labels[few],
-                epsilon=epsilon,
-                step_size=epsilon / 4,
-                steps=min(job.steps, 6),
-                generator=stream(2),
+                Ball("linf", epsilon / 255, epsilon / 4 / 255),
+                min(job.steps, 6),
+                stream(2),
             )
             if int((~fooled).sum()) >= STANDING * right or epsilon < 1e-3:
                 return labels, epsilon

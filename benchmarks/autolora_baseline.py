@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from baseline import pgd
 from torch import Tensor, nn
 
-from amt.attacks.evaluation import Attack
+from amt.attacks.kinds import Attack
 from amt.models.network import Network
 from amt.models.pool import Student
 from amt.models.weights import stream

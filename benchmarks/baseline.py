@@ -21,14 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amt.attacks.evaluation import Attack
-from amt.attacks.perturb import Perturbation, pyramid_attack
+from amt.attacks.kinds import Attack
+from amt.attacks.levels import Perturbation
+from amt.attacks.losses import kl_sum
+from amt.attacks.perturb import ascend
 from amt.models.heads import cosine_logits, prototypes
 from amt.models.network import Network, resize_positions
 from amt.models.pool import LoRAPool
 from amt.models.weights import Coefficients, Trim, truncate
 from amt.tasks.merge import Routing, augment, blend, compactness
-from amt.training.losses import RobustLoss, kl_sum, robust_loss
+from amt.training.losses import RobustLoss, robust_loss
 from meta_dataset_readers.episode import Episode
 
 
@@ -109,7 +111,7 @@ def training_step(
     def divergence(images: Tensor) -> Tensor:
         return kl_sum(model.logits(query, fixed_centres), model.logits(images, fixed_centres))
 
-    images = pyramid_attack(divergence, query, start, level, loss_scale=scaler.get_scale())
+    images = ascend(divergence, query, start, level.pyramid, level.steps, scaler.get_scale())
     uphill = robust_loss(
         proxy.logits(query, fixed_centres), proxy.logits(images, fixed_centres), labels, level.beta
     )

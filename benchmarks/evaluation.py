@@ -55,7 +55,7 @@ from side_by_side import (
 )
 from torch import Tensor
 
-from amt.attacks.evaluation import Attack
+from amt.attacks.kinds import Attack
 from amt.evaluation.evaluate import measure, query_generators
 from amt.models.architectures import ARCHS
 from amt.models.network import Network

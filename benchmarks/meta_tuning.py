@@ -51,8 +51,7 @@ from side_by_side import (
 )
 from torch import Tensor
 
-from amt.attacks.evaluation import Attack
-from amt.attacks.perturb import pyramid_start
+from amt.attacks.kinds import Attack
 from amt.evaluation.evaluate import evaluate, query_generators
 from amt.models.architectures import ARCHS
 from amt.models.network import Network
@@ -127,7 +126,7 @@ def baseline_step(network: Network, pool: LoRAPool) -> Bind:
         level = dataclasses.replace(LEVEL, steps=steps)
 
         def run() -> None:
-            start = pyramid_start(episode.query, level, stream(SETTINGS.seed))
+            start = level.pyramid.start(episode.query, stream(SETTINGS.seed))
             training_step(model, optimiser, scaler, episode, level, start)
 
         return run

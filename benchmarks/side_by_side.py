@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from amt.attacks.perturb import Perturbation
+from amt.attacks.levels import Perturbation
 from amt.cli import options
 from amt.models.architectures import ARCHS, base_arch, build_network
 from amt.models.network import Network, find_device

@@ -10,16 +10,11 @@ from conftest import fails, moved_apart, patterned_episode, random_backbone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amt.attacks.evaluation import (
-    KINDS,
-    Attack,
-    attack_queries,
-    attack_support,
-    autoattack_parts,
-    dlr,
-    parse_attack,
-)
-from amt.attacks.perturb import Ball, Perturbation, ascend, pgd
+from amt.attacks.evaluation import attack_queries, attack_support
+from amt.attacks.kinds import KINDS, Attack, autoattack_parts, parse_attack
+from amt.attacks.levels import Perturbation
+from amt.attacks.losses import dlr
+from amt.attacks.perturb import Ball, ascend, pgd
 from amt.evaluation.evaluate import columns, measure
 from amt.models.architectures import Arch
 from amt.models.pool import principal_pool
@@ -83,9 +78,9 @@ def test_a_column_says_what_was_run(words, found):
         ("pdg", "did you mean 'pgd'"),
         ("pgd step=3", "expected norm=..., epsilon=..., steps=..."),
         ("pgd queries=3", "pgd queries=3: expected"),
-        ("pgd steps=0", "'0' is no whole number of at least 1"),
-        ("pgd steps=many", "'many' is no whole number"),
-        ("pgd step_size=-1", "no positive number"),
+        ("pgd steps=0", "expected a positive integer, got '0'"),
+        ("pgd steps=many", "expected a positive integer, got 'many'"),
+        ("pgd step_size=-1", "expected a positive number, got '-1'"),
         ("pgd loss=cw", "loss 'cw', expected one of ce, kl, dlr"),
         ("apgd loss=kl", "loss 'kl', expected one of ce, dlr"),
         ("pgd norm=l1", "norm 'l1', expected linf or l2"),
@@ -94,7 +89,8 @@ def test_a_column_says_what_was_run(words, found):
         ("pgd epsilon=4,4", "epsilon 4,4, expected increasing values"),
         ("pgd epsilon=0", "epsilon 0, expected positive numbers"),
         ("pgd epsilon=nan", "expected positive numbers"),
-        ("pgd epsilon=", "could not convert"),
+        ("pgd epsilon=", "expected a number, got ''"),
+        ("pgd epsilon=8,x", "expected a number, got 'x'"),
     ],
 )
 def test_what_makes_no_sense_is_named(words, expected):
@@ -130,7 +126,7 @@ QUICK = {
 )
 def test_starts_and_projections_are_valid_images_of_the_ball(norm, epsilon, far, seed):
     images = torch.rand(3, 3, 4, 4, generator=generator(seed)).round(decimals=1)
-    ball = Ball(norm, epsilon / 255)
+    ball = Ball(norm, epsilon / 255, epsilon / 4 / 255)
     away = images + far * torch.randn(images.shape, generator=generator(seed + 1))
     for points in (ball.start(images, generator(seed)), ball.project(away, images)):
         assert points.min() >= 0 and points.max() <= 1
@@ -144,7 +140,7 @@ def test_starts_and_projections_are_valid_images_of_the_ball(norm, epsilon, far,
 def test_random_starts_fill_the_l2_ball_evenly():
     """Half the volume of a ball in d dimensions lies outside the radius 0.5 ** (1 / d)."""
     images = torch.full((4000, 3, 1, 1), 0.5)
-    radii = (Ball("l2", 0.1).start(images, generator()) - images).flatten(1).norm(dim=1)
+    radii = (Ball("l2", 0.1, 0.025).start(images, generator()) - images).flatten(1).norm(dim=1)
     assert float((radii > 0.1 * 0.5 ** (1 / 3)).float().mean()) == pytest.approx(0.5, abs=0.04)
 
 
@@ -297,11 +293,10 @@ def test_images_made_for_another_network_go_on_after_it_is_fooled():
     """What just fools the surrogate hardly moves anything else."""
     plane = Plane()
     images, labels = plane.images([1.0], "linf"), torch.zeros(1, dtype=torch.int64)
-    options = {"epsilon": 8, "step_size": 1, "steps": 10, "generator": generator()}
-    stopped, _ = pgd(plane, images, labels, **options)
-    ball = Ball("linf", 8 / 255)
+    ball = Ball("linf", 8 / 255, 1 / 255)
+    stopped, _ = pgd(plane, images, labels, ball, 10, generator())
     start = ball.start(images, generator())
-    going = ascend(lambda moved: F.cross_entropy(plane(moved), labels), images, start, ball, 1 / 255, 10)
+    going = ascend(lambda moved: F.cross_entropy(plane(moved), labels), images, start, ball, 10)
     assert plane(going)[0, 0] < plane(stopped)[0, 0] < 0
 
 

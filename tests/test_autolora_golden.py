@@ -156,7 +156,8 @@ def test_ascent_of_linear_training_and_evaluation(name):
     def loss_of(moved: Tensor) -> Tensor:
         return F.cross_entropy(logits(network, student.weights, moved), y, reduction="sum")
 
-    moved = ascend(loss_of, x, start, Ball("linf", epsilon), 2 / 255, int(name.removeprefix("pgd")))
+    ball = Ball("linf", epsilon, 2 / 255)
+    moved = ascend(loss_of, x, start, ball, int(name.removeprefix("pgd")))
     assert_close(moved, LOW[f"{name}/x_adv"])
     assert_close(logits(network, student.weights, moved), LOW[f"{name}/logits"])
 
@@ -377,8 +378,7 @@ class TestHighResolution:
             (self.settings(kind).adversary, "x_adv_random_start"),
             (still, "x_adv_no_random_start"),
         ):
-            ball, start = Ball("linf", adversary.epsilon / 255), adversary.begin(x, None)
-            moved = ascend(loss_of, x, start, ball, adversary.step_size / 255, adversary.steps)
+            moved = ascend(loss_of, x, adversary.begin(x, None), adversary.ball, adversary.steps)
             assert_close(moved, found[recorded], recorded, atol=1e-6)
 
     def test_a_step(self, kind):

@@ -13,7 +13,8 @@ from conftest import fails
 from pyautoattack.square import SquareAttack
 from torch import nn
 
-from amt.attacks.evaluation import Attack, attack_queries
+from amt.attacks.evaluation import attack_queries
+from amt.attacks.kinds import Attack
 from amt.cli import compare as compare_command
 from amt.data.labelled import ArrayImages
 from amt.evaluation import runs

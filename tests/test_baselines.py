@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from test_commands import World, about, command, error_line, process, same_tensors, signal_after, world
 from torch import Tensor, nn
 
-from amt.attacks.perturb import Perturbation, pyramid_start
+from amt.attacks.levels import Perturbation
 from amt.cli import checkpoint as describing
 from amt.cli import export as exporting
 from amt.cli import options
@@ -232,7 +232,7 @@ def test_adversarial_querying_is_torchs_own_training_on_attacked_queries(network
     episode = patterned_episode(5, side=16)
     inner = 0.1 + 0.8 * episode.query  # away from the limits, where clipping counts half a gradient
     episode = dataclasses.replace(episode, query=inner)
-    (start,) = pyramid_start(inner, ORDINARY, torch.Generator().manual_seed(1))
+    (start,) = ORDINARY.pyramid.start(inner, torch.Generator().manual_seed(1))
     plain = Plain(network)
     images = attacked_by_hand(plain, episode, ORDINARY, start)
     assert 0 < (images - inner).abs().max() <= 8 / 255 + 1e-6
@@ -289,7 +289,7 @@ def untrained(network: Network, tune: str, *levels: Perturbation) -> Pool:
 def test_querying_without_room_is_plain_meta_tuning(network, episode, tune):
     nothing = dataclasses.replace(ORDINARY, epsilon=0.0, step_size=0.0)
     start = untrained(network, tune, nothing)
-    (zero,) = pyramid_start(episode.query, nothing, torch.Generator())
+    (zero,) = nothing.pyramid.start(episode.query, torch.Generator())
     with torch.no_grad():
         plain = natural_outcome(network, start, episode)
     outcome = querying_outcome(network, start, episode, nothing, [zero])
@@ -304,7 +304,7 @@ def test_the_loss_under_attack_falls_when_querying_trains(network, tune):
     tuner = tuner_of(network, untrained(network, tune, ORDINARY), "querying", lr=0.02)
 
     def loss() -> float:
-        start = pyramid_start(episode.query, ORDINARY, torch.Generator().manual_seed(0))
+        start = ORDINARY.pyramid.start(episode.query, torch.Generator().manual_seed(0))
         return querying_outcome(network, tuner.pool, episode, ORDINARY, start).loss.total.item()
 
     before = loss()

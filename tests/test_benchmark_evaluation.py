@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from amt.attacks.evaluation import Attack
+from amt.attacks.kinds import Attack
 from amt.evaluation.evaluate import measure, query_generators
 from amt.models.architectures import Arch, build_network
 from amt.models.network import Network

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from amt.attacks.evaluation import Attack
-from amt.attacks.perturb import Perturbation, pyramid_start
+from amt.attacks.kinds import Attack
+from amt.attacks.levels import Perturbation
 from amt.evaluation.evaluate import evaluate, query_generators
 from amt.models.architectures import Arch, build_network
 from amt.models.network import Network, features
@@ -80,7 +80,7 @@ def test_baseline_takes_our_training_step():
     model = baseline.Learner(network, pool)
     optimiser = torch.optim.SGD(model.trained.values(), settings.lr, settings.momentum)
     for number in range(2):
-        start = pyramid_start(episode.query, LEVEL, stream(settings.seed, number, 0))
+        start = LEVEL.pyramid.start(episode.query, stream(settings.seed, number, 0))
         before = tuner.pool
         leaves = {name: factor.requires_grad_() for name, factor in before.factors.items()}
         leaves["scale"] = before.scale.requires_grad_()

@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from amt.attacks.perturb import Perturbation
+from amt.attacks.levels import Perturbation
 from amt.cli import options
 from amt.evaluation import runs
 from amt.files import checkpoint

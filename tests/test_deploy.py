@@ -12,9 +12,16 @@ import torch.nn.functional as F
 from conftest import fails, moved_apart, patterned_episode, random_backbone
 from torch import Tensor, nn
 
-from amt.attacks.evaluation import Attack
-from amt.attacks.perturb import Perturbation
-from amt.evaluation.deploy import STAMP, Deployment, check_deployment, check_trims, deploy, earlier_note
+from amt.attacks.kinds import Attack
+from amt.attacks.levels import Perturbation
+from amt.evaluation.deploy import (
+    STAMP,
+    Deployment,
+    check_deployment,
+    check_trims,
+    deploy,
+    earlier_note,
+)
 from amt.evaluation.evaluate import evaluate
 from amt.evaluation.select import support_predictor
 from amt.models.architectures import Arch

@@ -10,8 +10,8 @@ from conftest import moved_apart, patterned_episode, random_backbone
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amt.attacks.evaluation import Attack
-from amt.attacks.perturb import Perturbation
+from amt.attacks.kinds import Attack
+from amt.attacks.levels import Perturbation
 from amt.evaluation.evaluate import columns, evaluate, measure, validate
 from amt.evaluation.statistics import summarise
 from amt.models.architectures import Arch

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from amt.attacks.perturb import Perturbation
+from amt.attacks.levels import Perturbation
 from amt.cli import export as command
 from amt.evaluation.evaluate import merged_predictor
 from amt.files import checkpoint, export

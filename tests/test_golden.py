@@ -20,15 +20,9 @@ import torch.nn.functional as F
 from test_network import write_official
 from torch import Tensor
 
-from amt.attacks.perturb import (
-    PIXELS,
-    Perturbation,
-    ValueSpace,
-    apply_pyramid,
-    perturb_weights,
-    pyramid_attack,
-    pyramid_step,
-)
+from amt.attacks.levels import Perturbation
+from amt.attacks.losses import kl_sum
+from amt.attacks.perturb import Pyramid, ascend, input_gradient, perturb_weights
 from amt.files.checkpoint import Checkpoint, check_architecture, load, save
 from amt.files.pretrained import read_weights
 from amt.files.published import pool_from_published, published_shapes
@@ -41,7 +35,7 @@ from amt.tasks import merge
 from amt.tasks.classifier import prototype_classifier
 from amt.tasks.merge import Routing, average_of, blend, compactness, support_cosines
 from amt.training import meta_tune
-from amt.training.losses import kl_sum, robust_loss
+from amt.training.losses import robust_loss
 from amt.training.meta_tune import Tuner, TuneSettings, query_outcome
 from meta_dataset_readers.episode import Episode
 
@@ -93,9 +87,25 @@ def normalised(u8: Tensor) -> Tensor:
     return (pixels(u8) - mean) / std
 
 
-def normalised_space() -> ValueSpace:
-    mean, std = statistics()
-    return ValueSpace((0 - mean) / std, (1 - mean) / std, 1 / std)
+class NormalisedLevel(Perturbation):
+    """A level whose images are normalised, as they were when the numbers were recorded."""
+
+    @property
+    def pyramid(self) -> Pyramid:
+        mean, std = statistics()
+        return Pyramid(
+            self.epsilon / 255 * (1 / std),
+            self.step_size / 255 * (1 / std),
+            self.grids,
+            self.scalars,
+            self.start,
+            lower=(0 - mean) / std,
+            upper=(1 - mean) / std,
+        )
+
+    @property
+    def in_pixels(self) -> Perturbation:
+        return Perturbation(**dataclasses.asdict(self))
 
 
 def cut(tensor: Tensor, text: str) -> Tensor:
@@ -291,8 +301,8 @@ def attack_runs() -> list[tuple[str, str]]:
     )
 
 
-def level_of(settings: dict, gamma: float = 0.0) -> Perturbation:
-    return Perturbation(
+def level_of(settings: dict, gamma: float = 0.0) -> NormalisedLevel:
+    return NormalisedLevel(
         epsilon=settings["epsilon"],
         step_size=settings["alpha"],
         steps=settings["iters"],
@@ -318,7 +328,6 @@ class Attack:
         self.level = level_of(self.settings)
         self.u8 = everything["x_u8"]
         self.images = normalised(self.u8)
-        self.space = normalised_space()
         self.weights = self.model.pool.merge([1.0])
         labels = everything.get("sy", everything["y"])
         support = features(self.model.raw, self.weights, normalised(everything["sx_u8"]))
@@ -385,13 +394,13 @@ def test_pyramid_attack_step_by_step(file, run, attacked_models):
     compared = 0
     for step, (before, after) in enumerate(itertools.pairwise(path)):
         deltas = [delta.clone().requires_grad_() for delta in before]
-        logits = attack.logits(apply_pyramid(attack.images, deltas, level.scalars, attack.space))
+        logits = attack.logits(level.pyramid.apply(deltas, attack.images))
         divergence = kl_sum(attack.clean, logits)
         assert_close(logits, data[f"step{step}_logits_adv"], 2e-6, f"step {step}")
         kl = data[f"step{step}_kl"]
         assert abs(divergence - kl) < 1e-5 * kl + 5e-6, f"step {step}: {divergence} is not {kl}"
         gradients = torch.autograd.grad(divergence, deltas)
-        moved = pyramid_step(attack.divergence, attack.images, before, level, attack.space)
+        moved = level.pyramid.step(before, gradients, attack.images)
         started = attack.started(before)
         for grid, gradient in enumerate(gradients):
             sure = attack.sure(step, grid)
@@ -407,7 +416,7 @@ def test_pyramid_attack_step_by_step(file, run, attacked_models):
             assert distance < 1e-6, f"{about}: {distance}"
             compared += 1
     assert compared >= len(level.grids)
-    found = apply_pyramid(attack.images, path[-1], level.scalars, attack.space)
+    found = level.pyramid.apply(path[-1], attack.images)
     assert_close(cut(found, meaning(file, f"{run}/x_adv")), data["x_adv"], 1e-6)
 
 
@@ -423,7 +432,7 @@ def test_pyramid_attack_to_the_end(file, run, attacked_models):
         pytest.skip("the recorded attack never left the clean images")
     started = attack.started(path[first])
     rest = dataclasses.replace(attack.level, steps=attack.level.steps - first)
-    found = pyramid_attack(attack.divergence, attack.images, path[first], rest, attack.space)[started]
+    found = ascend(attack.divergence, attack.images, path[first], rest.pyramid, rest.steps)[started]
     clean, crop = attack.images[started], meaning(file, f"{run}/x_adv")
     expected = attack.data["x_adv"][started]
     assert ((cut(found, crop) - expected).abs() > 1e-4).float().mean() < 0.05
@@ -444,7 +453,7 @@ def cells_with_ties(images: Tensor, deltas: list[Tensor], scalars: tuple[float, 
     for delta, scalar in zip(deltas, scalars, strict=True):
         moved = images + scalar * F.interpolate(delta, size=images.shape[-2:], mode="nearest")
         ties.append(torch.minimum(moved.abs(), (moved - 1).abs()) < 1e-5)
-        images = PIXELS.clip(moved)
+        images = ANY_LEVEL.pyramid.clip(moved)
     return [
         cells_touching(torch.stack(ties[grid:]).any(0), delta.shape[-2:]) for grid, delta in enumerate(deltas)
     ]
@@ -460,15 +469,16 @@ def test_attack_in_pixels_agrees_but_for_ties(file, run, attacked_models):
     def divergence(moved: Tensor) -> Tensor:
         return kl_sum(attack.clean, attack.logits(moved, attack.model.network))
 
-    path = attack.trajectory()
+    path, pyramid = attack.trajectory(), attack.level.in_pixels.pyramid
     compared = 0
     for step, (before, after) in enumerate(itertools.pairwise(path)):
         deltas = [delta * std for delta in before]
-        attacked = apply_pyramid(images, deltas, attack.level.scalars)
+        attacked = pyramid.apply(deltas, images)
         logits = attack.logits(attacked, attack.model.network)
         assert_close(logits, attack.data[f"step{step}_logits_adv"], 2e-6, f"step {step}")
         started = attack.started(before)[:, None, None, None]
-        moved = pyramid_step(divergence, images, deltas, attack.level)
+        slopes = input_gradient(lambda at: divergence(pyramid.apply(at, images)), deltas)
+        moved = pyramid.step(deltas, slopes, images)
         ties = cells_with_ties(images, deltas, attack.level.scalars)
         for grid in range(len(deltas)):
             sure = attack.sure(step, grid)
@@ -480,7 +490,7 @@ def test_attack_in_pixels_agrees_but_for_ties(file, run, attacked_models):
             )
             compared += int(decided.sum())
     assert compared > 1000
-    final = apply_pyramid(images, [delta * std for delta in path[-1]], attack.level.scalars)
+    final = pyramid.apply([delta * std for delta in path[-1]], images)
     final = cut(attack.model.network.normalise(final), meaning(file, f"{run}/x_adv"))
     assert_close(final, attack.data["x_adv"], 1e-6)
 
@@ -488,15 +498,15 @@ def test_attack_in_pixels_agrees_but_for_ties(file, run, attacked_models):
 def test_gradient_of_the_pyramid_with_and_without_ties():
     """The pyramid alone under a linear functional; a pixel at a limit passes half its gradient per clip."""
     file, data = "d_attack.npz", arrays("d_attack.npz")
-    scalars = level_of(params(*attack_runs()[0][:1], f"{attack_runs()[0][1]}/x_adv")).scalars
+    pyramid = level_of(params(*attack_runs()[0][:1], f"{attack_runs()[0][1]}/x_adv")).pyramid
     images = normalised(data["x_u8"])[: len(data["jitter/x"])]
     compared = 0
     for case in sorted({name.split("/")[0] for name in data if re.match(r"jitter\d*/grad", name)}):
-        deltas = [data[f"jitter/delta_L{grid}"] for grid in range(len(scalars))]
+        deltas = [data[f"jitter/delta_L{grid}"] for grid in range(len(pyramid.scalars))]
         if case != "jitter":
             deltas = [torch.zeros_like(delta) for delta in deltas]
         deltas = [delta.clone().requires_grad_() for delta in deltas]
-        moved = apply_pyramid(images, deltas, scalars, normalised_space())
+        moved = pyramid.apply(deltas, images)
         if f"{case}/x" in data:
             assert_close(moved, data[f"{case}/x"], 1e-6, case)
         gradients = torch.autograd.grad((data["jitter/w"] * moved).sum(), deltas)
@@ -505,9 +515,8 @@ def test_gradient_of_the_pyramid_with_and_without_ties():
                 assert_close(gradient, data[f"{case}/grad_L{grid}"], 1e-6, f"{case}, grid {grid}")
                 compared += 1
     assert compared > 0, file
-    space = normalised_space()
-    assert_close(space.lower, data["lo"], 1e-6)
-    assert_close(space.upper, data["up"], 1e-6)
+    assert_close(pyramid.lower, data["lo"], 1e-6)
+    assert_close(pyramid.upper, data["up"], 1e-6)
 
 
 # e: the weight perturbation
@@ -579,7 +588,7 @@ class Step:
     episode: Episode
 
     @property
-    def level(self) -> Perturbation:
+    def level(self) -> NormalisedLevel:
         return level_of(self.settings, gamma=self.settings["gamma"])
 
     @property
@@ -647,7 +656,7 @@ def test_training_step(single):
     for number, step in enumerate(all_steps):
         pool = trainable(pool_before(number, all_steps, single.pool))
         level, start = step.injection
-        outcome = query_outcome(single.raw, pool, step.episode, level, start, normalised_space())
+        outcome = query_outcome(single.raw, pool, step.episode, level, start)
         assert_close(outcome.clean, step.data["logits_clean"], 1e-5, f"step {number}")
         assert_close(outcome.attacked, step.data["logits_adv"], 1e-5, f"step {number}")
         for part in ("natural", "robust"):
@@ -675,7 +684,7 @@ def test_training_step_split_at_the_support(single, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(meta_tune, "features", cut_at_support)
             level, start = step.injection
-            outcome = query_outcome(single.raw, pool, step.episode, level, start, normalised_space())
+            outcome = query_outcome(single.raw, pool, step.episode, level, start)
         outcome.loss.total.backward()
         assert len(seen) == 1
         assert_close(seen[0], step.data["supp_f"], 3e-6, f"step {number}")
@@ -696,12 +705,12 @@ def test_attack_inside_the_training_step(single, monkeypatch):
         attacks = []
 
         def watched(*args, attacks=attacks, **keywords):
-            attacks.append(pyramid_attack(*args, **keywords))
+            attacks.append(ascend(*args, **keywords))
             return attacks[-1]
 
         with monkeypatch.context() as patch:
-            patch.setattr(meta_tune, "pyramid_attack", watched)
-            outcome = query_outcome(single.raw, pool, step.episode, step.level, start, normalised_space())
+            patch.setattr(meta_tune, "ascend", watched)
+            outcome = query_outcome(single.raw, pool, step.episode, step.level, start)
         different = (attacks[0] - step.data["x_adv"]).abs() > 1e-4
         assert different.float().mean() < 0.05, f"step {number}"
         assert_close(outcome.loss.total, step.data["loss"], 0.05, f"step {number}")
@@ -717,11 +726,11 @@ def test_optimiser_with_momentum(single, monkeypatch):
     all_steps = steps()
     waiting = iter(all_steps)
 
-    def injected(network, pool, episode, level, start, space=PIXELS, loss_scale=1.0):
+    def injected(network, pool, episode, level, start, loss_scale):
         level, start = next(waiting).injection
-        return query_outcome(network, pool, episode, level, start, normalised_space(), loss_scale)
+        return query_outcome(network, pool, episode, level, start, loss_scale)
 
-    monkeypatch.setattr(meta_tune, "query_outcome", injected)
+    monkeypatch.setitem(meta_tune.OUTCOMES, "adsv", injected)
     first = all_steps[0].settings
     settings = TuneSettings(
         epochs=2,

@@ -18,8 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from amt.attacks.evaluation import Attack
-from amt.attacks.perturb import Perturbation, pgd, pyramid_attack, pyramid_start
+from amt.attacks.kinds import Attack
+from amt.attacks.levels import Perturbation
+from amt.attacks.perturb import Ball, ascend, pgd
 from amt.evaluation.evaluate import evaluate
 from amt.files import checkpoint as checkpoints
 from amt.files.checkpoint import Checkpoint
@@ -129,7 +130,7 @@ def quick(**changes) -> TuneSettings:
 
 
 def outcome_of(network: Network, pool: LoRAPool, episode: Episode, level: Perturbation, **keywords):
-    start = pyramid_start(episode.query, level, torch.Generator().manual_seed(3))
+    start = level.pyramid.start(episode.query, torch.Generator().manual_seed(3))
     return query_outcome(network, pool, episode, level, start, **keywords)
 
 
@@ -291,15 +292,15 @@ def climb(logits_of, labels: Tensor):
 def test_epsilon_zero_is_the_clean_image(network, pool, episode, start):
     logits_of = classifier(network, pool.merge([1.0, 0.0, 0.0]), episode)
     level = Perturbation(0, 0, steps=2, grids=(2, 4, 0), start=start)
-    deltas = pyramid_start(episode.query, level, torch.Generator().manual_seed(0))
-    attacked = pyramid_attack(climb(logits_of, episode.query_labels), episode.query, deltas, level)
+    deltas = level.pyramid.start(episode.query, torch.Generator().manual_seed(0))
+    loss_of = climb(logits_of, episode.query_labels)
+    attacked = ascend(loss_of, episode.query, deltas, level.pyramid, level.steps)
     assert torch.equal(attacked, episode.query)
     attacked, _ = pgd(
         logits_of,
         episode.query,
         episode.query_labels,
-        epsilon=0,
-        step_size=2,
+        Ball("linf", 0, 2 / 255),
         steps=2,
         generator=torch.Generator().manual_seed(0),
     )
@@ -311,13 +312,13 @@ def test_where_attacks_start():
     images = torch.zeros(64, 3, 16, 16)
     for start in ("zero", "random1", "random2"):
         level = Perturbation(51, 2, grids=(2, 4, 0), start=start)
-        deltas = pyramid_start(images, level, torch.Generator().manual_seed(0))
+        deltas = level.pyramid.start(images, torch.Generator().manual_seed(0))
         assert [delta.shape for delta in deltas] == [(64, 3, 2, 2), (64, 3, 4, 4), (64, 3, 16, 16)]
         for delta in deltas:
             spread = {"zero": 0, "random1": 0.2 / 3**0.5, "random2": 0.001}[start]
             assert float(delta.std()) == pytest.approx(spread, rel=0.05)
             assert start != "random1" or 0.19 < float(delta.abs().max()) <= 0.2
-        again = pyramid_start(images, level, torch.Generator().manual_seed(0))
+        again = level.pyramid.start(images, torch.Generator().manual_seed(0))
         assert all(torch.equal(one, other) for one, other in zip(deltas, again, strict=True))
 
 
@@ -336,8 +337,7 @@ def test_pgd_stays_in_the_ball_and_in_range(network, pool, epsilon, share, steps
         logits_of,
         episode.query,
         episode.query_labels,
-        epsilon=epsilon,
-        step_size=share * epsilon,
+        Ball("linf", epsilon / 255, share * epsilon / 255),
         steps=steps,
         generator=torch.Generator().manual_seed(seed),
     )
@@ -360,13 +360,13 @@ def test_the_fine_level_alone_stays_in_the_ball(network, pool, epsilon, share, s
     episode = make_episode(seed)
     level = Perturbation(epsilon, share * epsilon, steps=steps, grids=(0,), scalars=(1.0,), start=start)
     logits_of = classifier(network, pool.merge([1.0, 0.0, 0.0]), episode)
-    deltas = pyramid_start(episode.query, level, torch.Generator().manual_seed(seed))
+    deltas = level.pyramid.start(episode.query, torch.Generator().manual_seed(seed))
     loss_of = climb(logits_of, episode.query_labels)
-    attacked = pyramid_attack(loss_of, episode.query, deltas, level)
+    attacked = ascend(loss_of, episode.query, deltas, level.pyramid, level.steps)
     assert in_ball(attacked, episode.query, epsilon)
     whole = dataclasses.replace(level, grids=(2, 4, 0), scalars=(20.0, 10.0, 1.0))
-    deltas = pyramid_start(episode.query, whole, torch.Generator().manual_seed(seed))
-    attacked = pyramid_attack(loss_of, episode.query, deltas, whole)
+    deltas = whole.pyramid.start(episode.query, torch.Generator().manual_seed(seed))
+    attacked = ascend(loss_of, episode.query, deltas, whole.pyramid, whole.steps)
     assert in_ball(attacked, episode.query, 255)
 
 
@@ -374,8 +374,8 @@ def test_attacks_raise_the_loss(network, pool, episode):
     logits_of = classifier(network, pool.merge([1.0, 0.0, 0.0]), episode)
     loss_of = climb(logits_of, episode.query_labels)
     level = Perturbation(8, 2, steps=4, grids=(0,), scalars=(1.0,), start="zero")
-    deltas = pyramid_start(episode.query, level, torch.Generator())
-    attacked = pyramid_attack(loss_of, episode.query, deltas, level)
+    deltas = level.pyramid.start(episode.query, torch.Generator())
+    attacked = ascend(loss_of, episode.query, deltas, level.pyramid, level.steps)
     assert loss_of(attacked) > loss_of(episode.query) + 0.1
 
 
@@ -569,11 +569,11 @@ def test_the_attack_moves_in_float16(pool, episode, monkeypatch, loss_scale, mov
     moved = []
 
     def watched(loss_of, images, *args, **keywords):
-        attacked = pyramid_attack(loss_of, images, *args, **keywords)
+        attacked = ascend(loss_of, images, *args, **keywords)
         moved.append(float(((attacked - images).abs() > 0.9 / 255).float().mean()))
         return attacked
 
-    monkeypatch.setattr(meta_tune, "pyramid_attack", watched)
+    monkeypatch.setattr(meta_tune, "ascend", watched)
     level = Perturbation(4, 2, steps=1, grids=(0,), scalars=(1.0,), start="random2")
     flat = trainable(dataclasses.replace(pool[0], scale=torch.full((1,), 0.01)))
     half = make_network(autocast=torch.float16)

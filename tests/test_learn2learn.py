@@ -21,8 +21,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.transforms import v2
 
-from amt.attacks.evaluation import Attack
-from amt.attacks.perturb import Perturbation
+from amt.attacks.kinds import Attack
+from amt.attacks.levels import Perturbation
 from amt.evaluation.evaluate import evaluate
 from amt.files.learn2learn import EpisodeTaskset, TasksetEpisodes, task_of
 from amt.models.architectures import Arch

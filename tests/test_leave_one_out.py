@@ -10,7 +10,7 @@ from conftest import moved_apart, patterned_episode, random_backbone
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amt.attacks.perturb import Perturbation
+from amt.attacks.levels import Perturbation
 from amt.models.architectures import Arch
 from amt.models.network import Network, features
 from amt.models.pool import Merged, principal_pool

@@ -15,7 +15,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from amt.attacks.perturb import Perturbation
+from amt.attacks.levels import Perturbation
 from amt.files import checkpoint, pretrained, state_dicts
 from amt.files.pretrained import load_network, read_weights
 from amt.models.architectures import (

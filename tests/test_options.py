@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amt.attacks.evaluation import Attack
+from amt.attacks.kinds import Attack
 from amt.cli import options
 from amt.cli.options.published_flags import is_published
 from amt.evaluation.select import BETAS, GAMMAS

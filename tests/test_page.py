@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from toy_runs import ATTACKS, DOMAINS, write_run
 
-from amt.attacks.evaluation import Attack
+from amt.attacks.kinds import Attack
 from amt.cli import report
 from amt.evaluation import runs
 from amt.evaluation.statistics import paired_difference

@@ -24,7 +24,7 @@ from test_commands import command
 from test_network import write_official
 from torch import Tensor
 
-from amt.attacks.perturb import Perturbation
+from amt.attacks.levels import Perturbation
 from amt.cli import checkpoint as describing
 from amt.cli import options
 from amt.cli import pool as pooling

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import fails, patterned_episode
 
-from amt.attacks.evaluation import Attack
+from amt.attacks.kinds import Attack
 from amt.evaluation import runs
 from amt.evaluation.evaluate import columns, measure
 from amt.evaluation.runs import Writer

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import moved_apart, patterned_episode, random_backbone
 
-from amt.attacks.evaluation import Attack
-from amt.attacks.perturb import Perturbation
+from amt.attacks.kinds import Attack
+from amt.attacks.levels import Perturbation
 from amt.evaluation.evaluate import Measurement, measure
 from amt.evaluation.sanity import judge, probe
 from amt.models.architectures import Arch

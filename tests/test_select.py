@@ -13,8 +13,8 @@ from conftest import moved_apart, patterned_episode, random_backbone
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amt.attacks.evaluation import Attack
-from amt.attacks.perturb import Perturbation
+from amt.attacks.kinds import Attack
+from amt.attacks.levels import Perturbation
 from amt.evaluation import select as selecting
 from amt.evaluation.evaluate import evaluate
 from amt.evaluation.select import (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from amt.attacks.evaluation import Attack
+from amt.attacks.kinds import Attack
 from amt.evaluation.evaluate import columns
 
 ATTACKS = (

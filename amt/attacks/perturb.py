@@ -1,167 +1,131 @@
-"""Worst-case moves of inputs and of weights.
+"""Worst-case moves of inputs and of weights: one ascent for all attacks, in two geometries.
 
-Sees only loss functions and tensors: no model, no episode. An attack never builds a parameter gradient,
-since all it asks autograd for is the gradient with respect to the perturbation.
+    points  ->  gradient of the loss at them  ->  a step, projected  ->  points  ...        `ascent`
+
+    Ball        points are images, within epsilon of the given ones: evaluation, AutoLoRa
+    Pyramid     points are perturbations, one per grid, added to the images: AMT's meta-training
+
+`ascend` goes on to the last step with every image; `pgd` leaves out those that are fooled. Sees only loss
+functions and tensors: no model, no episode. An attack never builds a parameter gradient, since all it asks
+autograd for is the gradient with respect to the points.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Generators = torch.Generator | Sequence[torch.Generator]
-
-STARTS = ("zero", "random1", "random2")
+Points = TypeVar("Points")  # where an attack stands: a tensor, or a list with one for each grid
 
 # A power of two: exact in float32, and in float16 it keeps small gradients from being flushed to zero.
-_PGD_LOSS_SCALE = 2.0**10
+LOSS_SCALE = 2.0**10
 
 
-@dataclasses.dataclass(frozen=True)
-class Perturbation:
-    """One robustness level of meta-training: how far inputs and weights are moved, and what it weighs.
+class Geometry(Protocol[Points]):
+    """Where an attack may go, and what images its points are."""
 
-    Raises ValueError for numbers that make no sense.
+    def apply(self, points: Points, images: Tensor) -> Tensor:
+        """The attacked images (n, 3, H, W), with graph to `points`."""
+        ...
 
-    The input moves on a pyramid of grids: level l holds one value per cell of a `grids[l]` x `grids[l]`
-    grid (0: one cell per pixel), bounded by epsilon and multiplied by `scalars[l]`, so that epsilon is the
-    bound of the pixel level alone when its scalar is 1. `grids=(0,)`, `scalars=(1.0,)` is ordinary PGD.
-
-    Args:
-        epsilon: bound in 1/255 of the pixel range, >= 0.
-        step_size: step in the same unit.
-        steps: number of attack steps K.
-        gamma: radius of the weight perturbation relative to each factor's norm; 0 leaves weights alone.
-        beta: weight of the robust term in the loss.
-        start: "zero", "random1" (uniform within epsilon) or "random2" (0.001 times a standard normal).
-            From "zero" the KL gradient is exactly zero, so that attack may never leave the clean image.
-    """
-
-    epsilon: float
-    step_size: float
-    steps: int = 10
-    gamma: float = 0.005
-    beta: float = 6.0
-    grids: tuple[int, ...] = (4, 8, 0)
-    scalars: tuple[float, ...] = (20.0, 10.0, 1.0)
-    start: str = "random2"
-
-    def __post_init__(self) -> None:
-        numbers = (self.epsilon, self.step_size, self.gamma, self.beta, *self.scalars)
-        counts = (self.steps, *self.grids)
-        if not all(isinstance(n, int | float) and 0 <= n < math.inf for n in numbers):
-            raise ValueError(f"a level needs finite numbers of at least 0, found {numbers}")
-        if not all(isinstance(n, int) and n >= 0 for n in counts) or len(self.grids) != len(self.scalars):
-            raise ValueError(f"a level needs whole steps and as many grids as scalars, found {self}")
-        if self.start not in STARTS:
-            raise ValueError(f"start is {self.start!r}, expected one of {', '.join(STARTS)}")
-
-    def scaled(self, factor: float) -> "Perturbation":
-        """The same level with epsilon and step size multiplied by `factor`."""
-        return dataclasses.replace(self, epsilon=self.epsilon * factor, step_size=self.step_size * factor)
+    def step(self, points: Points, gradient: Points, images: Tensor) -> Points:
+        """The points after one projected step of steepest ascent."""
+        ...
 
 
-@dataclasses.dataclass(frozen=True)
-class ValueSpace:
-    """The units images are in: the values of black and white, and of one whole pixel range.
-
-    Numbers, or tensors that broadcast over (N, 3, H, W). Only comparisons with attacks that were run on
-    normalised images need another space than `PIXELS`.
-    """
-
-    lower: Tensor | float = 0.0
-    upper: Tensor | float = 1.0
-    unit: Tensor | float = 1.0
-
-    def clip(self, images: Tensor) -> Tensor:
-        """Clip to the valid range; a value exactly at a limit passes half its gradient, as published."""
-        upper = torch.as_tensor(self.upper, dtype=images.dtype, device=images.device)
-        lower = torch.as_tensor(self.lower, dtype=images.dtype, device=images.device)
-        return torch.maximum(torch.minimum(images, upper), lower)
-
-
-PIXELS = ValueSpace()
-
-
-def pyramid_start(
-    images: Tensor, level: Perturbation, generator: torch.Generator, space: ValueSpace = PIXELS
-) -> list[Tensor]:
-    """Starting perturbations, one (N, 3, rows, columns) per grid, drawn on the CPU from `generator`."""
-    n, channels, height, width = images.shape
-    epsilon = level.epsilon / 255 * space.unit
-    deltas = []
-    for cells in level.grids:
-        shape = (n, channels, cells or height, cells or width)
-        if level.start == "zero":
-            delta = torch.zeros(shape)
-        elif level.start == "random1":
-            delta = (2 * torch.rand(shape, generator=generator) - 1) * epsilon
-        else:
-            delta = 0.001 * torch.randn(shape, generator=generator)
-        deltas.append(delta.to(images))
-    return deltas
-
-
-def apply_pyramid(
-    images: Tensor, deltas: Sequence[Tensor], scalars: Sequence[float], space: ValueSpace = PIXELS
-) -> Tensor:
-    """Add each level's perturbation in turn, clipping to the valid range after every level."""
-    size = images.shape[-2:]
-    for delta, scalar in zip(deltas, scalars, strict=True):
-        move = scalar * delta
-        if move.shape[-2:] != size:
-            move = F.interpolate(move, size=size, mode="nearest")
-        images = space.clip(move + images)
-    return images
-
-
-def pyramid_step(
-    loss_of: Callable[[Tensor], Tensor],
-    images: Tensor,
-    deltas: Sequence[Tensor],
-    level: Perturbation,
-    space: ValueSpace = PIXELS,
-    loss_scale: float = 1.0,
-) -> list[Tensor]:
-    """One signed ascent step on every level at once, from a single backward pass."""
-    epsilon, step = level.epsilon / 255 * space.unit, level.step_size / 255 * space.unit
-    deltas = [delta.detach().requires_grad_() for delta in deltas]
-    loss = loss_of(apply_pyramid(images, deltas, level.scalars, space))
-    gradients = torch.autograd.grad(loss * loss_scale, deltas)
-    return [
-        (delta.detach() + step * gradient.sign()).clamp(-epsilon, epsilon)
-        for delta, gradient in zip(deltas, gradients, strict=True)
-    ]
-
-
-def pyramid_attack(
-    loss_of: Callable[[Tensor], Tensor],
-    images: Tensor,
-    deltas: Sequence[Tensor],
-    level: Perturbation,
-    space: ValueSpace = PIXELS,
-    loss_scale: float = 1.0,
-) -> Tensor:
-    """The training attack of AMT: `level.steps` steps of projected ascent on a pyramid of perturbations.
+def input_gradient(loss_of: Callable[[Any], Tensor | None], points: Any) -> Any:
+    """d loss / d points, of nothing else, whether or not gradients are enabled.
 
     Args:
-        loss_of: attacked images -> scalar to be increased, summed over the images.
-        images: (N, 3, H, W) clean images in `space`.
-        deltas: where to start, see `pyramid_start`.
-        level: the bound, steps and pyramid.
-        space: the units of `images`.
-        loss_scale: multiplies the loss before its gradient is taken, so that float16 does not flush it to
-            zero; the steps depend on the gradient's sign only.
+        loss_of: points -> scalar; None where there is nothing to gain.
+        points: a tensor, or a list of tensors.
 
     Returns:
-        The attacked images (N, 3, H, W), without graph.
+        The like of `points`; None if the loss is None.
     """
-    for _ in range(level.steps):
-        deltas = pyramid_step(loss_of, images, deltas, level, space, loss_scale)
-    return apply_pyramid(images, deltas, level.scalars, space).detach()
+    single = isinstance(points, Tensor)
+    leaves = [each.detach().requires_grad_() for each in ([points] if single else points)]
+    with torch.enable_grad():
+        loss = loss_of(leaves[0] if single else leaves)
+    if loss is None:
+        return None
+    found = torch.autograd.grad(loss, leaves)
+    return found[0] if single else list(found)
+
+
+def ascent(
+    start: Points,
+    gradient_of: Callable[[Points], Points | None],
+    move: Callable[[Points, Points], Points],
+    steps: int,
+) -> Iterator[Points]:
+    """Yield the points after each of `steps` steps: the loop of every attack on inputs.
+
+    Args:
+        start: the first points, which are not yielded.
+        gradient_of: points -> direction of ascent; None ends the ascent where it is.
+        move: (points, gradient) -> the next points, projected.
+    """
+    points = start
+    for _ in range(steps):
+        direction = gradient_of(points)
+        if direction is None:
+            return
+        points = move(points, direction)
+        yield points
+
+
+def end_of_ascent(
+    start: Points,
+    gradient_of: Callable[[Points], Points | None],
+    move: Callable[[Points, Points], Points],
+    steps: int,
+) -> Points:
+    """The points that an `ascent` ends at; `start` where it made no step."""
+    points = start
+    for points in ascent(start, gradient_of, move, steps):  # noqa: B007
+        pass
+    return points
+
+
+def ascend(
+    loss_of: Callable[[Tensor], Tensor],
+    images: Tensor,
+    points: Points,
+    geometry: Geometry[Points],
+    steps: int,
+    loss_scale: float = LOSS_SCALE,
+) -> Tensor:
+    """Projected gradient ascent that goes on to the last step with every image: the attack of training, and
+    of images that are to fool another network.
+
+    Args:
+        loss_of: attacked images (n, 3, H, W) -> scalar to be increased, summed over the images.
+        images: (n, 3, H, W) in [0, 1], as they are.
+        points: where to start, see `Ball.start` and `Pyramid.start`. Of a ball they may lie outside of the
+            valid range, as the first gradient is taken there.
+        geometry: a `Ball` or a `Pyramid`.
+        steps: gradients taken, which is all that this costs.
+        loss_scale: multiplies the loss before its gradient is taken, so that float16 does not flush it to
+            zero; a power of two, so that no step depends on it otherwise.
+
+    Returns:
+        Attacked images (n, 3, H, W) in [0, 1], without graph.
+    """
+
+    def scaled_loss(at: Points) -> Tensor:
+        return loss_scale * loss_of(geometry.apply(at, images))
+
+    def move(at: Points, direction: Points) -> Points:
+        return geometry.step(at, direction, images)
+
+    found = end_of_ascent(points, partial(input_gradient, scaled_loss), move, steps)
+    return geometry.apply(found, images).detach()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,15 +135,22 @@ class Ball:
     Args:
         norm: "linf" or "l2", over all values of one image.
         epsilon: radius in pixel units, where black is 0 and white is 1.
+        step_size: of ascent, in pixel units.
     """
 
     norm: str
     epsilon: float
+    step_size: float
 
     def start(self, images: Tensor, generator: Generators) -> Tensor:
-        """A uniformly random point of each image's ball, clipped to the valid range."""
+        """A uniformly random point of each image's ball, clipped to the valid range.
+
+        Args:
+            images: (n, 3, H, W) in [0, 1].
+            generator: CPU generators, one for all images or one for each.
+        """
         if self.norm == "linf":
-            noise = 2 * _drawn(torch.rand, images.shape, generator) - 1
+            noise = uniform_noise(images.shape, generator)
         else:
             direction = _drawn(torch.randn, images.shape, generator)
             uniform = _drawn(torch.rand, (len(images), 1, 1, 1), generator)
@@ -187,7 +158,7 @@ class Ball:
         return self.project(images + noise.to(images) * self.epsilon, images)
 
     def project(self, points: Tensor, images: Tensor) -> Tensor:
-        """The valid points of the balls around `images` that are next to `points`."""
+        """The valid points of the balls around `images` that are next to `points`; all (n, 3, H, W)."""
         if self.norm == "linf":
             lower, upper = (images - self.epsilon).clamp(min=0), (images + self.epsilon).clamp(max=1)
             return torch.minimum(torch.maximum(points, lower), upper)
@@ -195,10 +166,95 @@ class Ball:
         # Clipping to the valid range moves every value towards the image, so it stays within the ball.
         return (images + move * (self.epsilon / _length(move)).clamp(max=1)).clamp(0, 1)
 
-    def step(self, points: Tensor, gradient: Tensor, size: float, images: Tensor) -> Tensor:
-        """`points` moved by `size` in the direction of steepest ascent in this norm, and projected."""
+    def apply(self, points: Tensor, images: Tensor) -> Tensor:
+        """The points, which are images."""
+        return points
+
+    def step(self, points: Tensor, gradient: Tensor, images: Tensor) -> Tensor:
+        """`points` moved by `step_size` in the direction of steepest ascent in this norm, and projected."""
         direction = gradient.sign() if self.norm == "linf" else gradient / _length(gradient)
-        return self.project(points + size * direction, images)
+        return self.project(points + self.step_size * direction, images)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pyramid:
+    """The perturbations of AMT's meta-training (section 3.2): grids of values, added to an image in turn.
+
+    Grid l holds one value per channel and cell of a `grids[l]` x `grids[l]` grid (0: one cell per pixel),
+    bounded by epsilon and multiplied by `scalars[l]`; the image is clipped after each. Points are a list of
+    tensors (n, 3, rows, columns), one per grid.
+
+    Args:
+        epsilon: bound of every value, in the units of the images.
+        step_size: of signed ascent, in the same units.
+        grids, scalars: as above; the default is ordinary PGD, clipped inside of the graph.
+        noise: of the start, "zero", "random1" (uniform within epsilon) or "random2" (0.001 times a standard
+            normal).
+        lower, upper: black and white in the units of the images.
+
+    Units are pixels from 0 to 1. For images that were normalised, epsilon, step size and limits may be
+    tensors that broadcast over (n, 3, H, W).
+    """
+
+    epsilon: Tensor | float
+    step_size: Tensor | float
+    grids: tuple[int, ...] = (0,)
+    scalars: tuple[float, ...] = (1.0,)
+    noise: str = "random1"
+    lower: Tensor | float = 0.0
+    upper: Tensor | float = 1.0
+
+    def start(self, images: Tensor, generator: Generators) -> list[Tensor]:
+        """Starting perturbations of images (n, 3, H, W), one (n, 3, rows, columns) per grid.
+
+        Args:
+            generator: CPU generators, one for all images or one for each.
+        """
+        n, channels, height, width = images.shape
+        deltas = []
+        for cells in self.grids:
+            shape = (n, channels, cells or height, cells or width)
+            if self.noise == "zero":
+                delta = torch.zeros(shape)
+            elif self.noise == "random1":
+                delta = uniform_noise(shape, generator) * self.epsilon
+            else:
+                delta = gaussian_noise(shape, generator)
+            deltas.append(delta.to(images))
+        return deltas
+
+    def apply(self, points: Sequence[Tensor], images: Tensor) -> Tensor:
+        """Add each grid's perturbation in turn, clipping to the valid range after every one."""
+        size = images.shape[-2:]
+        for delta, scalar in zip(points, self.scalars, strict=True):
+            move = scalar * delta
+            if move.shape[-2:] != size:
+                move = F.interpolate(move, size=size, mode="nearest")
+            images = self.clip(move + images)
+        return images
+
+    def clip(self, images: Tensor) -> Tensor:
+        """Clip to the valid range; a value exactly at a limit passes half its gradient, as published."""
+        upper = torch.as_tensor(self.upper, dtype=images.dtype, device=images.device)
+        lower = torch.as_tensor(self.lower, dtype=images.dtype, device=images.device)
+        return torch.maximum(torch.minimum(images, upper), lower)
+
+    def step(self, points: Sequence[Tensor], gradient: Sequence[Tensor], images: Tensor) -> list[Tensor]:
+        """One signed step of every grid at once, clamped to epsilon; whatever the images."""
+        return [
+            (delta + self.step_size * slope.sign()).clamp(-self.epsilon, self.epsilon)
+            for delta, slope in zip(points, gradient, strict=True)
+        ]
+
+
+def uniform_noise(shape: Sequence[int], generator: Generators) -> Tensor:
+    """Uniform in [-1, 1): (n, ...) float32 on the CPU."""
+    return 2 * _drawn(torch.rand, shape, generator) - 1
+
+
+def gaussian_noise(shape: Sequence[int], generator: Generators) -> Tensor:
+    """0.001 times a standard normal, TRADES's start: (n, ...) float32 on the CPU, in pixel units."""
+    return 0.001 * _drawn(torch.randn, shape, generator)
 
 
 def _drawn(draw: Callable[..., Tensor], shape: Sequence[int], generator: Generators) -> Tensor:
@@ -212,44 +268,13 @@ def _length(images: Tensor) -> Tensor:
     return images.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
 
 
-def ascend(
-    loss_of: Callable[[Tensor], Tensor],
-    images: Tensor,
-    points: Tensor,
-    ball: Ball,
-    step_size: float,
-    steps: int,
-) -> Tensor:
-    """Projected gradient ascent that goes on to the last step with every image: the attack of training, and
-    of images that are to fool another network.
-
-    Args:
-        loss_of: moved images (n, 3, H, W) -> scalar to be increased, summed over the images.
-        images: (n, 3, H, W) in [0, 1], the centres of the ball.
-        points: where to start; may lie outside of the valid range, as the first gradient is taken there.
-        step_size: in pixel units, where black is 0 and white is 1.
-        steps: gradients taken, which is all that this costs.
-
-    Returns:
-        (n, 3, H, W) in the ball and in [0, 1], without graph.
-    """
-    for _ in range(steps):
-        points = points.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss_of(points) * _PGD_LOSS_SCALE, points)
-        points = ball.step(points.detach(), gradient, step_size, images)
-    return points
-
-
 def pgd(
     logits_of: Callable[[Tensor], Tensor],
     images: Tensor,
     labels: Tensor,
-    *,
-    epsilon: float,
-    step_size: float,
+    ball: Ball,
     steps: int,
     generator: Generators,
-    norm: str = "linf",
     loss_of: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Projected gradient ascent from a random start (Madry et al. 2018), the attack of evaluation.
@@ -261,40 +286,44 @@ def pgd(
     Args:
         logits_of: (n, 3, H, W) in [0, 1] -> (n, N), differentiable; called on subsets of the images.
         images: (Q, 3, H, W) in [0, 1].
-        labels: (Q,) int64.
-        epsilon, step_size: in 1/255 of the pixel range; epsilon 0 returns the images.
+        labels: (Q,) int64 in 0..N-1.
+        ball: of epsilon 0 it is the images.
         steps: number of gradient steps.
         generator: CPU generators for the start, one for all images or one for each.
-        norm: "linf" or "l2", of the perturbation of one image.
-        loss_of: logits (n, N) of some of the images, and which they are (n,) int64 -> (n,), what is to be
-            increased; None for the cross-entropy.
+        loss_of: logits (n, N) of some of the images, and which they are (n,) int64 -> scalar to be increased,
+            summed over the images; None for the cross-entropy.
 
     Returns:
-        Attacked images (Q, 3, H, W) in [0, 1] within epsilon, and whether each is misclassified (Q,) bool.
+        Attacked images (Q, 3, H, W) in [0, 1] within the ball, and whether each is misclassified (Q,) bool.
     """
-    ball, step_size = Ball(norm, epsilon / 255), step_size / 255
     attacked = ball.start(images, generator)
     fooled = torch.zeros_like(labels, dtype=torch.bool)
-    active = torch.arange(len(images), device=images.device)
-    for step in range(steps + 1):
-        if len(active) == 0:
-            break
-        points = attacked[active].requires_grad_(step < steps)
-        with torch.set_grad_enabled(step < steps):
-            logits = logits_of(points)
-        wrong = logits.argmax(1) != labels[active]
-        fooled[active] = wrong
-        if step == steps:
-            break
-        if wrong.all():
-            break
+    active = torch.arange(len(images), device=images.device)  # where points are, the images not yet fooled
+
+    def look(points: Tensor) -> Tensor:
+        logits = logits_of(points)
+        fooled[active] = logits.argmax(1) != labels[active]
+        return logits
+
+    def loss_at(points: Tensor) -> Tensor | None:
+        logits = look(points)
+        if fooled.all():
+            return None
         if loss_of is None:
-            loss = F.cross_entropy(logits, labels[active], reduction="sum")
-        else:
-            loss = loss_of(logits, active).sum()
-        (gradient,) = torch.autograd.grad(loss * _PGD_LOSS_SCALE, points)
-        active = active[~wrong]
-        attacked[active] = ball.step(attacked[active], gradient[~wrong], step_size, images[active])
+            return LOSS_SCALE * F.cross_entropy(logits, labels[active], reduction="sum")
+        return LOSS_SCALE * loss_of(logits, active)
+
+    def move(points: Tensor, direction: Tensor) -> Tensor:
+        nonlocal active
+        left = ~fooled[active]
+        active = active[left]
+        attacked[active] = ball.step(points[left], direction[left], images[active])
+        return attacked[active]
+
+    points = end_of_ascent(attacked[active], partial(input_gradient, loss_at), move, steps)
+    if not fooled.all():
+        with torch.no_grad():
+            look(points)
     return attacked, fooled
 
 
@@ -310,7 +339,7 @@ def perturb_weights(
         loss: scalar whose graph reaches every factor; its graph is freed.
         factors: named tensors that require gradients.
         radius: relative size of the move (the paper's gamma).
-        loss_scale: see `pyramid_attack`; it cancels.
+        loss_scale: see `ascend`; it cancels.
     """
     gradients = torch.autograd.grad(loss * loss_scale, list(factors.values()))
     return {

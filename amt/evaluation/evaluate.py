@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amt.attacks.evaluation import NORMS, Attack, Attacked, attack_queries, attack_support, on_queries
+from amt.attacks.evaluation import Attacked, attack_queries, attack_support
+from amt.attacks.kinds import NORMS, Attack, on_queries
 from amt.evaluation.statistics import summarise
 from amt.models.network import CHUNK, Network
 from amt.models.pool import Pool

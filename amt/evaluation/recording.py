@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 
 from tqdm import tqdm
 
-from amt.attacks.evaluation import Attack
+from amt.attacks.kinds import Attack
 from amt.evaluation.evaluate import Measurement, columns, measure
 from amt.evaluation.runs import Run, Writer
 from amt.evaluation.samples import sample_of

@@ -24,7 +24,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from amt.attacks.evaluation import Attack
+from amt.attacks.kinds import Attack
 from amt.evaluation.samples import Sample, read_samples, write_sample
 from amt.evaluation.sanity import Finding, judge
 from amt.evaluation.statistics import Summary, summarise, with_averages

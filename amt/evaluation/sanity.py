@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amt.attacks.evaluation import BLACK_BOX, NORMS, WHITE_BOX, Attack, on_queries
-from amt.attacks.perturb import Ball, ascend, pgd
+from amt.attacks.kinds import BLACK_BOX, NORMS, WHITE_BOX, Attack, on_queries
+from amt.attacks.perturb import Ball, ascend, input_gradient, pgd
 from amt.evaluation.evaluate import Measurement, attack_some, query_generators, union_column
 from amt.evaluation.statistics import paired_difference
 from amt.models.network import CHUNK
@@ -65,9 +65,14 @@ def probe(
     counts: dict = {"images": len(images), "changed": changed}
     if len(images) == 0 or episode.n_way == 1:
         return counts
-    still = pgd(again, images, own, epsilon=0, step_size=0, steps=1, generator=stream(seed, 0))
-    counts["changed"] += int(still[1].sum())
-    counts["zero_gradients"] = int((_gradient(logits, images, own).flatten(1).abs().amax(1) == 0).sum())
+    _, fell = pgd(again, images, own, Ball("linf", 0, 0), steps=1, generator=stream(seed, 0))
+    counts["changed"] += int(fell.sum())
+
+    def loss_of(moved: Tensor) -> Tensor:
+        return F.cross_entropy(logits(moved), own, reduction="sum")
+
+    slopes = input_gradient(loss_of, images).flatten(1)
+    counts["zero_gradients"] = int((slopes.abs().amax(1) == 0).sum())
 
     def broken_by(attack: Attack, epsilon: float, which: Tensor) -> Tensor:
         """Which (Q,) bool of the queries `which` (Q,) bool the attack breaks when it is run afresh."""
@@ -106,14 +111,10 @@ def _losses(
 ) -> dict[str, float]:
     """The mean loss of images with labels `own` before and after 10 steps at the largest radius of a norm."""
     radius = max(attack.epsilons[-1] for attack in attacks)
-    ball = Ball(norm, radius / 255)
+    ball = Ball(norm, radius / 255, radius / 255 / 4)
+    start = ball.start(images, generator)
     climbed = ascend(
-        lambda moved: F.cross_entropy(logits(moved), own, reduction="sum"),
-        images,
-        ball.start(images, generator),
-        ball,
-        radius / 255 / 4,
-        steps=10,
+        lambda moved: F.cross_entropy(logits(moved), own, reduction="sum"), images, start, ball, steps=10
     )
     return {"loss_before": _loss(logits, images, own), "loss_after": _loss(logits, climbed, own)}
 
@@ -138,12 +139,6 @@ def _outdone_by_black_box(
         "only_black_box": int((by_black & ~by_white).sum()),
         "only_white_box": int((by_white & ~by_black).sum()),
     }
-
-
-def _gradient(logits: Logits, images: Tensor, labels: Tensor) -> Tensor:
-    points = images.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(F.cross_entropy(logits(points), labels, reduction="sum"), points)
-    return gradient
 
 
 def _loss(logits: Logits, images: Tensor, labels: Tensor) -> float:

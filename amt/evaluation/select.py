@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amt.attacks.evaluation import Attack
+from amt.attacks.kinds import Attack
 from amt.evaluation.evaluate import measure
 from amt.models.network import Network
 from amt.models.pool import Merged, Pool

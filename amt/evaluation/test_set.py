@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from amt.attacks.evaluation import TARGETED, Attack, target_count
+from amt.attacks.kinds import TARGETED, Attack, target_count
 from amt.data.labelled import Chosen, Labelled
 from amt.data.loading import Transform, batches
 from amt.evaluation import runs

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from amt.attacks.perturb import Perturbation
+from amt.attacks.levels import Perturbation
 from amt.files import published, weight_files
 from amt.files.version import commit
 from amt.files.writing import replace_file

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amt.attacks.perturb import Perturbation
+from amt.attacks.levels import Perturbation
 from amt.files import state_dicts, weight_files
 from amt.models.architectures import ARCHS
 from amt.models.pool import VIT_LAYERS, LoRAPool, factor_groups

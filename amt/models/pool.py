@@ -31,7 +31,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from amt.attacks.perturb import Perturbation
+from amt.attacks.levels import Perturbation
 from amt.models.network import Network
 from amt.models.weights import Trim, Weights, trim_singular_values
 

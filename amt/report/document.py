@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from amt.attacks.evaluation import KINDS
+from amt.attacks.kinds import KINDS
 from amt.evaluation.comparison import in_words
 from amt.evaluation.runs import SEVERITIES, Run, Sample, attack_from, corruption_summary
 from amt.evaluation.statistics import Summary
@@ -670,7 +670,7 @@ def shapes(run: Run) -> str:
 def attack_words(values: Mapping) -> str:
     """An entry of run.json's "attacks"."""
     attack = attack_from(values)
-    rest = {name: values.get(name) for name in KINDS[attack.kind]}
+    rest = {name: values.get(name) for name in KINDS[attack.kind].options}
     epsilons = in_words(attack.epsilons)
     words = f"{attack.name}: {charts.NORMS[attack.norm]}, epsilon {epsilons} of 255"
     return "; ".join(filter(None, (words, in_words(rest))))

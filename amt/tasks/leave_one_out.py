@@ -13,12 +13,13 @@ worth comparing tie. Every class counts the same, as in a query set. Sees no que
 import dataclasses
 import heapq
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amt.attacks.perturb import Ball
+from amt.attacks.perturb import Ball, ascent, input_gradient
 from amt.models.heads import cosine_logits, place_in_class, prototypes
 from amt.models.network import CHUNK, Network, features, fixed_features
 from amt.models.pool import Merged
@@ -76,8 +77,12 @@ def new_trial(
         images[alone] = views.clamp(0, 1)  # an image is what is classified, and attacked
     if epsilon == 0:
         return Trial(support, labels, which, images, alone)
-    start = Ball("linf", epsilon / 255).start(images, generator)
+    start = _ball(epsilon).start(images, generator)
     return Trial(support, labels, which, images, alone, start, epsilon)
+
+
+def _ball(epsilon: float) -> Ball:
+    return Ball("linf", epsilon / 255, epsilon / 255 / 2)
 
 
 def lowest_loss(
@@ -148,25 +153,34 @@ def _losses(network: Network, merged: Callable[[], Merged], trial: Trial) -> Ite
             views[trial.alone] = fixed_features(network, weights, trial.held_out[trial.alone])
         yield float(share @ errors(views, trial.which, scale, bias))
         return
-    ball, step, points = Ball("linf", trial.epsilon / 255), trial.epsilon / 255 / 2, trial.start
     worst = torch.zeros_like(share)
-    for k in range(trial.points):
+
+    def look(points: Tensor, last: bool = False) -> Tensor | None:
+        """The gradient at the points, unless they are the last, whose errors are remembered where they are
+        the largest so far."""
+        nonlocal worst
         weights, scale, bias = merged()
-        last = k + 1 == trial.points
-        found, moved = [], []
-        for images, at, which in zip(
-            trial.held_out.split(CHUNK), points.split(CHUNK), trial.which.split(CHUNK), strict=True
-        ):
-            at = at.clone().requires_grad_(not last)
-            with torch.set_grad_enabled(not last):
-                error = errors(features(network, weights, at), which, scale, bias)
+        found, slopes = [], []
+
+        def loss_at(at: Tensor, which: Tensor) -> Tensor:
+            error = errors(features(network, weights, at), which, scale, bias)
             found.append(error.detach())
-            if not last:
-                (gradient,) = torch.autograd.grad(error.sum(), at)
-                moved.append(ball.step(at.detach(), gradient, step, images))
-        worst, points = torch.maximum(worst, torch.cat(found)), torch.cat(moved) if moved else points
-        del weights
+            return error.sum()
+
+        for at, which in zip(points.split(CHUNK), trial.which.split(CHUNK), strict=True):
+            if last:
+                with torch.no_grad():
+                    loss_at(at, which)
+            else:
+                slopes.append(input_gradient(partial(loss_at, which=which), at))
+        worst = torch.maximum(worst, torch.cat(found))
+        return None if last else torch.cat(slopes)
+
+    points, move = trial.start, partial(_ball(trial.epsilon).step, images=trial.held_out)
+    for points in ascent(trial.start, look, move, STEPS):  # noqa: B007
         yield float(share @ worst)
+    look(points, last=True)
+    yield float(share @ worst)
 
 
 def _shares(labels: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amt.attacks.perturb import Perturbation, pyramid_attack, pyramid_start
+from amt.attacks.perturb import Pyramid, ascend
 from amt.models.heads import cosine_logits, prototypes
 from amt.models.network import CHUNK, Network, features, fixed_features
 from amt.models.pool import Pool
@@ -133,16 +133,13 @@ def _cosines(
         plain = fixed_features(network, weights, support)
         centres = prototypes(plain, labels, n_way)
 
-        def loss_of(
-            images: Tensor, part: slice, weights=weights, centres=centres, scale=pool.scale[p]
-        ) -> Tensor:
-            logits = cosine_logits(features(network, weights, images), centres, scale)
-            return F.cross_entropy(logits, labels[part], reduction="sum")
+        def logits_of(images: Tensor, weights=weights, centres=centres, scale=pool.scale[p]) -> Tensor:
+            return cosine_logits(features(network, weights, images), centres, scale)
 
         for k, routing in enumerate(routings):
             view = augmented[k]
             if routing.epsilon > 0:
-                view = _attacked(loss_of, support, routing, generators[k])
+                view = _attacked(logits_of, support, labels, routing, generators[k])
             seen = plain if view is support else fixed_features(network, weights, view)
             cosines[k].append(cosine_logits(seen, centres))
     return [torch.stack(found) for found in cosines]
@@ -166,22 +163,22 @@ def _augmented(network: Network, support: Tensor, generator: torch.Generator, ro
 
 
 def _attacked(
-    loss_of: Callable[[Tensor, slice], Tensor], images: Tensor, routing: Routing, generator: torch.Generator
+    logits_of: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    routing: Routing,
+    generator: torch.Generator,
 ) -> Tensor:
-    """Images within routing.epsilon that increase `loss_of(some of them, which)`, a sum over images."""
-    level = Perturbation(
-        routing.epsilon,
-        routing.epsilon / 4,
-        routing.steps,
-        grids=(0,),
-        scalars=(1.0,),
-        start="random1",
-    )
-    (start,) = pyramid_start(images, level, generator)
+    """Images within routing.epsilon that increase the cross-entropy with their labels."""
+    grid = Pyramid(routing.epsilon / 255, routing.epsilon / 255 / 4)
+    (start,) = grid.start(images, generator)
     found = []
-    for first in range(0, len(images), CHUNK):
-        part = slice(first, first + CHUNK)
-        found.append(pyramid_attack(lambda x, p=part: loss_of(x, p), images[part], [start[part]], level))
+    for part, own, begin in zip(images.split(CHUNK), labels.split(CHUNK), start.split(CHUNK), strict=True):
+
+        def loss_of(moved: Tensor, own=own) -> Tensor:
+            return F.cross_entropy(logits_of(moved), own, reduction="sum")
+
+        found.append(ascend(loss_of, part, [begin], grid, routing.steps))
     return torch.cat(found)
 
 

@@ -478,11 +478,9 @@ def validate(
             logits_of,
             images[correct],
             labels[correct],
-            epsilon=adversary.epsilon,
-            step_size=adversary.step_size,
-            steps=adversary.steps,
-            norm=adversary.norm,
-            generator=[stream(seed, 2, index) for index in indices[correct.cpu()].tolist()],
+            adversary.ball,
+            adversary.steps,
+            [stream(seed, 2, index) for index in indices[correct.cpu()].tolist()],
         )
         standing += int((~fooled).sum())
     return Accuracy(100 * right / max(count, 1), 100 * standing / max(count, 1))

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from amt.attacks.losses import kl_sum
+
 
 class RobustLoss(NamedTuple):
     """`total` = `natural` + beta * `robust`; three scalars. See `robust_loss` for what `natural` is."""
@@ -12,11 +14,6 @@ class RobustLoss(NamedTuple):
     total: Tensor
     natural: Tensor
     robust: Tensor
-
-
-def kl_sum(clean: Tensor, attacked: Tensor) -> Tensor:
-    """sum_i KL(softmax(clean_i) || softmax(attacked_i)) over logits (N, C); gradient flows into both."""
-    return F.kl_div(F.log_softmax(attacked, 1), F.log_softmax(clean, 1), reduction="sum", log_target=True)
 
 
 def robust_loss(
@@ -30,6 +27,9 @@ def robust_loss(
         beta: weight of the robust term; AutoLoRa's lambda_2.
         share: of the clean logits in the cross-entropy, in [0, 1]; the attacked ones have the rest. 1 is
             TRADES; AutoLoRa (Xu et al. 2024, eq. 6) has lambda_1 here.
+
+    Returns:
+        Three scalars, means over the queries, with graph.
     """
     natural = F.cross_entropy(clean, labels)
     if share != 1:

@@ -34,22 +34,16 @@ import torch.nn.functional as F
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 
-from amt.attacks.perturb import (
-    PIXELS,
-    Perturbation,
-    ValueSpace,
-    perturb_weights,
-    pyramid_attack,
-    pyramid_start,
-)
+from amt.attacks.levels import Perturbation
+from amt.attacks.losses import kl_sum
+from amt.attacks.perturb import ascend, perturb_weights
 from amt.models.heads import cosine_logits, prototypes
 from amt.models.network import Network, features
 from amt.models.pool import Pool
 from amt.models.weights import Weights, stream
-from amt.training.losses import RobustLoss, kl_sum, robust_loss
+from amt.training.losses import RobustLoss, robust_loss
 from meta_dataset_readers.episode import Episode
 
-METHODS = ("adsv", "querying", "standard")
 ALONE = (1.0,)
 
 
@@ -67,46 +61,39 @@ def query_outcome(
     episode: Episode,
     level: Perturbation,
     start: list[Tensor],
-    space: ValueSpace = PIXELS,
     loss_scale: float = 1.0,
 ) -> QueryOutcome:
-    """The dual-perturbation loss of one member on one episode, with graph to its factors and scale.
+    """The dual-perturbation loss of one member on one episode ("adsv"; AMT, sections 3.2 and 3.3), with graph
+    to its factors and scale.
 
     Args:
         pool: a pool of size one whose factors and scale require gradients.
         level: the perturbation to train against; with gamma 0 the weights stay where they are.
-        start: the attack's start, see `pyramid_start`.
-        space: units of the episode's images.
-        loss_scale: scales the losses whose gradients steer the two perturbations.
+        start: the attack's start, see `Pyramid.start`.
+        loss_scale: scales the losses whose gradients steer the two perturbations, so that float16 does not
+            flush them to zero.
     """
-
-    def query_features(weights: Weights, images: Tensor) -> Tensor:
-        return features(network, weights, images)
 
     def logits(query: Tensor, centres: Tensor) -> Tensor:
         return cosine_logits(query, centres, pool.scale, pool.bias)
 
     # Each graph gets weights of its own, since taking the weight perturbation's gradient frees its graph.
-    support = features(network, pool.merge(ALONE), episode.support)
-    centres = prototypes(support, episode.support_labels, episode.n_way)
+    centres, weights, fixed = _seen_support(network, pool, episode)
     fixed_centres = centres.detach()
-    weights = pool.merge(ALONE)
-    clean = query_features(weights, episode.query)
-
-    fixed = _fixed_network(network, pool, weights, centres)
+    clean = features(network, weights, episode.query)
     target = logits(clean, fixed_centres).detach()
 
     def divergence(images: Tensor) -> Tensor:
         return kl_sum(target, fixed(images))
 
-    images = pyramid_attack(divergence, episode.query, start, level, space, loss_scale)
-    attacked = query_features(weights, images)
+    images = ascend(divergence, episode.query, start, level.pyramid, level.steps, loss_scale)
+    attacked = features(network, weights, images)
     if level.gamma > 0:
         uphill = robust_loss(
             logits(clean, fixed_centres), logits(attacked, fixed_centres), episode.query_labels, level.beta
         )
         moved = pool.with_factors(perturb_weights(uphill.total, pool.factors, level.gamma, loss_scale))
-        both = query_features(moved.merge(ALONE), torch.cat([episode.query, images]))
+        both = features(network, moved.merge(ALONE), torch.cat([episode.query, images]))
         clean, attacked = both.chunk(2)
     clean_logits, attacked_logits = logits(clean, centres), logits(attacked, centres)
     loss = robust_loss(clean_logits, attacked_logits, episode.query_labels, level.beta)
@@ -119,7 +106,6 @@ def querying_outcome(
     episode: Episode,
     level: Perturbation,
     start: list[Tensor],
-    space: ValueSpace = PIXELS,
     loss_scale: float = 1.0,
 ) -> QueryOutcome:
     """Adversarial querying: cross-entropy of the attacked queries alone, the support set clean.
@@ -127,38 +113,58 @@ def querying_outcome(
     The attack increases the cross-entropy with the true labels, under weights and prototypes as they are.
     Arguments as for `query_outcome`; the level's `gamma` and `beta` have no part in it.
     """
-    support = features(network, pool.merge(ALONE), episode.support)
-    centres = prototypes(support, episode.support_labels, episode.n_way)
-    weights = pool.merge(ALONE)
-    fixed = _fixed_network(network, pool, weights, centres)
+    centres, weights, fixed = _seen_support(network, pool, episode)
 
     def mistakes(images: Tensor) -> Tensor:
         return F.cross_entropy(fixed(images), episode.query_labels, reduction="sum")
 
-    images = pyramid_attack(mistakes, episode.query, start, level, space, loss_scale)
+    images = ascend(mistakes, episode.query, start, level.pyramid, level.steps, loss_scale)
     attacked = cosine_logits(features(network, weights, images), centres, pool.scale, pool.bias)
     with torch.no_grad():
         clean = fixed(episode.query)  # for the record: nothing is learnt from it
     return QueryOutcome(_cross_entropy_alone(attacked, episode.query_labels), clean, attacked)
 
 
-def _fixed_network(
-    network: Network, pool: Pool, weights: Weights, centres: Tensor
-) -> Callable[[Tensor], Tensor]:
-    """Images -> logits with nothing but the images to differentiate, which is what an attack is shown."""
-    weights = {name: weight.detach() for name, weight in weights.items()}
-    centres, scale = centres.detach(), pool.scale.detach()
-    return lambda images: cosine_logits(features(network, weights, images), centres, scale, pool.bias)
+def natural_outcome(
+    network: Network,
+    pool: Pool,
+    episode: Episode,
+    level: Perturbation | None = None,
+    start: list[Tensor] | None = None,
+    loss_scale: float = 1.0,
+) -> QueryOutcome:
+    """Plain meta-tuning: cross-entropy of the clean queries, support and query under the same weights.
 
-
-def natural_outcome(network: Network, pool: Pool, episode: Episode) -> QueryOutcome:
-    """Plain meta-tuning: cross-entropy of the clean queries, support and query under the same weights."""
+    Nothing is attacked, so the last three arguments have no part in it.
+    """
     weights = pool.merge(ALONE)
     both = features(network, weights, torch.cat([episode.support, episode.query]))
     support, query = both.split([len(episode.support), len(episode.query)])
     centres = prototypes(support, episode.support_labels, episode.n_way)
     clean = cosine_logits(query, centres, pool.scale, pool.bias)
     return QueryOutcome(_cross_entropy_alone(clean, episode.query_labels), clean, clean)
+
+
+OUTCOMES = {"adsv": query_outcome, "querying": querying_outcome, "standard": natural_outcome}
+METHODS = tuple(OUTCOMES)
+
+
+def _seen_support(
+    network: Network, pool: Pool, episode: Episode
+) -> tuple[Tensor, Weights, Callable[[Tensor], Tensor]]:
+    """What the support set makes of a member: prototypes (N, D) with graph, weights with a graph of their
+    own for the queries, and the classifier images -> logits that an attack is shown, in which nothing but the
+    images can be differentiated."""
+    support = features(network, pool.merge(ALONE), episode.support)
+    centres = prototypes(support, episode.support_labels, episode.n_way)
+    weights = pool.merge(ALONE)
+    still = {name: weight.detach() for name, weight in weights.items()}
+    fixed_centres, scale = centres.detach(), pool.scale.detach()
+
+    def fixed(images: Tensor) -> Tensor:
+        return cosine_logits(features(network, still, images), fixed_centres, scale, pool.bias)
+
+    return centres, weights, fixed
 
 
 def _cross_entropy_alone(logits: Tensor, labels: Tensor) -> RobustLoss:
@@ -291,14 +297,12 @@ class Tuner:
         )
 
     def _outcome(self, member: Pool, episode: Episode, p: int, loss_scale: float) -> QueryOutcome:
-        if not self.settings.adversarial:
-            return natural_outcome(self.network, member, episode)
         ramp = (self.episodes_done + 1) / max(self.settings.epsilon_warmup, 1)
         level = member.levels[0].scaled(min(ramp, 1.0))
         generator = stream(self.settings.seed, self.episodes_done, p)
-        start = pyramid_start(episode.query, level, generator)
-        outcome = querying_outcome if self.settings.method == "querying" else query_outcome
-        return outcome(self.network, member, episode, level, start, loss_scale=loss_scale)
+        start = level.pyramid.start(episode.query, generator) if self.settings.adversarial else []
+        outcome = OUTCOMES[self.settings.method]
+        return outcome(self.network, member, episode, level, start, loss_scale)
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """What the pool does not hold: the optimisers' momentum by name, and plain numbers."""

@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amt.attacks.perturb import Ball, ascend
+from amt.attacks.losses import kl_sum
+from amt.attacks.perturb import Ball, ascend, gaussian_noise, uniform_noise
 from amt.models.network import Network, logits
 from amt.models.pool import Student, natural_weights
-from amt.training.losses import RobustLoss, kl_sum, robust_loss
+from amt.training.losses import RobustLoss, robust_loss
 from amt.training.schedule import LossWeights
 
 MODES = ("SLF", "ALF", "AFF")
@@ -50,18 +51,18 @@ class Adversary:
 
     @property
     def ball(self) -> Ball:
-        return Ball(self.norm, self.epsilon / 255)
+        """The images that it may reach, in pixel units."""
+        return Ball(self.norm, self.epsilon / 255, self.step_size / 255)
 
     def begin(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Where the ascent starts; the noise is drawn on the CPU."""
+        """Where the ascent from images (n, 3, S, S) in [0, 1] starts; the noise is drawn on the CPU."""
         if self.start == "none":
             return images
         if self.start == "uniform_valid":
             return self.ball.start(images, generator)
         if self.start == "gaussian":
-            return images + 0.001 * torch.randn(images.shape, generator=generator).to(images)
-        noise = 2 * torch.rand(images.shape, generator=generator) - 1
-        return images + self.ball.epsilon * noise.to(images)
+            return images + gaussian_noise(images.shape, generator).to(images)
+        return images + self.ball.epsilon * uniform_noise(images.shape, generator).to(images)
 
 
 class Outcome(NamedTuple):
@@ -101,8 +102,7 @@ def attack(
             return kl_sum(clean, found)
         return F.cross_entropy(found, labels, reduction="sum")
 
-    start = adversary.begin(images, generator)
-    return ascend(loss_of, images, start, adversary.ball, adversary.step_size / 255, adversary.steps)
+    return ascend(loss_of, images, adversary.begin(images, generator), adversary.ball, adversary.steps)
 
 
 def _detached(weights: dict[str, Tensor]) -> dict[str, Tensor]:

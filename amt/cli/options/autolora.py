@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from amt.attacks.evaluation import Attack, parse_attack
+from amt.attacks.kinds import Attack, parse_attack
 from amt.cli.options.parsing import (
     Parser,
     WithoutEffect,

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from amt.attacks.evaluation import PGD_KINDS, TARGETED, Attack, parse_attack, target_count
+from amt.attacks.kinds import PGD_KINDS, TARGETED, Attack, parse_attack, target_count
 from amt.cli.options.common import add_common, check_episodes, folder_source, sampling
 from amt.cli.options.domain_config import DomainSettings, read_domain_config
 from amt.cli.options.parsing import (

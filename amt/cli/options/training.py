@@ -4,7 +4,7 @@ import argparse
 
 import torch
 
-from amt.attacks.perturb import STARTS, Perturbation
+from amt.attacks.levels import STARTS, Perturbation
 from amt.cli.options.common import add_common, check_episodes, folder_source
 from amt.cli.options.parsing import Parser, amount, check_distinct, natural, place, positive
 from amt.files.published import POOL_EPSILONS

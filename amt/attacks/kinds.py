@@ -1,0 +1,224 @@
+"""The attacks of evaluation by name: what `--attack pgd steps=50 loss=dlr` may say, and what it is called in
+results. How each finds worst-case images is amt/attacks/evaluation.py's. Plain values: importable without
+torch. Epsilon is in 1/255 of the pixel range, in both norms.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from meta_dataset_readers.errors import InputError, nearest
+
+NORMS = ("linf", "l2")
+DLR_WAYS = 4  # with fewer classes there is no third-largest logit besides the right and the nearest wrong one
+STANDARD_TARGETS = 9  # of the targeted attacks of AutoAttack
+
+
+class Kind(NamedTuple):
+    """What one kind of attack can be asked for.
+
+    Args:
+        options: that it takes besides norm and epsilon, with their defaults.
+        losses, norms: that it knows.
+    """
+
+    options: Mapping[str, Any]
+    losses: tuple[str, ...] = ("ce",)
+    norms: tuple[str, ...] = NORMS
+
+
+KINDS = {
+    "pgd": Kind({"steps": 20, "restarts": 1, "step_size": None, "loss": "ce"}, ("ce", "kl", "dlr")),
+    "apgd": Kind({"steps": 100, "restarts": 1, "loss": "ce"}, ("ce", "dlr")),
+    "autoattack": Kind({"targets": None}),
+    "fab": Kind({"steps": 100, "targets": None}),
+    "square": Kind({"queries": 5000}),
+    "pyramid": Kind({"steps": 10, "step_size": None}, norms=("linf",)),
+    "transfer": Kind({"steps": 20, "step_size": None, "loss": "ce"}, ("ce", "kl", "dlr")),
+    "support": Kind({"steps": 20, "step_size": None}),
+}
+PGD_KINDS = ("pgd", "transfer", "support")
+WHITE_BOX = ("pgd", "apgd", "autoattack", "fab")
+TARGETED = ("autoattack", "fab")
+BLACK_BOX = ("square", "transfer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Attack:
+    """One attack at one or several radii.
+
+    Args:
+        kind: one of `KINDS`. "pgd": projected gradient ascent; "apgd": AutoPGD; "autoattack": APGD-CE,
+            targeted APGD-DLR, targeted FAB and Square in turn; "fab": targeted FAB, which looks for the
+            nearest image of another class; "square": black box, scores only; "pyramid": the training attack
+            of AMT; "transfer": PGD on another network; "support": PGD on the support images, so on routing
+            and prototypes, for all queries at once.
+        epsilons: increasing radii in 1/255 of the pixel range.
+        norm: "linf" or "l2".
+        steps, restarts: of gradient ascent.
+        step_size: in 1/255; None for a quarter of each epsilon.
+        loss: what is increased: "ce", "kl" (from the clean prediction) or "dlr" (difference of logits
+            ratio; "ce" for episodes of fewer than 4 ways).
+        queries: of Square.
+        targets: classes that the targeted attacks try, at most N - 1; None for min(9, N - 1).
+
+    Raises:
+        ValueError: options that make no sense.
+    """
+
+    kind: str
+    epsilons: tuple[float, ...]
+    norm: str = "linf"
+    steps: int | None = None
+    restarts: int = 1
+    step_size: float | None = None
+    loss: str = "ce"
+    queries: int | None = None
+    targets: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"no attack {self.kind!r}; {nearest(self.kind, KINDS)}")
+        kind = KINDS[self.kind]
+        for name, default in kind.options.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        if self.norm not in kind.norms:
+            raise ValueError(f"{self.kind} has norm {self.norm!r}, expected {' or '.join(kind.norms)}")
+        if self.loss not in kind.losses:
+            raise ValueError(f"{self.kind} has loss {self.loss!r}, expected one of {', '.join(kind.losses)}")
+        radii = ",".join(f"{epsilon:g}" for epsilon in self.epsilons) or "no value"
+        if not all(math.isfinite(e) and e > 0 for e in self.epsilons) or not self.epsilons:
+            raise ValueError(f"{self.kind} has epsilon {radii}, expected positive numbers")
+        if any(a >= b for a, b in itertools.pairwise(self.epsilons)):
+            raise ValueError(f"{self.kind} has epsilon {radii}, expected increasing values")
+
+    def column(self, epsilon: float) -> str:
+        """What results at one radius are called, for example `pgd20@8` or `apgd100-dlr-l2@128`."""
+        return f"{self.name}@{epsilon:g}"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What results are called, by radius."""
+        return tuple(self.column(epsilon) for epsilon in self.epsilons)
+
+    @property
+    def name(self) -> str:
+        """The attack without its radius: kind, strength, and whatever differs from the usual."""
+        strength = {"autoattack": "", "square": self.queries}.get(self.kind, self.steps)
+        kind = f"{self.kind}-pgd" if self.kind in ("transfer", "support") else self.kind
+        restarts = f"x{self.restarts}" if self.restarts > 1 else ""
+        loss = f"-{self.loss}" if self.loss != "ce" or self.kind == "apgd" else ""
+        step = f"-step{self.step_size:g}" if self.step_size is not None else ""
+        targets = f"-t{self.targets}" if self.targets is not None else ""
+        norm = "" if self.norm == "linf" else f"-{self.norm}"
+        return f"{kind}{strength}{restarts}{loss}{step}{targets}{norm}"
+
+    def step_at(self, epsilon: float) -> float:
+        """The step size at one radius, in 1/255."""
+        return epsilon / 4 if self.step_size is None else self.step_size
+
+    def loss_among(self, n_way: int) -> tuple[str, str]:
+        """The loss that N ways allow, and how to name it where it is another than asked for."""
+        if self.loss == "dlr" and n_way < DLR_WAYS:
+            return "ce", f"ce, having {n_way} ways"
+        return self.loss, ""
+
+
+def on_queries(attacks: Iterable[Attack], norm: str) -> list[Attack]:
+    """Those of one norm that move query images, not the support's."""
+    return [attack for attack in attacks if attack.norm == norm and attack.kind != "support"]
+
+
+def autoattack_parts(n_way: int, targets: int | None = None) -> tuple[list[str], int]:
+    """AutoAttack's standard parts as far as N ways allow them, and how many targets they try.
+
+    Below 4 ways the targeted DLR loss does not exist.
+
+    Raises:
+        InputError: more targets than other classes.
+    """
+    parts = ["apgd-ce", *(["apgd-t"] if n_way >= DLR_WAYS else []), "fab-t", "square"]
+    return parts, target_count("autoattack", n_way, targets)
+
+
+def target_count(kind: str, n_way: int, targets: int | None = None) -> int:
+    """How many classes a targeted attack tries among N.
+
+    Raises:
+        InputError: more than there are other classes.
+    """
+    if targets is not None and targets > n_way - 1:
+        raise InputError(
+            f"--attack {kind} targets={targets}: an episode of {n_way} ways has {n_way - 1} other classes"
+        )
+    return min(STANDARD_TARGETS, n_way - 1) if targets is None else targets
+
+
+def parse_attack(words: Sequence[str], **defaults) -> Attack:
+    """The attack that words such as `pgd steps=50 norm=l2 epsilon=64,128` describe.
+
+    Args:
+        defaults: options that the words need not name; those that the kind does not have are left out.
+
+    Raises:
+        InputError: unknown attack, unknown option, or a value that makes no sense.
+    """
+    kind, *options = words
+    if kind not in KINDS:
+        raise InputError(f"--attack {kind}: {nearest(kind, KINDS)}")
+    known = ("norm", "epsilon", *KINDS[kind].options)
+    given = {}
+    for option in options:
+        name, equals, text = option.partition("=")
+        if name not in known or not equals:
+            raise InputError(f"--attack {kind} {option}: expected {', '.join(f'{n}=...' for n in known)}")
+        try:
+            given[name] = _READ[name](text)
+        except ValueError as error:
+            raise InputError(f"--attack {kind} {option}: {error}") from error
+    settings = {name: value for name, value in defaults.items() if name in known} | given
+    epsilons = settings.pop("epsilon")
+    try:
+        return Attack(kind, tuple(epsilons), **settings)
+    except ValueError as error:
+        raise InputError(f"--attack {' '.join(words)}: {error}") from error
+
+
+def _positive_integer(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"expected a number, got {text!r}") from None
+
+
+def _positive_number(text: str) -> float:
+    number = _number(text)
+    if not math.isfinite(number) or number <= 0:
+        raise ValueError(f"expected a positive number, got {text!r}")
+    return number
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(_number(part) for part in text.split(","))
+
+
+# How the value of an option is read. `Attack` checks what several options have to agree on.
+_READ: dict[str, Callable[[str], Any]] = {
+    "norm": str,
+    "epsilon": _numbers,
+    "steps": _positive_integer,
+    "restarts": _positive_integer,
+    "step_size": _positive_number,
+    "loss": str,
+    "queries": _positive_integer,
+    "targets": _positive_integer,
+}

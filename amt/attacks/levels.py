@@ -1,0 +1,64 @@
+"""The robustness levels of meta-training. Plain numbers: importable without torch."""
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from amt.attacks.perturb import Pyramid
+
+STARTS = ("zero", "random1", "random2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Perturbation:
+    """One robustness level of meta-training: how far inputs and weights are moved, and what it weighs.
+
+    The input moves on a pyramid of grids (AMT, section 3.2), see `amt.attacks.perturb.Pyramid`.
+    `grids=(0,)`, `scalars=(1.0,)` is ordinary PGD.
+
+    Args:
+        epsilon: bound in 1/255 of the pixel range, >= 0. It bounds every grid's values before they are
+            multiplied by the grid's scalar, so it bounds a pixel's move only where the one scalar is 1.
+        step_size: step in the same unit.
+        steps: number of attack steps K.
+        gamma: radius of the weight perturbation relative to each factor's norm; 0 leaves weights alone.
+        beta: weight of the robust term in the loss.
+        grids: cells per side of each grid; 0 is one cell per pixel.
+        scalars: what each grid's values are multiplied by.
+        start: "zero", "random1" (uniform within epsilon) or "random2" (0.001 times a standard normal).
+            From "zero" the KL gradient is exactly zero, so that attack may never leave the clean image.
+
+    Raises:
+        ValueError: numbers that make no sense.
+    """
+
+    epsilon: float
+    step_size: float
+    steps: int = 10
+    gamma: float = 0.005
+    beta: float = 6.0
+    grids: tuple[int, ...] = (4, 8, 0)
+    scalars: tuple[float, ...] = (20.0, 10.0, 1.0)
+    start: str = "random2"
+
+    def __post_init__(self) -> None:
+        numbers = (self.epsilon, self.step_size, self.gamma, self.beta, *self.scalars)
+        counts = (self.steps, *self.grids)
+        if not all(isinstance(n, int | float) and 0 <= n < math.inf for n in numbers):
+            raise ValueError(f"a level needs finite numbers of at least 0, found {numbers}")
+        if not all(isinstance(n, int) and n >= 0 for n in counts) or len(self.grids) != len(self.scalars):
+            raise ValueError(f"a level needs whole steps and as many grids as scalars, found {self}")
+        if self.start not in STARTS:
+            raise ValueError(f"start is {self.start!r}, expected one of {', '.join(STARTS)}")
+
+    @property
+    def pyramid(self) -> "Pyramid":
+        """Where the input may move, in pixel units."""
+        from amt.attacks.perturb import Pyramid
+
+        return Pyramid(self.epsilon / 255, self.step_size / 255, self.grids, self.scalars, self.start)
+
+    def scaled(self, factor: float) -> "Perturbation":
+        """The same level with epsilon and step size multiplied by `factor`."""
+        return dataclasses.replace(self, epsilon=self.epsilon * factor, step_size=self.step_size * factor)

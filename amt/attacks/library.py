@@ -1,0 +1,111 @@
+"""The attacks of pyautoattack, which here draw the same numbers for every image.
+
+APGD and AutoAttack: Croce & Hein 2020, arxiv.org/abs/2003.01690. FAB: Croce & Hein 2020,
+arxiv.org/abs/1907.02044. Square Attack: Andriushchenko et al. 2020, arxiv.org/abs/1912.00049.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyautoattack import AutoAttack
+from pyautoattack.autopgd_base import APGDAttack
+from pyautoattack.fab_pt import FABAttack_PT
+from pyautoattack.square import SquareAttack
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from amt.attacks.kinds import Attack, autoattack_parts, target_count
+
+Logits = Callable[[Tensor], Tensor]
+
+
+def library_attack(
+    attack: Attack, epsilon: float, logits: Logits, images: Tensor, labels: Tensor, n_way: int, seed: int
+) -> tuple[Tensor, str]:
+    """Run "apgd", "autoattack", "fab" or "square" at one radius.
+
+    Args:
+        epsilon: in 1/255 of the pixel range.
+        logits: images (n, 3, H, W) in [0, 1] -> (n, N), differentiable.
+        images, labels: (Q, 3, H, W) in [0, 1] and (Q,) int64, all classified correctly.
+        seed: in 0..2**31 - 1.
+
+    Returns:
+        Attacked images (Q, 3, H, W) in [0, 1] within epsilon, and what was run where N decides it.
+
+    Raises:
+        InputError: more targets than other classes.
+    """
+    common = {
+        "norm": {"linf": "Linf", "l2": "L2"}[attack.norm],
+        "eps": epsilon / 255,
+        "seed": seed,
+        "device": images.device,
+    }
+    # The library draws from torch's global generator, which is put back as it was.
+    devices = [images.device] if images.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad(), _SameForEveryImage() as same:
+        return _RUN[attack.kind](attack, same.spared(logits), images, labels, n_way, common)
+
+
+class _SameForEveryImage(TorchFunctionMode):
+    """While active, random numbers for n images (n, C, H, W) are those for one of them, n times.
+
+    The library draws for all images that are left at once, so what it tried on one would otherwise depend on
+    which of the others had fallen, and on the size of the batch.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.rand, torch.randn) and isinstance(args[0], tuple | list) and len(args[0]) == 4:
+            return function(args[0][1:], **(kwargs or {})).expand(args[0])
+        return function(*args, **(kwargs or {}))
+
+    def spared(self, logits: Logits) -> Logits:
+        """The same network, on whose many functions no time is lost with looking for random numbers; its
+        logits are copies, since the library writes to them."""
+
+        def call(images: Tensor) -> Tensor:
+            self.__exit__(None, None, None)
+            try:
+                return logits(images).clone()
+            finally:
+                self.__enter__()
+
+        return call
+
+
+def _apgd(attack: Attack, logits: Logits, images: Tensor, labels: Tensor, n_way: int, common: dict):
+    loss, variant = attack.loss_among(n_way)
+    runner = APGDAttack(logits, n_iter=attack.steps, n_restarts=attack.restarts, loss=loss, **common)
+    return runner.perturb(images, labels), variant
+
+
+def _square(attack: Attack, logits: Logits, images: Tensor, labels: Tensor, n_way: int, common: dict):
+    return SquareAttack(logits, n_queries=attack.queries, **common).perturb(images, labels), ""
+
+
+def _fab(attack: Attack, logits: Logits, images: Tensor, labels: Tensor, n_way: int, common: dict):
+    targets = target_count("fab", n_way, attack.targets)
+    runner = FABAttack_PT(logits, n_iter=attack.steps, targeted=True, n_target_classes=targets, **common)
+    return runner.perturb(images, labels), f"fab-t x{targets}"
+
+
+def _autoattack(attack: Attack, logits: Logits, images: Tensor, labels: Tensor, n_way: int, common: dict):
+    parts, targets = autoattack_parts(n_way, attack.targets)
+    # Its warnings are about what the caller's own checks look at, and would tear the progress bar.
+    logging.getLogger("auto-attack").setLevel(logging.ERROR)
+    runner = AutoAttack(logits, version="custom", attacks=parts, **common)
+    runner.apgd.n_restarts = runner.fab.n_restarts = 1
+    runner.apgd_targeted.n_target_classes = runner.fab.n_target_classes = targets
+    found, _ = runner.run_standard_evaluation(images, labels, batch_size=len(images))
+    return found, ", ".join(f"{part} x{targets}" if part.endswith("-t") else part for part in parts)
+
+
+_RUN: dict[str, Callable[..., tuple[Any, str]]] = {
+    "apgd": _apgd,
+    "square": _square,
+    "autoattack": _autoattack,
+    "fab": _fab,
+}

@@ -1,0 +1,37 @@
+"""What attacks increase and robust training decreases, over logits: torch has the cross-entropy, here is the
+rest. Knows no network."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def kl_sum(clean: Tensor, attacked: Tensor) -> Tensor:
+    """sum_i KL(softmax(clean_i) || softmax(attacked_i)), the divergence of TRADES (Zhang et al. 2019).
+
+    Args:
+        clean, attacked: logits (n, N), float; gradient flows into both.
+
+    Returns:
+        A scalar >= 0, the sum over the n images.
+    """
+    return F.kl_div(F.log_softmax(attacked, 1), F.log_softmax(clean, 1), reduction="sum", log_target=True)
+
+
+def dlr(logits: Tensor, labels: Tensor) -> Tensor:
+    """Difference of logits ratio (Croce & Hein 2020, eq. 6), -(z_y - max_{i != y} z_i) / (z_(1) - z_(3)).
+
+    Args:
+        logits: (n, N) float with N >= 3.
+        labels: (n,) int64 in 0..N-1.
+
+    Returns:
+        (n,) float; negative while an image is classified correctly.
+
+    Raises:
+        RuntimeError: fewer than 3 classes.
+    """
+    own = logits.gather(1, labels[:, None]).squeeze(1)
+    others = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+    largest = logits.topk(3, dim=1).values
+    return (others - own) / (largest[:, 0] - largest[:, 2] + 1e-12)
