@@ -47,7 +47,7 @@ from meta_dataset_readers.packed import (
     open_packed,
     record_file,
 )
-from meta_dataset_readers.pictures import UnreadableImage, decode_image
+from meta_dataset_readers.pictures import UnreadableImage, as_published, decode_image
 from meta_dataset_readers.spec import DAG, FILE_PATTERN, SPEC_FILE, SPLITS, DatasetSpec, load_spec
 from meta_dataset_readers.store import ImageStore, Source
 from meta_dataset_readers.tfrecord import (
@@ -304,7 +304,7 @@ def _picture(store: ImageStore, class_id: int, index: int) -> bytes:
     """A picture as a record holds it, which certainly decodes. Raises DamagedRecord if it does not."""
     data = store.encoded(class_id, index)
     try:
-        decode_image(data)
+        decode_image(data, prepare=as_published)
     except UnreadableImage as error:
         store.image(class_id, index)  # says the same, and names file, record and byte
         where = f"{store.place(class_id)}: image {index} of class {class_id}"

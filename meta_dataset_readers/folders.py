@@ -33,6 +33,8 @@ from meta_dataset_readers.pictures import (
 from meta_dataset_readers.spec import SPLITS, DatasetSpec
 from meta_dataset_readers.store import ImageStore, Source
 
+_PLAIN_MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")  # opaque ones that PIL alone converts as is meant
+
 SPLITS_FILE = "splits.json"
 SPLIT_FOLDERS = {"TRAIN": "train", "VALID": "val", "TEST": "test"}
 
@@ -211,6 +213,7 @@ def _is_record(data: bytes, prepare: Prepare | None) -> bool:
     """Whether the decoder of records finds the same picture in `data`, going by its header."""
     try:
         with Image.open(io.BytesIO(data), formats=RECORD_FORMATS) as image:
-            return prepare is None or not is_turned(image)
+            plain = image.mode in _PLAIN_MODES and not image.has_transparency_data
+            return plain and (prepare is None or not is_turned(image))
     except Exception:  # of whatever kind: decoding it in earnest says what is wrong
         return False

@@ -27,7 +27,7 @@ from meta_dataset_readers.episode import ImageOrigin
 from meta_dataset_readers.errors import DamagedRecord, InputError, nearest
 from meta_dataset_readers.files import map_array, read_json, size_of
 from meta_dataset_readers.json_fields import Fields
-from meta_dataset_readers.pictures import decoded
+from meta_dataset_readers.pictures import as_published, decoded
 from meta_dataset_readers.spec import SPLITS, DatasetSpec, load_spec
 from meta_dataset_readers.store import ImageStore, Source
 from meta_dataset_readers.tfrecord import RecordFile
@@ -170,7 +170,8 @@ class PackedStore(ImageStore):
 
     def image(self, class_id: int, index: int) -> Image.Image:
         data = self.encoded(class_id, index)
-        return decoded(data, self._records(class_id).where(self._first[class_id] + index))
+        where = self._records(class_id).where(self._first[class_id] + index)
+        return decoded(data, where, prepare=as_published)
 
     def encoded(self, class_id: int, index: int) -> bytes:
         if not 0 <= index < self._index.images_per_class[class_id]:

@@ -90,6 +90,12 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def as_published(image: Image.Image) -> Image.Image:
+    """A picture as RGB the way published loaders of records convert it: by PIL alone, whose 16-bit grey is
+    clipped and whose transparency is dropped."""
+    return image.convert("RGB")
+
+
 def upright(image: Image.Image) -> Image.Image:
     """The picture as RGB, turned as its EXIF orientation says: published loaders do not look at that, so this
     is for one's own pictures."""

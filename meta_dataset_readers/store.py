@@ -15,7 +15,7 @@ from PIL import Image
 
 from meta_dataset_readers.episode import ImageOrigin
 from meta_dataset_readers.errors import DamagedRecord
-from meta_dataset_readers.pictures import decoded
+from meta_dataset_readers.pictures import as_published, decoded
 from meta_dataset_readers.spec import DatasetSpec, load_spec
 from meta_dataset_readers.tfrecord import RecordFileCache
 
@@ -101,7 +101,8 @@ class RecordStore(ImageStore):
         return len(self._files.open(self.place(class_id)))
 
     def image(self, class_id: int, index: int) -> Image.Image:
-        return decoded(self.encoded(class_id, index), self._where(class_id, index))
+        where = self._where(class_id, index)
+        return decoded(self.encoded(class_id, index), where, prepare=as_published)
 
     def encoded(self, class_id: int, index: int) -> bytes:
         data, label = self._files.open(self.place(class_id)).read_example(index)

@@ -36,7 +36,7 @@ from meta_dataset_readers.hdf5 import (
 )
 from meta_dataset_readers.hdf5_guard import SIGNATURE, MalformedHdf5
 from meta_dataset_readers.json_fields import Fields, typed
-from meta_dataset_readers.pictures import decoded
+from meta_dataset_readers.pictures import as_published, decoded
 from meta_dataset_readers.tfrecord import open_records
 from meta_dataset_readers.transforms import RESIZES, eval_transform
 
@@ -225,7 +225,7 @@ class DumpedEpisodes(StoredEpisodes):
             data, label = file.read_example(record)
             if not 0 <= label < len(counts):
                 raise DamagedRecord(f"{file.where(record)}: label {label}, expected 0 to {len(counts) - 1}")
-            image = decoded(data, file.where(record))
+            image = decoded(data, file.where(record), prepare=as_published)
             images.append(eval_transform(image, self._image_size, resize))
             labels.append(label)
         there = collections.Counter(labels)

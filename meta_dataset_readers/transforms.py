@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from meta_dataset_readers.pictures import RECORD_FORMATS, as_rgb, opened_image
+from meta_dataset_readers.pictures import RECORD_FORMATS, as_published, opened_image
 
 _CROP_AREA = (0.08, 1.0)  # of the picture
 _CROP_RATIO = (3 / 4, 4 / 3)  # width / height
@@ -135,7 +135,7 @@ def _reduced(data: bytes, region: Callable[[int, int], _Box], image_size: int) -
         reduction = next((k for k in _REDUCTIONS if k <= at_most), 1)
         if image.draft(None, (width // reduction, height // reduction)) is None:  # not a JPEG
             reduction = 1
-        picture = as_rgb(image)
+        picture = as_published(image)
     box = (left / reduction, top / reduction, right / reduction, bottom / reduction)
     return picture.resize((image_size, image_size), Image.Resampling.BILINEAR, box)
 

@@ -729,7 +729,7 @@ def test_what_a_source_or_a_network_cannot_give_is_refused(world, tmp_path, scri
     ("name", "words"),
     [
         ("missing", ["no such weights file"]),
-        ("folder", ["no such weights file"]),
+        ("folder", ["is a folder, expected a regular file"]),
         ("html", ["a web page, not weights"]),
         ("empty", ["the file is empty"]),
         ("truncated_weights", ["truncated or damaged"]),
@@ -747,7 +747,7 @@ def test_a_file_without_the_backbones_weights_is_refused(world, files, tmp_path,
     ("name", "words"),
     [
         ("missing", ["no such checkpoint"]),
-        ("folder", ["no such checkpoint"]),
+        ("folder", ["is a folder, expected a regular file"]),
         ("html", ["a web page, not weights"]),
         ("empty", ["the file is empty"]),
         ("truncated_pool", ["truncated or damaged"]),
