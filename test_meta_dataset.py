@@ -42,7 +42,7 @@ from meta_dataset_readers.stored_episodes import dump_episode
 
 # Flags that change neither an episode's row nor what it is compared with.
 NOT_SETTINGS = (
-    *("output_dir", "device", "threads", "num_workers", "shard", "samples", "dump", "resume"),
+    *("output_dir", "device", "threads", "num_workers", "shard", "samples", "dump", "resume", "overwrite"),
     *("nTestEpisode", "test_sources", "cdfsl_domains", "domain_config"),
 )
 
@@ -87,7 +87,10 @@ def main() -> int:
     part, parts = options.part(args)
     todo = range(part, args.nTestEpisode, parts)
     about = description(args, network, saved, deployments, attacks)
-    with runs.Writer(args.output_dir, about, (part, parts)) as out, Interrupts() as interrupts:
+    with (
+        runs.Writer(args.output_dir, about, (part, parts), args.overwrite) as out,
+        Interrupts() as interrupts,
+    ):
         earlier = runs.peek(args.output_dir)
         finished = {source: {row["index"] for row in rows} for source, rows in earlier.rows.items()}
         chosen: dict[Deployment | str, dict] = {}

@@ -54,6 +54,7 @@ def test(
     workers: int = 0,
     corrupted: Mapping[str, Sequence[Labelled]] | None = None,
     corrupted_transform: Transform | None = None,
+    overwrite: bool = False,
 ) -> int:
     """Classify a test set under `weights`, and print the table; goes on where an earlier call was stopped.
 
@@ -76,6 +77,7 @@ def test(
         corrupted: by common corruption the test set at each severity, of which accuracy is all that is
             measured.
         corrupted_transform: of these, if another than `transform`.
+        overwrite: start anew, whatever the folder holds.
 
     Returns:
         The exit code: 0, or 128 and the number of the signal that stopped it.
@@ -93,7 +95,10 @@ def test(
     predict, device = predictor(network, weights), next(iter(weights.values())).device
     described = description(network, weights, len(images), name, about, attacks, seed, corrupted)
     reading = {"transform": transform, "batch_size": batch_size, "workers": workers}
-    with runs.Writer(folder, described) as out, Interrupts() as interrupts:
+    with (
+        runs.Writer(folder, described, overwrite=overwrite, flag="--output") as out,
+        Interrupts() as interrupts,
+    ):
         done = {row["index"] for row in runs.peek(folder).every_row}
         left = [index for index in range(len(images)) if index not in done]
         with tqdm(total=len(images), initial=len(done), unit="image", desc=name) as progress:
