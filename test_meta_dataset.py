@@ -41,7 +41,7 @@ from meta_dataset_readers.reader import EpisodeReader, episode_loader
 
 # Flags that change neither an episode's row nor what it is compared with.
 NOT_SETTINGS = (
-    *("output_dir", "device", "threads", "num_workers", "shard", "samples", "dump", "resume"),
+    *("output_dir", "device", "threads", "num_workers", "shard", "samples", "dump", "resume", "overwrite"),
     *("nTestEpisode", "test_sources", "cdfsl_domains", "domain_config"),
 )
 
@@ -70,7 +70,8 @@ def main() -> int:
     part, parts = options.part(args)
     todo = range(part, args.nTestEpisode, parts)
     about = describe(args, network, saved, deployments, attacks)
-    with runs.Writer(args.output_dir, about, (part, parts)) as out, Interrupts() as interrupts:
+    writer = runs.Writer(args.output_dir, about, (part, parts), args.overwrite)
+    with writer as out, Interrupts() as interrupts:
         earlier = runs.peek(args.output_dir)
         left = {source: earlier.left(source, todo) for source in readers}
         total = len(readers) * len(todo)

@@ -7,6 +7,7 @@ and keeps its traceback.
 """
 
 import difflib
+import errno
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -30,7 +31,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def exit_on_bad_input(main: Callable[[], int | None]) -> None:
-    """Run a command's `main`; an `InputError` becomes one line on stderr and exit code 2.
+    """Run a command's `main`; an `InputError` becomes one line on stderr and exit code 2, and so does a full
+    disk, wherever it is noticed.
 
     Ctrl-C ends it with the shell's exit code for that, 130, and no traceback.
     """
@@ -38,6 +40,12 @@ def exit_on_bad_input(main: Callable[[], int | None]) -> None:
         sys.exit(main())
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}; make room and run the same command again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

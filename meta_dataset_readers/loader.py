@@ -63,5 +63,5 @@ class _Sendable(Dataset):
 def leave_signals_to_the_parent(_worker: int) -> None:
     """Ctrl-C, `timeout` and batch systems signal the whole process group; a worker that died of it would
     take the item with it that its parent still wants to finish and save."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

@@ -521,9 +521,9 @@ def test_a_damaged_state_is_refused_and_left_as_it_is(world, tuned, tmp_path, ho
     ],
 )
 def test_a_run_is_not_continued_with_other_settings(world, tuned, more, words):
-    last = tuned / "AFF" / "last.safetensors"
+    last, run = tuned / "AFF" / "last.safetensors", tuned / "AFF" / "run.json"
     before = last.read_bytes()
-    assert_refused(command(*world.flags(tuned, "--gradient_similarity", 2, *more)), str(last), *words)
+    assert_refused(command(*world.flags(tuned, "--gradient_similarity", 2, *more)), str(run), *words)
     assert last.read_bytes() == before
 
 

@@ -17,16 +17,18 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
+from amt.cli.autolora import contents, fine_tune, restore
 from amt.data.labelled import ArrayImages
 from amt.data.loading import batches, transforms
+from amt.files.signals import Interrupted
 from amt.models.network import Network, logits
 from amt.models.pool import Student, factor_shapes, natural_weights, new_factors
 from amt.models.resnet import ResNet
 from amt.models.weights import stream
-from amt.training.autolora import Accuracy, FineTuner, Settings, accuracy, fine_tune, new_student, validate
-from amt.training.autolora_journal import Journal, continued
-from amt.training.meta_tune import NonFiniteLoss
+from amt.training.autolora import FineTuner, Settings, accuracy, new_student, validate
+from amt.training.keeper import Keeper
 from amt.training.objectives import Adversary, attack, autolora, twins, vanilla
+from amt.training.optimiser import NonFiniteLoss
 from amt.training.schedule import LossWeights, loss_weights
 
 SIDE, CLASSES, RANK = 8, 3, 2
@@ -470,16 +472,9 @@ def test_every_method_takes_batches_of_any_size_in_epochs_of_any_length(kind, na
     def training(_epoch: int, first: int):
         return [(*data(size), torch.arange(size)) for size in (4, 3, 1)[-n_batches:][first:]]
 
-    records = []
-    fine_tune(
-        tuner,
-        training,
-        lambda: Accuracy(50.0, 40.0),
-        lambda _tuner, record: records.append(record),
-        lambda *_: None,
-    )
+    records = run(tuner, training=training)
     assert len(records) == 2 * n_batches and tuner.finished and len(tuner.history) == 2
-    assert all(math.isfinite(record.total) for record in records)
+    assert all(math.isfinite(record["training/total"]) for record in records)
     assert all(tensor.isfinite().all() for tensor in tuner.student.tensors.values())
     assert tuner.best.tensors.keys() == tuner.student.tensors.keys()
 
@@ -574,17 +569,11 @@ def test_a_loss_that_is_no_number_changes_no_parameter(kind):
 def test_weights_that_a_step_has_spoilt_never_reach_a_file(stop_after):
     """Its loss was a number: no epoch has ended, nor is the run stopped as if it could go on."""
     tuner = tuner_of(chosen(lr=1e38, weight_decay=1e3), n_batches=1)
-    taken, ended = [], []
+    keeper = Quiet(stop_after)
     with pytest.raises(NonFiniteLoss, match="no longer finite at epoch 1, batch 1, learning rate"):
-        fine_tune(
-            tuner,
-            lambda _epoch, first: [(*data(), torch.arange(8))][first:],
-            lambda: Accuracy(50.0, 40.0),
-            lambda _tuner, record: taken.append(record),
-            lambda *_: ended.append(1),
-            lambda: len(taken) == stop_after,
-        )
-    assert math.isfinite(taken[0].total) and len(taken) == 1 and not ended
+        run(tuner, keeper=keeper, training=lambda _epoch, first: [(*data(), torch.arange(8))][first:])
+    (record,) = keeper.records
+    assert math.isfinite(record["training/total"]) and not keeper.saved
 
 
 # --- epochs ----------------------------------------------------------------------------------------------
@@ -632,23 +621,57 @@ def training(epoch: int, first: int):
     ]
 
 
-def run(tuner: FineTuner, stop_after: int | None = None) -> list[tuple]:
-    """Go on with a run, perhaps until so many steps are done; records without their times."""
-    records = []
+class Quiet:
+    """A keeper that remembers what the loop tells it, and stops it once so many steps are done."""
 
-    def validation() -> Accuracy:
-        images, labels = data(6, seed=99)
-        return validate(tuner.network, tuner.student.weights, [(images, labels, torch.arange(6))], SHORT, 7)
+    def __init__(self, stop_after: int | None = None):
+        self.stop_after = stop_after
+        self.records: list[dict[str, float]] = []
+        self.saved: list[str] = []
 
-    fine_tune(
-        tuner,
-        training,
-        validation,
-        lambda _tuner, record: records.append(record._replace(seconds=0.0)),
-        lambda *_: None,
-        lambda: len(records) == stop_after,
-    )
-    return records
+    @property
+    def interrupted(self) -> bool:
+        return len(self.records) == self.stop_after
+
+    def watch(self, items):
+        for item in items:
+            if self.interrupted:
+                return
+            yield item
+
+    def whole(self, items):
+        if self.interrupted:
+            raise Interrupted
+        return items
+
+    def log_step(self, _step: int, scalars: dict[str, float], _brief: str) -> None:
+        self.records.append({name: value for name, value in scalars.items() if name != "training/seconds"})
+
+    def is_due(self) -> bool:
+        return False
+
+    def save_best(self, *_content) -> None:
+        self.saved.append("best")
+
+    def save_last(self, *_content) -> None:
+        self.saved.append("last")
+
+    def begin(self, *_) -> None: ...
+
+    def log(self, *_) -> None: ...
+
+    def say(self, *_) -> None: ...
+
+
+def run(
+    tuner: FineTuner, stop_after: int | None = None, keeper: Quiet | None = None, training=training
+) -> list[dict[str, float]]:
+    """Go on with a run, perhaps until so many steps are done; what was shown of them, without their times."""
+    keeper = keeper or Quiet(stop_after)
+    images, labels = data(6, seed=99)
+    held_out = [(images, labels, torch.arange(6))]
+    fine_tune(keeper, tuner, training, held_out, SHORT, {})
+    return keeper.records
 
 
 def sent(tuner: FineTuner) -> tuple[dict[str, Tensor], dict]:
@@ -697,15 +720,17 @@ def test_a_run_may_be_stopped_any_number_of_times(stops):
 
 def test_the_files_of_a_run_hold_all_that_it_is_continued_from(tmp_path):
     how = RUNS["running"]
-    about = {"protocol": json.loads(json.dumps(dataclasses.asdict(how)))}
+    protocol = json.loads(json.dumps(dataclasses.asdict(how)))
     whole = tuner_of(how, n_batches=BATCHES)
     run(whole)
     for stop in (2, 2, 3, None):
         tuner = tuner_of(how, n_batches=BATCHES)
-        assert continued(tmp_path, about, tuner) == (tmp_path / "last.safetensors").exists()
-        with Journal(tmp_path, about, tuner) as journal:
+        with Keeper(tmp_path, "a fine-tuning", protocol) as kept:
+            if kept.last.exists():
+                restore(tuner, kept.last, protocol)
             run(tuner, stop)
-            journal.save(tuner)
+            kept.begin("AFF", "batch", EPOCHS * BATCHES, tuner.steps)
+            kept.save_last(*contents({"format": 1, "protocol": protocol}, tuner))
     assert_same_state(tuner, whole)
 
 
@@ -725,11 +750,8 @@ def test_the_number_of_workers_and_the_moment_do_not_matter():
                 part, augmented, 4, seed=seed, epoch=epoch, shuffle=True, workers=workers, start=first
             )
 
-        def validation() -> Accuracy:
-            held_out = batches(part, plain, 5, seed=0, workers=workers)
-            return validate(tuner.network, tuner.student.weights, held_out, SHORT, seed)
-
-        fine_tune(tuner, training, validation, lambda *_: None, lambda *_: None)
+        held_out = batches(part, plain, 5, seed=0, workers=workers)
+        fine_tune(Quiet(), tuner, training, held_out, SHORT, {})
         return sent(tuner)[0]
 
     alone = ended(0, seed=1)

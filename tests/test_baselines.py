@@ -663,7 +663,7 @@ def test_a_stopped_and_resumed_baseline_equals_an_uninterrupted_one(
     other = "full" if about(last)["tune"] == "lora" else "lora"
     method = about(last)["settings"]["method"]
     refused = command("main", *flags, "--resume", last, "--tune", other, "--pgd_method", method)
-    assert refused.code == 2 and f"with tune '{about(last)['tune']}', not '{other}'" in error_line(refused)
+    assert refused.code == 2 and f'with tune "{about(last)["tune"]}", not "{other}"' in error_line(refused)
     ended = command("main", *flags, "--resume", last)
     assert ended.code == 0, ended.err
     for file in ("last.safetensors", "best.safetensors"):

@@ -12,9 +12,11 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ import pytest
 import torch
 from conftest import flat_spec, write_spec
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -30,9 +33,11 @@ from amt.attacks.levels import Perturbation
 from amt.cli import options
 from amt.evaluation import runs
 from amt.files import checkpoint
+from amt.files.run_directory import RunDirectory
 from amt.models.architectures import ARCHS, build_network
 from amt.models.pool import principal_pool
-from amt.training.journal import Journal
+from amt.training.keeper import Keeper
+from amt.training.meta_tune import Tuner
 from meta_dataset_readers.errors import exit_on_bad_input
 from meta_dataset_readers.reader import EpisodeReader, SourceMixture
 from meta_dataset_readers.sampling import EpisodeSampling
@@ -193,7 +198,8 @@ def test_a_run_leaves_its_checkpoints_and_says_where(trained):
     assert ended.out.splitlines()[-1] == f"done: {out / 'last.safetensors'}"
     assert "error" not in ended.err and "Warning" not in ended.err
     assert {path.name for path in out.iterdir()} == {
-        *("last.safetensors", "last.json", "best.safetensors", "best.json", "tensorboard")
+        *("last.safetensors", "last.json", "best.safetensors", "best.json", "tensorboard"),
+        *("run.json", ".lock"),
     }
 
 
@@ -307,7 +313,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(world, t
     message = error_line(ended)
     assert re.search(r"loss is (nan|inf) at episode 1, level 0 \(epsilon 8/255\)", message)
     last = tmp_path / "last.safetensors"
-    assert last.exists() == kept and (f"{last} holds the last good state" in message) == kept
+    assert last.exists() == kept and (f"the last good state is kept in {last}" in message) == kept
     if kept:
         checkpoint.load(last)  # refuses what is not finite
 
@@ -317,34 +323,40 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(world, t
 
 def signal_after(patch: pytest.MonkeyPatch, steps: int, number: int) -> None:
     """Arrange that a command is sent a signal as soon as so many steps are done."""
-    on_step = Journal.on_step
+    log_step = Keeper.log_step
 
-    def noisy(self, tuner, records):
-        on_step(self, tuner, records)
-        if tuner.episodes_done == steps:
+    def noisy(self, step, *arguments):
+        log_step(self, step, *arguments)
+        if step == steps:
             signal.raise_signal(number)
 
-    patch.setattr(Journal, "on_step", noisy)
+    patch.setattr(Keeper, "log_step", noisy)
 
 
 @pytest.mark.parametrize(
-    ("steps", "number", "workers"), [(1, signal.SIGTERM, 0), (3, signal.SIGINT, 1), (2, signal.SIGTERM, 1)]
+    ("steps", "number", "workers", "named"),
+    [
+        (1, signal.SIGTERM, 0, False),
+        (3, signal.SIGINT, 1, True),
+        (2, signal.SIGHUP, 1, False),
+        (4, signal.SIGTERM, 0, False),
+    ],
 )
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
-    world, trained, tmp_path, monkeypatch, steps, number, workers
+    world, trained, tmp_path, monkeypatch, steps, number, workers, named
 ):
-    """Stopped in the middle of the first or the second epoch, or between them."""
+    """Stopped in the middle of the first or the second epoch, or before the validation of one; whether its
+    file is named or not."""
     flags = world.train(tmp_path, "--num_workers", workers)
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     signal_after(monkeypatch, steps, number)
     stopped = command("main", *flags)
     assert stopped.code == 128 + number
-    said = re.fullmatch(r"stopped after (\d+) of 4 episodes; continue with --resume (.+)", last_line(stopped))
-    assert said and int(said[1]) == steps
-    assert about(Path(said[2]))["finished"] is False
+    assert last_line(stopped) == f"stopped after {steps} of 4 episodes; the same command continues"
+    assert about(tmp_path / "last.safetensors")["finished"] is False
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
-    resumed = command("main", *flags, "--resume", said[2])
+    resumed = command("main", *flags, *(["--resume", tmp_path / "last.safetensors"] if named else []))
     assert resumed.code == 0, resumed.err
     for name in ("last", "best"):
         assert same_tensors(tmp_path / f"{name}.safetensors", trained[1] / f"{name}.safetensors")
@@ -369,16 +381,115 @@ def test_a_real_process_is_stopped_by_sigterm_and_goes_on_exactly(world, tmp_pat
     out, err = running.communicate()
     assert running.returncode == 128 + signal.SIGTERM
     assert b"Traceback" not in err and b"error" not in err
-    said = re.fullmatch(r"stopped after (\d+) of 1000 episodes; continue with --resume (.+)\n", out.decode())
-    assert said and Path(said[2]) == tmp_path / "stopped" / "last.safetensors"
-    steps = int(said[1])
-    assert about(Path(said[2]))["tuner"]["episodes_done"] == steps
+    said = re.fullmatch(r"stopped after (\d+) of 1000 episodes; the same command continues\n", out.decode())
+    assert said
+    steps, last = int(said[1]), tmp_path / "stopped" / "last.safetensors"
+    assert about(last)["tuner"]["episodes_done"] == steps
 
     signal_after(monkeypatch, steps + 2, signal.SIGTERM)
-    command("main", *world.train(tmp_path / "resumed", *flags, "--resume", said[2]))
+    command("main", *world.train(tmp_path / "resumed", *flags, "--resume", last))
     command("main", *world.train(tmp_path / "straight", *flags))
     assert about(tmp_path / "straight" / "last.safetensors")["tuner"]["episodes_done"] == steps + 2
     assert same_tensors(tmp_path / "resumed" / "last.safetensors", tmp_path / "straight" / "last.safetensors")
+
+
+def test_a_killed_run_loses_minutes_and_ends_with_the_same_bits(world, trained, tmp_path):
+    """SIGKILL at any moment: before the first checkpoint, within an epoch, in a validation, while writing."""
+    flags = world.train(tmp_path / "run", "--save_every_minutes", 1e-9)
+    last = tmp_path / "run" / "last.safetensors"
+    for steps in (0, 1, 2, 3):
+        running = start("main", *flags, cwd=tmp_path)
+        while running.poll() is None and not (last.exists() and episodes_done(last) >= steps):
+            time.sleep(0.005)
+            if steps == 0 and (tmp_path / "run" / "run.json").exists():
+                break
+        running.kill()
+        running.communicate()
+    ended = command("main", *flags)
+    assert ended.code == 0, ended.err
+    for name in ("last", "best"):
+        assert same_tensors(last.with_stem(name), trained[1] / f"{name}.safetensors")
+        assert about(last.with_stem(name))["history"] == about(trained[1] / f"{name}.safetensors")["history"]
+    assert not [path for path in (tmp_path / "run").rglob("*.part")]
+
+
+def episodes_done(file: Path) -> int:
+    with safe_open(file, "np") as opened:
+        return json.loads(opened.metadata()["amt"])["tuner"]["episodes_done"]
+
+
+def test_checkpoints_within_an_epoch_come_as_often_as_they_are_asked_for(world, tmp_path, monkeypatch):
+    written = []
+    save_last = Keeper.save_last
+    monkeypatch.setattr(
+        Keeper, "save_last", lambda self, *content: (written.append(1), save_last(self, *content))
+    )
+    short = ("--epochs", 1, "--nEpisode", 3, "--epsilon", 8, "--nValEpisode", 0)
+    for minutes, expected in ((0, 1), (600, 1), (1e-9, 4)):
+        written.clear()
+        command("main", *world.train(tmp_path / str(minutes), *short, "--save_every_minutes", minutes))
+        assert len(written) == expected, minutes
+
+
+def test_the_same_command_on_a_finished_run_trains_nothing(world, trained, tmp_path):
+    """A pool was lost that way. `--overwrite` starts anew, and a note of one's own survives even that."""
+    out = tmp_path / "run"
+    shutil.copytree(trained[1], out)
+    (out / "notes.md").write_text("mine")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for resume in ([], ["--resume", out / "last.safetensors"]):
+        ended = command("main", *world.train(out), *resume)
+        assert ended.code == 0 and last_line(ended).startswith(f"done already: {out / 'last.safetensors'}")
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    refused = command("main", *world.train(out, "--seed", 1))
+    assert refused.code == 2 and f"{out / 'run.json'}: this run was begun with seed 0, not 1" in refused.err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    ended = command("main", *world.train(out, "--seed", 1, "--overwrite", "--nValEpisode", 0))
+    assert ended.code == 0 and last_line(ended) == f"done: {out / 'last.safetensors'}"
+    assert about(out / "last.safetensors")["settings"]["seed"] == 1
+    assert (out / "notes.md").read_text() == "mine" and len(list((out / "tensorboard").iterdir())) == 1
+
+
+def test_a_run_of_an_older_version_continues_and_stays_when_it_is_finished(world, stopped, trained, tmp_path):
+    """It has no run.json, and its state no sums of the epoch."""
+    for source, words in ((stopped, "done: "), (trained[1] / "last.safetensors", "done already: ")):
+        out = tmp_path / words[:5].strip(": ") / str(len(words))
+        out.mkdir(parents=True)
+        saved = checkpoint.load(source)
+        saved.about["tuner"].pop("seen")
+        checkpoint.save(out / "last.safetensors", saved)
+        flags = world.train(out, "--nValEpisode", 0)
+        refused = command("main", *flags, "--lr", 1)
+        assert refused.code == 2 and f"{out / 'last.safetensors'}: this run was begun with lr" in refused.err
+        ended = command("main", *flags)
+        assert ended.code == 0 and last_line(ended).startswith(words), ended
+
+
+def test_a_run_that_began_from_another_directory_goes_on_from_its_own(world, stopped, trained, tmp_path):
+    """With `--resume` as without it: the state that is further on is that of the same run."""
+    flags = world.train(tmp_path, "--nValEpisode", 0, "--resume", stopped)
+    with pytest.MonkeyPatch.context() as patch:
+        signal_after(patch, 3, signal.SIGTERM)
+        assert command("main", *flags).code == 143
+    steps = []
+    with pytest.MonkeyPatch.context() as patch:
+        step = Tuner.step
+        patch.setattr(Tuner, "step", lambda self, episode: (steps.append(1), step(self, episode))[1])
+        assert command("main", *flags).code == 0
+    assert len(steps) == 1
+    assert same_tensors(tmp_path / "last.safetensors", trained[1] / "last.safetensors")
+
+
+def test_two_runs_do_not_share_a_directory(world, tmp_path):
+    with RunDirectory(tmp_path, {"kind": "a meta-tuning", "settings": {}}, results=[]):
+        ended = command("main", *world.train(tmp_path))
+    assert ended.code == 2 and "another process is writing here" in error_line(ended)
+
+
+def test_what_would_overwrite_its_own_start_is_refused(world, stopped):
+    flags = world.train(stopped.parent, "--nValEpisode", 0, "--resume", stopped, "--overwrite")
+    ended = command("main", *flags)
+    assert ended.code == 2 and "--overwrite would remove" in error_line(ended) and stopped.exists()
 
 
 def test_a_signal_during_the_last_step_does_not_ask_to_continue(world, tmp_path, monkeypatch):

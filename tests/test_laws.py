@@ -33,14 +33,14 @@ from amt.tasks.classifier import merged_predictor
 from amt.tasks.merge import Routing, blend, route
 from amt.training import meta_tune
 from amt.training.meta_tune import (
-    NonFiniteLoss,
+    NOTHING_SEEN,
     StepRecord,
     Tuner,
     TuneSettings,
-    collapsed,
     learning_rate,
     query_outcome,
 )
+from amt.training.optimiser import NonFiniteLoss
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 
@@ -653,13 +653,14 @@ def test_collapse_is_noticed(network, episode):
     level = dataclasses.replace(LEVELS[0], gamma=0.01)
     for tried, expected in ((constant, True), (network, False)):
         tuner = Tuner(tried, principal_pool(tried.weights, RANK, (level,)), quick(lr=1e-6))
-        records = [tuner.step(episode)[0] for _ in range(2)]
-        assert collapsed(records, robust=True) is expected
-        assert collapsed(records, robust=False) is expected
-    assert collapsed([], robust=True) is False
-    learning = StepRecord(2.0, math.log(5), 0.2, 0.2, 0.2, 0.01, 5, 0.1)
-    assert collapsed([learning], robust=True) is False
-    assert collapsed([learning], robust=False) is True
+        assert tuner.collapsed() == {}
+        for _ in range(2):
+            tuner.step(episode)
+        assert bool(tuner.collapsed()) is expected
+    assert not NOTHING_SEEN.collapsed(robust=True)
+    learning = NOTHING_SEEN.and_then(StepRecord(2.0, math.log(5), 0.2, 0.2, 0.2, 0.01, 5, 0.1))
+    assert learning.collapsed(robust=True) is False
+    assert learning.collapsed(robust=False) is True
 
 
 @few

@@ -28,7 +28,7 @@ from amt.files.learn2learn import EpisodeTaskset, TasksetEpisodes, task_of
 from amt.models.architectures import Arch
 from amt.models.pool import principal_pool
 from amt.tasks.classifier import pretrained_predictor
-from amt.training.meta_tune import Tuner, TuneSettings, meta_tune
+from amt.training.meta_tune import Tuner, TuneSettings
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.reader import EpisodeReader, episode_loader
@@ -423,7 +423,9 @@ def test_meta_tuning_runs_on_tasks(l2l):
         pool = principal_pool(network.weights, 2, [Perturbation(8, 2, steps=2)])
         tuner = Tuner(network, pool, TuneSettings(epochs=1, episodes_per_epoch=3, lr=1e-3, warmup_epochs=0))
         records = []
-        result = meta_tune(tuner, episodes, lambda _, step: records.extend(step), lambda _: None)
+        for task in episodes:
+            records += tuner.step(task)
+        result = tuner.pool
         assert tuner.finished and all(record.n_way == 3 and record.total > 0 for record in records)
         return pool, result
 

@@ -36,6 +36,7 @@ from amt.files.published import POOL_EPSILONS, pool_from_published, published_sh
 from amt.models.architectures import Arch
 from amt.models.network import features
 from amt.models.pool import LoRAPool, principal_pool
+from amt.training.keeper import check_resumable
 from meta_dataset_readers.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -266,9 +267,9 @@ def test_factors_without_a_level_each_are_an_error(network):
 
 def test_a_published_training_is_not_continued(network, tmp_path):
     """Its optimiser could be read, its random streams could not: main.py --resume says so in a line."""
-    saved = checkpoint.load(training_file(tmp_path / "a.pth", trained(network, 1)))
+    file = training_file(tmp_path / "a.pth", trained(network, 1))
     with pytest.raises(InputError, match="published code, whose training cannot be continued exactly"):
-        checkpoint.check_resumable(tmp_path / "a.pth", saved, None, (), {}, {})
+        check_resumable(file, checkpoint.load(file))
 
 
 # files from elsewhere

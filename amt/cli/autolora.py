@@ -10,8 +10,10 @@ RUN/MODE/test is a run directory as of test_meta_dataset.py. The same command co
 
 import argparse
 import dataclasses
+import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,14 +28,15 @@ from amt.evaluation import runs
 from amt.evaluation.test_set import TestSet, check_attacks, check_labels, test
 from amt.files import checkpoint, writing
 from amt.files import robust_weights as pretrained
-from amt.files.robust_weights import Pretrained
-from amt.files.signals import Interrupts
+from amt.files.robust_weights import CLASSIFIER, Pretrained
+from amt.files.run_directory import RUN_FILE, check_same, settings_pairs
+from amt.files.signals import Interrupted
 from amt.models.network import Network, build_classifier, find_device
 from amt.models.weights import Weights
 from amt.report.finish import finish
-from amt.training.autolora import FineTuner, Settings, accuracy, fine_tune, new_student, validate
-from amt.training.autolora_journal import Journal, continued
-from amt.training.meta_tune import NonFiniteLoss
+from amt.training.autolora import Batches, FineTuner, Settings, StepRecord, accuracy, new_student, validate
+from amt.training.keeper import FINE_TUNING, Keeper, brief, fine_tuning_state, scalars
+from amt.training.objectives import Adversary
 from amt.training.schedule import LOWEST_RATE
 from meta_dataset_readers.errors import InputError
 
@@ -80,6 +83,7 @@ def main(argv: Sequence[str]) -> int:
                 name: [test_set(part, corrupted_transform) for part in severities]
                 for name, severities in corrupted.items()
             },
+            overwrite=args.overwrite,
         )
         if run.complete:
             finish(run, device)
@@ -153,7 +157,6 @@ def tuned(
     device: torch.device,
 ) -> tuple[int, Weights]:
     """Fine-tune one mode, or go on with it: an exit code, and the weights of the best validation epoch."""
-    folder = args.output / settings.mode
     augmented, plain = transforms(args.resize, options.large_crops(args))
 
     def training(epoch: int, start: int):
@@ -179,42 +182,138 @@ def tuned(
         )
         return accuracy(tuner.network, weights, seen)
 
-    def validation():
-        held_out = batches(splits.validation, plain, args.test_batch_size, seed=0, workers=args.num_workers)
-        adversary = options.examiner(args)
-        weights = tuner.student.weights
-        return validate(network, weights, held_out, adversary, settings.seed, interrupts.pending)
-
     weights = {name: weight.to(device) for name, weight in found.weights.items()}
     student = new_student(network, weights, settings, found.natural_norms)
     tuner = FineTuner(network, student, settings, len(training(0, 0)), training_accuracy)
+    described_by = {**data_protocol(args), **dataclasses.asdict(settings)}
+    protocol = json.loads(json.dumps(described_by, sort_keys=True))
+    run = Keeper(
+        args.output / settings.mode,
+        "a fine-tuning",
+        protocol,
+        flag="--output",
+        overwrite=args.overwrite,
+        minutes=args.save_every_minutes,
+        results=[f"test/{pattern}" for pattern in (*runs.WROTE, RUN_FILE)],
+    )
     about = {
+        "format": checkpoint.FORMAT,
         "arch": network.arch,
         "class_names": splits.class_names,
         "image_size": network.image_size,
         "resize": network.resize,
         "mean": network.mean,
         "std": network.std,
-        "protocol": {**data_protocol(args), **dataclasses.asdict(settings)},
+        "protocol": protocol,
         **checkpoint.provenance(),
     }
-    if continued(folder, about, tuner):
-        print(f"{folder}: goes on after {tuner.epoch} epochs and {tuner.batch} batches")
-
-    with Journal(folder, about, tuner) as journal, Interrupts() as interrupts:
-        try:
-            fine_tune(tuner, training, validation, journal.on_step, journal.on_epoch, interrupts.pending)
-        except NonFiniteLoss as error:
-            kept = "its last good state is kept" if tuner.history else "no epoch was complete"
-            raise InputError(f"{folder}: {error}; {kept}") from error
+    with run:
+        if run.last.exists():
+            restore(tuner, run.last, protocol)
+            print(f"{run.folder}: goes on after {tuner.epoch} epochs and {tuner.batch} batches")
         if not tuner.finished:
-            journal.save(tuner)
-    if interrupts.pending():  # perhaps in the very last step: what comes after is not begun
-        print(f"stopped after {tuner.epoch} epochs and {tuner.batch} batches; the same command continues")
-        return 128 + interrupts.caught, {}
+            held_out = batches(
+                splits.validation, plain, args.test_batch_size, seed=0, workers=args.num_workers
+            )
+            fine_tune(run, tuner, training, held_out, options.examiner(args), about)
+        if run.interrupted:  # perhaps in the very last step: what comes after is not begun
+            print(f"stopped after {tuner.epoch} epochs and {tuner.batch} batches; the same command continues")
+            return run.code, {}
     if tuner.best is None:
         raise InputError(f"--lr {settings.lr:g}: at high resolution training ends below {LOWEST_RATE:g}")
     return 0, tuner.best.weights
+
+
+def fine_tune(
+    run: Keeper,
+    tuner: FineTuner,
+    training: Callable[[int, int], Batches],
+    held_out: Batches,
+    examiner: Adversary,
+    about: dict,
+) -> None:
+    """Train until the run is finished, or a signal has arrived.
+
+    Args:
+        training: (epoch from 0, first batch) -> the batches of that epoch from that one on.
+        held_out: what is validated on.
+        examiner: attacks in validation.
+        about: what both files say of the run.
+    """
+    device = next(iter(tuner.student.weights.values())).device
+    content = partial(contents, about, tuner)
+    run.begin(tuner.settings.mode, "batch", tuner.settings.epochs * tuner.n_batches, tuner.steps)
+    while not tuner.finished:
+        for images, labels, _ in run.watch(training(tuner.epoch, tuner.batch)):
+            record = tuner.step(images.to(device), labels.to(device))
+            run.log_step(tuner.steps, shown(record), brief(record))
+            if run.is_due():
+                tuner.check_finite()
+                run.save_last(*content())
+        tuner.check_finite()
+        if tuner.batch < tuner.n_batches:
+            break
+        try:
+            seen = run.whole(held_out)
+            found = validate(tuner.network, tuner.student.weights, seen, examiner, tuner.settings.seed)
+        except Interrupted:
+            break
+        note = tuner.end_epoch(*found)
+        run.log(tuner.steps, {f"validation/{name}": note[name] for name in ("clean", "robust")})
+        run.say(f"{tuner.settings.mode} {told(note, tuner.rate)}")
+        if note["best"] == tuner.epoch:
+            run.save_best(*classifier(about, tuner))
+        run.save_last(*content())
+    if not tuner.finished:
+        run.save_last(*content())
+
+
+def shown(record: StepRecord) -> dict[str, float]:
+    """A batch for TensorBoard."""
+    cosines = {f"gradient_similarity/{layer}": cosine for layer, cosine in (record.similarity or {}).items()}
+    return scalars("training", record, without=["similarity"]) | cosines
+
+
+def told(note: dict, rate: float) -> str:
+    """What is printed of an epoch; `rate` is that of the next one."""
+    weights = "".join(f", {name} {note[name]:.2f}" for name in ("lambda1", "lambda2") if name in note)
+    why = f"; rate reduced to {rate:g} (condition {note['condition']})" if note["condition"] else ""
+    best = " (best so far)" if note["best"] == note["epoch"] else ""
+    return (
+        f"epoch {note['epoch']}: lr {note['lr']:g}{weights}, validation "
+        f"{note['clean']:.1f} clean, {note['robust']:.1f} robust{best}{why}"
+    )
+
+
+def contents(about: dict, tuner: FineTuner) -> tuple[Weights, dict]:
+    """Tensors and text of last.safetensors, from which the run continues exactly."""
+    tensors, numbers = tuner.state()
+    return tensors, {**described(about, tuner), "kind": FINE_TUNING, "tuner": numbers}
+
+
+def classifier(about: dict, tuner: FineTuner) -> tuple[Weights, dict]:
+    """Tensors and text of best.safetensors: the weights without branch, by the architecture's names."""
+    weights = {name: tensor.detach() for name, tensor in tuner.student.weights.items()}
+    return weights, {**described(about, tuner), "kind": CLASSIFIER}
+
+
+def described(about: dict, tuner: FineTuner) -> dict:
+    """What both files say of the run."""
+    return {**about, "finished": tuner.finished, "history": tuner.history}
+
+
+def restore(tuner: FineTuner, path: Path, protocol: dict) -> None:
+    """Give `tuner` the state in a last.safetensors.
+
+    Raises:
+        InputError: the file is damaged, or of a run with other settings.
+    """
+    tensors, about = fine_tuning_state(path)
+    check_same(path, settings_pairs(about["protocol"], protocol), "--output")
+    try:
+        tuner.restore(tensors, about["tuner"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: damaged state ({error})") from error
 
 
 def data_protocol(args: argparse.Namespace) -> dict:

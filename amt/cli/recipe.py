@@ -311,9 +311,8 @@ def command(job: Job) -> list[str]:
     """The command line of a stage."""
     if job.stage.kind == AMT:
         return [sys.executable, "-m", "amt", job.stage.name, *job.flags]
-    going_on = ["--resume", str(job.makes)] if job.begun() else []
     script, *words = _PROGRAMS[job.stage.kind]
-    return [sys.executable, os.path.relpath(ROOT / script), *words, *job.flags, *going_on]
+    return [sys.executable, os.path.relpath(ROOT / script), *words, *job.flags]
 
 
 def run(jobs: Sequence[Job]) -> int:

@@ -15,8 +15,8 @@ each, whose accuracies are 0 or 1; and perhaps there is
 Knows rows, not how they are computed.
 """
 
+import contextlib
 import dataclasses
-import fcntl
 import functools
 import json
 import math
@@ -28,6 +28,7 @@ from amt.attacks.kinds import Attack
 from amt.evaluation.samples import Sample, read_samples, write_sample
 from amt.evaluation.sanity import Finding, judge
 from amt.evaluation.statistics import Summary, summarise, with_averages
+from amt.files.run_directory import RunDirectory, check_same, settings_pairs
 from amt.files.writing import replace_file
 from meta_dataset_readers.errors import InputError
 
@@ -164,6 +165,12 @@ class Run:
         return sorted(found, key=lambda sample: (order.get(sample.source, len(order)), sample.index))
 
 
+WROTE = (
+    *("rows*.jsonl", "results.json", "merging.json", "corruptions.json", "samples/*.npz", "samples"),
+    *("tensorboard/events.out.tfevents.*.evaluation", "tensorboard"),
+)
+
+
 class Writer:
     """Adds to a run directory: a new one, or an unfinished one of the same settings and the same code.
 
@@ -171,49 +178,63 @@ class Writer:
 
     Args:
         folder: created if missing.
-        about: what run.json says; its settings and commit decide whether the run may be resumed.
+        about: what run.json says; its settings and commit decide whether the run may be continued.
         part: (i, n) for part i of n processes that share the directory.
+        overwrite: start anew, whatever is there.
+        flag: that names the directory, for messages.
 
     Raises:
-        InputError: the directory holds a run of other settings or another commit, another process writes
-            this part of it, or it cannot be written to.
+        InputError: on entering: the directory holds a run of other settings or another commit, another
+            process writes this part of it, or it cannot be written to.
     """
 
-    def __init__(self, folder: Path, about: Mapping, part: tuple[int, int] = (0, 1)):
-        self.folder = folder
-        self._about = json.loads(json.dumps({"format": FORMAT, **about}))
-        if (folder / "run.json").exists():
-            earlier = _read_about(folder)
-            check_same(folder / "run.json", earlier, self._about)
-            # Of domains left out this time the rows stay, and so must what decided them.
-            self._about["deployments"] = earlier["deployments"] | self._about["deployments"]
-        else:
-            for path in (folder / "results.json", *folder.glob("rows*.jsonl")):
-                if path.exists():
-                    raise InputError(f"{folder}: has {path.name} but no run.json; name an empty --output_dir")
+    def __init__(
+        self,
+        folder: Path,
+        about: Mapping,
+        part: tuple[int, int] = (0, 1),
+        overwrite: bool = False,
+        flag: str = "--output_dir",
+    ):
         i, n = part
+        if overwrite and n > 1:
+            raise InputError(f"--overwrite: {folder} is shared by {n} parts; remove what is there instead")
+        self.folder = folder
         self._path = folder / ("rows.jsonl" if n == 1 else f"rows.{i}of{n}.jsonl")
+        self._flag = flag
+        self._directory = RunDirectory(
+            folder,
+            {"format": FORMAT, **about},
+            results=WROTE,
+            flag=flag,
+            overwrite=overwrite,
+            part=self._path.name,
+            renew=self._renewed,
+        )
 
     def __enter__(self) -> "Writer":
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._path, "a+b")
-        except OSError as error:
-            raise InputError(f"{self._path}: cannot be written ({error.strerror})") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise InputError(f"{self._path}: another process is writing this file") from error
-        # Only now: who was refused must not have changed what others read at their end. And again for the
-        # sake of more episodes or domains: nothing that decides a row has changed.
-        text = json.dumps(self._about, indent=1) + "\n"
-        replace_file(self.folder / "run.json", lambda path: path.write_text(text))
-        # A line without its end was cut short by a crash; its episode is done again.
-        self._file.seek(0)
-        content = self._file.read()
-        self._file.truncate(content.rfind(b"\n") + 1)
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(self._directory)
+            self._file = opened.enter_context(open(self._path, "a+b"))
+            # A line without its end was cut short by a crash; its episode is done again.
+            self._file.seek(0)
+            content = self._file.read()
+            self._file.truncate(content.rfind(b"\n") + 1)
+            self._opened = opened.pop_all()
         return self
+
+    def _renewed(self, path: Path, _earlier: dict, asked: dict) -> dict:
+        """The run.json for more episodes or domains: nothing that decides a row has changed."""
+        earlier = _read_about(self.folder)
+        check_same(path, _pairs(earlier, asked), self._flag)
+        if earlier.get("commit") != asked.get("commit"):
+            raise InputError(
+                f"{path}: this run was begun with commit {earlier.get('commit')}, the code is now "
+                f"{asked.get('commit')}; name another {self._flag}, go back to that commit to continue, or "
+                "--overwrite to start anew"
+            )
+        # Keep the decisions of domains that are not evaluated this time: their rows stay, too.
+        return asked | {"deployments": earlier["deployments"] | asked["deployments"]}
 
     def append(self, *rows: Mapping) -> None:
         """Add rows; when this returns they are on the disk."""
@@ -222,13 +243,12 @@ class Writer:
         os.fsync(self._file.fileno())
 
     def __exit__(self, *_exception) -> None:
-        self._file.close()
+        self._opened.close()
 
     def note_merging(self, source: str, about: Mapping) -> None:
         """Note how a domain's merging was decided."""
         path = self.folder / "merging.json"
-        with open(self.folder / ".lock", "a") as lock:  # the other parts add their domains to the same file
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._directory.alone():  # the other parts add their domains to the same file
             text = json.dumps(read_merging(self.folder) | {source: about}, indent=1)
             replace_file(path, lambda part: part.write_text(text + "\n"))
 
@@ -242,32 +262,13 @@ class Writer:
         write_sample(self.folder, sample)
 
 
-def check_same(path: Path, found: Mapping, asked: Mapping) -> None:
-    """Raise an `InputError` that names the first difference between two runs' settings or commits.
-
-    Domains may be added and left out; those in both must be deployed alike.
-    """
-    pairs = [
-        (name, found["settings"].get(name), asked["settings"].get(name))
-        for name in sorted(found["settings"].keys() | asked["settings"].keys())
-    ]
+def _pairs(found: Mapping, asked: Mapping) -> list[tuple[str, object, object]]:
+    """What two runs must have alike. Domains may be added and left out; those in both are deployed alike."""
+    pairs = settings_pairs(found["settings"], asked["settings"])
     for source in sorted(found["deployments"].keys() & asked["deployments"].keys()):
-        before, now = found["deployments"][source], asked["deployments"][source]
-        pairs += [
-            (f"{name} of {source}", before.get(name), now.get(name))
-            for name in sorted(before.keys() | now.keys())
-        ]
-    for name, before, now in pairs:
-        if before != now:
-            raise InputError(
-                f"{path}: this run was begun with {name} {json.dumps(before)}, not {json.dumps(now)}; "
-                "name another --output_dir, or the same settings to resume it"
-            )
-    if found.get("commit") != asked.get("commit"):
-        raise InputError(
-            f"{path}: this run was begun with commit {found.get('commit')}, the code is now "
-            f"{asked.get('commit')}; name another --output_dir, or go back to that commit to resume it"
-        )
+        deployed = settings_pairs(found["deployments"][source], asked["deployments"][source])
+        pairs += [(f"{name} of {source}", before, now) for name, before, now in deployed]
+    return pairs
 
 
 def load(folder: Path) -> Run:

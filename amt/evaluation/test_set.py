@@ -76,6 +76,7 @@ def test(
     attacks: Sequence[Attack] = (),
     seed: int = 0,
     corrupted: Mapping[str, Sequence[TestSet]] | None = None,
+    overwrite: bool = False,
 ) -> tuple[runs.Run, int]:
     """Classify a test set under `weights`; goes on where an earlier call was stopped.
 
@@ -91,6 +92,7 @@ def test(
         attacks: of different names; any but "support" and "transfer".
         seed: decides the attacks' random starts, image by image.
         corrupted: by common corruption the test set at each severity; only accuracy is measured on it.
+        overwrite: start anew, whatever the folder holds.
 
     Returns:
         The run, complete or not, and the exit code: 0, or 128 and the number of the signal that stopped it.
@@ -104,7 +106,8 @@ def test(
     weights = {key: tensor.detach() for key, tensor in weights.items()}
     predict, device = predictor(network, weights), next(iter(weights.values())).device
     described = _description(network, weights, tested, about, attacks, seed, corrupted)
-    with runs.Writer(folder, described) as out, Interrupts() as interrupts:
+    writer = runs.Writer(folder, described, overwrite=overwrite, flag="--output")
+    with writer as out, Interrupts() as interrupts:
         left = runs.peek(folder).left(tested.name, range(len(tested.images)))
         done = len(tested.images) - len(left)
         with tqdm(total=len(tested.images), initial=done, unit="image", desc=tested.name) as progress:

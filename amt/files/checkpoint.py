@@ -11,7 +11,6 @@ import platform
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy
 import timm
@@ -22,7 +21,7 @@ from torch import Tensor
 from amt.attacks.levels import Perturbation
 from amt.files import published, weight_files
 from amt.files.version import commit
-from amt.files.writing import replace_file
+from amt.files.writing import replace_described
 from amt.models.pool import FullPool, LoRAPool, Pool
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError
@@ -69,6 +68,11 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     Raises:
         InputError: the place cannot be written to; what was there stays as it was.
     """
+    write(path, *packed(checkpoint))
+
+
+def packed(checkpoint: Checkpoint) -> tuple[Weights, dict]:
+    """The tensors and the text of a checkpoint's file."""
     pool = checkpoint.pool
     tensors = {f"factors/{name}": tensor for name, tensor in pool.factors.items()}
     if isinstance(pool, LoRAPool):
@@ -81,7 +85,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         "levels": [dataclasses.asdict(level) for level in pool.levels],
         **checkpoint.about,
     }
-    write(path, tensors, about)
+    return tensors, about
 
 
 def write(path: Path, tensors: Weights, about: dict) -> None:
@@ -93,8 +97,7 @@ def write(path: Path, tensors: Weights, about: dict) -> None:
     """
     text = json.dumps(about, indent=1)
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    replace_file(path, lambda part: part.write_bytes(serialise(held, metadata={HEADER: text})))
-    replace_file(path.with_suffix(".json"), lambda part: part.write_text(text + "\n"))
+    replace_described(path, serialise(held, metadata={HEADER: text}), text + "\n")
 
 
 def load(path: Path) -> Checkpoint:
@@ -217,38 +220,3 @@ def require_levels(path: Path, found: Checkpoint) -> None:
             f"{path}: does not say the levels of its LoRAs; give them, one for each: "
             f"python -m amt pool {path} --epsilon {values} --out POOL.safetensors"
         )
-
-
-def check_resumable(
-    path: Path,
-    saved: Checkpoint,
-    settings: Any,
-    levels: Levels,
-    tuned: dict,
-    protocol: dict,
-) -> None:
-    """Raise an `InputError` unless `saved` is an unfinished run of these very settings and `protocol`.
-
-    Args:
-        settings: a dataclass, of training.
-        tuned: `tune` and `rank` of the pool that the flags ask for.
-    """
-    if "published" in saved.about:
-        raise InputError(
-            f"{path}: a checkpoint of the published code, whose training cannot be continued exactly; "
-            "expected a last.safetensors of ours"
-        )
-    if "tuner" not in saved.about:
-        raise InputError(f"{path}: holds no optimiser state; continue from a last.safetensors")
-    for name, kind in {"tuner": dict, "settings": dict, "protocol": dict, "history": list}.items():
-        if not isinstance(saved.about.get(name), kind):
-            raise InputError(f"{path}: damaged header field 'amt': {name} is missing or no {kind.__name__}")
-    if saved.about.get("finished"):
-        raise InputError(f"{path}: this run is finished, nothing is left to resume")
-    asked = tuned | protocol | dataclasses.asdict(settings) | {"levels": levels}
-    pool = saved.pool
-    found = saved.about["protocol"] | saved.about["settings"]
-    found |= {"tune": pool.tune, "rank": pool.rank, "levels": pool.levels}
-    for name, value in asked.items():
-        if found.get(name) != value:
-            raise InputError(f"{path}: was trained with {name} {found.get(name)!r}, not {value!r}")

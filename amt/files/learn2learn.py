@@ -1,7 +1,7 @@
 """Our episodes for learn2learn's loops, and learn2learn's tasks for ours.
 
     tasks = EpisodeTaskset(EpisodeReader(...))             # a task source: tasks.sample() -> data, labels
-    episodes = TasksetEpisodes(taskset, shots=1)           # episodes: evaluate(..., episodes), meta_tune(...)
+    episodes = TasksetEpisodes(taskset, shots=1)           # episodes: evaluate(..., episodes), Tuner.step
 
 A task there is one batch of images and labels, and an algorithm knows by an image's position whether it is
 support ("adaptation") or query ("evaluation"); an episode here keeps the two apart. Knows learn2learn by the

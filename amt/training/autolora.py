@@ -1,8 +1,7 @@
 """Fine-tuning step by step: what is attacked, descended and scheduled, and what a run is continued from.
 
-A `FineTuner` has all that changes during a run; `fine_tune` feeds it batches and validation accuracies, from
-whose history alone learning rate and restores follow (amt/training/schedule.py). Knows no file, no data set
-and no test data.
+A `FineTuner` has all that changes during a run. From the history of its validation accuracies alone follow
+learning rate and restores (amt/training/schedule.py). Knows no file, no data set and no test data.
 """
 
 import dataclasses
@@ -17,7 +16,6 @@ from amt.attacks.perturb import pgd
 from amt.models.network import Network, logits
 from amt.models.pool import Student, natural_weights, new_factors
 from amt.models.weights import Weights, stream
-from amt.training.meta_tune import NonFiniteLoss
 from amt.training.objectives import (
     Adversary,
     Outcome,
@@ -28,6 +26,7 @@ from amt.training.objectives import (
     twins,
     vanilla,
 )
+from amt.training.optimiser import check_finite, check_loss, momentum, restore_momentum
 from amt.training.schedule import (
     LOWEST_RATE,
     LossWeights,
@@ -235,6 +234,11 @@ class FineTuner:
         return loss_weights(self._accuracy, self.settings.scale)
 
     @property
+    def steps(self) -> int:
+        """Finished batches of the whole run."""
+        return self.epoch * self.n_batches + self.batch
+
+    @property
     def finished(self) -> bool:
         settings = self.settings
         too_slow = settings.high_resolution and settings.auto_lr and self.rate < LOWEST_RATE
@@ -261,11 +265,10 @@ class FineTuner:
         attacked = self._attacked(images, labels)
         similarity = self._similarity(images, attacked, labels, weighing)
         outcome = self._outcome(images, attacked, labels, weighing)
-        if not outcome.loss.total.isfinite():
-            raise NonFiniteLoss(
-                f"loss is {outcome.loss.total.item()} at epoch {self.epoch + 1}, batch {self.batch + 1}, "
-                f"learning rate {rate:g}"
-            )
+        check_loss(
+            outcome.loss.total,
+            f"epoch {self.epoch + 1}, batch {self.batch + 1}, learning rate {rate:g}",
+        )
         self._optimiser.param_groups[0]["lr"] = rate
         self._optimiser.zero_grad()
         outcome.loss.total.backward()
@@ -341,14 +344,11 @@ class FineTuner:
             self._accuracy = sum(rights) / sum(counts)
 
     def check_finite(self) -> None:
-        """Raise `NonFiniteLoss` if the last step has left anything that is no number: its own loss still was
-        one, and nothing of the kind may be saved."""
-        for name, tensor in self.student.tensors.items():
-            if not tensor.isfinite().all():
-                raise NonFiniteLoss(
-                    f"{name} is no longer finite at epoch {self.epoch + 1}, batch {self.batch}, "
-                    f"learning rate {self.rate:g}"
-                )
+        """Raise `NonFiniteLoss` if the last step left anything that is not finite."""
+        check_finite(
+            self.student.tensors,
+            f"epoch {self.epoch + 1}, batch {self.batch}, learning rate {self.rate:g}",
+        )
 
     def end_epoch(self, clean: float, robust: float) -> dict:
         """Note the validation accuracies in per cent; keep the best weights, or bring them back.
@@ -375,10 +375,8 @@ class FineTuner:
         tensors = {name: tensor.detach() for name, tensor in self.student.tensors.items()}
         if self.best is not None:
             tensors |= {f"best/{name}": tensor for name, tensor in self.best.tensors.items()}
-        for name, parameter in self.trained.items():
-            buffer = self._optimiser.state.get(parameter, {}).get("momentum_buffer")
-            if buffer is not None:
-                tensors[f"momentum/{name}"] = buffer
+        buffers = momentum(self._optimiser, self.trained)
+        tensors |= {f"momentum/{name}": buffer for name, buffer in buffers.items()}
         return tensors, {
             "epoch": self.epoch,
             "batch": self.batch,
@@ -401,11 +399,7 @@ class FineTuner:
         if rooms["best"]:
             self.best = self.student.copy()
             _overwrite(self.best, Student.of_tensors(rooms["best"]))
-        for name, buffer in rooms["momentum"].items():
-            parameter = self.trained[name]
-            if buffer.shape != parameter.shape:
-                raise ValueError(f"momentum of {name} has shape {tuple(buffer.shape)}")
-            self._optimiser.state[parameter] = {"momentum_buffer": buffer.to(parameter.device, copy=True)}
+        restore_momentum(self._optimiser, self.trained, rooms["momentum"])
         self.epoch, self.batch = int(numbers["epoch"]), int(numbers["batch"])
         self._accuracy = None if numbers["accuracy"] is None else float(numbers["accuracy"])
         self._seen = [(int(right), int(count)) for right, count in numbers["seen"]]
@@ -454,10 +448,8 @@ def validate(
     batches: Batches,
     adversary: Adversary,
     seed: int,
-    interrupted: Callable[[], bool] = lambda: False,
-) -> Accuracy | None:
-    """Clean accuracy, and robust accuracy under PGD from a uniform start, an image's own every time; None if
-    `interrupted()` is true before a batch."""
+) -> Accuracy:
+    """Clean accuracy, and robust accuracy under PGD from a uniform start, an image's own every time."""
     weights = {name: weight.detach() for name, weight in weights.items()}
     device = next(iter(weights.values())).device
 
@@ -466,8 +458,6 @@ def validate(
 
     right = standing = count = 0
     for images, labels, indices in batches:
-        if interrupted():
-            return None
         images, labels = images.to(device), labels.to(device)
         with torch.no_grad():
             correct = (logits_of(images).argmax(1) == labels).nonzero().squeeze(1)
@@ -484,35 +474,3 @@ def validate(
         )
         standing += int((~fooled).sum())
     return Accuracy(100 * right / max(count, 1), 100 * standing / max(count, 1))
-
-
-def fine_tune(
-    tuner: FineTuner,
-    training: Callable[[int, int], Batches],
-    validation: Callable[[], Accuracy | None],
-    on_step: Callable[[FineTuner, StepRecord], None],
-    on_epoch: Callable[[FineTuner, dict], None],
-    interrupted: Callable[[], bool] = lambda: False,
-) -> None:
-    """Train until the run is finished, or `interrupted()` is true after a step.
-
-    Args:
-        training: (epoch from 0, first batch) -> the batches of that epoch from that one on.
-        validation: accuracies of the student as it is; None if a signal came first.
-        on_step, on_epoch: called after each batch and after each epoch.
-
-    Raises:
-        NonFiniteLoss: a loss or a weight is no number; `on_epoch` was not called since.
-    """
-    device = next(iter(tuner.student.weights.values())).device
-    while not tuner.finished:
-        for images, labels, _ in training(tuner.epoch, tuner.batch):
-            on_step(tuner, tuner.step(images.to(device), labels.to(device)))
-            if interrupted():
-                tuner.check_finite()
-                return
-        tuner.check_finite()
-        found = validation()
-        if found is None:
-            return
-        on_epoch(tuner, tuner.end_epoch(*found))

@@ -26,7 +26,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -42,6 +42,7 @@ from amt.models.network import Network, features
 from amt.models.pool import Pool
 from amt.models.weights import Weights, stream
 from amt.training.losses import RobustLoss, robust_loss
+from amt.training.optimiser import check_finite, check_loss, momentum, restore_momentum
 from meta_dataset_readers.episode import Episode
 
 ALONE = (1.0,)
@@ -217,8 +218,38 @@ class StepRecord(NamedTuple):
     seconds_per_step: float
 
 
-class NonFiniteLoss(ArithmeticError):
-    """The loss became NaN or infinite; the message names the episode and the level."""
+class Seen(NamedTuple):
+    """Sums over one level's steps since an epoch began, by which a collapse is noticed.
+
+    Args:
+        steps: how many.
+        excess: of |natural loss - ln(ways)|.
+        divergence: of the robust loss.
+        ways: of the last step.
+    """
+
+    steps: int
+    excess: float
+    divergence: float
+    ways: int
+
+    def and_then(self, record: StepRecord) -> "Seen":
+        """The sums with one more step."""
+        excess = abs(record.natural - math.log(record.n_way))
+        return Seen(self.steps + 1, self.excess + excess, self.divergence + record.robust, record.n_way)
+
+    def collapsed(self, robust: bool) -> bool:
+        """Whether the level looks like a constant network: loss at ln(ways), KL divergence at zero.
+
+        Args:
+            robust: whether the level trains against an adversary (only then is there a divergence).
+        """
+        if self.steps == 0 or self.excess / self.steps >= 0.01:
+            return False
+        return not robust or self.divergence / self.steps < 1e-3
+
+
+NOTHING_SEEN = Seen(0, 0.0, 0.0, 0)
 
 
 class Tuner:
@@ -232,6 +263,7 @@ class Tuner:
         self.network = network
         self.settings = settings
         self.episodes_done = 0
+        self._seen = [NOTHING_SEEN] * len(pool)
         self._members = [_leaves(pool[p]) for p in range(len(pool))]
         self._optimisers = [
             torch.optim.SGD([*member.factors.values(), member.scale], settings.lr, settings.momentum)
@@ -263,9 +295,22 @@ class Tuner:
         Raises:
             NonFiniteLoss: before the level concerned was changed; levels before it have made their step.
         """
+        starts_epoch = self.episodes_done % self.settings.episodes_per_epoch == 0
         records = [self._level_step(p, episode) for p in range(len(self._members))]
+        before = [NOTHING_SEEN] * len(records) if starts_epoch else self._seen
+        self._seen = [seen.and_then(record) for seen, record in zip(before, records, strict=True)]
         self.episodes_done += 1
         return records
+
+    def collapsed(self) -> dict[int, int]:
+        """The levels that have looked like a constant network since the epoch began, with their last ways."""
+        robust = self.settings.method == "adsv"  # the others have no divergence to look at
+        return {p: seen.ways for p, seen in enumerate(self._seen) if seen.collapsed(robust)}
+
+    def check_finite(self) -> None:
+        """Raise `NonFiniteLoss` if the last step left anything that is not finite."""
+        for p, member in enumerate(self._members):
+            check_finite(_parameters(member), f"episode {self.episodes_done}, level {p}")
 
     def _level_step(self, p: int, episode: Episode) -> StepRecord:
         began = time.perf_counter()
@@ -273,10 +318,10 @@ class Tuner:
         lr = learning_rate(self.settings, self.epoch)
         outcome = self._outcome(member, episode, p, scaler.get_scale())
         # Float16 may overflow at a large loss scale; the scaler then skips the step and halves the scale.
-        if not outcome.loss.total.isfinite() and scaler.get_scale() <= 1:
-            raise NonFiniteLoss(
-                f"loss is {outcome.loss.total.item()} at episode {self.episodes_done}, "
-                f"level {p} (epsilon {member.levels[0].epsilon:g}/255)"
+        if scaler.get_scale() <= 1:
+            epsilon = member.levels[0].epsilon
+            check_loss(
+                outcome.loss.total, f"episode {self.episodes_done}, level {p} (epsilon {epsilon:g}/255)"
             )
         optimiser.param_groups[0]["lr"] = lr
         optimiser.zero_grad()
@@ -304,20 +349,20 @@ class Tuner:
         outcome = OUTCOMES[self.settings.method]
         return outcome(self.network, member, episode, level, start, loss_scale)
 
-    def state(self) -> tuple[dict[str, Tensor], dict]:
+    def state(self) -> tuple[Weights, dict]:
         """What the pool does not hold: the optimisers' momentum by name, and plain numbers."""
-        momentum = {
-            f"{p}.{name}": self._optimisers[p].state[parameter]["momentum_buffer"]
+        buffers = {
+            f"{p}.{name}": buffer
             for p, member in enumerate(self._members)
-            for name, parameter in _parameters(member).items()
-            if parameter in self._optimisers[p].state
+            for name, buffer in momentum(self._optimisers[p], _parameters(member)).items()
         }
-        return momentum, {
+        return buffers, {
             "episodes_done": self.episodes_done,
             "scalers": [scaler.state_dict() for scaler in self._scalers],
+            "seen": [list(seen) for seen in self._seen],
         }
 
-    def restore(self, momentum: dict[str, Tensor], numbers: dict) -> None:
+    def restore(self, buffers: Weights, numbers: dict) -> None:
         """Take over what `state` gave; the pool itself is given to the constructor.
 
         Raises:
@@ -325,38 +370,12 @@ class Tuner:
         """
         self.episodes_done = numbers["episodes_done"]
         for p, member in enumerate(self._members):
-            for name, parameter in _parameters(member).items():
-                if f"{p}.{name}" in momentum:
-                    buffer = momentum[f"{p}.{name}"].to(parameter.device)
-                    if buffer.shape != parameter.shape:
-                        raise ValueError(f"momentum of {name} has shape {tuple(buffer.shape)}")
-                    self._optimisers[p].state[parameter] = {"momentum_buffer": buffer}
+            own = {name.removeprefix(f"{p}."): b for name, b in buffers.items() if name.startswith(f"{p}.")}
+            restore_momentum(self._optimisers[p], _parameters(member), own)
             if numbers["scalers"][p]:
                 self._scalers[p].load_state_dict(numbers["scalers"][p])
-
-
-def meta_tune(
-    tuner: Tuner,
-    episodes: Iterable[Episode],
-    on_step: Callable[[Tuner, list[StepRecord]], None],
-    on_epoch: Callable[[Tuner], None],
-    interrupted: Callable[[], bool] = lambda: False,
-) -> Pool:
-    """Train until the episodes end or `interrupted()` is true after a step; the pool as it then is.
-
-    Args:
-        tuner: fresh or restored.
-        episodes: those still to come, beginning with number `tuner.episodes_done`.
-        on_step, on_epoch: called after each episode and after each completed epoch.
-    """
-    for episode in episodes:
-        records = tuner.step(episode.to(tuner.network.device))
-        on_step(tuner, records)
-        if tuner.episodes_done % tuner.settings.episodes_per_epoch == 0:
-            on_epoch(tuner)
-        if interrupted():
-            break
-    return tuner.pool
+            if "seen" in numbers:  # not in older files
+                self._seen[p] = Seen(*numbers["seen"][p])
 
 
 @functools.cache  # a scheduler is built for the answer, which is the same for a whole epoch
@@ -371,20 +390,6 @@ def learning_rate(settings: TuneSettings, epoch: int) -> float:
     )
     schedule.step(epoch)
     return schedule.optimizer.param_groups[0]["lr"]
-
-
-def collapsed(records: list[StepRecord], robust: bool) -> bool:
-    """Whether a level's whole epoch looks like a constant network: loss at ln(ways), KL at zero.
-
-    Args:
-        records: one level's steps of one epoch.
-        robust: whether the level trains against an adversary (only then is there a KL to look at).
-    """
-    if not records:
-        return False
-    excess = sum(abs(r.natural - math.log(r.n_way)) for r in records) / len(records)
-    kl = sum(r.robust for r in records) / len(records)
-    return excess < 0.01 and (not robust or kl < 1e-3)
 
 
 def _parameters(member: Pool) -> dict[str, Tensor]:

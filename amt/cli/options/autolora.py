@@ -10,6 +10,7 @@ import dataclasses
 from pathlib import Path
 
 from amt.attacks.kinds import Attack, parse_attack
+from amt.cli.options.common import add_overwrite, add_saving
 from amt.cli.options.parsing import (
     Parser,
     WithoutEffect,
@@ -207,6 +208,8 @@ def parser() -> Parser:
     machine.add_argument("--gpu", "-g", help="the published name for --device cuda:N")
     machine.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
     machine.add_argument("--seed", type=natural, default=1, help="decides everything that is random")
+    add_overwrite(machine)
+    add_saving(machine)
     without = parser.add_argument_group("accepted from published command lines, without effect")
     for reason, flags in WITHOUT_EFFECT.items():
         for flag in flags.split():

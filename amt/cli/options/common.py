@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from amt.cli.options.parsing import Parser, fraction, natural, place, positive
+from amt.cli.options.parsing import Parser, amount, fraction, natural, place, positive
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.sampling import EpisodeSampling
 
@@ -14,6 +14,26 @@ CDFSL_QUERIES = 15  # per class, in the benchmark's own evaluation
 
 
 FOLDER_DATASETS = {"cifar_fs": "cifar_fs", "cifar_fs_elite": "cifar_fs", "mini_imagenet": "mini_imagenet"}
+
+
+def add_overwrite(group) -> None:
+    """Add the flag of every program that keeps a run in a directory."""
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="start anew in an output directory that holds a run, whose files are removed; without it the "
+        "same settings continue what is there and others are refused",
+    )
+
+
+def add_saving(group) -> None:
+    """Add the flag of every program that trains."""
+    group.add_argument(
+        "--save_every_minutes",
+        type=amount,
+        default=10.0,
+        help="time after which a checkpoint is written within an epoch; 0: only when an epoch ends",
+    )
 
 
 def add_common(parser: Parser, sources: str, default: Sequence[str], split_help: str) -> None:
@@ -93,6 +113,7 @@ def add_common(parser: Parser, sources: str, default: Sequence[str], split_help:
         help="CPU threads (default: torch's choice); 1 is best for small networks or on a busy machine",
     )
     machine.add_argument("--seed", type=natural, default=0, help="decides everything that is random")
+    add_overwrite(machine)
 
 
 def check_episodes(args: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ import argparse
 import torch
 
 from amt.attacks.levels import STARTS, Perturbation
-from amt.cli.options.common import add_common, check_episodes, folder_source
+from amt.cli.options.common import add_common, add_saving, check_episodes, folder_source
 from amt.cli.options.parsing import Parser, amount, check_distinct, natural, place, positive
 from amt.files.published import POOL_EPSILONS
 from amt.models.architectures import base_arch
@@ -52,7 +52,12 @@ def training_parser() -> Parser:
     )
     parser.add_argument("--rank", type=positive, default=8, help="rank of every LoRA")
     parser.add_argument("--output_dir", type=place, required=True, help="where checkpoints and logs go")
-    parser.add_argument("--resume", type=place, help="a last.safetensors to continue exactly")
+    parser.add_argument(
+        "--resume",
+        type=place,
+        help="a last.safetensors to continue exactly, in any --output_dir (default: the one that is there)",
+    )
+    add_saving(parser)
     parser.add_argument("--eval", action="store_true", help="refused: test_meta_dataset.py evaluates")
 
     precision = parser.add_mutually_exclusive_group()

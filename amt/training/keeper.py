@@ -1,0 +1,198 @@
+"""The keeper of a training run: its directory, checkpoints, signals, progress line and TensorBoard events.
+
+    RUN/run.json            what the run was begun with
+    RUN/last.safetensors    everything the run continues from
+    RUN/best.safetensors    the epoch that validates best
+    RUN/tensorboard/
+
+Watches a run and never steers it: a run with another keeper ends with the same weights. Knows no method; what
+is trained, how an epoch is judged and what the files hold is told by the loops of main.py and
+amt/cli/autolora.py.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from tqdm import tqdm
+
+from amt.files import checkpoint, weight_files
+from amt.files.run_directory import RunDirectory
+from amt.files.signals import Interrupts
+from amt.models.weights import Weights
+from amt.training.board import Board
+from amt.training.optimiser import NonFiniteLoss
+from meta_dataset_readers.errors import InputError
+
+Item = TypeVar("Item")
+FINE_TUNING = "fine-tuning"  # the kind of AutoLoRa's last.safetensors
+WROTE = (
+    *("last.safetensors", "last.json", "best.safetensors", "best.json"),
+    *("tensorboard/events.out.tfevents.*", "tensorboard"),
+)
+
+
+class Keeper:
+    """Keeps one run in its directory; use it as a context manager.
+
+    Args:
+        folder: created if missing.
+        kind: of run, in words, such as "a meta-tuning"; another kind's directory is refused.
+        settings: what decides the result; a run of other settings is refused.
+        flag: that names the directory, for messages.
+        overwrite: start anew, whatever is there.
+        minutes: of training after which a checkpoint is due within an epoch; 0 for none.
+        results: patterns of what others write below the directory for this run, which goes with it.
+
+    Raises:
+        InputError: on entering: see `RunDirectory`; on leaving: in place of a `NonFiniteLoss`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        kind: str,
+        settings: Mapping,
+        *,
+        flag: str = "--output_dir",
+        overwrite: bool = False,
+        minutes: float = 10.0,
+        results: Sequence[str] = (),
+    ):
+        self.folder = folder
+        self.last, self.best = folder / "last.safetensors", folder / "best.safetensors"
+        self.good: Path | None = None  # holds the last good state
+        self._directory = RunDirectory(
+            folder,
+            {"format": checkpoint.FORMAT, "kind": kind, "settings": settings, **checkpoint.provenance()},
+            results=(*WROTE, *results),
+            flag=flag,
+            overwrite=overwrite,
+            resumable=[self.last.name],
+        )
+        self._seconds = 60 * minutes
+        self._interrupts = Interrupts()
+        self._opened = contextlib.ExitStack()
+
+    def __enter__(self) -> "Keeper":
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(self._directory)
+            opened.enter_context(self._interrupts)
+            self._opened = opened.pop_all()
+        return self
+
+    def __exit__(self, _kind, error: BaseException | None, _traceback) -> None:
+        try:
+            self._opened.close()
+        except OSError:  # a full disk is told once
+            if error is None:
+                raise
+        if isinstance(error, NonFiniteLoss):
+            kept = f"the last good state is kept in {self.good}" if self.good else "nothing was saved yet"
+            raise InputError(f"{self.folder}: {error}; {kept}") from error
+
+    def begin(self, what: str, unit: str, total: int, done: int) -> None:
+        """Open what shows the progress: of `total` units so many are done.
+
+        Call it once `last`, if there is one, has been found to be of these settings.
+        """
+        self._directory.confirm()
+        self._board = Board(self.folder / "tensorboard", first=done + 1)
+        self._opened.callback(self._board.close)
+        self._progress = tqdm(total=total, initial=done, unit=unit, desc=what, smoothing=0.05)
+        self._opened.callback(self._progress.close)
+        self._saved_at = time.monotonic()
+
+    def watch(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items up to the first signal, which also ends the wait for the next one."""
+        return self._interrupts.watch(items)
+
+    def whole(self, items: Iterable[Item]) -> Iterator[Item]:
+        """All items, or `Interrupted` once a signal has arrived: half a validation is none."""
+        return self._interrupts.whole(items)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal has arrived."""
+        return self._interrupts.pending()
+
+    @property
+    def code(self) -> int:
+        """The exit code of a program that the signal has ended."""
+        return self._interrupts.code
+
+    def log_step(self, step: int, scalars: Mapping[str, float], brief: str) -> None:
+        """Note one step, from 1, and show it on the progress line."""
+        self.log(step, scalars)
+        self._progress.update()
+        self._progress.set_postfix_str(brief, refresh=False)
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Note values for TensorBoard."""
+        self._board.add(scalars, step)
+
+    def say(self, line: str) -> None:
+        """Print a line without breaking the progress bar."""
+        self._progress.write(line)
+
+    def is_due(self) -> bool:
+        """Whether the last checkpoint was written long enough ago."""
+        return 0 < self._seconds <= time.monotonic() - self._saved_at
+
+    def save_last(self, tensors: Weights, about: dict) -> None:
+        """Write what the run continues from."""
+        checkpoint.write(self.last, tensors, about)
+        self._board.flush()
+        self.good, self._saved_at = self.last, time.monotonic()
+
+    def save_best(self, tensors: Weights, about: dict) -> None:
+        """Write the best epoch. Save it before `last`: killed in between, the continued run judges this epoch
+        again and finds it best again."""
+        checkpoint.write(self.best, tensors, about)
+
+
+def check_resumable(path: Path, saved: checkpoint.Checkpoint) -> None:
+    """Raise an `InputError` unless a meta-tuning can continue from `saved`, which is what `path` holds."""
+    if "published" in saved.about:
+        raise InputError(
+            f"{path}: a checkpoint of the published code, whose training cannot be continued exactly; "
+            "expected a last.safetensors of ours"
+        )
+    if "tuner" not in saved.about:
+        raise InputError(f"{path}: holds no optimiser state; continue from a last.safetensors")
+    for name, kind in {"tuner": dict, "settings": dict, "protocol": dict, "history": list}.items():
+        if not isinstance(saved.about.get(name), kind):
+            raise InputError(f"{path}: damaged header field 'amt': {name} is missing or no {kind.__name__}")
+
+
+def fine_tuning_state(path: Path) -> tuple[Weights, dict]:
+    """The tensors of a fine-tuning, from which it continues, and what its file says, which has at least
+    `protocol` and `tuner`.
+
+    Raises:
+        InputError: the file is damaged or holds no such state.
+    """
+    content = weight_files.read(path, "state of a fine-tuning")
+    try:
+        about = json.loads(content.header[checkpoint.HEADER])
+        kind = about["kind"]
+        if not isinstance(about["protocol"], dict) or not isinstance(about["tuner"], dict):
+            raise TypeError("protocol or tuner is no dict")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: no state of a fine-tuning ({error!r})") from error
+    if kind != FINE_TUNING:
+        raise InputError(f"{path}: a {kind}, expected the state of a fine-tuning")
+    return content.data, about
+
+
+def scalars(prefix: str, record: NamedTuple, without: Collection[str] = ()) -> dict[str, float]:
+    """The fields of a step's record as TensorBoard shows them."""
+    return {f"{prefix}/{name}": value for name, value in record._asdict().items() if name not in without}
+
+
+def brief(record) -> str:
+    """A step's record on the progress line: loss, clean and robust accuracy in per cent."""
+    return f"{record.total:.2f} {100 * record.clean_accuracy:.0f}/{100 * record.robust_accuracy:.0f}%"

@@ -1,0 +1,55 @@
+"""What every tuner shares: the state of SGD by the names of parameters, and the refusal of what is no number.
+
+Knows no method and no files.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from amt.models.weights import Weights
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss or a weight became NaN or infinite; the message says where in the run."""
+
+
+def check_loss(loss: Tensor, where: str) -> None:
+    """Raise `NonFiniteLoss` unless a loss, a scalar, is finite."""
+    if not loss.isfinite():
+        raise NonFiniteLoss(f"loss is {loss.item()} at {where}")
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise `NonFiniteLoss` if the last step left a tensor that is not finite: its own loss still was, and
+    nothing of the kind may be saved."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise NonFiniteLoss(f"{name} is no longer finite at {where}")
+
+
+def momentum(optimiser: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> Weights:
+    """The momentum buffers of SGD by the names of their parameters; none before a parameter's first step."""
+    states = {name: optimiser.state.get(parameter, {}) for name, parameter in parameters.items()}
+    return {
+        name: state["momentum_buffer"]
+        for name, state in states.items()
+        if state.get("momentum_buffer") is not None
+    }
+
+
+def restore_momentum(
+    optimiser: torch.optim.Optimizer, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+) -> None:
+    """Take over what `momentum` gave; the buffers are copied.
+
+    Raises:
+        KeyError: a buffer belongs to no parameter.
+        ValueError: a buffer has another shape than its parameter.
+    """
+    for name, buffer in buffers.items():
+        parameter = parameters[name]
+        if buffer.shape != parameter.shape:
+            raise ValueError(f"momentum of {name} has shape {tuple(buffer.shape)}")
+        optimiser.state[parameter] = {"momentum_buffer": buffer.to(parameter.device, copy=True)}
