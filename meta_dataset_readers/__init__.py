@@ -3,8 +3,9 @@
 from meta_dataset_readers.episode import Episode, ImageOrigin
 from meta_dataset_readers.errors import DamagedRecord, InputError, exit_on_bad_input, nearest
 from meta_dataset_readers.layouts import open_source, sources
+from meta_dataset_readers.protocol import EpisodeSampling
 from meta_dataset_readers.reader import EpisodeReader, SourceMixture, episode_loader
-from meta_dataset_readers.sampling import EpisodeDescription, EpisodeSampling, check_sampling, sample_episode
+from meta_dataset_readers.sampling import EpisodeDescription, check_sampling, sample_episode
 from meta_dataset_readers.spec import SPLITS, DatasetSpec, load_spec
 from meta_dataset_readers.store import ImageStore, Source
 from meta_dataset_readers.stored_episodes import dump_episode, open_episodes

@@ -20,8 +20,9 @@ PACKAGES = {
     "cli": {"attacks", "data", "models", "files", "tasks", "training", "evaluation", "report"},
 }
 READERS = "meta_dataset_readers"
-# Of the readers the packages below cli know what an episode is, how an error is told, how images are scaled.
-OF_THE_READERS = {f"{READERS}.{name}" for name in ("episode", "errors", "transforms", "reader")}
+# Of the readers the packages below cli know what an episode is, how an error is told, how images are scaled,
+# how a setting is declared.
+OF_THE_READERS = {f"{READERS}.{name}" for name in ("episode", "errors", "transforms", "reader", "settings")}
 SCRIPTS = {"main", "test_meta_dataset", "studies", "benchmarks", "tools", "tests"}
 
 

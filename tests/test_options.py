@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from amt.attacks.evaluation import Attack
 from amt.cli import options
 from amt.cli.options.published_flags import is_published
-from amt.evaluation.select import BETAS, GAMMAS
-from amt.models.lora import Trim
-from amt.tasks.merge import Routing
+from amt.models.trim import Trim
+from amt.tasks.settings import BETAS, GAMMAS, Routing
+from meta_dataset_readers.command import spelling
 from meta_dataset_readers.errors import InputError
 
 TRAIN = ["--data_path", "data", "--base_sources", "a", "--output_dir", "out", "--arch", "vit_mini_amt"]
@@ -58,9 +58,9 @@ def test_only_flags_are_respelt():
 
 @given(st.text(alphabet="abc-_=0", max_size=8), st.text(alphabet="ab-_", max_size=4))
 def test_spelling_changes_dashes_of_the_name_alone(name, value):
-    spelt = options.spelling(f"--x{name.replace('=', '')}={value}")
+    spelt = spelling(f"--x{name.replace('=', '')}={value}")
     assert spelt == f"--x{name.replace('=', '').replace('-', '_')}={value}"
-    assert options.spelling(name.lstrip("-")) == name.lstrip("-")
+    assert spelling(name.lstrip("-")) == name.lstrip("-")
 
 
 def test_unambiguous_abbreviations_are_understood_and_others_refused():
@@ -322,7 +322,7 @@ def test_an_epsilon_that_is_no_amount_is_refused(parse, value):
     ("flags", "words"),
     [
         (["--arch", "vit_mni_amt"], ["vit_mni", "did you mean 'vit_mini'"]),
-        (["--rank", "0"], ["--rank", "at least 1"]),
+        (["--rank", "0"], ["--rank", "expected a positive integer, got '0'"]),
         (["--epochs", "2.5"], ["--epochs", "2.5"]),
         (["--lr", "-1"], ["--lr", "-1"]),
         (["--eval"], ["--eval", "test_meta_dataset.py"]),

@@ -5,63 +5,18 @@ since all it asks autograd for is the gradient with respect to the perturbation.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Generators = torch.Generator | Sequence[torch.Generator]
+from amt.attacks.settings import Perturbation
 
-STARTS = ("zero", "random1", "random2")
+Generators = torch.Generator | Sequence[torch.Generator]
 
 # A power of two: exact in float32, and in float16 it keeps small gradients from being flushed to zero.
 _PGD_LOSS_SCALE = 2.0**10
-
-
-@dataclasses.dataclass(frozen=True)
-class Perturbation:
-    """One robustness level of meta-training: how far inputs and weights are moved, and what it weighs.
-
-    Raises ValueError for numbers that make no sense.
-
-    The input moves on a pyramid of grids: level l holds one value per cell of a `grids[l]` x `grids[l]`
-    grid (0: one cell per pixel), bounded by epsilon and multiplied by `scalars[l]`, so that epsilon is the
-    bound of the pixel level alone when its scalar is 1. `grids=(0,)`, `scalars=(1.0,)` is ordinary PGD.
-
-    Args:
-        epsilon: bound in 1/255 of the pixel range, >= 0.
-        step_size: step in the same unit.
-        steps: number of attack steps K.
-        gamma: radius of the weight perturbation relative to each factor's norm; 0 leaves weights alone.
-        beta: weight of the robust term in the loss.
-        start: "zero", "random1" (uniform within epsilon) or "random2" (0.001 times a standard normal).
-            From "zero" the KL gradient is exactly zero, so that attack may never leave the clean image.
-    """
-
-    epsilon: float
-    step_size: float
-    steps: int = 10
-    gamma: float = 0.005
-    beta: float = 6.0
-    grids: tuple[int, ...] = (4, 8, 0)
-    scalars: tuple[float, ...] = (20.0, 10.0, 1.0)
-    start: str = "random2"
-
-    def __post_init__(self) -> None:
-        numbers = (self.epsilon, self.step_size, self.gamma, self.beta, *self.scalars)
-        counts = (self.steps, *self.grids)
-        if not all(isinstance(n, int | float) and 0 <= n < math.inf for n in numbers):
-            raise ValueError(f"a level needs finite numbers of at least 0, found {numbers}")
-        if not all(isinstance(n, int) and n >= 0 for n in counts) or len(self.grids) != len(self.scalars):
-            raise ValueError(f"a level needs whole steps and as many grids as scalars, found {self}")
-        if self.start not in STARTS:
-            raise ValueError(f"start is {self.start!r}, expected one of {', '.join(STARTS)}")
-
-    def scaled(self, factor: float) -> "Perturbation":
-        """The same level with epsilon and step size multiplied by `factor`."""
-        return dataclasses.replace(self, epsilon=self.epsilon * factor, step_size=self.step_size * factor)
 
 
 @dataclasses.dataclass(frozen=True)

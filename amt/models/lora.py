@@ -17,8 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from amt.attacks.perturb import Perturbation
+from amt.attacks.settings import Perturbation
 from amt.models.pool import Pool, joined_heads, untrained_head
+from amt.models.trim import Trim
 from amt.models.weights import Weights
 
 VIT_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -194,26 +195,6 @@ def principal_pool(
         B[name] = one_B.repeat(len(levels), 1, 1, 1)
     scale, bias = untrained_head(next(iter(weights.values())), len(levels))
     return LoRAPool(residual, A, B, scale, bias, tuple(levels))
-
-
-@dataclasses.dataclass(frozen=True)
-class Trim:
-    """Which weights lose their smallest singular values.
-
-    Args:
-        layer: ending of the layer's name, such as "qkv", "proj", "fc1" or "attn.qkv".
-        block: index of the transformer block, or -1 for all.
-        keep: fraction of singular values kept, in (0, 1]; at least one value stays.
-    """
-
-    layer: str
-    block: int
-    keep: float
-
-    def selects(self, name: str) -> bool:
-        """Whether the weight called `name`, e.g. `blocks.3.attn.qkv.weight`, is trimmed."""
-        block = "blocks." if self.block == -1 else f"blocks.{self.block}."
-        return name.startswith(block) and name.endswith(f"{self.layer}.weight")
 
 
 def truncate(weight: Tensor, keep: float) -> Tensor:

@@ -1,0 +1,75 @@
+"""What a robustness level is: how far inputs and weights are moved. Knows no tensors."""
+
+import dataclasses
+import math
+
+from meta_dataset_readers.settings import setting
+
+STARTS = ("zero", "random1", "random2")
+# The levels of the paper's four LoRAs, in 1/255 of the pixel range.
+POOL_EPSILONS = (8.0, 6.0, 0.1, 0.01)
+
+
+@dataclasses.dataclass(frozen=True)
+class Perturbation:
+    """One robustness level of meta-training: how far inputs and weights are moved, and what it weighs.
+
+    Raises ValueError for numbers that make no sense.
+
+    The input moves on a pyramid of grids: level l holds one value per cell of a `grids[l]` x `grids[l]`
+    grid (0: one cell per pixel), bounded by epsilon and multiplied by `scalars[l]`, so that epsilon is the
+    bound of the pixel level alone when its scalar is 1. `grids=(0,)`, `scalars=(1.0,)` is ordinary PGD.
+
+    Args:
+        epsilon: bound in 1/255 of the pixel range, >= 0.
+        step_size: step in the same unit.
+        steps: number of attack steps K.
+        gamma: radius of the weight perturbation relative to each factor's norm; 0 leaves weights alone.
+        beta: weight of the robust term in the loss.
+        start: "zero", "random1" (uniform within epsilon) or "random2" (0.001 times a standard normal).
+            From "zero" the KL gradient is exactly zero, so that attack may never leave the clean image.
+    """
+
+    epsilon: float
+    step_size: float = setting(
+        help="step size in 1/255 (default: a quarter of each epsilon)", flag="alpha", least=0
+    )
+    steps: int = setting(10, "steps K of the training attack", flag="attack_iters", least=1, most=10**6)
+    gamma: float = setting(
+        0.005, "relative radius of the weight perturbation (ours)", flag="awp_gamma", least=0
+    )
+    beta: float = setting(6.0, "weight of the robust term", least=0)
+    grids: tuple[int, ...] = setting(
+        (4, 8, 0),
+        "cells per side of each level, 0 for one per pixel (default: 4 8 0; with querying 0)",
+        flag="pyramid_grids",
+        least=0,
+        most=4096,
+    )
+    scalars: tuple[float, ...] = setting(
+        (20.0, 10.0, 1.0),
+        "what each level is multiplied by (default: 20 10 1; with querying 1)",
+        flag="pyramid_scalars",
+        least=0,
+    )
+    start: str = setting(
+        "random2",
+        "start of the attack; random is random2; zero is degenerate, its first gradient vanishes (ours) "
+        "(default: random2; with querying random1)",
+        flag="delta_init",
+        choices=(*STARTS, "random"),
+    )
+
+    def __post_init__(self) -> None:
+        numbers = (self.epsilon, self.step_size, self.gamma, self.beta, *self.scalars)
+        counts = (self.steps, *self.grids)
+        if not all(isinstance(n, int | float) and 0 <= n < math.inf for n in numbers):
+            raise ValueError(f"a level needs finite numbers of at least 0, found {numbers}")
+        if not all(isinstance(n, int) and n >= 0 for n in counts) or len(self.grids) != len(self.scalars):
+            raise ValueError(f"a level needs whole steps and as many grids as scalars, found {self}")
+        if self.start not in STARTS:
+            raise ValueError(f"start is {self.start!r}, expected one of {', '.join(STARTS)}")
+
+    def scaled(self, factor: float) -> "Perturbation":
+        """The same level with epsilon and step size multiplied by `factor`."""
+        return dataclasses.replace(self, epsilon=self.epsilon * factor, step_size=self.step_size * factor)
