@@ -13,38 +13,47 @@ is a LoRA, or with --tune full a complete network; baselines train in the same l
 is the other path, robust fine-tuning on an ordinary data set: amt/cli/autolora.py.
 """
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import json
 import sys
 from functools import partial
-
-from torch.utils.data import Subset
+from typing import TYPE_CHECKING
 
 from amt.cli import options
-from amt.evaluation.evaluate import validate
-from amt.files import checkpoint
-from amt.files.pretrained import load_network
-from amt.files.signals import Interrupts
-from amt.models.full_pool import pretrained_pool
-from amt.models.lora import principal_pool
-from amt.models.network import Network, find_device
-from amt.models.pool import Pool
-from amt.training.journal import Journal
-from amt.training.meta_tune import NonFiniteLoss, Tuner, TuneSettings, meta_tune
 from meta_dataset_readers.errors import InputError, exit_on_bad_input
-from meta_dataset_readers.reader import EpisodeReader, SourceMixture, episode_loader
-from meta_dataset_readers.stored_episodes import open_episodes
+
+if TYPE_CHECKING:
+    from amt.models.network import Network
+    from amt.models.pool import Pool
+    from amt.training.meta_tune import Tuner
+    from amt.training.settings import TuneSettings
 
 
 def main() -> int:
     if sys.argv[1:2] == ["autolora"]:
-        from amt.cli import autolora  # brings matplotlib and more, which meta-training need not wait for
+        from amt.cli import autolora
 
         return autolora.main(sys.argv[2:])
     args = options.training_parser().parse(sys.argv[1:])
     options.check_training(args)
     options.check_output(args.output_dir)
+
+    # These bring torch, which nobody should wait for who asks for --help or mistyped a flag.
+    from torch.utils.data import Subset
+
+    from amt.evaluation.evaluate import validate
+    from amt.files import checkpoint
+    from amt.files.pretrained import load_network
+    from amt.files.signals import Interrupts
+    from amt.models.network import find_device
+    from amt.training.journal import Journal
+    from amt.training.meta_tune import NonFiniteLoss, meta_tune
+    from meta_dataset_readers.reader import EpisodeReader, SourceMixture, episode_loader
+    from meta_dataset_readers.stored_episodes import open_episodes
+
     options.use_threads(args)
     settings = options.tune_settings(args)
     network = load_network(
@@ -119,6 +128,10 @@ def protocol(args: argparse.Namespace, network: Network) -> dict:
 
 def fresh(args: argparse.Namespace, network: Network, settings: TuneSettings) -> tuple[Tuner, list[dict]]:
     """A tuner at the start of its run, and an empty history."""
+    from amt.models.full_pool import pretrained_pool
+    from amt.models.lora import principal_pool
+    from amt.training.meta_tune import Tuner
+
     levels = options.levels(args)
     if args.tune == "full":
         pool = pretrained_pool(network.weights, levels)
@@ -132,6 +145,9 @@ def fresh(args: argparse.Namespace, network: Network, settings: TuneSettings) ->
 
 def resumed(args: argparse.Namespace, network: Network, settings: TuneSettings) -> tuple[Tuner, list[dict]]:
     """The tuner that `--resume` saved, and the history of its run."""
+    from amt.files import checkpoint
+    from amt.training.meta_tune import Tuner
+
     saved = checkpoint.load(args.resume)
     checkpoint.check_architecture(args.resume, saved.pool, network.weights, network.arch)
     tuned = {"tune": args.tune, "rank": args.rank if args.tune == "lora" else None}

@@ -11,6 +11,8 @@ Every episode's row is on the disk as soon as it is known: the same command cont
 and processes with --shard I/N, or under torchrun, share one --output_dir.
 """
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import datetime
@@ -18,27 +20,19 @@ import json
 import sys
 from collections.abc import Iterator
 from functools import partial
-
-from torch.utils.data import Subset
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from amt.cli import options
-from amt.evaluation import runs
-from amt.evaluation.deploy import Deployment, as_decided, check_deployment, deploy
-from amt.evaluation.evaluate import columns, measure
-from amt.evaluation.sanity import probe
-from amt.evaluation.statistics import groups
-from amt.files import checkpoint, writing
-from amt.files.pretrained import load_network
-from amt.files.signals import Interrupts
-from amt.models.network import Network, find_device
-from amt.report.finish import conclude
-from amt.tasks.classifier import Predictor, pretrained_predictor
-from meta_dataset_readers.domains import DOMAINS
-from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError, exit_on_bad_input
-from meta_dataset_readers.reader import EpisodeReader, episode_loader
-from meta_dataset_readers.stored_episodes import dump_episode
+
+if TYPE_CHECKING:
+    from amt.evaluation import runs
+    from amt.evaluation.settings import Deployment
+    from amt.files import checkpoint
+    from amt.files.signals import Interrupts
+    from amt.models.network import Network
+    from amt.tasks.classifier import Predictor
+    from meta_dataset_readers.episode import Episode
 
 # Flags that change neither an episode's row nor what it is compared with.
 NOT_SETTINGS = (
@@ -51,6 +45,20 @@ def main() -> int:
     args = options.testing_parser().parse(sys.argv[1:])
     options.check_testing(args)
     options.check_output(args.output_dir)
+
+    # These bring torch, which nobody should wait for who asks for --help or mistyped a flag.
+    from torch.utils.data import Subset
+    from tqdm import tqdm
+
+    from amt.evaluation import runs
+    from amt.evaluation.deploy import as_decided, check_deployment, deploy
+    from amt.files.pretrained import load_network
+    from amt.files.signals import Interrupts
+    from amt.models.network import find_device
+    from amt.report.finish import conclude
+    from meta_dataset_readers.reader import EpisodeReader, episode_loader
+    from meta_dataset_readers.stored_episodes import dump_episode
+
     options.use_threads(args)
     deployments, attacks = options.deployments(args), options.attacks(args)
     transfer = any(attack.kind == "transfer" for attack in attacks)
@@ -135,6 +143,8 @@ def main() -> int:
 
 def load_pool(args: argparse.Namespace, network: Network) -> checkpoint.Checkpoint:
     """The checkpoint that --resume names, which fits the backbone."""
+    from amt.files import checkpoint
+
     saved = checkpoint.load(args.resume)
     checkpoint.check_architecture(args.resume, saved.pool, network.weights, network.arch)
     for note in saved.about.get("notes", ()):
@@ -145,6 +155,8 @@ def load_pool(args: argparse.Namespace, network: Network) -> checkpoint.Checkpoi
 def watched(network: Network, interrupts: Interrupts, episodes, title: str) -> Iterator[Episode]:
     """The episodes that something is chosen on, on the backbone's device, with a progress line; a signal
     ends the program, since half a choice is none."""
+    from tqdm import tqdm
+
     for episode in tqdm(episodes, desc=title, unit="episode", leave=False):
         yield episode.to(network.device)
         if interrupts.pending():
@@ -153,6 +165,11 @@ def watched(network: Network, interrupts: Interrupts, episodes, title: str) -> I
 
 def score(args, network: Network, predict: Predictor, episode: Episode, attacks, out: runs.Writer) -> dict:
     """The row of one episode; of the first ones the attacks are checked, and images kept."""
+    from amt.evaluation import runs
+    from amt.evaluation.evaluate import measure
+    from amt.evaluation.sanity import probe
+    from amt.tasks.classifier import pretrained_predictor
+
     measured = measure(predict, episode, attacks, args.seed, pretrained_predictor(network))
     row = measured.row
     if attacks and episode.index < args.probe_episodes:
@@ -164,6 +181,11 @@ def score(args, network: Network, predict: Predictor, episode: Episode, attacks,
 
 def description(args, network, saved, deployments, attacks) -> dict:
     """What run.json says: everything that decides the rows, and how to get them again."""
+    from amt.evaluation.evaluate import columns
+    from amt.evaluation.statistics import groups
+    from amt.files import checkpoint, writing
+    from meta_dataset_readers.domains import DOMAINS
+
     trained_on = ()
     if saved:
         protocol = saved.about.get("protocol", {})

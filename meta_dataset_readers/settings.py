@@ -64,7 +64,7 @@ class Number:
 
     def describe(self, value: object = None) -> str:
         """What is expected, in words; the upper bound only where `value` exceeds it."""
-        bound = f" of at most {self.most:g}" if self._too_large(value) else ""
+        bound = f" of at most {self.most}" if self._too_large(value) else ""
         if self.kind is int:
             words = {None: "an integer", 0: "a nonnegative integer", 1: "a positive integer"}
             return words.get(self.least, f"an integer of at least {self.least}") + bound
