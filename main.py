@@ -39,6 +39,10 @@ def main() -> int:
         return autolora.main(sys.argv[2:])
     args = options.training_parser().parse(sys.argv[1:])
     options.check_training(args)
+    if args.dry_run is not None:
+        from amt.cli import dry_run
+
+        return dry_run.training(args)
     options.check_output(args.output_dir)
 
     # These bring torch, which nobody should wait for who asks for --help or mistyped a flag.

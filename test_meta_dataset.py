@@ -37,13 +37,17 @@ if TYPE_CHECKING:
 # Flags that change neither an episode's row nor what it is compared with.
 NOT_SETTINGS = (
     *("output_dir", "device", "threads", "num_workers", "shard", "samples", "dump", "resume"),
-    *("nTestEpisode", "test_sources", "cdfsl_domains", "domain_config"),
+    *("dry_run", "nTestEpisode", "test_sources", "cdfsl_domains", "domain_config"),
 )
 
 
 def main() -> int:
     args = options.testing_parser().parse(sys.argv[1:])
     options.check_testing(args)
+    if args.dry_run is not None:
+        from amt.cli import dry_run
+
+        return dry_run.testing(args)
     options.check_output(args.output_dir)
 
     # These bring torch, which nobody should wait for who asks for --help or mistyped a flag.

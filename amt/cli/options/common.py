@@ -62,6 +62,7 @@ def add_common(parser: Parser, sources: str, default: Sequence[str], split_help:
 def add_machine(parser: Parser, seed: int) -> argparse._ArgumentGroup:
     """Add the flags that every program has, and return their group."""
     machine = parser.add_argument_group("machine")
+    add_dry_run(machine)
     machine.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto: cuda if there is one")
     machine.add_argument(
         "--threads",
@@ -70,6 +71,18 @@ def add_machine(parser: Parser, seed: int) -> argparse._ArgumentGroup:
     )
     machine.add_argument("--seed", type=nonnegative_int, default=seed, help="decides everything random")
     return machine
+
+
+def add_dry_run(parser: argparse._ActionsContainer) -> None:
+    """The flag --dry_run: None, or what an earlier command is going to make; see amt/cli/dry_run.py."""
+    parser.add_argument(
+        "--dry_run",
+        type=as_path,
+        nargs="*",
+        metavar="MADE",
+        help="check settings, weights and data, say what would run and what is missing, stop; each file or "
+        "folder MADE counts as there, since an earlier command makes it",
+    )
 
 
 def check_episodes(args: argparse.Namespace) -> None:
