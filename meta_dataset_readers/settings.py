@@ -70,8 +70,8 @@ class Number:
             return words.get(self.least, f"an integer of at least {self.least}") + bound
         if (self.least, self.most) == (0, 1):
             return "a number from 0 to 1"
-        if self.above == 0:
-            return "a positive number" + bound
+        if self.above is not None:
+            return ("a positive number" if self.above == 0 else f"a number above {self.above:g}") + bound
         return ("a number" if self.least is None else f"a number of at least {self.least:g}") + bound
 
     def _too_large(self, value: object) -> bool:

@@ -471,7 +471,7 @@ def test_a_published_training_is_one_network(mini, tmp_path):
         ("--to timm --adapter 1 --coefficients 1 0 0", "exclude each other"),
         ("--to timm --coefficients 1 0", "--coefficients has 2 values, POOL holds 3 adapters"),
         ("--to timm --coefficients 1 1 0", "--coefficients sum to 2, expected 1"),
-        ("--to timm --coefficients nan 0 0", "is not an amount"),
+        ("--to timm --coefficients nan 0 0", "expected a number of at least 0"),
         ("--to timm --adapter 0 --arch dino_small_patch16", "but --arch dino_small_patch16 has it"),
         ("--to timm --adapter 0 --image_size 3", "expected at least a patch of 4 px"),
         ("--to timm --adapter 0 --trim nothing:-1:0.5", "no such layer with adapters"),

@@ -18,15 +18,13 @@ from amt.attacks.perturb import Perturbation
 from amt.evaluation import select as selecting
 from amt.evaluation.evaluate import evaluate
 from amt.evaluation.select import (
-    BETAS,
-    GAMMAS,
     merged_networks,
     names,
-    published_grid,
     select,
     selection_attacks,
     support_predictor,
 )
+from amt.evaluation.settings import published_grid
 from amt.models.architectures import Arch
 from amt.models.lora import LoRAPool, Trim, principal_pool
 from amt.models.network import Network
@@ -34,7 +32,8 @@ from amt.models.weights import stream
 from amt.tasks import leave_one_out
 from amt.tasks.classifier import merged_predictor
 from amt.tasks.leave_one_out import leave_one_out_loss, new_trial
-from amt.tasks.merge import Routing, route
+from amt.tasks.merge import route
+from amt.tasks.settings import BETAS, GAMMAS, Routing
 from meta_dataset_readers.episode import Episode
 
 ARCH = Arch(patch_size=4, dim=12, depth=2, heads=2, pretrained_size=8, image_size=8, mlp_ratio=2.0)
