@@ -11,184 +11,23 @@ Every episode's row is on the disk as soon as it is known: the same command cont
 and processes with --shard I/N, or under torchrun, share one --output_dir.
 """
 
-import argparse
-import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 
-import torch
-from torch.utils.data import Subset
-from tqdm import tqdm
-
-from amt.attacks.kinds import Attack
 from amt.cli import options
-from amt.evaluation import runs
-from amt.evaluation.deploy import check_deployment, deploy, earlier_note
-from amt.evaluation.recording import description, ended, examine, record
-from amt.evaluation.statistics import groups
-from amt.files import checkpoint, writing
-from amt.files.pretrained import load_network
-from amt.files.signals import Interrupts
-from amt.models.network import Network, find_device
-from amt.report.finish import finish
-from amt.tasks.classifier import Predictor, pretrained_predictor
-from meta_dataset_readers.domains import DOMAINS
-from meta_dataset_readers.dump import dump_episode
-from meta_dataset_readers.episode import Episode
-from meta_dataset_readers.errors import InputError, exit_on_bad_input
-from meta_dataset_readers.reader import EpisodeReader, episode_loader
-
-# Flags that change neither an episode's row nor what it is compared with.
-NOT_SETTINGS = (
-    *("output_dir", "device", "threads", "num_workers", "shard", "samples", "dump", "resume", "overwrite"),
-    *("nTestEpisode", "test_sources", "cdfsl_domains", "domain_config"),
-)
+from meta_dataset_readers.errors import exit_on_bad_input
 
 
 def main() -> int:
     args = options.testing_parser().parse(sys.argv[1:])
     options.check_testing(args)
-    options.check_output(args.output_dir)
-    options.use_threads(args)
-    deployments, attacks = options.deployments(args), options.attacks(args)
-    network = open_network(args, attacks)
-    saved = load_pool(args, network) if args.resume else None
-    pool = saved.pool.to(network.device) if saved else None
-    unknown_levels = saved is not None and saved.about.get("levels_from") == "nowhere"
+    if args.dry_run is not None:
+        from amt.cli import dry_run
 
-    open_source = partial(EpisodeReader, **options.reading(args, network.image_size))
-    open_episodes = partial(labelled_episodes, open_source, args.num_workers)
-    readers = {
-        source: open_source(source=source, split=args.split, n_episodes=args.nTestEpisode)
-        for source in deployments
-    }
-    where = str(args.resume or "the pretrained network")
-    for source, deployment in deployments.items():
-        check_deployment(deployment, pool, source, open_episodes, where)
+        return dry_run.testing(args)
+    # Only now torch is imported: nobody waits for it who asks for --help or mistyped a flag.
+    from amt.cli import test
 
-    part, parts = options.part(args)
-    todo = range(part, args.nTestEpisode, parts)
-    about = describe(args, network, saved, deployments, attacks)
-    writer = runs.Writer(args.output_dir, about, (part, parts), args.overwrite)
-    with writer as out, Interrupts() as interrupts:
-        earlier = runs.peek(args.output_dir)
-        left = {source: earlier.left(source, todo) for source in readers}
-        total = len(readers) * len(todo)
-        with tqdm(total=total, initial=total - sum(map(len, left.values())), unit="episode") as progress:
-            for source, reader in readers.items():
-                if not left[source] or interrupts.pending():
-                    continue
-                progress.set_description(source)
-                predict, note = deploy(
-                    network,
-                    pool,
-                    deployments[source],
-                    source,
-                    open_episodes,
-                    attacks,
-                    args.seed,
-                    partial(watched, network, interrupts),
-                    earlier_note(source, deployments, runs.read_merging(args.output_dir)),
-                )
-                out.note_merging(source, note | ({"epsilons": "unknown"} if unknown_levels else {}))
-                episodes = read(args, reader, left[source], network.device)
-                rows = ([score(args, network, predict, each, attacks, out)] for each in episodes)
-                record(out, rows, progress, interrupts)
-
-    run = runs.peek(args.output_dir)
-    code = ended(run, interrupts)
-    if run.complete:
-        finish(run, network.device)
-    return code
-
-
-def open_network(args: argparse.Namespace, attacks: Sequence[Attack]) -> Network:
-    """The network, with pretrained weights where they are needed."""
-    transfer = any(attack.kind == "transfer" for attack in attacks)
-    if transfer and args.no_pretrain:
-        raise InputError("--attack transfer attacks the pretrained network: it excludes --no_pretrain")
-    return load_network(
-        args.arch,
-        args.pretrained_checkpoint,
-        find_device(args.device),
-        image_size=args.image_size,
-        pretrained=not args.no_pretrain and (args.resume is None or transfer),
-    )
-
-
-def load_pool(args: argparse.Namespace, network: Network) -> checkpoint.Checkpoint:
-    """The checkpoint that --resume names, which fits the network."""
-    saved = checkpoint.load(args.resume)
-    checkpoint.check_architecture(args.resume, saved.pool, network.weights, network.arch)
-    for note in saved.about.get("notes", ()):
-        print(f"note: {args.resume}: {note}")
-    return saved
-
-
-def labelled_episodes(
-    open_source: Callable[..., EpisodeReader],
-    workers: int,
-    source: str,
-    split: str,
-    n: int,
-    seed: int | None = None,
-) -> Iterable[Episode]:
-    """Episodes to choose settings on; without `seed` those of the run's seed."""
-    other_seed = {} if seed is None else {"seed": seed}
-    return episode_loader(open_source(source=source, split=split, n_episodes=n, **other_seed), workers)
-
-
-def watched(network: Network, interrupts: Interrupts, episodes, title: str) -> Iterator[Episode]:
-    """The episodes that settings are chosen on, on the network's device, with a progress line; a signal ends
-    the program, since half a choice is none."""
-    for episode in tqdm(episodes, desc=title, unit="episode", leave=False):
-        yield episode.to(network.device)
-        if interrupts.pending():
-            raise SystemExit(128 + interrupts.caught)
-
-
-def read(args, reader: EpisodeReader, numbers: Sequence[int], device: torch.device) -> Iterator[Episode]:
-    """Some episodes of a source on the device, written to --dump as well if asked for."""
-    for episode in episode_loader(Subset(reader, numbers), args.num_workers):
-        if args.dump is not None:
-            dump_episode(args.dump / episode.source, episode.index, episode, reader)
-        yield episode.to(device)
-
-
-def score(args, network: Network, predict: Predictor, episode: Episode, attacks, out: runs.Writer) -> dict:
-    """The row of one episode; on the first ones the attacks are checked, and images kept."""
-    check, keep = episode.index < args.probe_episodes, episode.index < args.samples
-    surrogate = pretrained_predictor(network)
-    measured = examine(out, predict, episode, attacks, args.seed, check=check, keep=keep, surrogate=surrogate)
-    return measured.row | ({"skipped": len(episode.skipped)} if episode.skipped else {})
-
-
-def describe(args, network, saved, deployments, attacks) -> dict:
-    """What run.json says: everything that decides the rows, and how to get them again."""
-    trained_on = ()
-    if saved:
-        protocol = saved.about.get("protocol", {})
-        trained_on = protocol.get(
-            "base_sources", options.TRAINING_SOURCES if "published" in saved.about else ()
-        )
-    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    settings |= {"checkpoint": writing.digest(args.resume), "device": network.device.type}
-    settings |= {"pretrained_checkpoint": writing.digest(args.pretrained_checkpoint)}
-    benchmarks = {name: domain.benchmark for name, domain in DOMAINS.items()}
-    return description(
-        attacks,
-        arch=network.arch,
-        checkpoint=str(args.resume) if args.resume else None,
-        seed=args.seed,
-        split=args.split,
-        sampling=dataclasses.asdict(options.sampling(args)),
-        sources=list(deployments),
-        episodes=args.nTestEpisode,
-        averages=groups(list(deployments), trained_on, benchmarks),
-        settings=settings,
-        deployments={source: dataclasses.asdict(each) for source, each in deployments.items()},
-    )
+    return test.main(args)
 
 
 if __name__ == "__main__":

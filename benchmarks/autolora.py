@@ -63,6 +63,7 @@ from amt.models.weights import stream
 from amt.training.autolora import FineTuner, Settings, accuracy, new_student, validate
 from amt.training.objectives import Adversary
 from meta_dataset_readers.errors import InputError, exit_on_bad_input
+from meta_dataset_readers.settings import positive_int
 
 CLASSES = 10
 SIDE = 32
@@ -426,13 +427,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", choices=KINDS, help="(default: all; of resnet18 on a CPU, step)")
     parser.add_argument(
         "--batch",
-        type=options.positive,
+        type=positive_int,
         help="images (default: 128; of other networks than resnet_mini on a CPU 16)",
     )
-    parser.add_argument("--steps", type=options.positive, default=10, help="K of training (default: 10)")
-    parser.add_argument("--threads", type=options.positive, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--steps", type=positive_int, default=10, help="K of training (default: 10)")
+    parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's choice)")
     parser.add_argument(
-        "--repeats", type=options.positive, help="turns per row (default: what takes 15 s, from 2 to 9)"
+        "--repeats", type=positive_int, help="turns per row (default: what takes 15 s, from 2 to 9)"
     )
     parser.add_argument("--quick", action="store_true", help="tiny jobs once, resnet_mini alone by default")
     parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, cuda:1, ...")

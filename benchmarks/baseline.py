@@ -28,8 +28,10 @@ from amt.attacks.perturb import ascend
 from amt.models.heads import cosine_logits, prototypes
 from amt.models.network import Network, resize_positions
 from amt.models.pool import LoRAPool
-from amt.models.weights import Coefficients, Trim, truncate
-from amt.tasks.merge import Routing, augment, blend, compactness
+from amt.models.trim import Trim
+from amt.models.weights import Coefficients, truncate
+from amt.tasks.merge import augment, blend, compactness
+from amt.tasks.settings import Routing
 from amt.training.losses import RobustLoss, robust_loss
 from meta_dataset_readers.episode import Episode
 

@@ -60,9 +60,11 @@ from amt.evaluation.evaluate import measure, query_generators
 from amt.models.architectures import ARCHS
 from amt.models.network import Network
 from amt.models.pool import LoRAPool
-from amt.models.weights import Trim, stream
+from amt.models.trim import Trim
+from amt.models.weights import stream
 from amt.tasks.classifier import merged_predictor
-from amt.tasks.merge import Routing, route, uniform
+from amt.tasks.merge import route, uniform
+from amt.tasks.settings import Routing
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import exit_on_bad_input
 

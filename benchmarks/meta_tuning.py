@@ -58,8 +58,10 @@ from amt.models.network import Network
 from amt.models.pool import LoRAPool
 from amt.models.weights import stream
 from amt.tasks.classifier import merged_predictor
-from amt.tasks.merge import Routing, route
-from amt.training.meta_tune import Tuner, TuneSettings
+from amt.tasks.merge import route
+from amt.tasks.settings import Routing
+from amt.training.meta_tune import Tuner
+from amt.training.settings import TuneSettings
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import exit_on_bad_input
 

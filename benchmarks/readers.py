@@ -55,8 +55,10 @@ from torch.utils.data import DataLoader
 from amt.cli import options
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError, exit_on_bad_input
+from meta_dataset_readers.protocol import EpisodeSampling
 from meta_dataset_readers.reader import EpisodeReader, episode_loader
-from meta_dataset_readers.sampling import EpisodeDescription, EpisodeSampling
+from meta_dataset_readers.sampling import EpisodeDescription
+from meta_dataset_readers.settings import as_path, positive_int
 from meta_dataset_readers.spec import SPEC_FILE
 from meta_dataset_readers.tfrecord import encode_example, write_records
 from meta_dataset_readers.transforms import eval_crop
@@ -437,19 +439,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.formatter_class = argparse.HelpFormatter  # every default below is said in words
     parser.add_argument(
         "--data",
-        type=options.place,
+        type=as_path,
         metavar="FOLDER",
         help="where the pictures are kept (default: a temporary folder, removed afterwards)",
     )
-    parser.add_argument("--classes", type=options.positive, help="of the source (default: 1000)")
-    parser.add_argument("--images", type=options.positive, help="of each class (default: 100)")
-    parser.add_argument("--image_size", type=options.positive, help="of an episode (default: 128)")
+    parser.add_argument("--classes", type=positive_int, help="of the source (default: 1000)")
+    parser.add_argument("--images", type=positive_int, help="of each class (default: 100)")
+    parser.add_argument("--image_size", type=positive_int, help="of an episode (default: 128)")
     parser.add_argument(
-        "--workers", type=options.positive, nargs="+", metavar="N", help="processes (default: 1 2; quick: 1)"
+        "--workers", type=positive_int, nargs="+", metavar="N", help="processes (default: 1 2; quick: 1)"
     )
-    parser.add_argument("--turns", type=options.positive, help="of every reader (default: 3)")
+    parser.add_argument("--turns", type=positive_int, help="of every reader (default: 3)")
     parser.add_argument(
-        "--turn_images", type=options.positive, help="read in a turn, by each worker (default: 4000)"
+        "--turn_images", type=positive_int, help="read in a turn, by each worker (default: 4000)"
     )
     parser.add_argument("--quick", action="store_true", help="tiny pictures, few of them, and one short turn")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to this file")

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
 
-from meta_dataset_readers.sampling import EpisodeDescription, EpisodeSampling, sample_episode
+from meta_dataset_readers.protocol import EpisodeSampling
+from meta_dataset_readers.sampling import EpisodeDescription, sample_episode
 from meta_dataset_readers.spec import load_spec
 
 MOST_SIDE = 224  # pictures with both sides at least that long are stored as 224 x 224

@@ -32,6 +32,7 @@ from amt.models.network import Network, find_device
 from amt.models.pool import LoRAPool, adapted_layers
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.settings import positive_int
 
 IMPLEMENTATIONS = ("ours", "baseline")
 N_WAY = 5
@@ -297,10 +298,10 @@ def parse(argv: list[str], description: str, archs: list[str]) -> argparse.Names
     parser = options.Parser(description)
     parser.formatter_class = argparse.HelpFormatter  # every default below is said in words
     parser.add_argument("--arch", nargs="+", metavar="NAME", help=f"networks (default: {' '.join(archs)})")
-    parser.add_argument("--threads", type=options.positive, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's choice)")
     parser.add_argument(
         "--repeats",
-        type=options.positive,
+        type=positive_int,
         help=f"turns per row (default: what takes {ROW_SECONDS} s, at most {MOST_REPEATS}, "
         "at least 2 of a training step)",
     )

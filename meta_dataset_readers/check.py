@@ -24,11 +24,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from meta_dataset_readers.command import Parser, add_sources, available_cores, positive
+from meta_dataset_readers.command import Parser, add_sources, available_cores
 from meta_dataset_readers.domains import DOMAINS
 from meta_dataset_readers.errors import InputError, exit_on_bad_input, nearest
 from meta_dataset_readers.files import reading
 from meta_dataset_readers.layouts import open_source, sources
+from meta_dataset_readers.settings import positive_int
 from meta_dataset_readers.spec import SPLITS, DatasetSpec
 from meta_dataset_readers.store import ImageStore, Source
 from meta_dataset_readers.tfrecord import sound_records
@@ -85,7 +86,8 @@ class _Faults:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
-        "meta_dataset_readers.check", "Say whether sources are complete and readable, or what is wrong."
+        "Say whether sources are complete and readable, or what is wrong.",
+        "python -m meta_dataset_readers.check",
     )
     add_sources(parser, "*", "name of a source below DATA_PATH (default: all of them)")
     parser.add_argument(
@@ -93,10 +95,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--jobs",
-        type=positive,
+        type=positive_int,
         default=available_cores(),
         metavar="N",
-        help="processes that decode (default: one per core)",
+        help="processes that decode, by default one per core",
     )
     parser.add_argument(
         "--all", action="store_true", help=f"show every fault, not only the first {_SHOWN} of a source"

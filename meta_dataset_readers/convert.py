@@ -48,6 +48,7 @@ from meta_dataset_readers.packed import (
     record_file,
 )
 from meta_dataset_readers.pictures import UnreadableImage, as_published, decode_image
+from meta_dataset_readers.settings import as_path
 from meta_dataset_readers.spec import DAG, FILE_PATTERN, SPEC_FILE, SPLITS, DatasetSpec, load_spec
 from meta_dataset_readers.store import ImageStore, Source
 from meta_dataset_readers.tfrecord import (
@@ -79,10 +80,12 @@ class Packed:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser("meta_dataset_readers.convert", "Pack sources: one record file per split, and an index.")
+    parser = Parser(
+        "Pack sources: one record file per split, and an index.", "python -m meta_dataset_readers.convert"
+    )
     add_sources(parser, "+", "name of a source below DATA_PATH")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="directory to hold the packed sources"
+        "--out", type=as_path, required=True, metavar="DIR", help="directory to hold the packed sources"
     )
     parser.add_argument(
         "--skip_bad_records",

@@ -22,7 +22,8 @@ from meta_dataset_readers.errors import DamagedRecord, InputError
 from meta_dataset_readers.layouts import open_source
 from meta_dataset_readers.loader import OrderedLoader
 from meta_dataset_readers.pictures import UnreadableImage
-from meta_dataset_readers.sampling import EpisodeDescription, EpisodeSampling, check_sampling, sample_episode
+from meta_dataset_readers.protocol import EpisodeSampling
+from meta_dataset_readers.sampling import EpisodeDescription, check_sampling, sample_episode
 from meta_dataset_readers.store import ImageStore, Source
 from meta_dataset_readers.transforms import (
     eval_crop,

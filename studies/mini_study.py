@@ -28,7 +28,8 @@ from amt.files import checkpoint, writing
 from amt.files.pretrained import load_network
 from amt.models.weights import stream
 from amt.report.tables import mixing_picture
-from amt.tasks.merge import Routing, compactness, support_cosines
+from amt.tasks.merge import compactness, support_cosines
+from amt.tasks.settings import Routing
 from meta_dataset_readers import EpisodeReader, EpisodeSampling, episode_loader
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,7 +19,8 @@ from amt.evaluation.evaluate import columns, measure
 from amt.models.architectures import Arch
 from amt.models.pool import principal_pool
 from amt.tasks.classifier import Classifier, merged_predictor, pretrained_predictor
-from amt.tasks.merge import Routing, route
+from amt.tasks.merge import route
+from amt.tasks.settings import Routing
 
 ARCH = Arch(patch_size=4, dim=12, depth=2, heads=2, pretrained_size=8, image_size=8, mlp_ratio=2.0)
 EPISODE = patterned_episode(1, n_way=5, shots=2, queries=4, noise=0.1)

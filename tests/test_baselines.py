@@ -31,11 +31,14 @@ from amt.files.checkpoint import Checkpoint
 from amt.models.architectures import Arch
 from amt.models.network import Network
 from amt.models.pool import FullPool, Merged, Pool, pretrained_pool, principal_pool
-from amt.models.weights import Trim, trim_singular_values
+from amt.models.trim import Trim
+from amt.models.weights import trim_singular_values
 from amt.tasks.classifier import pretrained, prototype_classifier
-from amt.tasks.finetune import Finetuning, finetune, finetuned_predictor
-from amt.tasks.merge import AUGMENTATIONS, augment
-from amt.training.meta_tune import ALONE, Tuner, TuneSettings, natural_outcome, querying_outcome
+from amt.tasks.finetune import finetune, finetuned_predictor
+from amt.tasks.merge import augment
+from amt.tasks.settings import AUGMENTATIONS, Finetuning
+from amt.training.meta_tune import ALONE, Tuner, natural_outcome, querying_outcome
+from amt.training.settings import TuneSettings
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 

@@ -18,7 +18,8 @@ from conftest import BENCHMARKS, REAL_SPECS, write_spec
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.hierarchy import eligible_groups
 from meta_dataset_readers.layouts import open_source
-from meta_dataset_readers.sampling import EpisodeSampling, check_sampling, sample_episode
+from meta_dataset_readers.protocol import EpisodeSampling
+from meta_dataset_readers.sampling import check_sampling, sample_episode
 from meta_dataset_readers.spec import SPLITS, DatasetSpec, load_spec
 
 pytestmark = pytest.mark.benchmark_data

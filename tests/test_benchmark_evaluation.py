@@ -15,9 +15,10 @@ from amt.attacks.kinds import Attack
 from amt.evaluation.evaluate import measure, query_generators
 from amt.models.architectures import Arch, build_network
 from amt.models.network import Network
-from amt.models.weights import Trim, stream
+from amt.models.trim import Trim
+from amt.models.weights import stream
 from amt.tasks.classifier import merged_predictor
-from amt.tasks.merge import Routing
+from amt.tasks.settings import Routing
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.protocol import EpisodeSampling
 from meta_dataset_readers.reader import EpisodeReader
-from meta_dataset_readers.sampling import EpisodeSampling
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))

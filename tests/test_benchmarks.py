@@ -18,8 +18,10 @@ from amt.models.architectures import Arch, build_network
 from amt.models.network import Network, features
 from amt.models.weights import stream
 from amt.tasks.classifier import merged_predictor
-from amt.tasks.merge import Routing, route
-from amt.training.meta_tune import Tuner, TuneSettings, query_outcome
+from amt.tasks.merge import route
+from amt.tasks.settings import Routing
+from amt.training.meta_tune import Tuner, query_outcome
+from amt.training.settings import TuneSettings
 from meta_dataset_readers.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,24 +14,19 @@ from torch import Tensor, nn
 
 from amt.attacks.kinds import Attack
 from amt.attacks.levels import Perturbation
-from amt.evaluation.deploy import (
-    STAMP,
-    Deployment,
-    check_deployment,
-    check_trims,
-    deploy,
-    earlier_note,
-)
+from amt.evaluation.deploy import STAMP, check_deployment, check_trims, deploy, earlier_note
 from amt.evaluation.evaluate import evaluate
 from amt.evaluation.select import support_predictor
+from amt.evaluation.settings import Deployment
 from amt.models.architectures import Arch
 from amt.models.heads import prototypes
 from amt.models.network import Network, features
 from amt.models.pool import FullPool, LoRAPool, Merged, Pool, pretrained_pool, principal_pool
-from amt.models.weights import Trim, stream
+from amt.models.trim import Trim
+from amt.models.weights import stream
 from amt.tasks.classifier import Classifier, prototype_classifier
-from amt.tasks.finetune import Finetuning
-from amt.tasks.merge import Routing, augment, route, soup, uniform
+from amt.tasks.merge import augment, route, soup, uniform
+from amt.tasks.settings import Finetuning, Routing
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 

@@ -5,9 +5,9 @@ from conftest import fails
 
 from amt.cli import options
 from amt.cli.options.domain_config import DomainSettings, read_domain_config
-from amt.evaluation.select import published_grid
-from amt.models.weights import Trim
-from amt.tasks.merge import Routing
+from amt.evaluation.settings import published_grid
+from amt.models.trim import Trim
+from amt.tasks.settings import Routing
 from meta_dataset_readers.files import LARGEST_SETTINGS
 
 SOURCES = ("signs", "digits")
@@ -95,7 +95,7 @@ def test_an_empty_entry_says_nothing(written):
         ("signs: {beta: 2001-01-01}", ["signs: beta is datetime"]),
         ("signs: {beta: []}", ["signs: beta is []"]),
         ("signs: {gamma: [0.5, 0.5]}", ["signs: gamma is [0.5, 0.5]", "different"]),
-        ("signs: {top_k: 0}", ["signs: top_k is 0", "whole number"]),
+        ("signs: {top_k: 0}", ["signs: top_k is 0", "a positive integer"]),
         ("signs: {top_k: 1.5}", ["signs: top_k is 1.5"]),
         ("signs: {route_epsilon: null}", ["signs: route_epsilon is None"]),
         ("signs: {trim: 'qkv:-1:0.5'}", ["signs: trim is 'qkv:-1:0.5'", "a list"]),

@@ -26,8 +26,9 @@ from amt.models.architectures import ARCHS, Arch, freeze
 from amt.models.heads import cosine_logits
 from amt.models.network import Network, features, untrained
 from amt.models.pool import LoRAPool, principal_pool
-from amt.models.weights import Trim
-from amt.tasks.merge import Routing, route
+from amt.models.trim import Trim
+from amt.tasks.merge import route
+from amt.tasks.settings import Routing
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 
@@ -472,7 +473,7 @@ def test_a_published_training_is_one_network(mini, tmp_path):
         ("--to timm --adapter 1 --coefficients 1 0 0", "exclude each other"),
         ("--to timm --coefficients 1 0", "--coefficients has 2 values, POOL holds 3 adapters"),
         ("--to timm --coefficients 1 1 0", "--coefficients sum to 2, expected 1"),
-        ("--to timm --coefficients nan 0 0", "is not an amount"),
+        ("--to timm --coefficients nan 0 0", "expected a number of at least 0"),
         ("--to timm --adapter 0 --arch dino_small_patch16", "but --arch dino_small_patch16 has it"),
         ("--to timm --adapter 0 --image_size 3", "expected at least a patch of 4 px"),
         ("--to timm --adapter 0 --trim nothing:-1:0.5", "no such layer with adapters"),

@@ -13,8 +13,8 @@ from torch.utils.data import Subset
 
 from meta_dataset_readers.errors import DamagedRecord
 from meta_dataset_readers.pictures import UnreadableImage, decode_image
+from meta_dataset_readers.protocol import EpisodeSampling
 from meta_dataset_readers.reader import EpisodeReader, SourceMixture, episode_loader
-from meta_dataset_readers.sampling import EpisodeSampling
 from meta_dataset_readers.tfrecord import encode_example, open_records, write_records
 from meta_dataset_readers.transforms import (
     RESIZES,

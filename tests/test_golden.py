@@ -30,13 +30,16 @@ from amt.models.architectures import Arch, build_network
 from amt.models.heads import cosine_logits, prototypes
 from amt.models.network import Network, features, resize_positions
 from amt.models.pool import LoRAPool, Merged, split_principal
-from amt.models.weights import Coefficients, Trim, trim_singular_values, truncate
+from amt.models.trim import Trim
+from amt.models.weights import Coefficients, trim_singular_values, truncate
 from amt.tasks import merge
 from amt.tasks.classifier import prototype_classifier
-from amt.tasks.merge import Routing, average_of, blend, compactness, support_cosines
+from amt.tasks.merge import average_of, blend, compactness, support_cosines
+from amt.tasks.settings import Routing
 from amt.training import meta_tune
 from amt.training.losses import robust_loss
-from amt.training.meta_tune import Tuner, TuneSettings, query_outcome
+from amt.training.meta_tune import Tuner, query_outcome
+from amt.training.settings import TuneSettings
 from meta_dataset_readers.episode import Episode
 
 FOLDER = os.environ.get("AMT_GOLDEN", Path(__file__).resolve().parents[2] / "shared" / "golden")

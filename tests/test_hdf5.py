@@ -23,8 +23,8 @@ from PIL import Image
 from meta_dataset_readers.episode import ImageOrigin
 from meta_dataset_readers.errors import DamagedRecord, InputError
 from meta_dataset_readers.hdf5 import Hdf5Store, open_hdf5
+from meta_dataset_readers.protocol import EpisodeSampling
 from meta_dataset_readers.reader import EpisodeReader, episode_loader
-from meta_dataset_readers.sampling import EpisodeSampling
 
 CLASS_ID = 2
 SHAPE = (6, 7, 3)

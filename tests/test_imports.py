@@ -21,9 +21,11 @@ PACKAGES = {
 }
 READERS = "meta_dataset_readers"
 # Of the readers the packages below cli know what an episode is, how an error is told, how files and
-# pictures of foreign origin are read, how images are scaled, and how items are prepared ahead.
+# pictures of foreign origin are read, how images are scaled, how items are prepared ahead, and how a setting
+# is declared.
 OF_THE_READERS = {
-    f"{READERS}.{name}" for name in ("episode", "errors", "files", "loader", "pictures", "transforms")
+    f"{READERS}.{name}"
+    for name in ("episode", "errors", "files", "loader", "pictures", "settings", "transforms")
 }
 SCRIPTS = {"main", "test_meta_dataset", "studies", "benchmarks", "tools", "tests"}
 
@@ -92,4 +94,4 @@ def test_no_library_module_imports_a_script(module):
 
 
 def test_imports_of_all_forms_and_at_all_depths_are_seen():
-    assert {"amt.cli.options", "amt.models.network", "json"} <= imports("main")
+    assert {"amt.cli.options", "amt.cli.autolora", "sys"} <= imports("main")

@@ -28,19 +28,15 @@ from amt.models.architectures import Arch
 from amt.models.heads import cosine_logits, prototypes
 from amt.models.network import Network, features
 from amt.models.pool import LoRAPool, principal_pool, split_principal
-from amt.models.weights import Trim, trim_singular_values
+from amt.models.trim import Trim
+from amt.models.weights import trim_singular_values
 from amt.tasks.classifier import merged_predictor
-from amt.tasks.merge import Routing, blend, route
+from amt.tasks.merge import blend, route
+from amt.tasks.settings import Routing
 from amt.training import meta_tune
-from amt.training.meta_tune import (
-    NOTHING_SEEN,
-    StepRecord,
-    Tuner,
-    TuneSettings,
-    learning_rate,
-    query_outcome,
-)
+from amt.training.meta_tune import NOTHING_SEEN, StepRecord, Tuner, learning_rate, query_outcome
 from amt.training.optimiser import NonFiniteLoss
+from amt.training.settings import TuneSettings
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 

@@ -9,8 +9,8 @@ from conftest import fails, flat_spec, write_classes, write_picture, write_spec
 
 from meta_dataset_readers.domains import DOMAINS
 from meta_dataset_readers.layouts import open_source, sources
+from meta_dataset_readers.protocol import EpisodeSampling
 from meta_dataset_readers.reader import EpisodeReader
-from meta_dataset_readers.sampling import EpisodeSampling
 
 TWO_WAY = EpisodeSampling(num_ways=2, num_support=1, num_query=1, min_ways=2, min_examples_in_class=2)
 STALE = "/elsewhere/cars/source"

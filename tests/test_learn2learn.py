@@ -28,11 +28,12 @@ from amt.files.learn2learn import EpisodeTaskset, TasksetEpisodes, task_of
 from amt.models.architectures import Arch
 from amt.models.pool import principal_pool
 from amt.tasks.classifier import pretrained_predictor
-from amt.training.meta_tune import Tuner, TuneSettings
+from amt.training.meta_tune import Tuner
+from amt.training.settings import TuneSettings
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.protocol import EpisodeSampling
 from meta_dataset_readers.reader import EpisodeReader, episode_loader
-from meta_dataset_readers.sampling import EpisodeSampling
 
 SIDE = 8
 ARCH = Arch(patch_size=4, dim=12, depth=2, heads=2, pretrained_size=SIDE, image_size=SIDE, mlp_ratio=2.0)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from amt.attacks.kinds import Attack
 from amt.cli import options
 from amt.cli.options.published_flags import is_published
-from amt.evaluation.select import BETAS, GAMMAS
-from amt.models.weights import Trim
-from amt.tasks.merge import Routing
+from amt.models.trim import Trim
+from amt.tasks.settings import BETAS, GAMMAS, Routing
+from meta_dataset_readers.command import spelling
 from meta_dataset_readers.errors import InputError
 
 TRAIN = ["--data_path", "data", "--base_sources", "a", "--output_dir", "out", "--arch", "vit_mini_amt"]
@@ -58,9 +58,9 @@ def test_only_flags_are_respelt():
 
 @given(st.text(alphabet="abc-_=0", max_size=8), st.text(alphabet="ab-_", max_size=4))
 def test_spelling_changes_dashes_of_the_name_alone(name, value):
-    spelt = options.spelling(f"--x{name.replace('=', '')}={value}")
+    spelt = spelling(f"--x{name.replace('=', '')}={value}")
     assert spelt == f"--x{name.replace('=', '').replace('-', '_')}={value}"
-    assert options.spelling(name.lstrip("-")) == name.lstrip("-")
+    assert spelling(name.lstrip("-")) == name.lstrip("-")
 
 
 def test_unambiguous_abbreviations_are_understood_and_others_refused():
@@ -322,7 +322,7 @@ def test_an_epsilon_that_is_no_amount_is_refused(parse, value):
     ("flags", "words"),
     [
         (["--arch", "vit_mni_amt"], ["vit_mni", "did you mean 'vit_mini'"]),
-        (["--rank", "0"], ["--rank", "at least 1"]),
+        (["--rank", "0"], ["--rank", "expected a positive integer, got '0'"]),
         (["--epochs", "2.5"], ["--epochs", "2.5"]),
         (["--lr", "-1"], ["--lr", "-1"]),
         (["--eval"], ["--eval", "test_meta_dataset.py"]),
@@ -404,3 +404,72 @@ def test_an_output_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
         assert str(folder) in complaint(options.check_output, folder)
+
+
+@pytest.mark.parametrize(
+    ("parse", "flags", "words"),
+    [
+        (training, "--num_ways 1", ["--num_ways", "expected an integer of at least 2, got '1'"]),
+        (training, "--clip_grad 0", ["--clip_grad", "expected a positive number, got '0'"]),
+        (training, f"--epochs 1{'0' * 30}", ["--epochs", "a positive integer of at most 1000000"]),
+        (training, f"--threads 1{'0' * 12}", ["--threads", "of at most 1024"]),
+        (training, f"--image_size 1{'0' * 9}", ["--image_size", "of at most 4096"]),
+        (training, "--pyramid_grids 999999 0 0", ["--pyramid_grids", "of at most 4096"]),
+        (training, "--rank 0.5", ["--rank", "expected a positive integer, got '0.5'"]),
+        (training, "--num_workers 100000", ["--num_workers", "of at most 1024"]),
+        (training, f"--lr 1{'0' * 400}", ["--lr", "expected a number of at least 0"]),
+        (evaluation, "--ada_steps -1", ["--ada_steps", "expected a nonnegative integer, got '-1'"]),
+        (evaluation, "--test_n_way 1", ["--test_n_way", "at least 2"]),
+        (evaluation, "--top_k 0", ["--top_k", "expected a positive integer, got '0'"]),
+    ],
+)
+def test_meaningless_numbers_are_refused(parse, flags, words):
+    message = complaint(parse, *flags.split())
+    assert all(word in message for word in words), message
+
+
+# --- paths and files of flags, wherever they are -----------------------------------------------------------
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "flags.args").write_text("--resume ~/last.safetensors\n--image_prefix /old ~/new\n")
+    args = training("@~/flags.args", "--output_dir=~/out")
+    assert (args.resume, args.output_dir) == (tmp_path / "last.safetensors", tmp_path / "out")
+    assert args.image_prefix == ["/old", str(tmp_path / "new")]
+
+
+def test_a_file_of_flags_is_found_beside_the_one_that_names_it(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "outer.args").write_text("@b/inner.args\n")
+    (tmp_path / "a" / "b" / "inner.args").write_text("@../last.args --rank 3\n")
+    (tmp_path / "a" / "last.args").write_text("--epochs 2\n")
+    args = training(f"@{tmp_path / 'a' / 'outer.args'}")
+    assert (args.rank, args.epochs) == (3, 2)
+
+
+def test_a_file_of_flags_that_is_none_is_one_line(tmp_path):
+    loop, binary, folder = tmp_path / "loop.args", tmp_path / "binary.args", tmp_path / "folder.args"
+    loop.write_text("@loop.args\n")
+    binary.write_bytes(b"\x80\x00\xff")
+    folder.mkdir()
+    assert "the file names itself" in complaint(training, f"@{loop}")
+    assert "not a text file" in complaint(training, f"@{binary}")
+    assert "not a regular file" in complaint(training, f"@{folder}")
+
+
+# --- flags without effect ----------------------------------------------------------------------------------
+
+
+def test_flags_without_effect_have_a_help_of_their_own(capsys):
+    for make in (options.training_parser, options.testing_parser):
+        for flag, shown in (("--help", False), ("--help-published", True)):
+            with pytest.raises(SystemExit) as ended:
+                make().parse([flag])
+            assert ended.value.code == 0
+            assert ("--cooldown_epochs" in capsys.readouterr().out) == shown
+
+
+def test_a_flag_without_effect_is_named_once(capsys):
+    training("--drop", "0.1", "--drop", "0.2")
+    assert capsys.readouterr().err.count("--drop has no effect") == 1

@@ -31,8 +31,8 @@ from meta_dataset_readers.episode import ImageOrigin
 from meta_dataset_readers.errors import DamagedRecord, InputError, exit_on_bad_input
 from meta_dataset_readers.layouts import open_source
 from meta_dataset_readers.packed import open_packed
+from meta_dataset_readers.protocol import EpisodeSampling
 from meta_dataset_readers.reader import EpisodeReader
-from meta_dataset_readers.sampling import EpisodeSampling
 from meta_dataset_readers.spec import DatasetSpec, load_spec
 from meta_dataset_readers.store import ImageStore, RecordStore, Source
 from meta_dataset_readers.tfrecord import encode_example, open_records, write_records

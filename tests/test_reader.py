@@ -20,8 +20,8 @@ import meta_dataset_readers
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.layouts import open_source
 from meta_dataset_readers.pictures import decode_image
+from meta_dataset_readers.protocol import EpisodeSampling
 from meta_dataset_readers.reader import EpisodeReader, SourceMixture, episode_loader
-from meta_dataset_readers.sampling import EpisodeSampling
 from meta_dataset_readers.tfrecord import DamagedRecord, encode_example, open_records, write_records
 from meta_dataset_readers.transforms import eval_transform
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meta_dataset_readers.errors import InputError
-from meta_dataset_readers.sampling import EpisodeSampling, check_sampling, sample_episode
+from meta_dataset_readers.protocol import EpisodeSampling
+from meta_dataset_readers.sampling import check_sampling, sample_episode
 from meta_dataset_readers.spec import DatasetSpec, load_spec
 
 FIVE_WAY = EpisodeSampling(num_ways=5, num_support=5, num_query=10)

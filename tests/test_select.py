@@ -17,23 +17,18 @@ from amt.attacks.kinds import Attack
 from amt.attacks.levels import Perturbation
 from amt.evaluation import select as selecting
 from amt.evaluation.evaluate import evaluate
-from amt.evaluation.select import (
-    BETAS,
-    GAMMAS,
-    candidate_names,
-    published_grid,
-    select,
-    selection_attacks,
-    support_predictor,
-)
+from amt.evaluation.select import candidate_names, select, selection_attacks, support_predictor
+from amt.evaluation.settings import published_grid
 from amt.models.architectures import Arch
 from amt.models.network import Network
 from amt.models.pool import LoRAPool, principal_pool
-from amt.models.weights import Trim, stream
+from amt.models.trim import Trim
+from amt.models.weights import stream
 from amt.tasks import leave_one_out
 from amt.tasks.classifier import merged_networks, merged_predictor
 from amt.tasks.leave_one_out import leave_one_out_loss, new_trial
-from amt.tasks.merge import Routing, route
+from amt.tasks.merge import route
+from amt.tasks.settings import BETAS, GAMMAS, Routing
 from meta_dataset_readers.episode import Episode
 
 ARCH = Arch(patch_size=4, dim=12, depth=2, heads=2, pretrained_size=8, image_size=8, mlp_ratio=2.0)

@@ -25,8 +25,8 @@ from meta_dataset_readers.episode import Episode, ImageOrigin
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.layouts import open_source
 from meta_dataset_readers.pictures import decode_image
+from meta_dataset_readers.protocol import EpisodeSampling
 from meta_dataset_readers.reader import EpisodeReader, episode_loader
-from meta_dataset_readers.sampling import EpisodeSampling
 from meta_dataset_readers.stored_episodes import open_episodes
 from meta_dataset_readers.tfrecord import encode_example, open_records, write_records
 from meta_dataset_readers.transforms import eval_transform

@@ -4,10 +4,14 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
+from meta_dataset_readers.settings import setting
+
 if TYPE_CHECKING:
     from amt.attacks.perturb import Pyramid
 
 STARTS = ("zero", "random1", "random2")
+# The levels of the paper's four LoRAs, in 1/255 of the pixel range.
+POOL_EPSILONS = (8.0, 6.0, 0.1, 0.01)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +38,34 @@ class Perturbation:
     """
 
     epsilon: float
-    step_size: float
-    steps: int = 10
-    gamma: float = 0.005
-    beta: float = 6.0
-    grids: tuple[int, ...] = (4, 8, 0)
-    scalars: tuple[float, ...] = (20.0, 10.0, 1.0)
-    start: str = "random2"
+    step_size: float = setting(
+        help="step size in 1/255 (default: a quarter of each epsilon)", flag="alpha", least=0
+    )
+    steps: int = setting(10, "steps K of the training attack", flag="attack_iters", least=1, most=10**6)
+    gamma: float = setting(
+        0.005, "relative radius of the weight perturbation (ours)", flag="awp_gamma", least=0
+    )
+    beta: float = setting(6.0, "weight of the robust term", least=0)
+    grids: tuple[int, ...] = setting(
+        (4, 8, 0),
+        "cells per side of each level, 0 for one per pixel (default: 4 8 0; with querying 0)",
+        flag="pyramid_grids",
+        least=0,
+        most=4096,
+    )
+    scalars: tuple[float, ...] = setting(
+        (20.0, 10.0, 1.0),
+        "what each level is multiplied by (default: 20 10 1; with querying 1)",
+        flag="pyramid_scalars",
+        least=0,
+    )
+    start: str = setting(
+        "random2",
+        "start of the attack; random is random2; zero is degenerate, its first gradient vanishes (ours) "
+        "(default: random2; with querying random1)",
+        flag="delta_init",
+        choices=(*STARTS, "random"),
+    )
 
     def __post_init__(self) -> None:
         numbers = (self.epsilon, self.step_size, self.gamma, self.beta, *self.scalars)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from amt.cli import dry_run
 from amt.cli.options import autolora as options
 from amt.cli.options import check_output, use_threads
 from amt.data import corruptions
@@ -46,6 +47,8 @@ _PASSES = 1 << 20  # sets the seeds of passes over the training set apart from t
 def main(argv: Sequence[str]) -> int:
     args = options.parse(list(argv))
     attacks = options.attacks(args)
+    if args.dry_run is not None:
+        return dry_run.fine_tuning(args)
     check_output(args.output, "--output")
     use_threads(args)
     device = find_device(args.device)

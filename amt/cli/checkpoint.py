@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from amt.cli.options import Parser, place
+from amt.cli.options import Parser
 from amt.files import checkpoint, pretrained, published, weight_files, writing
 from amt.files.checkpoint import Checkpoint
 from amt.files.pretrained import pretraining_only
@@ -24,18 +24,18 @@ from amt.models.architectures import matching_archs
 from amt.models.pool import LoRAPool
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.settings import as_path
 
 Lines = list[tuple[str, str]]
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(__doc__.partition("\n")[0])
-    parser.prog = "python -m amt checkpoint"
+    parser = Parser(__doc__.partition("\n")[0], "python -m amt checkpoint")
     parser.add_argument(
-        "file", type=place, help="safetensors or .pth: ours, the published code's, or weights"
+        "file", type=as_path, help="safetensors or .pth: ours, the published code's, or weights"
     )
     parser.add_argument(
-        "--convert", type=place, metavar="OUT", help="write its contents to this .safetensors"
+        "--convert", type=as_path, metavar="OUT", help="write its contents to this .safetensors"
     )
     parser.add_argument(
         "--trust", action="store_true", help="with --convert: let FILE run any code it brings"

@@ -9,19 +9,19 @@ out zero.
 
 from collections.abc import Sequence
 
-from amt.cli.options import Parser, place
+from amt.cli.options import Parser
 from amt.evaluation import runs
 from amt.evaluation.comparison import compare
 from amt.evaluation.runs import Run
 from amt.evaluation.statistics import Summary
 from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.settings import as_path
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(__doc__.partition("\n")[0])
-    parser.prog = "python -m amt compare"
-    parser.add_argument("ours", type=place, metavar="RUN_A", help="--output_dir of an evaluation")
-    parser.add_argument("theirs", type=place, metavar="RUN_B", help="the one that it is compared with")
+    parser = Parser(__doc__.partition("\n")[0], "python -m amt compare")
+    parser.add_argument("ours", type=as_path, metavar="RUN_A", help="--output_dir of an evaluation")
+    parser.add_argument("theirs", type=as_path, metavar="RUN_B", help="the one that it is compared with")
     args = parser.parse(argv)
     ours, theirs = runs.load(args.ours), runs.load(args.theirs)
     found = compare(ours, theirs)

@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 
 from amt.cli import options
-from amt.cli.options import Parser, natural, place, positive
-from amt.evaluation.deploy import Deployment, check_fit
+from amt.cli.options import Parser
+from amt.evaluation.deploy import check_fit
+from amt.evaluation.settings import Deployment
 from amt.files import checkpoint, export
 from amt.files.export import FORMATS, Support
 from amt.files.pretrained import load_network
@@ -33,6 +34,7 @@ from amt.models.weights import Coefficients, stream
 from amt.tasks.merge import average_of, route
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.folders import FileStore, class_files, class_folders
+from meta_dataset_readers.settings import as_path, nonnegative_int, positive_int
 from meta_dataset_readers.transforms import eval_transform
 
 MOST_SUPPORT = 2000  # images; Meta-Dataset's largest support sets have 500, and all are held at once
@@ -40,31 +42,32 @@ MOST_SUPPORT = 2000  # images; Meta-Dataset's largest support sets have 500, and
 
 def parser() -> Parser:
     """The flags of the command."""
-    parser = Parser(__doc__.partition("\n")[0])
-    parser.prog = "python -m amt export"
-    parser.add_argument("pool", type=place, help="checkpoint of LoRAs, ours or published")
+    parser = Parser(__doc__.partition("\n")[0], "python -m amt export")
+    parser.add_argument("pool", type=as_path, help="checkpoint of LoRAs, ours or published")
     parser.add_argument("--to", choices=FORMATS, required=True, help="whose format")
-    parser.add_argument("--out", type=place, required=True, help="the file, for peft the folder, to write")
+    parser.add_argument("--out", type=as_path, required=True, help="the file, for peft the folder, to write")
     parser.add_argument("--arch", help="backbone (default: what the checkpoint says)")
     parser.add_argument(
         "--pretrained_checkpoint",
-        type=place,
+        type=as_path,
         help="weights the pool was trained from, which only peft needs (default: shipped, or timm's hub)",
     )
     parser.add_argument(
-        "--image_size", type=positive, help="side in pixels of the exported network (default: the backbone's)"
+        "--image_size",
+        type=positive_int,
+        help="side in pixels of the exported network (default: the backbone's)",
     )
 
     which = parser.add_argument_group("which network")
-    which.add_argument("--adapter", type=natural, metavar="P", help="this adapter alone")
+    which.add_argument("--adapter", type=nonnegative_int, metavar="P", help="this adapter alone")
     which.add_argument(
         "--support",
-        type=place,
+        type=as_path,
         metavar="FOLDER",
         help="images in one folder per class: write prototypes, and decide the coefficients if not given",
     )
     options.add_merging(which)
-    which.add_argument("--seed", type=natural, default=0, help="of the augmentation or the attack")
+    which.add_argument("--seed", type=nonnegative_int, default=0, help="of the augmentation or the attack")
     return parser
 
 

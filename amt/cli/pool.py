@@ -13,21 +13,23 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from amt.cli.options import Parser, amount, place
+from amt.cli.options import Parser
 from amt.files import checkpoint
 from amt.files.checkpoint import Checkpoint
 from amt.models.pool import Pool
 from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.settings import as_path, nonnegative
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(__doc__.partition("\n")[0])
-    parser.prog = "python -m amt pool"
-    parser.add_argument("files", type=place, nargs="+", metavar="FILE", help="checkpoints, ours or published")
-    parser.add_argument("--out", type=place, required=True, help="the pool, a .safetensors")
+    parser = Parser(__doc__.partition("\n")[0], "python -m amt pool")
+    parser.add_argument(
+        "files", type=as_path, nargs="+", metavar="FILE", help="checkpoints, ours or published"
+    )
+    parser.add_argument("--out", type=as_path, required=True, help="the pool, a .safetensors")
     parser.add_argument(
         "--epsilon",
-        type=amount,
+        type=nonnegative,
         nargs="+",
         help="what the members were trained for, in 1/255 of the pixel range (default: what the files say)",
     )

@@ -10,23 +10,27 @@ they scored the same episodes. --figures writes the same figures as PNG and PDF.
 from collections.abc import Sequence
 from pathlib import Path
 
-from amt.cli.options import Parser, check_output, place
+from amt.cli import dry_run
+from amt.cli.options import Parser, add_dry_run, check_output
 from amt.evaluation import runs
 from amt.files.writing import replace_file
 from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.settings import as_path
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(__doc__.partition("\n")[0])
-    parser.prog = "python -m amt report"
-    parser.add_argument("runs", type=place, nargs="+", metavar="RUN", help="--output_dir of an evaluation")
-    parser.add_argument("--out", type=place, required=True, help="the page, an .html")
-    parser.add_argument("--figures", type=place, metavar="DIR", help="where figures go, as PNG and PDF")
+    parser = Parser(__doc__.partition("\n")[0], "python -m amt report")
+    parser.add_argument("runs", type=as_path, nargs="+", metavar="RUN", help="--output_dir of an evaluation")
+    parser.add_argument("--out", type=as_path, required=True, help="the page, an .html")
+    parser.add_argument("--figures", type=as_path, metavar="DIR", help="where figures go, as PNG and PDF")
+    add_dry_run(parser)
     args = parser.parse(argv)
     if args.out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out {args.out}: expected a name that ends in .html")
     if args.out.is_dir():
         raise InputError(f"--out {args.out}: is a folder, expected the name of a file")
+    if args.dry_run is not None:
+        return dry_run.page(args)
     check_output(args.out.parent, "--out")
     if args.figures is not None:
         check_output(args.figures, "--figures")

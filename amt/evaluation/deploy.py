@@ -24,9 +24,10 @@ from amt.evaluation.select import (
     support_predictor,
     trim_name,
 )
+from amt.evaluation.settings import Deployment
 from amt.models.network import Network
 from amt.models.pool import Pool
-from amt.models.weights import Coefficients, Trim
+from amt.models.trim import Trim
 from amt.tasks.classifier import (
     Predictor,
     fixed_predictor,
@@ -34,13 +35,12 @@ from amt.tasks.classifier import (
     merged_predictor,
     pretrained,
 )
-from amt.tasks.finetune import Finetuning, finetuned_predictor
-from amt.tasks.merge import Routing, average_of, kept_members, route, soup, uniform
+from amt.tasks.finetune import finetuned_predictor
+from amt.tasks.merge import average_of, kept_members, route, soup, uniform
+from amt.tasks.settings import Routing
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 
-ROUTINGS = ("amt", "uniform", "soup", "best")
-SELECTS = ("none", "valid", "support", "published")
 STAMP = (
     "settings chosen on labelled episodes of the split that is scored (published protocol, for comparison "
     "only): the accuracies flatter the method"
@@ -50,43 +50,6 @@ STAMP = (
 OpenEpisodes = Callable[[str, str, int, int | None], Iterable[Episode]]
 # (episodes, title) -> the same, on the network's device, with a progress line if wanted
 Progress = Callable[[Iterable[Episode], str], Iterable[Episode]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Deployment:
-    """How the pool is deployed on one domain.
-
-    Args:
-        routing: "amt": a router decides per task; "uniform": equal shares; "soup": the factors' averages
-            (`merge.soup`); "best": the best single adapter, which has to be chosen.
-        coefficients: instead of `routing`, one number per adapter, of sum 1.
-        experts: instead of either, the adapters to average.
-        routings: settings of the router, one, or several to choose from; used with "amt" only.
-        trims: trimmings of the merged weights.
-        trim_candidates: at most one of these is added, by choice.
-        select: "none"; "valid": on labelled VALID episodes; "support": for every task on its support set;
-            "published": on labelled episodes of the scored split.
-        select_on: the source whose VALID episodes "valid" uses; None: the domain's own.
-        select_episodes: how many of them.
-        support_epsilon: bound in 1/255 of the attack on the images that "support" leaves out; 0: no attack.
-        split: the split that is scored.
-        single: refuse a pool of several members.
-        finetune: test-time fine-tuning of the one network that the settings above give.
-    """
-
-    routing: str = "amt"
-    coefficients: Coefficients | None = None
-    experts: tuple[int, ...] | None = None
-    routings: tuple[Routing, ...] = (Routing(),)
-    trims: tuple[Trim, ...] = ()
-    trim_candidates: tuple[Trim, ...] = ()
-    select: str = "none"
-    select_on: str | None = None
-    select_episodes: int = 40
-    support_epsilon: float = 0.0
-    split: str = "TEST"
-    single: bool = False
-    finetune: Finetuning | None = None
 
 
 def check_deployment(

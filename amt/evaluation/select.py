@@ -22,14 +22,13 @@ from amt.attacks.kinds import Attack
 from amt.evaluation.evaluate import measure
 from amt.models.network import Network
 from amt.models.pool import Merged, Pool
-from amt.models.weights import Coefficients, Trim, stream
+from amt.models.trim import Trim
+from amt.models.weights import Coefficients, stream
 from amt.tasks.classifier import Classifier, Predictor, merged_networks, prototype_classifier
 from amt.tasks.leave_one_out import lowest_loss, new_trial
-from amt.tasks.merge import Members, Routing, kept_members, route_each
+from amt.tasks.merge import Members, kept_members, route_each
+from amt.tasks.settings import Routing
 from meta_dataset_readers.episode import Episode
-
-BETAS = (0.1, 1.0, 10.0, 100.0)
-GAMMAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)
 
 # The published protocol: the best accuracy on this many labelled episodes of the scored split.
 PUBLISHED_EPISODES = 6
@@ -54,19 +53,6 @@ class Selection(NamedTuple):
     candidate: int
     trims: tuple[Trim, ...]
     scores: tuple[tuple[str, float], ...]
-
-
-def published_grid(
-    scale: tuple[float, float], step: tuple[int, int]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The published search: beta in 0.1 + i (s0 - 0.1) / n0 for i < n0, gamma in i s1 / n1 for i <= n1.
-
-    Args:
-        scale: (s0, s1), upper ends; beta's is left out.
-        step: (n0, n1), numbers of steps.
-    """
-    (s0, s1), (n0, n1) = scale, step
-    return tuple(0.1 + i * (s0 - 0.1) / n0 for i in range(n0)), tuple(i * s1 / n1 for i in range(n1 + 1))
 
 
 def candidate_names(candidates: Sequence[Candidate]) -> list[str]:

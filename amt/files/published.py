@@ -23,15 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amt.attacks.levels import Perturbation
+from amt.attacks.levels import POOL_EPSILONS, Perturbation
 from amt.files import state_dicts, weight_files
 from amt.models.architectures import ARCHS
 from amt.models.pool import VIT_LAYERS, LoRAPool, factor_groups
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError
-
-# The levels of the paper's four LoRAs, in 1/255 of the pixel range.
-POOL_EPSILONS = (8.0, 6.0, 0.1, 0.01)
 
 # What git calls the two files that the authors released (the SHA-1 of a header and the file).
 RELEASED = {

@@ -21,26 +21,10 @@ from amt.models.network import Network, features
 from amt.models.pool import Merged
 from amt.models.weights import Coefficients, Weights, stream
 from amt.tasks.classifier import Classifier, Predictor, prototype_classifier
-from amt.tasks.merge import AUGMENTATIONS, augment
+from amt.tasks.merge import augment
+from amt.tasks.settings import Finetuning
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
-
-
-@dataclasses.dataclass(frozen=True)
-class Finetuning:
-    """How a task's support set is learnt from.
-
-    Args:
-        steps: of Adam, with its usual momenta 0.9 and 0.999 and no weight decay, as published.
-        lr: its rate; 0 leaves the weights as they are.
-        augment_probability: chance that a step augments the support set at all.
-        augment_kinds: of `merge.augment`.
-    """
-
-    steps: int = 100
-    lr: float = 1e-4
-    augment_probability: float = 0.9
-    augment_kinds: tuple[str, ...] = AUGMENTATIONS
 
 
 def finetuned_predictor(

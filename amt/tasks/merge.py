@@ -24,39 +24,9 @@ from amt.models.heads import cosine_logits, prototypes
 from amt.models.network import CHUNK, Network, features, fixed_features
 from amt.models.pool import Pool
 from amt.models.weights import Coefficients, Weights
+from amt.tasks.settings import AUGMENTATIONS, Routing
 
 Members = Callable[[int], Weights]  # the complete weights of a pool's member, by its number
-
-AUGMENTATIONS = ("color", "translation")
-
-
-@dataclasses.dataclass(frozen=True)
-class Routing:
-    """How support scores become merging coefficients.
-
-    Args:
-        beta, gamma: sharpness and balance, as in the module's docstring (the published blend_beta and
-            blend_gamma).
-        top_k: how many adapters share the weight.
-        augment_probability: chance that the support images compared with the prototypes are augmented at
-            all, where they are not attacked.
-        epsilon: the knob from clean to robust, in 1/255 of the pixel range. 0: the published scores. Above:
-            the same scores of support images that each adapter sees attacked within epsilon. As these are
-            not augmented, 0 is a rule of its own and not the limit of small values.
-        steps: of that attack, each of epsilon / 4.
-    """
-
-    beta: float = 1.0
-    gamma: float = 0.6
-    top_k: int = 2
-    augment_probability: float = 0.9
-    epsilon: float = 0.0
-    steps: int = 5
-
-    @property
-    def view(self) -> tuple[float, float]:
-        """All that decides which images are scored: equal views have equal cosines."""
-        return (self.epsilon, self.steps) if self.epsilon > 0 else (0.0, self.augment_probability)
 
 
 def route(

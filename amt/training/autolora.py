@@ -17,6 +17,7 @@ from amt.models.network import Network, logits
 from amt.models.pool import Student, natural_weights, new_factors
 from amt.models.weights import Weights, stream
 from amt.training.objectives import (
+    METHODS,
     Adversary,
     Outcome,
     attack,
@@ -38,6 +39,7 @@ from amt.training.schedule import (
     windows,
 )
 from amt.training.similarity import gradient_similarity
+from meta_dataset_readers.settings import setting
 
 Batches = Iterable[tuple[Tensor, Tensor, Tensor]]  # images, labels, indices
 
@@ -77,26 +79,45 @@ class Settings:
     """
 
     mode: str = "AFF"
-    method: str = "autolora"
-    epochs: int = 50
-    batch_size: int = 128
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 2e-4
+    method: str = setting("autolora", "how AFF is done", choices=METHODS)
+    epochs: int = setting(50, "default: 50; high: 60", aliases="--max_epoch -m_e", least=1, most=10**6)
+    batch_size: int = setting(128, "default: 128; linear modes by table", aliases="-b", least=1, most=10**6)
+    lr: float = setting(0.1, "first rate (default: 0.1; high: 0.01)", aliases="--learning_rate -lr", least=0)
+    momentum: float = setting(0.9, "momentum of SGD", aliases="-m", least=0)
+    weight_decay: float = setting(2e-4, "default: 2e-4; high: 1e-4", aliases="--wd -w", least=0)
     adversary: Adversary = dataclasses.field(default_factory=Adversary)
     auto_lr: bool = True
     auto_weights: bool = True
-    natural_share: float = 1.0
-    scale: float = 6.0
-    divide: float = 2.0
+    natural_share: float = setting(
+        1.0,
+        "without --auto_scalars: share of clean images in the cross-entropy (default: autolora 0.5, else 1)",
+        flag="lambda1",
+        least=0,
+        most=1,
+    )
+    scale: float = setting(6.0, "largest weight of the divergence", least=0)
+    divide: float = setting(2.0, "what a reduction divides the rate by", above=1)
     milestones: tuple[int, ...] = ()
-    rank: int = 8
+    rank: int = setting(8, "rank of the low-rank branch (default: 8)", flag="r_nat", least=0, most=10**6)
     dual_norms: bool = False
     high_resolution: bool = False
-    whole_passes: bool = False
-    published: bool = False
-    twins_share: float = 0.3
-    similarity_every: int = 0
+    whole_passes: bool = setting(
+        False,
+        "weigh the loss by passes over the training set, as published, and not by the batches as they come, "
+        "which costs nothing",
+    )
+    published: bool = setting(
+        False,
+        "repeat what the published code does otherwise than the paper (implies --whole_passes)",
+    )
+    twins_share: float = setting(0.3, "weight of the frozen half of TWINS", flag="twins_lambda", least=0)
+    similarity_every: int = setting(
+        0,
+        "every N batches note the cosine between the natural and the adversarial gradient, per layer",
+        flag="gradient_similarity",
+        metavar="N",
+        least=0,
+    )
     seed: int = 0
 
     @property

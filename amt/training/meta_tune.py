@@ -43,6 +43,7 @@ from amt.models.pool import Pool
 from amt.models.weights import Weights, stream
 from amt.training.losses import RobustLoss, robust_loss
 from amt.training.optimiser import check_finite, check_loss, momentum, restore_momentum
+from amt.training.settings import TuneSettings
 from meta_dataset_readers.episode import Episode
 
 ALONE = (1.0,)
@@ -171,38 +172,6 @@ def _seen_support(
 def _cross_entropy_alone(logits: Tensor, labels: Tensor) -> RobustLoss:
     loss = F.cross_entropy(logits, labels)
     return RobustLoss(loss, loss, torch.zeros_like(loss))
-
-
-@dataclasses.dataclass(frozen=True)
-class TuneSettings:
-    """How the pool is trained; the robustness levels are the pool's own.
-
-    Args:
-        epochs, episodes_per_epoch: length of the run.
-        lr, warmup_lr, min_lr, warmup_epochs: cosine schedule, constant within an epoch, linear warm-up.
-        momentum: of SGD.
-        method: one of `METHODS`; see the module's docstring.
-        clip_grad: largest norm of one level's gradient, or None.
-        epsilon_warmup: episodes over which epsilon and step size grow linearly to their level; 0 for none.
-        seed: decides the attacks' random starts, together with the episode's number and the level.
-    """
-
-    epochs: int
-    episodes_per_epoch: int
-    lr: float = 5e-4
-    warmup_epochs: int = 5
-    warmup_lr: float = 1e-6
-    min_lr: float = 1e-6
-    momentum: float = 0.9
-    method: str = "adsv"
-    clip_grad: float | None = None
-    epsilon_warmup: int = 0
-    seed: int = 0
-
-    @property
-    def adversarial(self) -> bool:
-        """Whether anything is attacked in training."""
-        return self.method != "standard"
 
 
 class StepRecord(NamedTuple):

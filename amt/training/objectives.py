@@ -25,6 +25,7 @@ from amt.models.network import Network, logits
 from amt.models.pool import Student, natural_weights
 from amt.training.losses import RobustLoss, robust_loss
 from amt.training.schedule import LossWeights
+from meta_dataset_readers.settings import setting
 
 MODES = ("SLF", "ALF", "AFF")
 METHODS = ("autolora", "vanilla", "twins")
@@ -43,11 +44,13 @@ class Adversary:
         norm: "linf" or "l2".
     """
 
-    epsilon: float = 8.0
-    step_size: float = 2.0
-    steps: int = 10
+    epsilon: float = setting(
+        8.0, "in 1/255 of the pixel range; below 0.5 in its parts", aliases="-e", least=0
+    )
+    step_size: float = setting(2.0, "in the same unit (0.00784: 2/255)", aliases="--alpha -a", least=0)
+    steps: int = setting(10, "attack steps", flag="num_steps_train", aliases="--k -k", least=1, most=10**6)
     start: str = "gaussian"
-    norm: str = "linf"
+    norm: str = setting("linf", "norm", flag="perturbation_type", aliases="-p", choices=("linf", "l2"))
 
     @property
     def ball(self) -> Ball:

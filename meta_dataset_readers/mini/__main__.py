@@ -3,44 +3,44 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from meta_dataset_readers.command import Parser, available_cores
 from meta_dataset_readers.errors import exit_on_bad_input
 from meta_dataset_readers.mini.sheets import write_contact_sheets
 from meta_dataset_readers.mini.sources import OBJECTS_PER_CLASS, SOURCE_NAMES
 from meta_dataset_readers.mini.write import Settings, make_mini
+from meta_dataset_readers.settings import as_path, nonnegative_int, positive_int
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
-        "meta_dataset_readers.mini",
         "Make Mini-Meta-Dataset: six small domains in the layout of Meta-Dataset.",
+        "python -m meta_dataset_readers.mini",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="directory to hold the sources"
+        "--out", type=as_path, required=True, metavar="DIR", help="directory to hold the sources"
     )
-    parser.add_argument("--seed", type=int, default=0, help="decides every picture (default 0)")
+    parser.add_argument("--seed", type=nonnegative_int, default=0, help="decides every picture")
     parser.add_argument(
         "--sources",
         nargs="+",
         default=SOURCE_NAMES,
         metavar="NAME",
-        help=f"of {', '.join(SOURCE_NAMES)} (default all)",
+        help=f"of {', '.join(SOURCE_NAMES)}",
     )
     parser.add_argument(
         "--objects_per_class",
-        type=int,
+        type=positive_int,
         default=OBJECTS_PER_CLASS,
         metavar="N",
-        help=f"images per class of mini_objects (default {OBJECTS_PER_CLASS})",
+        help="images per class of mini_objects",
     )
     parser.add_argument(
         "--workers",
-        type=int,
+        type=positive_int,
         default=available_cores(),
         metavar="N",
-        help="processes (default: one per core); changes no byte",
+        help="processes, by default one per core; changes no byte",
     )
     parser.add_argument(
         "--force", action="store_true", help="write into DIR although it holds other things; they are kept"

@@ -1,7 +1,7 @@
 """The command lines: every flag once, checked once, turned into typed settings."""
 
-from amt.cli.options.common import reading, sampling, use_threads
-from amt.cli.options.parsing import Parser, amount, check_output, natural, place, positive, spelling
+from amt.cli.options.common import add_dry_run, reading, sampling, use_threads
+from amt.cli.options.parsing import Parser, check_output
 from amt.cli.options.testing import (
     TEST_SOURCES,
     add_merging,
@@ -30,8 +30,8 @@ __all__ = [
     "TEST_SOURCES",
     "TRAINING_SOURCES",
     "Parser",
+    "add_dry_run",
     "add_merging",
-    "amount",
     "attacks",
     "autocast",
     "check_output",
@@ -41,15 +41,11 @@ __all__ = [
     "finetuning",
     "levels",
     "method",
-    "natural",
     "part",
-    "place",
-    "positive",
     "reading",
     "routing",
     "sampling",
     "selection",
-    "spelling",
     "test_sources",
     "testing_parser",
     "training_parser",

@@ -10,17 +10,8 @@ import dataclasses
 from pathlib import Path
 
 from amt.attacks.kinds import Attack, parse_attack
-from amt.cli.options.common import add_overwrite, add_saving
-from amt.cli.options.parsing import (
-    Parser,
-    WithoutEffect,
-    amount,
-    check_distinct,
-    fraction,
-    natural,
-    place,
-    positive,
-)
+from amt.cli.options.common import COUNT, PROCESSES, SIDE, add_machine, add_saving
+from amt.cli.options.parsing import Parser, check_distinct
 from amt.cli.options.published_settings import PublishedSettings, published_settings
 from amt.data.datasets import known
 from amt.files.robust_weights import PRETRAININGS
@@ -28,6 +19,7 @@ from amt.models.architectures import LARGE
 from amt.training.autolora import Settings
 from amt.training.objectives import METHODS, MODES, Adversary
 from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.settings import add_flags, as_path, from_args, positive_int
 
 INSIDE = 224  # px that smaller images are enlarged to inside a network for high resolutions
 # 1/255: a smaller epsilon is meant in parts of the pixel range, as the published scripts have it; a radius of
@@ -50,9 +42,9 @@ _FLAGS_ALONE = ("occupy", "save_all", "adv_train")
 def parser() -> Parser:
     """The flags of the command."""
     parser = Parser(
-        "Fine-tune a robustly pretrained network by AutoLoRa, and test it clean and under attack."
+        "Fine-tune a robustly pretrained network by AutoLoRa, and test it clean and under attack.",
+        "python main.py autolora",
     )
-    parser.prog = "python main.py autolora"
     parser.usage = "%(prog)s --dataset NAME --data DIR --arch NAME --checkpoint FILE --output DIR [flags]"
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -62,9 +54,9 @@ def parser() -> Parser:
         "food101, or imagefolder: train/CLASS/* and test/CLASS/*, or class folders alone",
     )
     data.add_argument(
-        "--data", "--data_root", type=place, default=Path("data"), help="where it lies on the disk"
+        "--data", "--data_root", type=as_path, default=Path("data"), help="where it lies on the disk"
     )
-    data.add_argument("--resize", type=positive, help="side in pixels of the images (default: by data set)")
+    data.add_argument("--resize", type=SIDE, help="side in pixels of the images (default: by data set)")
     data.add_argument(
         "--val",
         type=float,
@@ -72,10 +64,8 @@ def parser() -> Parser:
         help="share of the training images, of every class, that learning rate, restores and the reported "
         "epoch are decided on",
     )
-    data.add_argument(
-        "--num_classes", type=positive, help="outputs of the head (default: as many as classes)"
-    )
-    data.add_argument("--num_workers", type=natural, default=2, help="processes that read images")
+    data.add_argument("--num_classes", type=COUNT, help="outputs of the head (default: as many as classes)")
+    data.add_argument("--num_workers", type=PROCESSES, default=2, help="processes that read images")
 
     model = parser.add_argument_group("network")
     model.add_argument(
@@ -86,9 +76,9 @@ def parser() -> Parser:
         help="resnet18, resnet34, resnet50 (or r18, r34, r50), wrn28-10, vit_small, vit_base, deit_tiny, "
         "deit_small, or timm:NAME",
     )
-    model.add_argument("--checkpoint", "--model_path", type=place, help="a robustly pretrained network")
+    model.add_argument("--checkpoint", "--model_path", type=as_path, help="a robustly pretrained network")
     model.add_argument(
-        "--load_checkpoint", type=place, help="the published name for --checkpoint beside --todo test"
+        "--load_checkpoint", type=as_path, help="the published name for --checkpoint beside --todo test"
     )
     model.add_argument("--no_pretrain", action="store_true", help="start from random weights")
     model.add_argument(
@@ -113,9 +103,7 @@ def parser() -> Parser:
         help="SLF, ALF: only the classifier, on clean or attacked images; AFF: everything; ALL: one after "
         "the other, each from the checkpoint (default: AFF; with the published --experiment ALL)",
     )
-    method.add_argument("--method", choices=METHODS, default=METHODS[0], help="how AFF is done")
     method.add_argument("--autolora", action="store_true", help="the published flag for what is the default")
-    method.add_argument("--r_nat", type=natural, help="rank of the low-rank branch (default: 8)")
     method.add_argument(
         "--autoLR", type=int, choices=[0, 1], help="1: learning rate by the schedule (default: with autolora)"
     )
@@ -125,62 +113,21 @@ def parser() -> Parser:
         choices=[0, 1],
         help="1: weights of the loss by the schedule (default: with autolora)",
     )
-    method.add_argument(
-        "--lambda1",
-        type=fraction,
-        help="without that: share of the clean images in the cross-entropy (default: autolora 0.5, else 1)",
-    )
-    method.add_argument("--scale", type=amount, default=6.0, help="largest weight of the divergence")
-    method.add_argument("--divide", type=amount, default=2.0, help="what a reduction divides the rate by")
-    method.add_argument(
-        "--whole_passes",
-        action="store_true",
-        help="weigh the loss by passes over the training set, as published, and not by the batches as they "
-        "come, which costs nothing",
-    )
-    method.add_argument(
-        "--published",
-        action="store_true",
-        help="repeat what the published code does otherwise than the paper (implies --whole_passes)",
-    )
-    method.add_argument("--twins_lambda", type=amount, default=0.3, help="weight of the frozen half of TWINS")
+    method_fields = ("method", "natural_share", "scale", "divide", "rank", "whole_passes", "published")
+    add_flags(method, Settings, *method_fields, "twins_share", unset=("natural_share", "rank"))
 
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", "--max_epoch", "-m_e", type=positive, help="default: 50; high: 60")
-    training.add_argument("--batch_size", "-b", type=positive, help="default: 128; linear modes: see README")
-    training.add_argument(
-        "--lr", "--learning_rate", "-lr", type=amount, help="first rate (default: 0.1; high: 0.01)"
-    )
+    add_flags(training, Settings, unset=("epochs", "batch_size", "lr", "weight_decay"))
+    add_flags(training, Adversary)
     training.add_argument(
         "--decreasing_lr",
         type=_epochs,
         help="without the automatic schedule: divide by ten after these epochs, such as 15,20",
     )
-    training.add_argument("--momentum", "-m", type=amount, default=0.9)
-    training.add_argument("--weight_decay", "--wd", "-w", type=amount, help="default: 2e-4; high: 1e-4")
-    training.add_argument(
-        "--epsilon",
-        "-e",
-        type=amount,
-        default=8.0,
-        help="in 1/255 of the pixel range; below 0.5 in its parts",
-    )
-    training.add_argument(
-        "--step_size", "--alpha", "-a", type=amount, default=2.0, help="in the same unit (0.00784: 2/255)"
-    )
-    training.add_argument("--perturbation_type", "-p", choices=["linf", "l2"], default="linf", help="norm")
-    training.add_argument("--num_steps_train", "--k", "-k", type=positive, default=10, help="attack steps")
-    training.add_argument(
-        "--gradient_similarity",
-        type=natural,
-        default=0,
-        metavar="N",
-        help="every N batches note the cosine between the natural and the adversarial gradient, per layer",
-    )
 
     testing = parser.add_argument_group("testing")
-    testing.add_argument("--num_steps_test", type=positive, help="PGD steps (default: 20; high: 10)")
-    testing.add_argument("--test_batch_size", type=positive, default=128)
+    testing.add_argument("--num_steps_test", type=COUNT, help="PGD steps (default: 20; high: 10)")
+    testing.add_argument("--test_batch_size", type=COUNT, default=128)
     testing.add_argument("--eval_only", action="store_true", help="test --checkpoint, which has its head")
     testing.add_argument(
         "--todo", choices=["train", "valid", "test"], default="train", help="other than train: --eval_only"
@@ -197,30 +144,22 @@ def parser() -> Parser:
     testing.add_argument(
         "--eval_OOD", action="store_true", help="also under common corruptions: --corruptions, or made here"
     )
-    testing.add_argument("--corruptions", type=place, help="folder of CIFAR-10-C or CIFAR-100-C")
+    testing.add_argument("--corruptions", type=as_path, help="folder of CIFAR-10-C or CIFAR-100-C")
 
-    machine = parser.add_argument_group("machine")
+    machine = add_machine(parser, seed=1)
     machine.add_argument(
-        "--output", "--output_dir", "--model_root", type=place, help="where everything is written"
+        "--output", "--output_dir", "--model_root", type=as_path, help="where everything is written"
     )
-    machine.add_argument("--experiment", help="the published name for an output of checkpoints/NAME")
-    machine.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto: cuda if there is one")
-    machine.add_argument("--gpu", "-g", help="the published name for --device cuda:N")
-    machine.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
-    machine.add_argument("--seed", type=natural, default=1, help="decides everything that is random")
-    add_overwrite(machine)
     add_saving(machine)
-    without = parser.add_argument_group("accepted from published command lines, without effect")
-    for reason, flags in WITHOUT_EFFECT.items():
-        for flag in flags.split():
-            without.add_argument(
-                f"--{flag}",
-                nargs=0 if flag in _FLAGS_ALONE else 1,
-                action=WithoutEffect,
-                default=argparse.SUPPRESS,
-                metavar=None if flag in _FLAGS_ALONE else "X",
-                help=reason,
-            )
+    machine.add_argument("--experiment", help="the published name for an output of checkpoints/NAME")
+    machine.add_argument("--gpu", "-g", help="the published name for --device cuda:N")
+    parser.add_without_effect(
+        {
+            flag: (0 if flag in _FLAGS_ALONE else 1, reason)
+            for reason, flags in WITHOUT_EFFECT.items()
+            for flag in flags.split()
+        }
+    )
     return parser
 
 
@@ -254,8 +193,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
             f"--val is {args.val:g}, expected more than 0 and at most 0.5 (the published 0 validates on the "
             "training images)"
         )
-    if args.divide <= 1:
-        raise InputError(f"--divide is {args.divide:g}, expected more than 1")
     if args.r_nat == 0 and args.method == "autolora":
         raise InputError("--r_nat is 0: without a low-rank branch it is --method vanilla")
     if args.corruptions is not None and not args.eval_OOD:
@@ -314,29 +251,24 @@ def settings(args: argparse.Namespace, mode: str) -> Settings:
     by_table = table if args.pretraining and not auto_lr else None
     epochs = args.epochs or (by_table.epochs if by_table else 60 if high(args) else 50 if auto_lr else 25)
     slow = high(args) or not (full or auto_lr)
-    return Settings(
+    return from_args(
+        Settings,
+        args,
         mode=mode,
         method=args.method if full else METHODS[0],
         epochs=epochs,
         batch_size=args.batch_size or (table.batch_size if table else 128),
         lr=args.lr if args.lr is not None else by_table.lr if by_table else 0.01 if slow else 0.1,
-        momentum=args.momentum,
         weight_decay=args.weight_decay if args.weight_decay is not None else (1e-4 if high(args) else 2e-4),
         adversary=adversary(args, mode),
         auto_lr=auto_lr,
         auto_weights=full and (bool(args.auto_scalars) if args.auto_scalars is not None else automatic),
         natural_share=args.lambda1 if args.lambda1 is not None else 0.5 if automatic else 1.0,
-        scale=args.scale,
-        divide=args.divide,
         milestones=args.decreasing_lr or (by_table.milestones if by_table else milestones(args, epochs)),
         rank=args.r_nat or 8,
         dual_norms=bool(args.dualBN) and full,
         high_resolution=high(args),
         whole_passes=args.whole_passes or args.published,
-        published=args.published,
-        twins_share=args.twins_lambda,
-        similarity_every=args.gradient_similarity,
-        seed=args.seed,
     )
 
 
@@ -359,7 +291,7 @@ def adversary(args: argparse.Namespace, mode: str) -> Adversary:
     start = "gaussian" if mode == "AFF" else "uniform"
     if high(args) or args.perturbation_type == "l2":
         start = "uniform_valid"
-    return Adversary(args.epsilon, args.step_size, args.num_steps_train, start, args.perturbation_type)
+    return from_args(Adversary, args, start=start)
 
 
 def examiner(args: argparse.Namespace) -> Adversary:
@@ -397,7 +329,7 @@ def _pretraining(text: str) -> str:
 
 
 def _epochs(text: str) -> tuple[int, ...]:
-    numbers = tuple(positive(part) for part in text.split(","))
+    numbers = tuple(positive_int(part) for part in text.split(","))
     if list(numbers) != sorted(set(numbers)):
         raise argparse.ArgumentTypeError(f"{text} is not increasing")
     return numbers

@@ -1,19 +1,23 @@
 """The flags that training and evaluation share, turned into how episodes are drawn and read."""
 
 import argparse
-import math
 from collections.abc import Sequence
 
-import torch
-
-from amt.cli.options.parsing import Parser, amount, fraction, natural, place, positive
+from amt.cli.options.parsing import Parser
+from meta_dataset_readers.command import add_image_prefix
 from meta_dataset_readers.errors import InputError
-from meta_dataset_readers.sampling import EpisodeSampling
+from meta_dataset_readers.protocol import MOST, EpisodeSampling
+from meta_dataset_readers.settings import Number, add_flags, as_path, from_args, nonnegative, nonnegative_int
 
 CDFSL_QUERIES = 15  # per class, in the benchmark's own evaluation
 
-
 FOLDER_DATASETS = {"cifar_fs": "cifar_fs", "cifar_fs_elite": "cifar_fs", "mini_imagenet": "mini_imagenet"}
+
+WAYS = Number(int, least=2, most=MOST)
+COUNT = Number(int, least=1, most=MOST)
+SIDE = Number(int, least=1, most=4096)  # px of an image
+PROCESSES = Number(int, least=0, most=1024)
+THREADS = Number(int, least=1, most=1024)
 
 
 def add_overwrite(group) -> None:
@@ -30,7 +34,7 @@ def add_saving(group) -> None:
     """Add the flag of every program that trains."""
     group.add_argument(
         "--save_every_minutes",
-        type=amount,
+        type=nonnegative,
         default=10.0,
         help="time after which a checkpoint is written within an epoch; 0: only when an epoch ends",
     )
@@ -39,7 +43,7 @@ def add_saving(group) -> None:
 def add_common(parser: Parser, sources: str, default: Sequence[str], split_help: str) -> None:
     """Add the flags that both programs have; theirs of sources are called differently."""
     data = parser.add_argument_group("data")
-    data.add_argument("--data_path", type=place, required=True, help="folder with one folder per source")
+    data.add_argument("--data_path", type=as_path, required=True, help="folder with one folder per source")
     data.add_argument(
         f"--{sources}", nargs="+", metavar="SOURCE", help=f"{split_help} (default: {' '.join(default)})"
     )
@@ -49,14 +53,9 @@ def add_common(parser: Parser, sources: str, default: Sequence[str], split_help:
         default="meta_dataset",
         help="the others stand for that source, with episodes by --nClsEpisode, --nSupport and --nQuery",
     )
-    data.add_argument(
-        "--image_prefix",
-        nargs=2,
-        metavar=("OLD", "NEW"),
-        help="where the images of filelists written on another machine are (default: they are looked for)",
-    )
-    data.add_argument("--image_size", type=positive, help="side in pixels (default: the backbone's)")
-    data.add_argument("--num_workers", type=natural, default=1, help="processes that prepare episodes")
+    add_image_prefix(data)
+    data.add_argument("--image_size", type=SIDE, help="side in pixels (default: the backbone's)")
+    data.add_argument("--num_workers", type=PROCESSES, default=1, help="processes that prepare episodes")
     data.add_argument(
         "--skip_bad_records",
         action="store_true",
@@ -64,56 +63,47 @@ def add_common(parser: Parser, sources: str, default: Sequence[str], split_help:
     )
 
     episodes = parser.add_argument_group("episodes")
-    episodes.add_argument("--num_ways", type=positive, help="fixed number of classes (default: variable)")
-    episodes.add_argument(
-        "--num_support",
-        type=positive,
-        nargs="+",
-        metavar="K",
-        help="fixed shots, or two numbers: one value drawn between them per episode (default: variable)",
-    )
-    episodes.add_argument("--num_query", type=positive, help="fixed queries per class (default: variable)")
-    episodes.add_argument("--min_ways", type=positive, default=5, help="least ways when variable")
-    episodes.add_argument("--max_ways_upper_bound", type=positive, default=50, help="most ways when variable")
-    episodes.add_argument("--max_num_query", type=positive, default=10, help="most queries when variable")
-    episodes.add_argument("--max_support_set_size", type=positive, default=500, help="when shots vary")
-    episodes.add_argument(
-        "--max_support_size_contrib_per_class", type=positive, default=100, help="when shots vary"
-    )
-    episodes.add_argument(
-        "--min_examples_in_class", type=natural, default=0, help="leave smaller classes out"
-    )
-    episodes.add_argument("--min_log_weight", type=float, default=math.log(0.5), help="when shots vary")
-    episodes.add_argument("--max_log_weight", type=float, default=math.log(2), help="when shots vary")
-    for kind, what in (("dag", "below one node of ImageNet's graph"), ("bilevel", "of one alphabet")):
-        episodes.add_argument(
-            f"--ignore_{kind}_ontology", action="store_true", help=f"classes need not be {what}"
-        )
-    episodes.add_argument(
-        "--ignore_hierarchy_probability", type=fraction, default=0.0, help="share of episodes that ignore it"
-    )
-    episodes.add_argument("--nClsEpisode", type=positive, default=5, help="ways with another --dataset")
-    episodes.add_argument("--nSupport", type=positive, default=1, help="shots with another --dataset")
-    episodes.add_argument("--nQuery", type=positive, default=15, help="queries with another --dataset")
+    add_flags(episodes, EpisodeSampling)
+    episodes.add_argument("--nClsEpisode", type=WAYS, default=5, help="ways with another --dataset")
+    episodes.add_argument("--nSupport", type=COUNT, default=1, help="shots with another --dataset")
+    episodes.add_argument("--nQuery", type=COUNT, default=15, help="queries with another --dataset")
 
     model = parser.add_argument_group("model")
     model.add_argument(
         "--pretrained_checkpoint",
         "--pretrained_weights",
-        type=place,
+        type=as_path,
         help="backbone weights, safetensors or an official .pth (default: shipped, or from timm's hub)",
     )
     model.add_argument("--no_pretrain", action="store_true", help="start from random weights")
+    add_machine(parser, seed=0)
 
+
+def add_machine(parser: Parser, seed: int) -> argparse._ArgumentGroup:
+    """Add the flags that every program has, and return their group."""
     machine = parser.add_argument_group("machine")
+    add_dry_run(machine)
     machine.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto: cuda if there is one")
     machine.add_argument(
         "--threads",
-        type=positive,
+        type=THREADS,
         help="CPU threads (default: torch's choice); 1 is best for small networks or on a busy machine",
     )
-    machine.add_argument("--seed", type=natural, default=0, help="decides everything that is random")
+    machine.add_argument("--seed", type=nonnegative_int, default=seed, help="decides everything random")
     add_overwrite(machine)
+    return machine
+
+
+def add_dry_run(parser: argparse._ActionsContainer) -> None:
+    """The flag --dry_run: None, or what an earlier command is going to make; see amt/cli/dry_run.py."""
+    parser.add_argument(
+        "--dry_run",
+        type=as_path,
+        nargs="*",
+        metavar="MADE",
+        help="check settings, weights and data, say what would run and what is missing, stop; each file or "
+        "folder MADE counts as there, since an earlier command makes it",
+    )
 
 
 def check_episodes(args: argparse.Namespace) -> None:
@@ -135,36 +125,21 @@ def folder_source(args: argparse.Namespace) -> list[str]:
 
 def sampling(args: argparse.Namespace) -> EpisodeSampling:
     """How episodes are drawn."""
+    fixed = {}
     if args.dataset in FOLDER_DATASETS:
-        fixed = args.nClsEpisode, [args.nSupport], args.nQuery
+        fixed = {"num_ways": args.nClsEpisode, "num_support": args.nSupport, "num_query": args.nQuery}
     elif vars(args).get("cdfsl_domains"):
-        fixed = args.test_n_way, [args.n_shot], CDFSL_QUERIES
-    else:
-        fixed = None, None, None
-    ways, shots, queries = (
-        default if given is None else given
-        for given, default in zip((args.num_ways, args.num_support, args.num_query), fixed, strict=True)
-    )
-    return EpisodeSampling(
-        num_ways=ways,
-        num_support=None if shots is None else shots[0] if len(shots) == 1 else tuple(shots),
-        num_query=queries,
-        min_ways=args.min_ways,
-        max_ways_upper_bound=args.max_ways_upper_bound,
-        max_num_query=args.max_num_query,
-        max_support_set_size=args.max_support_set_size,
-        max_support_size_contrib_per_class=args.max_support_size_contrib_per_class,
-        min_examples_in_class=args.min_examples_in_class,
-        min_log_weight=args.min_log_weight,
-        max_log_weight=args.max_log_weight,
-        ignore_dag_ontology=args.ignore_dag_ontology,
-        ignore_bilevel_ontology=args.ignore_bilevel_ontology,
-        ignore_hierarchy_probability=args.ignore_hierarchy_probability,
-    )
+        fixed = {"num_ways": args.test_n_way, "num_support": args.n_shot, "num_query": CDFSL_QUERIES}
+    own = {name: value for name, value in fixed.items() if getattr(args, name) is None}
+    if args.num_support is not None and len(args.num_support) == 1:
+        own["num_support"] = args.num_support[0]
+    return from_args(EpisodeSampling, args, **own)
 
 
 def use_threads(args: argparse.Namespace) -> None:
     """Limit torch to `--threads`, if given."""
+    import torch  # which a mistyped flag need not wait for
+
     if args.threads is not None:
         torch.set_num_threads(args.threads)
 

@@ -21,9 +21,11 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from amt.models.weights import Trim
+from amt.models.trim import Trim, parse_trim
+from amt.tasks.settings import Routing
 from meta_dataset_readers.errors import InputError, nearest
 from meta_dataset_readers.files import read_yaml
+from meta_dataset_readers.settings import Number, nonnegative, positive_int, reader
 
 DEFAULT = "default"
 MOST_STEPS = 10_000  # of a search: each is a candidate
@@ -75,22 +77,6 @@ def read_domain_config(path: Path, sources: Collection[str]) -> dict[str, Domain
     return found
 
 
-def parse_trim(text: str) -> Trim:
-    """NAME:BLOCK:KEEP, as in qkv:-1:0.5.
-
-    Raises:
-        ValueError: saying what was expected.
-    """
-    try:
-        layer, block, keep = text.split(":")
-        found = Trim(layer, int(block), float(keep))
-    except ValueError:
-        raise ValueError(f"{text!r}, expected NAME:BLOCK:KEEP such as qkv:-1:0.5") from None
-    if not 0 < found.keep <= 1:
-        raise ValueError(f"{text!r} keeps {found.keep:g}, expected a fraction in (0, 1]")
-    return found
-
-
 def _settings(where: str, fields: object) -> dict[str, Any]:
     """The checked fields of one entry."""
     if fields is None:  # an entry whose fields are all commented out
@@ -128,32 +114,23 @@ def _shown(value: object) -> str:
     return " ".join(reprlib.repr(value).split())  # a few aliases can stand for gigabytes
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _amount(value: object) -> float:
-    if not _is_number(value) or value < 0:
+def _number(number: Number, value: Any) -> int | float:
+    if value not in number:
         raise ValueError
-    return float(value)
+    return number.kind(value)
 
 
-def _count(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError
-    return value
-
-
-def _some(read: Callable) -> Callable:
-    """One value, or a list of different ones."""
+def _some(name: str) -> tuple[Callable, str]:
+    """What reads one value of a field of `Routing`, or a list of different ones; and what is expected."""
+    number = reader(Routing, name)
 
     def several(value: object) -> tuple:
-        found = tuple(read(each) for each in (value if isinstance(value, list) else [value]))
+        found = tuple(_number(number, each) for each in (value if isinstance(value, list) else [value]))
         if not found or len(set(found)) < len(found):
             raise ValueError
         return found
 
-    return several
+    return several, f"{number.describe()}, or a list of different ones"
 
 
 def _trims(value: object) -> tuple[Trim, ...]:
@@ -162,23 +139,23 @@ def _trims(value: object) -> tuple[Trim, ...]:
     return tuple(parse_trim(text) for text in value)
 
 
-def _pair(first: Callable, second: Callable) -> Callable:
+def _pair(number: Number) -> Callable:
     def both(value: object) -> tuple:
         if not isinstance(value, list) or len(value) != 2:
             raise ValueError
-        return first(value[0]), second(value[1])
+        return _number(number, value[0]), _number(number, value[1])
 
     return both
 
 
 _TRIMS = "a list such as [qkv:-1:0.5] of NAME:BLOCK:KEEP with a fraction KEEP in (0, 1]"
 _READ = {
-    "beta": (_some(_amount), "a number of at least 0, or a list of different ones"),
-    "gamma": (_some(_amount), "a number of at least 0, or a list of different ones"),
-    "top_k": (_some(_count), "a whole number of at least 1, or a list of different ones"),
-    "route_epsilon": (_some(_amount), "a number of at least 0, or a list of different ones"),
+    "beta": _some("beta"),
+    "gamma": _some("gamma"),
+    "top_k": _some("top_k"),
+    "route_epsilon": _some("epsilon"),
     "trim": (_trims, _TRIMS),
-    "search_scale": (_pair(_amount, _amount), "[largest beta, largest gamma], numbers of at least 0"),
-    "search_step": (_pair(_count, _count), "[steps of beta, steps of gamma], whole numbers of at least 1"),
+    "search_scale": (_pair(nonnegative), "[largest beta, largest gamma], numbers of at least 0"),
+    "search_step": (_pair(positive_int), "[steps of beta, steps of gamma], positive integers"),
     "candidate_pool": (_trims, _TRIMS),
 }

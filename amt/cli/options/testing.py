@@ -1,4 +1,5 @@
-"""The flags of test_meta_dataset.py: every flag once, checked once, turned into attacks and deployments.
+"""The flags of test_meta_dataset.py, those of its settings' own fields among them: checked, and turned into
+attacks and deployments.
 
 Knows no tensors, and of the disk only --domain_config.
 """
@@ -8,39 +9,36 @@ import itertools
 import os
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from amt.attacks.kinds import PGD_KINDS, TARGETED, Attack, parse_attack, target_count
-from amt.cli.options.common import add_common, check_episodes, folder_source, sampling
+from amt.cli.options.common import COUNT, WAYS, add_common, check_episodes, folder_source, sampling
 from amt.cli.options.domain_config import DomainSettings, read_domain_config
-from amt.cli.options.parsing import (
-    Parser,
-    WithoutEffect,
-    amount,
-    check_distinct,
-    fraction,
-    listed,
-    natural,
-    place,
-    positive,
-    trim,
-)
-from amt.evaluation.deploy import ROUTINGS, SELECTS, Deployment
-from amt.evaluation.select import BETAS, GAMMAS, published_grid
-from amt.models.architectures import base_arch
-from amt.tasks.finetune import Finetuning
-from amt.tasks.merge import AUGMENTATIONS, Routing
+from amt.cli.options.parsing import Parser, check_distinct
+from amt.evaluation.settings import Deployment, published_grid
+from amt.tasks.settings import BETAS, GAMMAS, Finetuning, Routing
 from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.settings import (
+    Number,
+    add_flags,
+    as_path,
+    from_args,
+    nonnegative,
+    nonnegative_int,
+    positive_int,
+)
+
+if TYPE_CHECKING:
+    from amt.attacks.kinds import Attack
 
 TEST_SOURCES = (
     *("traffic_sign", "mscoco", "ilsvrc_2012", "omniglot", "aircraft"),
     *("cu_birds", "dtd", "quickdraw", "fungi", "vgg_flower"),
 )
 
-
 _NEEDING_A_POOL = ("trim", "trim_candidates", "select_on", "domain_config")
-
-
-_FLAGS = {"beta": "blend_beta", "gamma": "blend_gamma"}  # where a setting is not called as its flag
+_SEARCHED = ("beta", "gamma", "top_k", "epsilon")  # of Routing, what --select may choose
+_FLAGS = {"beta": "blend_beta", "gamma": "blend_gamma"}  # where a domain's setting is not called as its flag
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -53,71 +51,8 @@ def shard(text: str) -> tuple[int, int]:
 
 def add_merging(group: argparse._ArgumentGroup) -> None:
     """The flags that say how a pool becomes one network, wherever that is done."""
-    group.add_argument(
-        "--coefficients", type=amount, nargs="+", metavar="C", help="one number per adapter, summing to 1"
-    )
-    several = "; several values are for --select to choose from"
-    group.add_argument(
-        "--blend_beta",
-        type=amount,
-        nargs="+",
-        metavar="BETA",
-        help=f"sharpness of the scores{several} (default: 1, or with --select {listed(BETAS)})",
-    )
-    group.add_argument(
-        "--blend_gamma",
-        type=amount,
-        nargs="+",
-        metavar="GAMMA",
-        help=f"balance of intra and inter{several} (default: 0.6, or with --select {listed(GAMMAS)})",
-    )
-    group.add_argument(
-        "--top_k",
-        type=positive,
-        nargs="+",
-        metavar="K",
-        help=f"adapters that share the weight{several} (default: 2)",
-    )
-    group.add_argument(
-        "--route_epsilon",
-        type=amount,
-        nargs="+",
-        metavar="E",
-        help="from clean to robust: score the adapters on support images attacked within E/255; 0: the "
-        f"published scores, on clean ones{several} (default: 0; ours)",
-    )
-    group.add_argument("--aug_prob", type=fraction, default=0.9, help="chance of augmenting the support")
-    group.add_argument(
-        "--trim",
-        type=trim,
-        nargs="+",
-        default=[],
-        metavar="NAME:BLOCK:KEEP",
-        help="keep a fraction of the singular values of these layers; block -1 for all",
-    )
-
-
-def _add_finetuning(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--ada_steps",
-        type=natural,
-        default=100,
-        help="steps of Adam; 100 is the published example's, 50 and 40 are elsewhere in that code",
-    )
-    group.add_argument(
-        "--ada_lr",
-        type=amount,
-        default=1e-4,
-        help="its rate, which matters most: 0.0001 is the published example's; per domain its authors choose "
-        "one of 0, 0.0001, 0.001 and 0.01 on labelled episodes",
-    )
-    group.add_argument(
-        "--aug_types",
-        nargs="+",
-        choices=AUGMENTATIONS,
-        default=list(AUGMENTATIONS),
-        help="how the support is augmented for it, with the chance --aug_prob (as published)",
-    )
+    add_flags(group, Deployment, "coefficients", "trims")
+    add_flags(group, Routing, several=_SEARCHED)
 
 
 def testing_parser() -> Parser:
@@ -130,11 +65,11 @@ def testing_parser() -> Parser:
         metavar="SOURCE",
         help="domains of BSCD-FSL and fine-grained ones instead, --test_n_way --n_shot with 15 queries",
     )
-    parser.add_argument("--test_n_way", type=positive, default=5, help="ways with --cdfsl_domains")
-    parser.add_argument("--n_shot", type=positive, default=5, help="shots with --cdfsl_domains")
+    parser.add_argument("--test_n_way", type=WAYS, default=5, help="ways with --cdfsl_domains")
+    parser.add_argument("--n_shot", type=COUNT, default=5, help="shots with --cdfsl_domains")
     parser.add_argument("--arch", required=True, help="backbone, for example vit_mini_amt_merge")
     parser.add_argument(
-        "--resume", type=place, help="checkpoint, ours or a published .pth; none: the pretrained network"
+        "--resume", type=as_path, help="checkpoint, ours or a published .pth; none: the pretrained network"
     )
     parser.add_argument("--eval", action="store_true", help="what this script does anyway")
     parser.add_argument(
@@ -143,11 +78,14 @@ def testing_parser() -> Parser:
         help="vanilla: at most one adapter; merge-vanilla: a pool; finetune: as P>M>F, one network all of "
         "whose weights are tuned on each support set (default: vanilla or merge-vanilla, as --resume holds)",
     )
-    parser.add_argument("--output_dir", type=place, required=True, help="where results.json and pictures go")
-    parser.add_argument("--nTestEpisode", type=positive, default=600, help="episodes per domain")
-    parser.add_argument("--split", choices=["TRAIN", "VALID", "TEST"], default="TEST")
     parser.add_argument(
-        "--dump", type=place, metavar="DIR", help="also write every episode there, in Meta-Dataset's format"
+        "--output_dir", type=as_path, required=True, help="where results.json and pictures go"
+    )
+    episodes = Number(int, least=1, most=10**7)
+    parser.add_argument("--nTestEpisode", type=episodes, default=600, help="episodes per domain")
+    add_flags(parser, Deployment, "split")
+    parser.add_argument(
+        "--dump", type=as_path, metavar="DIR", help="also write every episode there, in Meta-Dataset's format"
     )
 
     attack = parser.add_argument_group("attack")
@@ -163,25 +101,28 @@ def testing_parser() -> Parser:
     )
     attack.add_argument(
         "--epsilon",
-        type=amount,
+        type=nonnegative,
         nargs="*",
         default=[8.0],
         help="in 1/255 of the pixel range, increasing, for attacks that name none; none: clean only",
     )
-    attack.add_argument("--attack_iters", type=positive, default=20, help="steps of PGD")
+    attack.add_argument("--attack_iters", type=positive_int, default=20, help="steps of PGD")
     attack.add_argument(
-        "--alpha", type=amount, help="step size of PGD in 1/255 (default: a quarter of each epsilon)"
+        "--alpha", type=nonnegative, help="step size of PGD in 1/255 (default: a quarter of each epsilon)"
     )
     attack.add_argument(
         "--probe_episodes",
-        type=natural,
+        type=nonnegative_int,
         default=2,
         help="episodes per domain on which the attacks themselves are checked; 0: none",
     )
 
     running = parser.add_argument_group("run")
     running.add_argument(
-        "--samples", type=natural, default=1, help="episodes per domain whose images are kept for the report"
+        "--samples",
+        type=nonnegative_int,
+        default=1,
+        help="episodes per domain whose images are kept for the report",
     )
     running.add_argument(
         "--shard",
@@ -190,61 +131,28 @@ def testing_parser() -> Parser:
         help="do only part I (from 0) of N parts, in processes that share --output_dir "
         "(default: what torchrun says, else everything)",
     )
-    for flag in ("--fp16", "--bf16"):
-        parser.add_argument(
-            flag,
-            nargs=0,
-            action=WithoutEffect,
-            default=argparse.SUPPRESS,
-            help="evaluation is in float32, as the attacks need it",
-        )
 
     merging = parser.add_argument_group("merging")
-    merging.add_argument(
-        "--routing",
-        choices=ROUTINGS,
-        default="amt",
-        help="amt: the published scores; uniform: equal shares; soup: factors A and B averaged separately; "
-        "best: the single adapter that --select finds best",
-    )
-    merging.add_argument(
-        "--specified_expert", type=natural, nargs="+", metavar="P", help="plain average of these adapters"
-    )
     add_merging(merging)
-    merging.add_argument(
-        "--select",
-        choices=SELECTS,
-        default="none",
-        help="choose beta, gamma and whatever has several values; valid: on labelled episodes of the "
-        "domain's own VALID classes; support: for every task by leave-one-out on its support set; published: "
-        "on 6 labelled episodes of the split that is scored, for comparison only",
-    )
-    merging.add_argument(
-        "--select_on", metavar="SOURCE", help="--select valid, but on VALID episodes of this source"
-    )
-    merging.add_argument("--nSelectEpisode", type=positive, default=40, help="VALID episodes to choose on")
-    merging.add_argument(
-        "--trim_candidates",
-        type=trim,
-        nargs="+",
-        default=[],
-        metavar="NAME:BLOCK:KEEP",
-        help="trimmings of which --select may add one",
-    )
+    add_flags(merging, Deployment)
     merging.add_argument(
         "--domain_config",
-        type=place,
+        type=as_path,
         metavar="FILE.yaml",
         help="settings per domain, over these flags: beta, gamma, top_k, route_epsilon, trim, search_scale, "
         "search_step, candidate_pool (amt/cli/options/domain_config.py)",
     )
-    _add_finetuning(parser.add_argument_group("test-time fine-tuning, with --deploy finetune"))
+    add_flags(parser.add_argument_group("test-time fine-tuning, with --deploy finetune"), Finetuning)
+    precision = "evaluation is in float32, as the attacks need it"
+    parser.add_without_effect({"fp16": (0, precision), "bf16": (0, precision)})
     parser.add_published()
     return parser
 
 
 def check_testing(args: argparse.Namespace) -> None:
     """The same for the flags of test_meta_dataset.py."""
+    from amt.models.architectures import base_arch  # brings timm, which --help need not wait for
+
     base_arch(args.arch)
     given = [flag for flag in ("specified_expert", "coefficients") if getattr(args, flag) is not None]
     if len(given) > 1:
@@ -295,13 +203,14 @@ def test_sources(args: argparse.Namespace) -> tuple[str, ...]:
     return tuple(args.cdfsl_domains or args.test_sources or folder_source(args) or TEST_SOURCES)
 
 
-def attacks(args: argparse.Namespace) -> tuple[Attack, ...]:
+def attacks(args: argparse.Namespace) -> "tuple[Attack, ...]":
     """The attacks of evaluation.
 
     Raises:
         InputError: one of them makes no sense, or two have the same name.
     """
     epsilons = [epsilon for epsilon in args.epsilon if epsilon > 0]
+
     found = []
     for words in args.attack or ([["pgd"]] if epsilons else []):
         own = {word.partition("=")[0]: word.partition("=")[2] for word in words[1:]}
@@ -335,7 +244,7 @@ def part(args: argparse.Namespace) -> tuple[int, int]:
 
 def finetuning(args: argparse.Namespace) -> Finetuning:
     """The settings of `--deploy finetune`."""
-    return Finetuning(args.ada_steps, args.ada_lr, args.aug_prob, tuple(args.aug_types))
+    return from_args(Finetuning, args)
 
 
 def routing(args: argparse.Namespace) -> Routing:
@@ -388,20 +297,16 @@ def _deployment(args: argparse.Namespace, domain: DomainSettings, source: str) -
     idle = [name for name in given if getattr(domain, name) and (name, way) != ("route_epsilon", "support")]
     if idle and not routes:
         raise InputError(f"{where}{idle[0]} is for the scores of --routing amt")
-    return Deployment(
-        routing=args.routing,
-        coefficients=None if args.coefficients is None else tuple(args.coefficients),
-        experts=None if args.specified_expert is None else tuple(args.specified_expert),
+    return from_args(
+        Deployment,
+        args,
         routings=_routings(args, domain, way, where) if routes else (),
         trims=tuple(args.trim if domain.trim is None else domain.trim),
         trim_candidates=tuple(
             args.trim_candidates if domain.candidate_pool is None else domain.candidate_pool
         ),
         select=way,
-        select_on=args.select_on,
-        select_episodes=args.nSelectEpisode,
         support_epsilon=max(epsilons) if way == "support" else 0.0,
-        split=args.split,
         single=args.deploy == "vanilla",
         finetune=finetuning(args) if args.deploy == "finetune" else None,
     )

@@ -12,7 +12,8 @@ from amt.files.checkpoint import provenance
 from amt.models.heads import prototypes
 from amt.models.network import Network, features, resize_positions
 from amt.models.pool import LoRAPool, Pool
-from amt.models.weights import Coefficients, Trim, Weights, trim_singular_values
+from amt.models.trim import Trim
+from amt.models.weights import Coefficients, Weights, trim_singular_values
 from meta_dataset_readers.errors import InputError
 
 METADATA = "amt_export"  # the field that describes an exported file, as JSON

@@ -1,0 +1,222 @@
+"""What a command would do, and all that it lacks: `--dry_run`.
+
+Settings have been checked before; here the output folder, weights, checkpoints and data are looked for. Opens
+sources and checkpoints, reads no picture, downloads nothing and writes nothing.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from amt.cli import options
+from meta_dataset_readers.errors import InputError
+
+
+class Need(NamedTuple):
+    """Something that a command needs.
+
+    Args:
+        what: for example "source omniglot".
+        found: what there is of it, in words; empty if it is missing.
+        problem: what is wrong with it; empty if nothing is.
+        hint: where it comes from.
+    """
+
+    what: str
+    found: str = ""
+    problem: str = ""
+    hint: str = ""
+
+    def line(self) -> str:
+        if not self.problem:
+            return f"there: {self.what}: {self.found}"
+        return f"missing: {self.what}: {self.problem}" + (f"; {self.hint}" if self.hint else "")
+
+
+def training(args: argparse.Namespace) -> int:
+    """What main.py would do, said; 0, or 2 if something is missing."""
+    settings = options.tune_settings(args)
+    tuned = f"{len(options.levels(args))} {'LoRAs' if args.tune == 'lora' else 'networks'} of {args.arch}"
+    print(f"would meta-tune {tuned}, {settings.epochs} epochs of {settings.episodes_per_epoch} episodes")
+    return _say(_training_needs(args))
+
+
+def testing(args: argparse.Namespace) -> int:
+    """What test_meta_dataset.py would do, said; 0, or 2 if something is missing."""
+    deployments, attacks = options.deployments(args), options.attacks(args)
+    columns = ", ".join(["clean", *(name for attack in attacks for name in attack.columns)])
+    print(f"would evaluate {args.nTestEpisode} episodes of each of {', '.join(deployments)}: {columns}")
+    return _say(_testing_needs(args))
+
+
+def fine_tuning(args: argparse.Namespace) -> int:
+    """What main.py autolora would do, said; 0, or 2 if something is missing."""
+    from amt.cli.options import autolora
+
+    modes = "test" if args.eval_only else f"fine-tune {args.method} {' '.join(autolora.modes(args))} of"
+    print(f"would {modes} {args.arch} on {args.dataset}")
+    return _say(_fine_tuning_needs(args))
+
+
+def page(args: argparse.Namespace) -> int:
+    """What `amt report` would do, said; 0, or 2 if something is missing."""
+    from amt.evaluation import runs
+
+    print(f"would write {args.out}, of {len(args.runs)} runs")
+    needs = [_output(args.out.parent, "--out")]
+    for run in args.runs:
+        needs.append(_checked(f"run {run}", run, args, lambda run=run: f"{len(runs.load(run).rows)} domains"))
+    return _say(needs)
+
+
+def _say(needs: Iterator[Need] | Sequence[Need]) -> int:
+    needs = list(dict.fromkeys(needs))
+    for need in needs:
+        print(need.line())
+    return 2 if any(need.problem for need in needs) else 0
+
+
+def _training_needs(args: argparse.Namespace) -> Iterator[Need]:
+    yield from _places(args)
+    if not args.no_pretrain:
+        yield _weights(args)
+    for file in [args.resume] if args.resume else []:
+        yield _checked(f"checkpoint {file}", file, args, lambda: _fitting(args))
+    for file in args.val_episodes:
+        yield _checked(f"stored episodes {file}", file, args, lambda: "a file")
+    sources = options.training_sources(args)
+    yield from (_source(args, source, "TRAIN") for source in sources)
+    if args.nValEpisode and not args.val_episodes:
+        yield from (_source(args, source, "VALID") for source in args.val_sources or sources)
+
+
+def _testing_needs(args: argparse.Namespace) -> Iterator[Need]:
+    yield from _places(args)
+    transfer = any(attack.kind == "transfer" for attack in options.attacks(args))
+    if not args.no_pretrain and (args.resume is None or transfer):
+        yield _weights(args)
+    if args.resume is not None:
+        yield _checked(f"checkpoint {args.resume}", args.resume, args, lambda: _fitting(args))
+    for source, deployment in options.deployments(args).items():
+        yield _source(args, source, args.split)
+        if deployment.select == "valid":
+            yield _source(args, deployment.select_on or source, "VALID")
+
+
+def _fine_tuning_needs(args: argparse.Namespace) -> Iterator[Need]:
+    from amt.data.loading import open_splits
+
+    def sizes() -> str:
+        splits = open_splits(args.dataset, args.data, args.val, args.seed)
+        counts = "/".join(str(len(part)) for part in (splits.train, splits.validation, splits.test))
+        classes = f"{len(splits.class_names)} classes"
+        return f"{classes}, {counts} images to train, validate and test, in {args.data}"
+
+    yield _output(args.output, "--output")
+    if args.checkpoint is not None:
+        what = f"robustly pretrained network {args.checkpoint}"
+        yield _checked(what, args.checkpoint, args, lambda: "a file")
+    yield _checked(f"dataset {args.dataset}", args.data, args, sizes)
+
+
+def _checked(what: str, path: Path, args: argparse.Namespace, look: Callable[[], str]) -> Need:
+    """A file or folder that is going to be made, or is there and sound, as `look` says of it."""
+    if path in args.dry_run:
+        return Need(what, found="an earlier command makes it")
+    if not path.exists():
+        return Need(what, problem="no such file or folder")
+    try:
+        return Need(what, found=look())
+    except InputError as error:
+        return Need(what, problem=str(error))
+
+
+def _places(args: argparse.Namespace) -> Iterator[Need]:
+    yield _output(args.output_dir, "--output_dir")
+    found = {"found": "a folder"} if args.data_path.is_dir() else {"problem": "no such folder"}
+    yield Need(f"data path {args.data_path}", **found)
+
+
+def _output(folder: Path, flag: str) -> Need:
+    try:
+        options.check_output(folder, flag)
+    except InputError as error:
+        return Need("folder for the output", problem=str(error))
+    return Need("folder for the output", found=str(folder))
+
+
+def _fitting(args: argparse.Namespace) -> str:
+    """What a checkpoint holds, which fits the network."""
+    from amt.files import checkpoint
+    from amt.models.architectures import base_arch
+
+    pool = checkpoint.load(args.resume).pool
+    network = _untrained(base_arch(args.arch))
+    checkpoint.check_architecture(args.resume, pool, network.weights, network.arch)
+    return f"{len(pool)} adapters"
+
+
+@functools.cache  # built in seconds, and asked for by every source
+def _untrained(arch: str):
+    from amt.models.network import untrained
+
+    return untrained(arch)[0]
+
+
+def _weights(args: argparse.Namespace) -> Need:
+    """The pretrained weights of a network: a file that is named, or where load_network looks for one."""
+    import huggingface_hub
+
+    from amt.files.pretrained import CHECKPOINTS
+    from amt.models.architectures import HUB_FILE, base_arch
+    from amt.models.network import untrained
+
+    arch = base_arch(args.arch)
+    what = f"pretrained weights of {arch}"
+    if args.pretrained_checkpoint is not None:
+        return _checked(what, args.pretrained_checkpoint, args, lambda: str(args.pretrained_checkpoint))
+    origin = untrained(arch)[1]
+    candidates = [CHECKPOINTS / f"{arch}{ending}" for ending in (".safetensors", ".pth")]
+    found = next((str(file) for file in candidates if file.is_file()), None)
+    if found is None and origin.hub is not None:
+        cached = huggingface_hub.try_to_load_from_cache(origin.hub, HUB_FILE)
+        found = cached if isinstance(cached, str) else None
+    if found is not None:
+        return Need(what, found=found)
+    ways = [f"timm's hub, which a run asks for {origin.hub}"] if origin.hub else []
+    ways += [
+        f"{origin.url or 'their file'}, saved as {candidates[-1]}",
+        "--pretrained_checkpoint FILE",
+    ]
+    return Need(what, problem="not on this machine", hint=f"they come from {', or '.join(ways)}")
+
+
+def _source(args: argparse.Namespace, name: str, split: str) -> Need:
+    from amt.models.architectures import base_arch
+    from meta_dataset_readers.reader import EpisodeReader
+
+    what = f"source {name}, {split}"
+    if not args.data_path.is_dir():
+        return Need(what, problem="no data path", hint=_described(name))
+    image_size = args.image_size or _untrained(base_arch(args.arch)).image_size
+    try:
+        spec = EpisodeReader(source=name, split=split, n_episodes=0, **options.reading(args, image_size)).spec
+    except InputError as error:
+        return Need(what, problem=str(error), hint=_described(name))
+    classes = spec.classes(split)
+    n_images = sum(spec.images_per_class[class_id] for class_id in classes)
+    return Need(what, found=f"{len(classes)} classes, {n_images} images in {spec.directory}")
+
+
+def _described(name: str) -> str:
+    """What is known about a published domain, for somebody who has yet to get it."""
+    from meta_dataset_readers.domains import DOMAINS
+
+    if name not in DOMAINS:
+        return ""
+    domain = DOMAINS[name]
+    sizes = "/".join(map(str, domain.classes))
+    images = "" if domain.images is None else f", {domain.images:,} images"
+    return f"of {domain.benchmark}, {sizes} classes{images} ({domain.protocol}); licence: {domain.licence}"

@@ -1,0 +1,262 @@
+"""Meta-train a pool, or continue: what main.py does once its flags are read.
+
+Read downward: episodes and networks are opened, the state that is furthest on is found, and `train` goes
+through epochs in plain sight: step, save, validate, save.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset, Subset
+
+from amt.cli import options
+from amt.evaluation.evaluate import validate
+from amt.files import checkpoint
+from amt.files.pretrained import load_network
+from amt.files.run_directory import check_same
+from amt.files.signals import Interrupted
+from amt.models.network import Network, find_device
+from amt.models.pool import pretrained_pool, principal_pool
+from amt.models.weights import Weights
+from amt.training.keeper import Keeper, brief, check_resumable, scalars
+from amt.training.meta_tune import Tuner
+from meta_dataset_readers.episode import Episode
+from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.reader import EpisodeReader, SourceMixture, episode_loader
+from meta_dataset_readers.stored_episodes import open_episodes
+
+
+def main(args: argparse.Namespace) -> int:
+    """Train as the flags say, or continue; the exit code."""
+    options.check_output(args.output_dir)
+    options.use_threads(args)
+    settings = options.tune_settings(args)
+    network = load_network(
+        args.arch,
+        args.pretrained_checkpoint,
+        find_device(args.device),
+        options.autocast(args),
+        args.image_size,
+        pretrained=not args.no_pretrain,
+    )
+    total = settings.epochs * settings.episodes_per_epoch
+    open_source = partial(EpisodeReader, **options.reading(args, network.image_size))
+    training = [
+        open_source(source=source, split="TRAIN", n_episodes=total, augment=True)
+        for source in options.training_sources(args)
+    ]
+    episodes = SourceMixture(training, total, args.seed)
+    validation = [open_episodes(path, network.image_size) for path in args.val_episodes] or [
+        open_source(source=source, split="VALID", n_episodes=args.nValEpisode)
+        for source in args.val_sources or options.training_sources(args)
+        if args.nValEpisode
+    ]
+    last = args.output_dir / "last.safetensors"
+    if args.overwrite and args.resume and args.resume.resolve() == last.resolve():
+        raise InputError(f"--overwrite would remove --resume {args.resume}; name another --output_dir")
+    first = None  # what there is to start from without `last`; faults in it are told before a folder is made
+    if args.resume is not None and not (last.exists() and last.samefile(args.resume)):
+        first = restored(args, network, args.resume)
+        if len(first[1]) == settings.epochs:
+            raise InputError(f"{args.resume}: this run is finished, nothing is left to resume")
+    elif args.overwrite or not last.exists():
+        first = fresh(args, network), []
+    run = Keeper(
+        args.output_dir,
+        "a meta-tuning",
+        asked(args, network),
+        overwrite=args.overwrite,
+        minutes=args.save_every_minutes,
+    )
+    with run:
+        found = [restored(args, network, run.last)] if run.last.exists() else []
+        found += [first] if first else []
+        tuner, history = max(found, key=lambda each: each[0].episodes_done)
+        if len(history) == settings.epochs:
+            print(f"done already: {run.last}; --overwrite starts anew")
+            return 0
+        return train(args, run, tuner, history, episodes, validation)
+
+
+def train(
+    args: argparse.Namespace,
+    run: Keeper,
+    tuner: Tuner,
+    history: list[dict],
+    episodes: SourceMixture,
+    validation: Sequence[Dataset],
+) -> int:
+    """Train to the end, or to the first signal; the exit code.
+
+    Args:
+        history: a note for each epoch that is trained and validated.
+        episodes: of the whole run.
+    """
+    settings, total, skipped = tuner.settings, len(episodes), set()
+    content = partial(contents, about(args, tuner.network), tuner, history)
+    run.begin("meta-tuning", "episode", total, tuner.episodes_done)
+    if tuner.pool.levels[0].start == "zero" and settings.method == "adsv":
+        run.say("warning: from --delta_init zero the attack's first gradient vanishes; it may never start")
+    left = Subset(episodes, range(tuner.episodes_done, total))
+    coming = run.watch(episode_loader(left, args.num_workers))
+
+    for epoch in range(len(history), settings.epochs):
+        end = (epoch + 1) * settings.episodes_per_epoch
+        for episode in itertools.islice(coming, end - tuner.episodes_done):
+            skipped.update(episode.skipped)
+            records = tuner.step(episode.to(tuner.network.device))
+            shown: dict[str, float] = {}
+            for p, record in enumerate(records):
+                shown |= scalars(f"level{p}", record, without=["n_way"])
+            run.log_step(tuner.episodes_done, shown, " | ".join(map(brief, records)))
+            if run.is_due():
+                tuner.check_finite()
+                run.save_last(*content())
+        tuner.check_finite()
+        if tuner.episodes_done < end:
+            break
+        try:
+            note = judged(run, tuner, validation, args.num_workers, skipped)
+        except Interrupted:
+            break
+        best = max((old["score"] for old in history if "score" in old), default=-math.inf)
+        history.append(note)
+        if note.get("score", math.inf) > best:
+            run.save_best(*content(resumable=False))
+        run.save_last(*content())
+
+    if skipped:
+        print(f"{len(skipped)} damaged records were passed over")
+    if len(history) < settings.epochs:
+        run.save_last(*content())
+        print(f"stopped after {tuner.episodes_done} of {total} episodes; the same command continues")
+        return run.code
+    print(f"done: {run.last}")
+    return 0
+
+
+def judged(
+    run: Keeper, tuner: Tuner, validation: Sequence[Dataset], workers: int, skipped: set[str]
+) -> dict[str, Any]:
+    """The note of the epoch that has just ended: its levels that have collapsed, and the validation.
+
+    The episodes of the validation are the same every time and read anew: together they would fill the memory.
+
+    Raises:
+        Interrupted: a signal has arrived.
+    """
+    note: dict[str, Any] = {"epoch": tuner.epoch, "episodes": tuner.episodes_done}
+    if collapsed := tuner.collapsed():
+        note["collapsed"] = list(collapsed)
+    for p, ways in collapsed.items():
+        run.say(
+            f"warning: level {p} has collapsed: its loss stayed at ln(ways) = {math.log(ways):.3f} "
+            f"{'with the divergence at zero ' * (tuner.settings.method == 'adsv')}for the whole epoch; "
+            "lower --lr, or try --clip_grad 1 and --epsilon_warmup"
+        )
+    if not validation:
+        return note
+
+    def fixed() -> Iterator[Episode]:
+        for episode in run.whole(each for part in validation for each in episode_loader(part, workers)):
+            skipped.update(episode.skipped)
+            yield episode.to(tuner.network.device)
+
+    levels = validate(tuner.network, tuner.pool, fixed(), robust=tuner.settings.adversarial)
+    # One number to choose the best epoch by: the mean of every level's clean and robust accuracy.
+    score = statistics.fmean(value for level in levels for value in level.values())
+    for p, level in enumerate(levels):
+        run.log(tuner.episodes_done, {f"level{p}/validation_{name}": value for name, value in level.items()})
+    listed = ", ".join("/".join(f"{value:.0f}" for value in level.values()) for level in levels)
+    run.say(f"epoch {tuner.epoch}: validation {score:.1f} ({listed})")
+    return note | {"validation": levels, "score": score}
+
+
+def contents(
+    about: dict, tuner: Tuner, history: list[dict], resumable: bool = True
+) -> tuple[Weights, dict[str, Any]]:
+    """Tensors and text of a checkpoint; a resumable one continues exactly."""
+    momentum, numbers = tuner.state()
+    about = {
+        **about,
+        "settings": dataclasses.asdict(tuner.settings),
+        "finished": len(history) == tuner.settings.epochs,
+        "history": history,
+        **({"tuner": numbers} if resumable else {}),
+    }
+    return checkpoint.packed(checkpoint.Checkpoint(tuner.pool, about, momentum if resumable else {}))
+
+
+def about(args: argparse.Namespace, network: Network) -> dict:
+    """What every checkpoint says of the run, besides its settings and levels."""
+    return {"arch": network.arch, "protocol": protocol(args, network), **checkpoint.provenance()}
+
+
+def protocol(args: argparse.Namespace, network: Network) -> dict:
+    """What a run's weights depend on besides its settings and levels, as plain JSON values."""
+    found = {
+        "base_sources": options.training_sources(args),
+        "image_size": network.image_size,
+        "autocast": str(network.autocast),
+        "augmented": ["support", "query"],
+        **dataclasses.asdict(options.sampling(args)),
+    }
+    return json.loads(json.dumps(found))
+
+
+def asked(args: argparse.Namespace, network: Network) -> dict:
+    """Everything that a run must have alike to be continued, as plain JSON values."""
+    found = {
+        "tune": args.tune,
+        "rank": args.rank if args.tune == "lora" else None,
+        **protocol(args, network),
+        **dataclasses.asdict(options.tune_settings(args)),
+        "levels": [dataclasses.asdict(level) for level in options.levels(args)],
+    }
+    return json.loads(json.dumps(found))
+
+
+def fresh(args: argparse.Namespace, network: Network) -> Tuner:
+    """A tuner at the start of its run."""
+    levels = options.levels(args)
+    if args.tune == "full":
+        pool = pretrained_pool(network.weights, levels)
+    else:
+        try:
+            pool = principal_pool(network.weights, args.rank, levels)
+        except ValueError as error:
+            raise InputError(f"--rank is {args.rank}: {error}") from error
+    return Tuner(network, pool, options.tune_settings(args))
+
+
+def restored(args: argparse.Namespace, network: Network, path: Path) -> tuple[Tuner, list[dict]]:
+    """The tuner that a last.safetensors holds, and the history of its run.
+
+    Raises:
+        InputError: it holds another run, or is damaged.
+    """
+    saved = checkpoint.load(path)
+    checkpoint.check_architecture(path, saved.pool, network.weights, network.arch)
+    check_resumable(path, saved)
+    pool = saved.pool
+    found = saved.about["protocol"] | saved.about["settings"]
+    found |= {"tune": pool.tune, "rank": pool.rank, "levels": list(map(dataclasses.asdict, pool.levels))}
+    found, settings = json.loads(json.dumps(found)), asked(args, network)
+    check_same(path, [(name, found.get(name), value) for name, value in settings.items()])
+    tuner = Tuner(network, pool.to(network.device), options.tune_settings(args))
+    try:
+        tuner.restore(saved.momentum, saved.about["tuner"])
+        history, size = saved.about["history"], tuner.settings.episodes_per_epoch
+        if not len(history) * size <= tuner.episodes_done <= (len(history) + 1) * size:
+            raise ValueError(f"{tuner.episodes_done} episodes done, {len(history)} epochs noted")
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: damaged optimiser state ({error!r})") from error
+    return tuner, history

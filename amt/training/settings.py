@@ -1,0 +1,47 @@
+"""How long, how fast and by which method a pool is meta-tuned. Knows no tensors."""
+
+import dataclasses
+
+from meta_dataset_readers.settings import setting
+
+METHODS = ("adsv", "querying", "standard")
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneSettings:
+    """How the pool is trained; the robustness levels are the pool's own.
+
+    Args:
+        epochs, episodes_per_epoch: length of the run.
+        lr, warmup_lr, min_lr, warmup_epochs: cosine schedule, constant within an epoch, linear warm-up.
+        momentum: of SGD.
+        method: one of `METHODS`; see amt/training/meta_tune.py.
+        clip_grad: largest norm of one level's gradient, or None.
+        epsilon_warmup: episodes over which epsilon and step size grow linearly to their level; 0 for none.
+        seed: decides the attacks' random starts, together with the episode's number and the level.
+    """
+
+    epochs: int = setting(30, "passes of nEpisode episodes per source", least=1, most=10**6)
+    episodes_per_epoch: int = 2000
+    lr: float = setting(5e-4, "learning rate after the warm-up", least=0)
+    warmup_epochs: int = setting(5, "epochs of linear warm-up", least=0)
+    warmup_lr: float = setting(1e-6, "rate the warm-up starts from", least=0)
+    min_lr: float = setting(1e-6, "rate the cosine ends at", least=0)
+    momentum: float = setting(0.9, "momentum of SGD", least=0)
+    method: str = setting(
+        "adsv",
+        "adsv: AMT's two perturbations; querying: adversarial querying, only the query images are attacked, "
+        "by plain PGD (its authors: --epsilon 8 --alpha 2 --attack_iters 7); standard: plain meta-tuning, "
+        "without an adversary (the published default, presumably a slip) "
+        "(default: adsv; with --tune full standard)",
+        flag="pgd_method",
+        choices=METHODS,
+    )
+    clip_grad: float | None = setting(None, "largest gradient norm of a level (ours)", above=0)
+    epsilon_warmup: int = setting(0, "episodes over which epsilon grows from 0 (ours)", least=0)
+    seed: int = 0
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether anything is attacked in training."""
+        return self.method != "standard"

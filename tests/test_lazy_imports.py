@@ -1,0 +1,61 @@
+"""Imports cost what they need: help, errors and names come without torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import amt
+import meta_dataset_readers
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = {"torch", "timm", "torchvision", "h5py", "numpy", "PIL", "matplotlib", "yaml"}
+
+
+def loaded(code: str) -> set[str]:
+    """The top-level and inner modules that a fresh interpreter has after running `code`."""
+    ended = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}\nprint('\\n'.join(sys.modules), file=sys.stderr)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(ended.stderr.split())
+
+
+@pytest.mark.parametrize(
+    "arguments", [["main.py", "--help"], ["test_meta_dataset.py", "--help"], ["amt", "-h"]]
+)
+def test_help_comes_without_torch(arguments):
+    script, *words = arguments
+    run = f"runpy.run_path({script!r}, run_name='__main__')" if script.endswith(".py") else ""
+    run = run or "runpy.run_module('amt', run_name='__main__')"
+    ending = "except SystemExit as end: assert not end.code"
+    found = loaded(f"import runpy\nsys.argv = {[script, *words]!r}\ntry: {run}\n{ending}")
+    assert not found & HEAVY
+    assert len(found) < 300
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import amt",
+        "import meta_dataset_readers",
+        "from meta_dataset_readers import InputError, nearest, exit_on_bad_input",
+        "from meta_dataset_readers.errors import DamagedRecord",
+        "from meta_dataset_readers.domains import DOMAINS",
+        "from amt import Perturbation, Routing, Trim, TuneSettings, Deployment",
+    ],
+)
+def test_names_and_errors_come_without_torch(code):
+    assert not loaded(code) & HEAVY
+
+
+@pytest.mark.parametrize("package", [amt, meta_dataset_readers])
+def test_every_public_name_is_there(package):
+    for name in package.__all__:
+        assert getattr(package, name) is not None and name in dir(package)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = package.nonsense
