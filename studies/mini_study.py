@@ -27,7 +27,7 @@ from amt.evaluation.statistics import Summary, average_summary, summarise
 from amt.files import checkpoint, writing
 from amt.files.pretrained import load_network
 from amt.models.weights import stream
-from amt.report.tables import mixing_picture
+from amt.report.figures import mixing_picture
 from amt.tasks.merge import compactness, support_cosines
 from amt.tasks.settings import Routing
 from meta_dataset_readers import EpisodeReader, EpisodeSampling, episode_loader

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from amt.evaluation import runs
 from amt.evaluation.statistics import Summary
-from amt.report.tables import mixing_picture
+from amt.report.figures import mixing_picture
 from meta_dataset_readers.errors import InputError, exit_on_bad_input
 
 ROOT = Path(__file__).resolve().parent.parent

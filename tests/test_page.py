@@ -2,13 +2,15 @@
 
 import base64
 import dataclasses
+import html
 import io
-import itertools
 import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
+import hypothesis
 import numpy as np
 import pytest
 from conftest import fails
@@ -21,11 +23,10 @@ from amt.attacks.kinds import Attack
 from amt.cli import report
 from amt.evaluation import runs
 from amt.evaluation.statistics import paired_difference
-from amt.report import charts, drawing
-from amt.report import figures as files
-from amt.report.document import SAMPLE_SIDE, page
-from amt.report.markup import Markup, element, join
+from amt.report import charts, figures
+from amt.report.document import ENVIRONMENT, SAMPLE_SIDE, page
 from amt.report.pictures import amplify, data_uri
+from amt.report.shown import label, robust_columns
 
 EVIL = "<script>alert('x')</script>\"'&amp;"
 
@@ -61,24 +62,37 @@ def load(tmp_path):
 # --- markup ----------------------------------------------------------------------------------------------
 
 
+def plain(text: str) -> str:
+    """A parser knows no carriage return or null."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "\ufffd")
+
+
 @given(st.text())
 def test_text_and_attributes_come_out_of_a_parser_as_they_went_in(text):
-    reader = Reader(element("p", element("b", text, title=text)))
+    written = ENVIRONMENT.from_string('<p><b title="{{ text }}">{{ text }}</b></p>').render(text=text)
+    reader = Reader(written)
     assert [tag for tag, _ in reader.tags] == ["p", "b"]
-    # A parser knows no carriage return or null, and this one splits texts at references.
-    plain = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "\ufffd")
-    assert (
-        reader.tags[1][1]["title"].replace("\r\n", "\n").replace("\r", "\n").replace("\0", "\ufffd") == plain
-    )
-    assert element("b", text) == f"<b>{join([text])}</b>" and not isinstance(text, Markup)
-    assert "<" not in join([text]) and ">" not in join([text])
+    assert plain(reader.tags[1][1]["title"]) == plain(text)
+    inner = ENVIRONMENT.from_string("{{ text }}").render(text=text)
+    assert written == f'<p><b title="{inner}">{inner}</b></p>' and not set("<>\"'") & set(inner)
 
 
-def test_elements_nest_and_leave_out_what_is_none():
-    inner = element("td", 3, None, " & ", data_value=0, title=None, hidden=True, draggable=False, class_="n")
-    assert inner == '<td data-value="0" hidden class="n">3 &amp; </td>'
-    assert element("tr", inner) == f"<tr>{inner}</tr>"
-    assert element("path", d="M0,0") == '<path d="M0,0"/>'
+@hypothesis.settings(max_examples=10)
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
+def test_a_drawing_says_any_name_and_is_nothing_but_a_drawing(name):
+    """Text is cut where there is no room for it; what appears under the pointer is the whole name."""
+    point = charts.Point(1, 0, None, None, name, name, suspect=True)
+    series = charts.Series(name, charts.distinct(0), (point,))
+    panel = charts.Panel(name, name, charts.Axis(name), charts.Axis("", names=(name,)), (series,))
+    (written,) = figures.drawings(charts.Figure("slug", name, "", (panel,), None))
+    reader = Reader(written)
+    known = {"svg", "g", "defs", "path", "use", "text", "title"}
+    assert {tag for tag, _ in reader.tags} <= known
+    assert not re.findall(r"url\(|@import|https?://|xmlns", re.sub('>[^<]*<|"[^"]*"', "", written))
+    titles = re.findall("<title>(.*?)</title>", written, re.DOTALL)
+    assert len(titles) == 4  # the panel's name, that of its row, the point and its hollow marker
+    assert {plain(html.unescape(title)) for title in titles} == {plain(name)}
+    assert figures.short(name) in html.unescape(written)
 
 
 # --- what the page says ----------------------------------------------------------------------------------
@@ -187,21 +201,34 @@ def test_a_suspect_result_is_marked_and_listed(load):
 
 
 def test_suspect_points_are_hollow(load):
-    (panel,) = charts.scatter(charts.label([load(suspect=["digits"])])).panels
+    (panel,) = charts.scatter(label([load(suspect=["digits"])])).panels
     assert {p.name: p.suspect for p in panel.series[0].points} == {
         "mini_signs": False,
         "mini_textures": False,
         "digits": True,
     }
-    assert 'class="mark s0 hollow"' in page([load("again", suspect=["digits"])])
+    found = charts.scatter(label([load("again", suspect=["digits"])]))
+    for drawing in map(ElementTree.fromstring, figures.drawings(found)):
+        groups = {g.get("class"): list(g.iter("use")) for g in drawing.iter("g") if g.get("class")}
+        assert [point.find("title").text for point in groups["series"]] == [
+            p.says for p in panel_points(found)
+        ]
+        (hollow,) = groups["hollow"]
+        assert "fill: var(--page); stroke: var(--c0)" in hollow.get("style")
+        assert hollow.find("title").text.startswith("digits, again: clean ")
+        assert "fill: var(--c0)" in groups["series"][0].get("style")
+
+
+def panel_points(figure: charts.Figure) -> list[charts.Point]:
+    return [point for panel in figure.panels for one in panel.series for point in one.points]
 
 
 def test_a_single_episode_has_no_interval_anywhere(load):
     run = load(episodes=1)
-    shown = charts.label([run, load("other", episodes=1, strength=0.2)])
+    shown = label([run, load("other", episodes=1, strength=0.2)])
     for figure in (*charts.figures(shown),):
-        if isinstance(figure, drawing.Figure):
-            points = [p for panel in figure.panels for one in panel.series for p in one.points]
+        if isinstance(figure, charts.Figure):
+            points = panel_points(figure)
             assert points and not [p for p in points if p.x_span or p.y_span]
     reader = Reader(page([run]))
     assert "n = 1" in reader.text and "(no interval)" in reader.text and "inf" not in reader.text
@@ -223,35 +250,35 @@ def test_runs_of_other_columns_and_domains_show_what_each_has(load):
     assert reader.text.count("\n–\n") == 4 + 2  # two runs of two domains and an average lack a column each
     assert "they do not all cover the same domains and attacks" in reader.text
     assert "“average” covers other domains by run" in reader.text
-    assert charts.robust_columns(charts.label([one, two])) == ["pgd20@8", "square100@8"]
+    assert robust_columns(label([one, two])) == ["pgd20@8", "square100@8"]
     clean = load("clean", attacks=())
-    assert charts.scatter(charts.label([clean])) is None and not charts.curves(charts.label([clean]))
+    assert charts.scatter(label([clean])) is None and not charts.curves(label([clean]))
     assert "Robustness curves" not in page([clean])
 
 
 def test_the_strictest_column_that_runs_share_stands_for_robustness(load):
     full, part = load("full"), load("part", attacks=ATTACKS[:2])
-    assert charts.robust_columns(charts.label([full])) == ["union"]
+    assert robust_columns(label([full])) == ["union"]
     # The unions are over other attacks.
-    assert charts.robust_columns(charts.label([full, part])) == ["square500@8"] * 2
+    assert robust_columns(label([full, part])) == ["square500@8"] * 2
 
 
 def test_folders_of_one_name_are_told_apart(load):
     a, b, c = load("x/a/mini"), load("x/b/mini"), load("x/b/other")
-    assert [each.label for each in charts.label([a, b, c])] == ["a/mini", "b/mini", "other"]
-    assert [each.label for each in charts.label([a, c])] == ["mini", "other"]
+    assert [each.label for each in label([a, b, c])] == ["a/mini", "b/mini", "other"]
+    assert [each.label for each in label([a, c])] == ["mini", "other"]
 
 
 # --- figures ---------------------------------------------------------------------------------------------
 
 
 def test_every_point_of_a_figure_is_in_its_table(load):
-    shown = charts.label([load("pool"), load("uniform", strength=0.3)])
+    shown = label([load("pool"), load("uniform", strength=0.3)])
     for figure in charts.figures(shown):
         assert re.search(r"n = |episodes", figure.caption), figure.slug
         assert "n" in figure.table.columns
         assert all(len(row) == len(figure.table.columns) for row in figure.table.rows)
-        if isinstance(figure, drawing.HeatMap):
+        if isinstance(figure, charts.HeatMap):
             count = sum(share is not None for line in figure.cells for share in line)
         else:
             count = sum(len(one.points) for panel in figure.panels for one in panel.series)
@@ -261,7 +288,7 @@ def test_every_point_of_a_figure_is_in_its_table(load):
 
 def test_curves_start_clean_and_hold_every_radius(load):
     run = load()
-    linf, l2 = charts.curves(charts.label([run]))
+    linf, l2 = charts.curves(label([run]))
     assert [panel.title for panel in linf.panels] == ["average", *DOMAINS]
     for figure, attack, radii in ((linf, "pgd20", (2, 4, 8)), (l2, "pgd20-l2", (64, 128))):
         (line,) = [one for one in figure.panels[1].series if one.name == attack]
@@ -272,14 +299,14 @@ def test_curves_start_clean_and_hold_every_radius(load):
 
 
 def test_runs_differ_by_marker_and_attacks_by_dashes(load):
-    (figure, _) = charts.curves(charts.label([load("a"), load("b", strength=0.3)]))
+    (figure, _) = charts.curves(label([load("a"), load("b", strength=0.3)]))
     styles = {(one.name, one.attack): one.style for one in figure.panels[0].series}
     assert len(set(styles.values())) == len(styles) == 6
     assert {name: len({s.marker for (n, _), s in styles.items() if n == name}) for name in "ab"} == {
         "a": 1,
         "b": 1,
     }
-    assert [(name, dash) for name, _, dash in drawing.legend(figure)] == [
+    assert [(name, dash) for name, _, dash in charts.legend(figure.panels)] == [
         *(("a", None), ("b", None)),
         *(("pgd20", 0), ("square500", 1), ("union", 2)),
     ]
@@ -287,7 +314,7 @@ def test_runs_differ_by_marker_and_attacks_by_dashes(load):
 
 def test_differences_are_paired_and_from_the_first_run(load):
     first, second = load("first"), load("second", strength=0.3)
-    found = charts.differences(charts.label([first, second]))
+    found = charts.differences(label([first, second]))
     expected = paired_difference(second.rows["digits"], first.rows["digits"], "union")
     assert found.by_run["second"]["digits", "union"] == expected
     assert expected.interval < first.summary("digits", "union").interval  # episodes' luck is shared
@@ -299,7 +326,7 @@ def test_a_difference_of_suspect_results_is_suspect(load):
     """Whichever of the two runs it is that the checks doubt."""
     doubted, other = load("doubted", suspect=["digits"]), load("other", strength=0.3)
     for pair in ((doubted, other), (other, doubted)):
-        figure = charts.differences(charts.label(pair)).figure
+        figure = charts.differences(label(pair)).figure
         marked = {
             (panel.title, p.name) for panel in figure.panels for p in panel.series[0].points if p.suspect
         }
@@ -309,12 +336,13 @@ def test_a_difference_of_suspect_results_is_suspect(load):
 
 
 def test_a_dozen_runs_look_different_each(load):
-    styles = [charts.Shown(str(k), k, None).style for k in range(12)]
-    assert len({(style.colour % drawing.COLOURS, style.marker % drawing.MARKERS) for style in styles}) == 12
+    styles = [charts.distinct(k) for k in range(12)]
+    looks = {(s.colour % len(figures.COLOURS), s.marker % len(figures.MARKERS)) for s in styles}
+    assert len(looks) == 12
 
 
 def test_runs_of_other_episodes_are_not_paired(load):
-    found = charts.differences(charts.label([load("a"), load("b", seed=1)]))
+    found = charts.differences(label([load("a"), load("b", seed=1)]))
     assert found.figure is None and found.refusals == ("no differences of b from a: its seed is 1, not 0",)
     reader = Reader(page([load("c"), load("d", seed=1)]))
     assert (
@@ -325,7 +353,7 @@ def test_runs_of_other_episodes_are_not_paired(load):
 
 def test_the_heat_map_shows_means_and_quartiles(load):
     run = load()
-    (heat,) = charts.heat_maps(charts.label([run, load("pretrained", adapters=())]))
+    (heat,) = charts.heat_maps(label([run, load("pretrained", adapters=())]))
     shares = 100 * np.array([row["coefficients"] for row in run.rows["digits"]])
     line = heat.cells[heat.rows.index("digits")]
     np.testing.assert_allclose([share.summary.mean for share in line], shares.mean(0))
@@ -344,23 +372,29 @@ def test_adapters_of_unknown_levels_have_numbers():
     )
 
 
-@given(st.floats(-1e3, 1e3), st.floats(1e-3, 1e3), st.integers(2, 8))
-def test_ticks_are_round_few_and_inside(low, reach, count):
-    ticks = drawing.tick_values(low, low + reach, count)
-    assert len(ticks) <= count + 2
-    assert all(low - 1e-6 * reach <= tick <= low + reach * (1 + 1e-6) for tick in ticks)
-    steps = {round(b - a, 9) for a, b in itertools.pairwise(ticks)}
-    assert len(steps) <= 1 or max(steps) - min(steps) < 1e-6
+@given(st.floats(-1e3, 1e3), st.just(0.0) | st.floats(1e-6, 1e3), st.floats(0, 20))
+def test_an_axis_holds_its_points_and_little_else(low, reach, least):
+    """Its ends are the points' but for a margin; it is never shorter than asked, nor beyond its limits."""
+    left, right = figures.limits(charts.Axis("", least=least), [low, low + reach])
+    assert left < low and right > low + reach
+    assert right - left <= 1.081 * max(reach, least, 0.2 * abs(low), 0.2)
+    value = min(max(low, 0), 100)
+    left, right = figures.limits(charts.Axis("", 0, 100, least=25), [value])
+    assert -1 <= left < value < right <= 101 and right - left == pytest.approx(27)
 
 
-@given(st.lists(st.tuples(st.floats(20, 380), st.floats(20, 380)), min_size=1, max_size=8, unique=True))
-def test_labels_stay_inside_and_apart_where_there_is_room(anchors):
-    room = (0.0, 0.0, 400.0, 400.0)
-    boxes = drawing.place_labels(anchors, [(60, 14)] * len(anchors), room, [], gap=9)
-    assert all(b[0] >= 0 and b[1] >= 0 and b[2] <= 400 and b[3] <= 400 for b in boxes)
-    if len(anchors) <= 3:
-        overlaps = [drawing._overlap(a, b) for k, a in enumerate(boxes) for b in boxes[:k]]
-        assert not any(overlaps)
+def test_labels_stay_inside_apart_and_near(load):
+    """Of the two drawings of the scatter, by what matplotlib measures."""
+    figure = charts.scatter(label([load("a"), load("b", strength=0.2)]))
+    for size in (figures.WIDE, figures.NARROW):
+        drawing = figures.compose(figure.panels, 1, size)
+        (axes,) = drawing.axes
+        drawing.draw_without_rendering()
+        boxes = [text.get_window_extent() for text in axes.texts]
+        assert {text.get_text() for text in axes.texts} == set(DOMAINS)
+        room = axes.get_window_extent().padded(1)
+        assert all(room.contains(*corner) for box in boxes for corner in box.corners())
+        assert not any(a.overlaps(b) for k, a in enumerate(boxes) for b in boxes[:k])
 
 
 # --- samples ---------------------------------------------------------------------------------------------
@@ -435,8 +469,8 @@ def test_the_same_runs_give_the_same_page(load):
 def test_the_figures_become_png_and_pdf(load, tmp_path, recwarn):
     """Dollar signs and underscores in names are no mathematics; text in a PDF stays text."""
     how = {"domains": ("a$b$",), "attacks": ATTACKS[:1], "suspect": ["a$b$"]}
-    figures = charts.figures(charts.label([load("pool", **how), load("$uni_form", adapters=(), **how)]))
-    written = files.write(figures, tmp_path / "new" / "figures")
+    found = charts.figures(label([load("pool", **how), load("$uni_form", adapters=(), **how)]))
+    written = figures.write(found, tmp_path / "new" / "figures")
     names = ["clean_robust", "curves_linf", "differences", "merging_1", "seconds"]
     assert [path.name for path in written] == [f"{n}.{kind}" for n in names for kind in ("png", "pdf")]
     for path in written:
@@ -449,8 +483,8 @@ def test_the_figures_become_png_and_pdf(load, tmp_path, recwarn):
 
 
 def test_the_same_runs_give_the_same_files(load, tmp_path):
-    figure = charts.seconds(charts.label([load()]))
-    (_, a), (_, b) = (files.write([figure], tmp_path / name) for name in "ab")
+    figure = charts.seconds(label([load()]))
+    (_, a), (_, b) = (figures.write([figure], tmp_path / name) for name in "ab")
     assert a.read_bytes() == b.read_bytes()
 
 

@@ -56,7 +56,7 @@ CONTRASTS = """() => {
 # Texts of drawings that leave their drawing, or that lie on one another.
 COLLISIONS = """() => {
   const found = [];
-  for (const svg of document.querySelectorAll("svg.panel")) {
+  for (const svg of document.querySelectorAll("svg.panel, svg.heat")) {
     if (!svg.checkVisibility()) continue;
     const frame = svg.getBoundingClientRect();
     const texts = [...svg.querySelectorAll("text")];

@@ -10,7 +10,8 @@ from toy_runs import DOMAINS, write_run
 
 from amt.evaluation import runs
 from amt.evaluation.statistics import Summary
-from amt.report.tables import accuracy_picture, mixing_picture, table
+from amt.report.figures import accuracy_picture, mixing_picture
+from amt.report.tables import table
 from amt.report.tensorboard import write_board
 from meta_dataset_readers.errors import InputError
 

@@ -42,13 +42,13 @@ def main(argv: Sequence[str]) -> int:
     found = [runs.load(folder) for folder in args.runs]
 
     # These bring matplotlib and templates, which nobody should wait for who mistyped a folder.
-    from amt.report import charts, document
-    from amt.report import figures as files
+    from amt.report import charts, document, figures
+    from amt.report.shown import label
 
     text = document.page(found)
     replace_file(args.out, lambda part: part.write_text(text, encoding="utf-8"))
     print(f"wrote {args.out} ({len(text.encode()) / 1e6:.1f} MB)")
     if args.figures is not None:
-        written = files.write(charts.figures(charts.label(found)), args.figures)
+        written = figures.write(charts.figures(label(found)), args.figures)
         print(f"wrote {len(written)} files in {args.figures}")
     return 0

@@ -1,11 +1,8 @@
 """What the figures of a report show: points with intervals, in panels, and the same numbers as a table.
 
-Decides what is compared with what, never how it looks: `svg` draws the figures on the page and
-`files` on paper, from the same descriptions. Intervals drawn are the bootstrap's; a single episode
-has none.
+Decides what is compared with what; `figures` draws it. Intervals are the bootstrap's; one episode has none.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -13,118 +10,169 @@ from typing import NamedTuple
 import numpy as np
 
 from amt.evaluation.comparison import compare
-from amt.evaluation.runs import Run
-from amt.evaluation.statistics import Summary, summarise
-from amt.report.drawing import (
-    Axis,
-    Cell,
-    Figure,
-    HeatMap,
-    Panel,
-    Point,
-    Series,
-    Share,
-    Style,
-    Table,
-    axis,
-    distinct,
-    number,
+from amt.evaluation.statistics import Summary
+from amt.report.shown import (
+    NORMS,
+    Shown,
+    attack_of,
+    columns,
+    domains,
+    n_note,
+    norm_of,
+    numbers,
+    of_values,
+    robust_columns,
+    row_counts,
+    span,
+    spoken,
+    union,
+    units,
 )
+from amt.report.tables import Cell, Table
 
-NORMS = {"linf": "L∞", "l2": "L2"}
+COLOURS = 6  # how many `figures` has
+INTERVAL = ("±", "from", "to")
 
 
-@dataclasses.dataclass(frozen=True)
-class Shown:
-    """A run under the label that it has in the report.
+class Style(NamedTuple):
+    """What tells a series from the others, by numbers that `figures` counts modulo what it has."""
+
+    colour: int
+    marker: int
+    dash: int = 0
+
+
+class Point(NamedTuple):
+    """A measured value.
 
     Args:
-        label: unlike that of every other run shown.
-        place: its number among them, from 0.
+        x_span, y_span: the ends of its intervals, None where it has none.
+        name: of the domain.
+        says: everything about it, in words.
+        suspect: whether an automatic check doubts it.
+    """
+
+    x: float
+    y: float
+    x_span: tuple[float, float] | None
+    y_span: tuple[float, float] | None
+    name: str
+    says: str
+    suspect: bool = False
+
+
+class Series(NamedTuple):
+    """Points of one run, or of one run under one attack; `joined` by a line or not.
+
+    Args:
+        name: the run; where there is only one, the attack.
+        attack: where both runs and attacks differ; colour and marker are then the run's, dashes its own.
+        lane: series of other lanes stand side by side, so that their intervals do not hide each other.
+    """
+
+    name: str
+    style: Style
+    points: tuple[Point, ...]
+    joined: bool = False
+    attack: str = ""
+    lane: int = 0
+
+
+class Axis(NamedTuple):
+    """A linear axis, as long as its points need.
+
+    Args:
+        low, high: no point lies beyond.
+        least: the shortest length.
+        ticks: where it has them; by default at round numbers.
+        names: of the places 0, 1, ... from the top, instead of ticks.
+        rules: values with a line across the panel; always in sight.
     """
 
     label: str
-    place: int
-    run: Run
-
-    @property
-    def style(self) -> Style:
-        return distinct(self.place)
-
-    def summary(self, name: str, column: str) -> Summary | None:
-        return self.run.summary(name, column)
-
-    def doubt(self, name: str, columns: Iterable[str]) -> str:
-        """What makes a number suspect, led by ", suspect: "; empty if nothing does."""
-        reasons = dict.fromkeys(reason for c in columns if (reason := self.run.suspect(name, c)))
-        return f", suspect: {'; '.join(reasons)}" if reasons else ""
-
-    @property
-    def average(self) -> str | None:
-        """The name of the average over all its domains; None if it has but one domain."""
-        return next(iter(self.run.averages), None) if len(self.run.rows) > 1 else None
-
-    @property
-    def whole(self) -> str:
-        """What stands for the run in a sentence: its average, or its only domain."""
-        return self.average or next(iter(self.run.rows))
+    low: float = -math.inf
+    high: float = math.inf
+    least: float = 0
+    ticks: tuple[float, ...] = ()
+    names: tuple[str, ...] = ()
+    rules: tuple[float, ...] = ()
 
 
-def label(runs: Sequence[Run]) -> list[Shown]:
-    """The runs under the names of their folders, with as many parents as tell them apart."""
-    paths = [run.folder.absolute().parts for run in runs]
-    while len(paths) > 1 and min(map(len, paths)) > 1 and len({path[-1] for path in paths}) == 1:
-        paths = [path[:-1] for path in paths]  # what all have in common tells nothing
-    names = [path[-1] for path in paths]
-    for depth in range(2, max(map(len, paths)) + 1):
-        twice = {name for name in names if names.count(name) > 1}
-        names = [
-            "/".join(path[-depth:]) if name in twice else name
-            for name, path in zip(names, paths, strict=True)
-        ]
-    return [Shown(name, k, run) for k, (name, run) in enumerate(zip(names, runs, strict=True))]
+class Panel(NamedTuple):
+    """One pair of axes.
 
-
-def union(lists: Iterable[Iterable[str]]) -> list[str]:
-    """Every name once, in the order in which they first appear."""
-    return list(dict.fromkeys(name for each in lists for name in each))
-
-
-def domains(shown: Sequence[Shown]) -> list[str]:
-    return union(each.run.rows for each in shown)
-
-
-def columns(shown: Sequence[Shown]) -> list[str]:
-    return union(each.run.columns for each in shown)
-
-
-def robust_columns(shown: Sequence[Shown]) -> list[str | None]:
-    """The column that stands for robust accuracy, by run: the strictest one that all of them have.
-
-    That is the union of all attacks where the runs faced the same ones, and the last column they share where
-    not. Runs that share none are represented by the last column that each has; None is clean only.
+    Args:
+        note: how many episodes.
+        labelled: whether points carry their names, and lines lead from the first of a name to the others.
     """
-    shared = [
-        c for c in shown[0].run.columns if all(c in each.run.columns for each in shown) and c != "clean"
-    ]
-    if len({each.run.columns for each in shown}) > 1:  # a union over other attacks is another quantity
-        shared = [column for column in shared if not column.startswith("union")]
-    if shared:
-        return [shared[-1]] * len(shown)
-    return [next((c for c in reversed(each.run.columns) if c != "clean"), None) for each in shown]
+
+    title: str
+    note: str
+    x: Axis
+    y: Axis
+    series: tuple[Series, ...]
+    labelled: bool = False
 
 
-def attack_of(column: str) -> tuple[str, float] | None:
-    """The attack and the epsilon in the name of a column such as pgd20-l2@128; None if it has none."""
-    attack, _, epsilon = column.rpartition("@")
-    try:
-        return (attack, float(epsilon)) if attack else None
-    except ValueError:
-        return None
+class Figure(NamedTuple):
+    """A figure of one or several panels; `slug` names its files, `caption` says n and the intervals."""
+
+    slug: str
+    title: str
+    caption: str
+    panels: tuple[Panel, ...]
+    table: Table
 
 
-def norm_of(attack: str) -> str:
-    return "l2" if "l2" in attack.split("-") else "linf"
+class Share(NamedTuple):
+    """How much one adapter was merged into the tasks of one domain, in per cent."""
+
+    summary: Summary
+    quartiles: tuple[float, float, float, float, float]  # least, lower, median, upper, most
+
+
+class HeatMap(NamedTuple):
+    """Shares by domain and adapter, for one run; a cell without shares is None."""
+
+    slug: str
+    title: str
+    caption: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    cells: tuple[tuple[Share | None, ...], ...]
+    table: Table
+
+
+def distinct(k: int) -> Style:
+    """A style unlike that of any other k below 36."""
+    return Style(k, k + k // COLOURS)
+
+
+def links(panel: Panel) -> list[tuple[Point, Point]]:
+    """From the first point of every name to its others."""
+    found: dict[str, list[Point]] = {}
+    for point in (point for series in panel.series for point in series.points):
+        found.setdefault(point.name, []).append(point)
+    return [(points[0], other) for points in found.values() for other in points[1:]]
+
+
+def legend(panels: Sequence[Panel]) -> list[tuple[str, Style | None, int | None]]:
+    """What needs to be told apart: (name, style of the marker, dash pattern), runs before attacks.
+
+    A run under several attacks has a marker and its attacks a dash pattern; elsewhere a line has both.
+    """
+    series = [one for panel in panels for one in panel.series]
+    found: dict[tuple[str, str], tuple[str, Style | None, int | None]] = {}
+    for one in series:
+        dash = one.style.dash if one.joined and not one.attack else None
+        found.setdefault(("run", one.name), (one.name, one.style, dash))
+    for one in series:
+        if one.attack:
+            found.setdefault(("attack", one.attack), (one.attack, None, one.style.dash))
+    return list(found.values()) if len(found) > 1 else []
+
+
+# --- the figures -----------------------------------------------------------------------------------------
 
 
 def figures(shown: Sequence[Shown]) -> list[Figure | HeatMap]:
@@ -134,139 +182,106 @@ def figures(shown: Sequence[Shown]) -> list[Figure | HeatMap]:
     return [figure for figure in found if figure is not None]
 
 
-# --- the figures -----------------------------------------------------------------------------------------
-
-
 def scatter(shown: Sequence[Shown]) -> Figure | None:
     """Robust against clean accuracy, a point per domain and run; None if nothing was attacked."""
     robust = robust_columns(shown)
     series, rows = [], []
     for each, column in zip(shown, robust, strict=True):
+        if column is None:
+            continue
         points = []
         for domain in each.run.rows:
-            clean = each.summary(domain, "clean")
-            attacked = column and each.summary(domain, column)
-            if clean is None or attacked is None:
-                continue
+            clean, attacked = each.summary(domain, "clean"), each.summary(domain, column)
             doubt = each.doubt(domain, ("clean", column))
-            says = (
-                f"{domain}, {each.label}: clean {spoken(clean)}, {column} {spoken(attacked)}, n = {clean.n}"
-            )
+            told = f"clean {spoken(clean)}, {column} {spoken(attacked)}, n = {clean.n}"
+            says = f"{domain}, {each.label}: {told}{doubt}"
             spans = span(clean), span(attacked)
-            points.append(Point(clean.mean, attacked.mean, *spans, domain, says + doubt, bool(doubt)))
+            points.append(Point(clean.mean, attacked.mean, *spans, domain, says, bool(doubt)))
             names = (Cell(domain + doubt), Cell(each.label), Cell(column))
-            rows.append((*names, *numbers(clean, with_n=False), *numbers(attacked)))
-        if points:
-            series.append(Series(each.label, each.style, tuple(points)))
+            rows.append((*names, *numbers(clean)[:-1], *numbers(attacked)))
+        series.append(Series(each.label, distinct(each.place), tuple(points)))
     if not series:
         return None
-    points = [point for one in series for point in one.points]
-    name = next(column for column in robust if column)
-    alike = len(set(robust)) == 1
-    caption = (
-        f"One point per domain and run over {row_counts(shown)}; bars: 95% bootstrap intervals. "
-        + (f"Robust accuracy is column {name}." if alike else "The runs share no attack: ")
-        + ("" if alike else "; ".join(f"{e.label} has {c}" for e, c in zip(shown, robust, strict=True)) + ".")
-        + (f" Lines lead from {series[0].name} to the others." if len(series) > 1 else "")
-    )
-    panel = Panel(
-        "",
-        "",
-        axis(
-            "clean accuracy, per cent",
-            [v for p in points for v in (p.x_span or (p.x, p.x))],
-            (0, 100),
-            least=10,
-        ),
-        axis(
-            f"accuracy under {name}, per cent" if alike else "robust accuracy, per cent",
-            [v for p in points for v in (p.y_span or (p.y, p.y))],
-            (0, 100),
-            least=10,
-        ),
-        tuple(series),
-        labelled=True,
-    )
-    headings = (
-        "domain",
-        "run",
-        "robust column",
-        "clean",
-        "±",
-        "from",
-        "to",
-        "robust",
-        "±",
-        "from",
-        "to",
-        "n",
-    )
-    return Figure(
-        "clean_robust", "Clean and robust accuracy", caption, (panel,), Table(headings, tuple(rows))
-    )
+    first = next(filter(None, robust))
+    if len(set(robust)) == 1:
+        under, which = f"accuracy under {first}", f"Robust accuracy is column {first}."
+    else:
+        own = "; ".join(f"{e.label} has {c}" for e, c in zip(shown, robust, strict=True))
+        under, which = "robust accuracy", f"The runs share no attack: {own}."
+    caption = f"One point per domain and run over {row_counts(shown)}; bars: 95% bootstrap intervals. {which}"
+    if len(series) > 1:
+        caption += f" Lines lead from {series[0].name} to the others."
+    axes = (Axis(f"{name}, per cent", 0, 100, least=10) for name in ("clean accuracy", under))
+    panel = Panel("", "", *axes, tuple(series), labelled=True)
+    table = Table(("domain", "run", "robust column", "clean", *INTERVAL, "robust", *INTERVAL, "n"), rows)
+    return Figure("clean_robust", "Clean and robust accuracy", caption, (panel,), table)
 
 
 def curves(shown: Sequence[Shown]) -> list[Figure]:
     """Accuracy against epsilon, a figure per norm, a panel per domain, a line per run and attack."""
-    attacks: dict[str, dict[str, list[tuple[float, str]]]] = {}
-    for column in columns(shown):
-        if (found := attack_of(column)) is not None:
-            attacks.setdefault(norm_of(found[0]), {}).setdefault(found[0], []).append((found[1], column))
-    figures = []
-    averages = [each.average for each in shown if each.average]
-    for norm, by_attack in attacks.items():
-        largest = max(epsilon for found in by_attack.values() for epsilon, _ in found)
-        ticks = _epsilon_ticks(by_attack.values())
-        x = Axis(f"epsilon in 1/255, {NORMS[norm]}", -0.04 * largest, 1.04 * largest, ticks)
-        y = Axis("accuracy, per cent", -3, 103, (0, 25, 50, 75, 100))
+    found = []
+    names = union([(each.average for each in shown if each.average), domains(shown)])
+    for norm, attacks in attacks_by_norm(shown).items():
+        radii = [epsilon for radii in attacks.values() for epsilon in radii]
+        x = Axis(f"epsilon in 1/255, {NORMS[norm]}", 0, max(radii), max(radii), _epsilon_ticks(radii))
+        y = Axis("accuracy, per cent", 0, 100, 100, (0, 25, 50, 75, 100))
         panels, rows = [], []
-        for name in union([averages, domains(shown)]):
-            series, counts = [], []
-            for each in shown:
-                for k, (attack, found) in enumerate(by_attack.items()):
-                    points = _curve(each, name, attack, found, rows)
-                    if len(points) > 1 and len(shown) > 1:
-                        style = each.style._replace(dash=k)
-                        series.append(Series(each.label, style, points, True, attack, each.place))
-                    elif len(points) > 1:
-                        series.append(Series(attack, distinct(k)._replace(dash=k), points, True))
-                if each.summary(name, "clean") is not None:
-                    counts.append(each.summary(name, "clean").n)
-            if series:
+        for name in names:
+            if series := _lines(shown, name, attacks, rows):
+                counts = [clean.n for each in shown if (clean := each.summary(name, "clean")) is not None]
                 panels.append(Panel(name, n_note(counts), x, y, tuple(series)))
         if panels:
             caption = (
-                f"Accuracy under {', '.join(by_attack)} against the size of the perturbation in the "
+                f"Accuracy under {', '.join(attacks)} against the size of the perturbation in the "
                 f"{NORMS[norm]} norm, clean at 0; bars: 95% bootstrap intervals, n {units(shown)} as noted."
             )
-            headings = ("domain", "run", "attack", "epsilon", "accuracy", "±", "from", "to", "n")
+            table = Table(("domain", "run", "attack", "epsilon", "accuracy", *INTERVAL, "n"), rows)
             title = f"Robustness curves, {NORMS[norm]}"
-            figures.append(
-                Figure(f"curves_{norm}", title, caption, tuple(panels), Table(headings, tuple(rows)))
-            )
-    return figures
+            found.append(Figure(f"curves_{norm}", title, caption, tuple(panels), table))
+    return found
 
 
-def _curve(
-    each: Shown, name: str, attack: str, found: Sequence[tuple[float, str]], rows: list[tuple[Cell, ...]]
-) -> tuple[Point, ...]:
-    """The points of one line, in the order of epsilon; their numbers are appended to `rows`."""
-    points = []
-    for epsilon, column in sorted({(0.0, "clean"), *found}):
-        summary = each.summary(name, column) if column in each.run.columns else None
-        if summary is not None:
-            doubt = each.doubt(name, (column,))
-            says = f"{name}, {each.label}, {attack}, epsilon {epsilon:g}: {spoken(summary)}, n = {summary.n}"
-            points.append(Point(epsilon, summary.mean, None, span(summary), name, says + doubt, bool(doubt)))
-            names = (Cell(name + doubt), Cell(each.label), Cell(attack), Cell(f"{epsilon:g}", epsilon))
-            rows.append((*names, *numbers(summary)))
-    return tuple(points)
+def attacks_by_norm(shown: Sequence[Shown]) -> dict[str, dict[str, dict[float, str]]]:
+    """By norm and attack, the column of every epsilon."""
+    found: dict[str, dict[str, dict[float, str]]] = {}
+    for column in columns(shown):
+        if (parts := attack_of(column)) is not None:
+            attack, epsilon = parts
+            found.setdefault(norm_of(attack), {}).setdefault(attack, {})[epsilon] = column
+    return found
 
 
-def _epsilon_ticks(found: Iterable[Sequence[tuple[float, str]]]) -> tuple[float, ...]:
+def _lines(
+    shown: Sequence[Shown],
+    name: str,
+    attacks: Mapping[str, Mapping[float, str]],
+    rows: list[tuple[Cell, ...]],
+) -> list[Series]:
+    """The lines of one panel; the numbers of their points are appended to `rows`."""
+    series = []
+    for each in shown:
+        for k, (attack, radii) in enumerate(attacks.items()):
+            points = []
+            for epsilon, column in sorted({0.0: "clean", **radii}.items()):
+                if (summary := each.summary(name, column)) is None:
+                    continue
+                doubt = each.doubt(name, (column,))
+                told = f"epsilon {epsilon:g}: {spoken(summary)}, n = {summary.n}{doubt}"
+                says = f"{name}, {each.label}, {attack}, {told}"
+                points.append(Point(epsilon, summary.mean, None, span(summary), name, says, bool(doubt)))
+                names = (Cell(name + doubt), Cell(each.label), Cell(attack), Cell(f"{epsilon:g}", epsilon))
+                rows.append((*names, *numbers(summary)))
+            if len(points) > 1 and len(shown) > 1:
+                style = distinct(each.place)._replace(dash=k)
+                series.append(Series(each.label, style, tuple(points), True, attack, each.place))
+            elif len(points) > 1:
+                series.append(Series(attack, distinct(k)._replace(dash=k), tuple(points), True))
+    return series
+
+
+def _epsilon_ticks(radii: Iterable[float]) -> tuple[float, ...]:
     """The radii themselves, as far as their labels do not touch."""
-    ticks: list[float] = []
-    values = sorted({epsilon for each in found for epsilon, _ in each}, reverse=True)
+    values, ticks = sorted(set(radii), reverse=True), []
     for epsilon in (values[0], 0.0, *values[1:]):
         if all(abs(epsilon - tick) > 0.12 * values[0] for tick in ticks):
             ticks.append(epsilon)
@@ -316,13 +331,12 @@ def differences(shown: Sequence[Shown]) -> Differences:
             for each in shown[1:]
         }
         rows += [
-            (Cell(name + doubts[name, label]), Cell(label), Cell(column), *numbers(summary, signed=True))
+            (Cell(name + doubts[name, label]), Cell(label), Cell(column), *numbers(summary, "+.1f"))
             for (name, label), summary in here.items()
         ]
         if here and column in {"clean", *robust_columns(shown)}:
-            present = [name for name in names if any((name, label) in here for label in by_run)]
-            axis_label = "difference in points"
-            panels.append(_rows_panel(column, axis_label, present, here, shown, doubts, zero=True))
+            x = Axis("difference in points", least=2, rules=(0,))
+            panels.append(_rows_panel(column, x, names, here, shown, doubts))
     if not panels:
         return Differences(None, by_run, tuple(refusals))
     counts = n_note(summary.n for found in by_run.values() for summary in found.values())
@@ -331,10 +345,9 @@ def differences(shown: Sequence[Shown]) -> Differences:
         f"bars: 95% bootstrap intervals of the paired difference, {counts}. "
         f"Right of zero is better than {reference.label}."
     )
-    headings = ("domain", "run", "column", "difference", "±", "from", "to", "n")
+    table = Table(("domain", "run", "column", "difference", *INTERVAL, "n"), rows)
     title = f"Differences from {reference.label}"
-    figure = Figure("differences", title, caption, tuple(panels), Table(headings, tuple(rows)))
-    return Differences(figure, by_run, tuple(refusals))
+    return Differences(Figure("differences", title, caption, tuple(panels), table), by_run, tuple(refusals))
 
 
 def seconds(shown: Sequence[Shown]) -> Figure:
@@ -344,29 +357,28 @@ def seconds(shown: Sequence[Shown]) -> Figure:
         (domain, each.label): of_values([row["seconds"] for row in rows])
         for each in shown
         for domain, rows in each.run.rows.items()
-        if all("seconds" in row for row in rows)
     }
-    panel = _rows_panel("", f"seconds per {unit}, attacks included", domains(shown), found, shown, {})
-    rows = []
-    for (domain, name), summary in found.items():
-        texts = (f"{summary.mean:.3g}", *interval_texts(summary, ".2g"))
-        values = (summary.mean, summary.interval, summary.low, summary.high)
-        rows.append((Cell(domain), Cell(name), *map(Cell, texts, values), Cell(str(summary.n), summary.n)))
-    caption = f"Mean seconds per {unit}; bars: 95% bootstrap intervals, {counts_note(found.values())}."
-    headings = ("domain", "run", "seconds", "±", "from", "to", "n")
-    return Figure("seconds", f"Time per {unit}", caption, (panel,), Table(headings, tuple(rows)))
+    axis = Axis(f"seconds per {unit}, attacks included", rules=(0,))
+    panel = _rows_panel("", axis, domains(shown), found, shown, {})
+    rows = [
+        (Cell(domain), Cell(name), *numbers(summary, ".3g", ".2g"))
+        for (domain, name), summary in found.items()
+    ]
+    caption = f"Mean seconds per {unit}; bars: 95% bootstrap intervals, {panel.note}."
+    table = Table(("domain", "run", "seconds", *INTERVAL, "n"), rows)
+    return Figure("seconds", f"Time per {unit}", caption, (panel,), table)
 
 
 def _rows_panel(
     title: str,
-    x_label: str,
+    x: Axis,
     names: Sequence[str],
     found: Mapping[tuple[str, str], Summary],
     shown: Sequence[Shown],
     doubts: Mapping[tuple[str, str], str],
-    zero: bool = False,
 ) -> Panel:
     """A panel with a line of its own for every domain, on which the runs stand."""
+    names = [name for name in names if any((name, each.label) in found for each in shown)]
     series = []
     for each in shown:
         points = []
@@ -376,11 +388,9 @@ def _rows_panel(
                 says = f"{name}, {each.label}: {spoken(s, '.3g')}, n = {s.n}{doubt}"
                 points.append(Point(s.mean, k, span(s), None, name, says, bool(doubt)))
         if points:
-            series.append(Series(each.label, each.style, tuple(points), lane=each.place))
-    values = [0.0] + [v for one in series for p in one.points for v in (p.x_span or (p.x, p.x))]
-    x = axis(x_label, values, least=2 * zero)
-    y = Axis("", -0.5, len(names) - 0.5, names=tuple(names))
-    return Panel(title, counts_note(found.values()), x, y, tuple(series), zero=zero)
+            series.append(Series(each.label, distinct(each.place), tuple(points), lane=each.place))
+    note = n_note(summary.n for summary in found.values())
+    return Panel(title, note, x, Axis("", names=tuple(names)), tuple(series))
 
 
 def heat_maps(shown: Sequence[Shown]) -> list[HeatMap]:
@@ -400,39 +410,38 @@ def heat_maps(shown: Sequence[Shown]) -> list[HeatMap]:
             tuple(_share([shares[p] for shares in found if p < len(shares)]) for p in range(count))
             for found in rows.values()
         )
-        table_rows = [
-            (
-                *(Cell(domain), Cell(name), *numbers(share.summary, with_n=False)),
-                *(Cell(f"{value:.1f}", value) for value in share.quartiles),
-                Cell(str(share.summary.n), share.summary.n),
-            )
+        shares = [
+            (domain, name, share)
             for domain, line in zip(rows, cells, strict=True)
             for name, share in zip(names, line, strict=True)
             if share is not None
         ]
-        quartiles = ("least", "lower quartile", "median", "upper quartile", "most")
-        maps.append(
-            HeatMap(
-                f"merging_{each.place + 1}",
-                f"Adapters merged by {each.label}",
-                "Mean share of every adapter in the merged network, in per cent, ± 1.96 standard errors, "
-                f"{counts_note(share.summary for line in cells for share in line if share)}. "
-                "The strip below runs from 0 to 100: a line from the least to the most over the episodes, a "
-                "box between the quartiles, a tick at the median.",
-                tuple(rows),
-                names,
-                cells,
-                Table(("domain", "adapter", "mean", "±", "from", "to", *quartiles, "n"), tuple(table_rows)),
-            )
+        caption = (
+            "Mean share of every adapter in the merged network, in per cent, ± 1.96 standard errors, "
+            f"{n_note(share.summary.n for *_, share in shares)}. The strip below runs from 0 to 100: a line "
+            "from the least to the most over the episodes, a box between the quartiles, a tick at the median."
         )
+        title = f"Adapters merged by {each.label}"
+        table = _shares_table(shares)
+        maps.append(HeatMap(f"merging_{each.place + 1}", title, caption, tuple(rows), names, cells, table))
     return maps
+
+
+def _shares_table(shares: Iterable[tuple[str, str, Share]]) -> Table:
+    rows = []
+    for domain, name, share in shares:
+        *mean, n = numbers(share.summary)
+        quartiles = (Cell(f"{value:.1f}", value) for value in share.quartiles)
+        rows.append((Cell(domain), Cell(name), *mean, *quartiles, n))
+    quartiles = ("least", "lower quartile", "median", "upper quartile", "most")
+    return Table(("domain", "adapter", "mean", *INTERVAL, *quartiles, "n"), rows)
 
 
 def _share(values: Sequence[float]) -> Share | None:
     if not values:
         return None
-    quartiles = np.percentile([100 * value for value in values], (0, 25, 50, 75, 100))
-    return Share(of_values([100 * value for value in values]), tuple(quartiles.tolist()))
+    values = [100 * value for value in values]
+    return Share(of_values(values), tuple(np.percentile(values, (0, 25, 50, 75, 100)).tolist()))
 
 
 def adapter_names(merging: Mapping[str, Mapping], count: int) -> tuple[str, ...]:
@@ -440,66 +449,3 @@ def adapter_names(merging: Mapping[str, Mapping], count: int) -> tuple[str, ...]
     levels = {tuple(how["epsilons"]) for how in merging.values() if isinstance(how.get("epsilons"), list)}
     known = next(iter(levels)) if len(levels) == 1 else ()
     return tuple(f"{p}: ε {known[p]:g}" if p < len(known) else f"adapter {p}" for p in range(count))
-
-
-# --- numbers and words -----------------------------------------------------------------------------------
-
-
-def of_values(values: Sequence[float]) -> Summary:
-    """Mean and intervals of anything measured per episode, in its own unit."""
-    return summarise([{"value": value / 100} for value in values], "value")  # `summarise` gives per cent
-
-
-def span(summary: Summary) -> tuple[float, float] | None:
-    """The ends of the bootstrap interval; None for one episode, which has none."""
-    return (summary.low, summary.high) if has_interval(summary) else None
-
-
-def has_interval(summary: Summary) -> bool:
-    return math.isfinite(summary.interval)
-
-
-def spoken(summary: Summary, digits: str = ".1f") -> str:
-    mean, low, high = (number(value, digits) for value in (summary.mean, summary.low, summary.high))
-    return f"{mean} [{low}, {high}]" if has_interval(summary) else f"{mean} (no interval)"
-
-
-def interval_texts(summary: Summary, digits: str = ".1f") -> tuple[str, str, str]:
-    """Half-width of the normal interval and ends of the bootstrap's, dashes for a single episode."""
-    if not has_interval(summary):
-        return ("–", "–", "–")
-    return tuple(number(value, digits) for value in (summary.interval, summary.low, summary.high))
-
-
-def numbers(summary: Summary, with_n: bool = True, signed: bool = False) -> tuple[Cell, ...]:
-    """Mean, half-width, both ends and n."""
-    mean = number(summary.mean, "+.1f" if signed else ".1f")
-    values = (summary.mean, summary.interval, summary.low, summary.high)
-    cells = tuple(map(Cell, (mean, *interval_texts(summary)), values))
-    return cells + (Cell(str(summary.n), summary.n),) * with_n
-
-
-def units(shown: Sequence[Shown], plural: bool = True) -> str:
-    """What the rows of the runs are about, in words."""
-    return " or ".join(unit + "s" * plural for unit in union([each.run.unit] for each in shown))
-
-
-def row_counts(shown: Sequence[Shown]) -> str:
-    """How many episodes or images every domain has, in words."""
-    counts = {len(rows) for each in shown for rows in each.run.rows.values()}
-    words = f"{between(counts)} {units(shown, plural=counts != {1})}"
-    return words + " each" * any(each.run.unit == "episode" for each in shown)
-
-
-def n_note(counts: Iterable[int]) -> str:
-    return f"n = {between(counts)}"
-
-
-def between(counts: Iterable[int]) -> str:
-    """For example "5", or "5 to 12"."""
-    counts = set(counts)
-    return f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-
-
-def counts_note(summaries: Iterable[Summary]) -> str:
-    return n_note(summary.n for summary in summaries)

@@ -1,55 +1,72 @@
-"""Figures on paper: the same points and intervals as on the page, as PNG and PDF."""
+"""The figures of a report, drawn by matplotlib: SVG for the page, PNG and PDF for paper, pictures of results.
 
-import math
-from collections.abc import Sequence
+One drawing serves all. Nothing here depends on pyplot's state.
+"""
+
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from unicodedata import east_asian_width
 
 import matplotlib
+import textalloc
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Drawing
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Affine2D
 
+from amt.evaluation.statistics import Summary
 from amt.files.writing import replace_file
-from amt.report import drawing
-from amt.report.drawing import (
-    Box,
+from amt.report.charts import (
+    Axis,
     Figure,
     HeatMap,
     Panel,
+    Point,
     Series,
+    Share,
     Style,
-    along,
-    asides,
-    by_name,
-    number,
-    place_labels,
+    distinct,
+    legend,
+    links,
 )
+from amt.report.shown import has_interval
+from amt.report.svg import COLOURS, LINE, MUTED, PAGE, TEXT, mark, svg_element
+from amt.report.tables import number
 
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
-
-# As many as in `drawing`; the colours are those of Okabe & Ito, as on the page in light.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#1a1d21")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)), (0, (10, 3)))
 SETTINGS = {
     "font.family": "sans-serif",
     "font.size": 8,
+    "text.color": TEXT,
     "axes.titlesize": 9,
-    "axes.labelsize": 8,
-    "legend.fontsize": 8,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": MUTED,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
     "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": "0.9",
+    "grid.color": LINE,
     "pdf.fonttype": 42,  # TrueType: text in the PDF stays text, as journals ask for
-    "figure.dpi": 100,
+    "svg.fonttype": "none",  # text in SVG stays text, too
     "savefig.dpi": 200,
     "text.parse_math": False,  # a name from a file may hold a dollar sign
 }
+WIDE, NARROW = (4.9, 3.7), (3.0, 3.1)  # inches, of a panel whose points carry names
+
+
+# --- for paper -------------------------------------------------------------------------------------------
 
 
 def write(figures: Sequence[Figure | HeatMap], folder: Path) -> list[Path]:
@@ -60,172 +77,324 @@ def write(figures: Sequence[Figure | HeatMap], folder: Path) -> list[Path]:
     """
     written = []
     for figure in figures:
-        with plt.rc_context(SETTINGS):
-            drawn = _heat_map(figure) if isinstance(figure, HeatMap) else _panels(figure)
+        with matplotlib.rc_context(SETTINGS):
+            if isinstance(figure, HeatMap):
+                drawing = _heat_map(figure)
+            else:
+                drawing = compose(figure.panels, min(len(figure.panels), 3), entries=legend(figure.panels))
+            drawing.supxlabel(figure.caption, fontsize=6.5, color=MUTED, wrap=True)
             # A PDF says when it was made, unless told not to: the same runs give the same bytes.
             for kind, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
                 path = folder / f"{figure.slug}.{kind}"
-                replace_file(path, partial(drawn.savefig, format=kind, metadata=metadata))
+                save = partial(drawing.savefig, format=kind, metadata=metadata, facecolor=PAGE)
+                replace_file(path, save)
                 written.append(path)
-            plt.close(drawn)
     return written
 
 
-def _panels(figure: Figure) -> plt.Figure:
-    if figure.panels[0].labelled:
-        across, width, height = 1, 5.2, 4.2
-    else:
-        names = max(len(panel.y.names) for panel in figure.panels)
-        most = max(len(panel.series) for panel in figure.panels)
-        across, width = min(len(figure.panels), 3), 2.6 + 0.6 * bool(names)
-        height = 0.9 + names * (0.14 + 0.12 * most) if names else 2.2
-    down = -(-len(figure.panels) // across)
-    drawn, axes = plt.subplots(
-        down, across, figsize=(width * across, height * down + 0.7), layout="constrained", squeeze=False
-    )
-    for each, panel in zip(axes.flat, figure.panels, strict=False):
-        _draw(each, panel)
-    for each in list(axes.flat)[len(figure.panels) :]:
-        each.set_visible(False)
-    handles = [_handle(*item) for item in drawing.legend(figure)]
-    if handles:
-        drawn.legend(
-            handles=handles, loc="outside upper center", ncols=min(len(handles), 4), handlelength=3.2
+def accuracy_picture(
+    path: Path, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Summary]]]
+) -> None:
+    """Bars of accuracy per domain, one colour per column, with 95% intervals; written to `path` (.png)."""
+    with matplotlib.rc_context(SETTINGS):
+        drawing = Drawing(figsize=(1.6 + 1.25 * len(rows), 3.6), layout="constrained")
+        axes = drawing.subplots()
+        width = 0.8 / len(columns)
+        colours = matplotlib.colormaps["viridis"]
+        for k, column in enumerate(columns):
+            axes.bar(
+                [x - 0.4 + (k + 0.5) * width for x in range(len(rows))],
+                [summaries[k].mean for _, summaries in rows],
+                width * 0.92,
+                yerr=[summaries[k].interval for _, summaries in rows],
+                color=colours(0.15 + 0.7 * k / max(len(columns) - 1, 1)),
+                error_kw={"elinewidth": 1, "ecolor": MUTED, "capsize": 2},
+                label=column,
+            )
+        axes.set_xticks(range(len(rows)), [name for name, _ in rows])
+        axes.set_ylabel("accuracy, per cent")
+        axes.set_ylim(0, 100)
+        axes.grid(False, axis="x")
+        drawing.legend(loc="outside upper center", ncols=len(columns))
+        replace_file(path, partial(drawing.savefig, format="png", facecolor=PAGE))
+
+
+def mixing_picture(
+    path: Path,
+    curves: Mapping[str, Mapping[str, Sequence[tuple[float, Summary]]]],
+    label: str = "share of the robust adapter",
+) -> None:
+    """One panel per domain: accuracy (per cent, with 95% intervals) against what is called `label`."""
+    names = list(dict.fromkeys(column for columns in curves.values() for column in columns))
+    panels = [
+        Panel(
+            domain,
+            "",
+            Axis(label),
+            Axis("accuracy, per cent", 0, 100, 100, (0, 25, 50, 75, 100)),
+            tuple(_mixed(column, names.index(column), points) for column, points in columns.items()),
         )
-    drawn.supxlabel(figure.caption, fontsize=6.5, color="0.35", wrap=True)
-    for each, panel in zip(axes.flat, figure.panels, strict=False):
-        if panel.labelled:
-            drawn.canvas.draw()  # places are known only now
-            _label(each, panel)
-    return drawn
+        for domain, columns in curves.items()
+    ]
+    with matplotlib.rc_context(SETTINGS):
+        drawing = compose(panels, len(panels), entries=legend(panels))
+        replace_file(path, partial(drawing.savefig, format="png", facecolor=PAGE))
+
+
+def _mixed(column: str, place: int, found: Sequence[tuple[float, Summary]]) -> Series:
+    points = []
+    for share, s in found:
+        span = (s.mean - s.interval, s.mean + s.interval) if has_interval(s) else None
+        points.append(Point(share, s.mean, None, span, "", ""))
+    return Series(column, distinct(place), tuple(points), joined=True, lane=place)
+
+
+# --- for the page ----------------------------------------------------------------------------------------
+
+
+def drawings(figure: Figure | HeatMap) -> list[Markup]:
+    """A figure as SVG: a drawing per panel, where points carry names one for wide screens and paper and one
+    for phones."""
+    if isinstance(figure, HeatMap):
+        with matplotlib.rc_context(SETTINGS):
+            return [svg_element(_heat_map(figure), "heat", figure.title, figure.slug)]
+    found = []
+    for k, panel in enumerate(figure.panels):
+        title = f"{figure.title}{': ' if panel.title else ''}{panel.title}"
+        sizes = [("panel wide", WIDE), ("panel narrow", NARROW)] if panel.labelled else [("panel", None)]
+        for classes, size in sizes:
+            with matplotlib.rc_context(SETTINGS):
+                found.append(
+                    svg_element(compose([panel], 1, size), classes, title, f"{figure.slug} {k} {classes}")
+                )
+    return found
+
+
+def swatch(style: Style | None, dash: int | None, salt: str) -> Markup:
+    """What a series is drawn with: marker, line, or both; `salt` is another for each swatch of a page."""
+    with matplotlib.rc_context(SETTINGS):
+        width = 10 if dash is None else 24
+        drawing = Drawing(figsize=(width / 72, 10 / 72))
+        line = _handle("", style, dash)
+        line.set_data([1, width / 2, width - 1], [5, 5, 5])
+        line.set_markevery([1])
+        drawing.add_artist(line)
+        line.set_transform(drawing.dpi_scale_trans + Affine2D().scale(1 / 72))
+        return svg_element(drawing, "swatch", None, salt)
+
+
+# --- drawing ---------------------------------------------------------------------------------------------
+
+
+def compose(
+    panels: Sequence[Panel],
+    across: int,
+    size: tuple[float, float] | None = None,
+    entries: Sequence[tuple[str, Style | None, int | None]] = (),
+) -> Drawing:
+    """Panels side by side, `across` in a line, below a legend of these entries.
+
+    Args:
+        size: of one panel in inches; by default what its kind needs.
+    """
+    width, height = size or _size(panels)
+    down = -(-len(panels) // across)
+    drawing = Drawing(figsize=(width * across, height * down + 0.7 * bool(entries)), layout="constrained")
+    grid = drawing.subplots(down, across, squeeze=False).flat
+    if entries:
+        handles = [_handle(*entry) for entry in entries]
+        ncols = min(len(handles), max(1, int(width * across / 1.2)))
+        drawing.legend(handles=handles, loc="outside upper center", ncols=ncols, handlelength=3.2)
+    for axes, panel in zip(grid, panels, strict=False):
+        _draw(axes, panel)
+    for axes in list(grid)[len(panels) :]:
+        axes.set_visible(False)
+    for axes, panel in zip(drawing.axes, panels, strict=False):
+        if panel.labelled:  # last, since places are known only now
+            _label(axes, panel)
+    return drawing
+
+
+def _size(panels: Sequence[Panel]) -> tuple[float, float]:
+    if panels[0].labelled:
+        return WIDE
+    names = max(len(panel.y.names) for panel in panels)
+    most = max(len(panel.series) for panel in panels)
+    return 3.0, (0.75 + names * (0.13 + 0.1 * most) if names else 2.2)
 
 
 def _handle(name: str, style: Style | None, dash: int | None) -> Line2D:
     """An entry of the legend: marker, line, or both."""
     return Line2D(
         *([], []),
-        color="0.2" if style is None else COLOURS[style.colour % len(COLOURS)],
+        color=TEXT if style is None else COLOURS[style.colour % len(COLOURS)],
         marker="" if style is None else MARKERS[style.marker % len(MARKERS)],
-        markersize=4.5,
+        markersize=5,
         linestyle="none" if dash is None else DASHES[dash % len(DASHES)],
         linewidth=1.3,
-        label=name,
+        label=short(name, 40),
     )
 
 
 def _draw(axes: Axes, panel: Panel) -> None:
-    if panel.title:
-        axes.set_title(_short(panel.title, 18), loc="left", fontweight="bold")
-    if panel.note:
-        axes.set_title(panel.note, loc="right", fontsize=7, color="0.35")
-    axes.set_xlabel(panel.x.label)
-    axes.set_ylabel(panel.y.label)
-    axes.set_xlim(panel.x.low, panel.x.high)
-    axes.set_ylim(panel.y.low, panel.y.high)
-    axes.set_xticks(panel.x.ticks, [number(tick) for tick in panel.x.ticks])
+    title = axes.set_title(short(panel.title, 20), loc="left", fontweight="bold")
+    mark(title, "title", [panel.title] * bool(panel.title), "text")
+    axes.set_title(short(panel.note, 30), loc="right", fontsize=7, color=MUTED)
+    points = [point for series in panel.series for point in series.points]
+    axes.set_xlim(limits(panel.x, [end for p in points for end in (p.x_span or (p.x, p.x))]))
+    axes.set_ylim(limits(panel.y, [end for p in points for end in (p.y_span or (p.y, p.y))]))
+    for axis, described in ((axes.xaxis, panel.x), (axes.yaxis, panel.y)):
+        if described.ticks:
+            axis.set_ticks(described.ticks, [number(tick) for tick in described.ticks])
+        else:
+            most = 3 if panel.y.names else 5
+            axis.set_major_locator(MaxNLocator(most, steps=(1, 2, 2.5, 5, 10)))
+    # Beside names an axis is short: its label may begin below them.
+    axes.set_xlabel(short(panel.x.label, 60), loc="right" if panel.y.names else "center")
+    axes.set_ylabel(short(panel.y.label, 60))
+    for value in panel.x.rules:
+        axes.axvline(value, color=TEXT, linewidth=0.8, linestyle=(0, (4, 3)))
+    for value in panel.y.rules:
+        axes.axhline(value, color=TEXT, linewidth=0.8, linestyle=(0, (4, 3)))
     if panel.y.names:
-        axes.set_yticks(range(len(panel.y.names)), map(_short, panel.y.names))
-        axes.invert_yaxis()
-    else:
-        axes.set_yticks(panel.y.ticks, [number(tick) for tick in panel.y.ticks])
-    if panel.zero:
-        axes.axvline(0, color="0.2", linewidth=0.8, linestyle=(0, (4, 3)))
+        _name_rows(axes, panel.y.names)
     if panel.labelled:
-        for start, end in drawing.links(panel):
-            axes.plot([start.x, end.x], [start.y, end.y], color="0.6", linewidth=0.6, zorder=1)
-    reach = panel.x.high - panel.x.low
-    lanes = asides(panel, math.inf, 0.6) if panel.y.names else asides(panel, 0.01 * reach, 0.04 * reach)
-    for series, aside in zip(panel.series, lanes, strict=True):
-        _series(axes, series, aside if series.joined else 0, aside if panel.y.names else 0)
+        for start, end in links(panel):
+            axes.plot([start.x, end.x], [start.y, end.y], color=MUTED, linewidth=0.5, alpha=0.7, zorder=1)
+    for series in panel.series:
+        _draw_series(axes, series, *_aside(axes, panel, series))
 
 
-def _series(axes: Axes, series: Series, dx: float, dy: float) -> None:
-    style = series.style
-    colour = COLOURS[style.colour % len(COLOURS)]
-    places = [(point.x + dx, point.y + dy) for point in series.points]
-    axes.plot(
-        [x for x, _ in places],
-        [y for _, y in places],
-        color=colour,
-        marker=MARKERS[style.marker % len(MARKERS)],
-        markersize=3.5 if series.joined else 4.5,
-        linestyle=DASHES[style.dash % len(DASHES)] if series.joined else "none",
+def limits(axis: Axis, values: Sequence[float]) -> tuple[float, float]:
+    """The ends of an axis: its values, its rules, and a margin, since a marker needs some room."""
+    if axis.names:
+        return len(axis.names) - 0.5, -0.5
+    sighted = [*values, *axis.rules]
+    low, high = min(sighted), max(sighted)
+    middle, half = (low + high) / 2, max(high - low, axis.least) / 2
+    if half < 1e-9 * max(abs(middle), 1):  # a single value, at which there is nothing to see
+        half = 0.1 * max(abs(middle), 1)
+    shift = max(axis.low - (middle - half), 0) + min(axis.high - (middle + half), 0)
+    low, high = max(middle - half + shift, axis.low), min(middle + half + shift, axis.high)
+    margin = 0.04 * (high - low)
+    return low - margin, high + margin
+
+
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), [short(name) for name in names])
+    for label, name in zip(axes.get_yticklabels(), names, strict=True):
+        mark(label, "name", [name], "text")
+    axes.grid(False, axis="y")
+    for k in range(1, len(names)):
+        axes.axhline(k - 0.5, color=LINE, linewidth=0.8, zorder=0.5)
+
+
+def _aside(axes: Axes, panel: Panel, series: Series) -> tuple[float, float]:
+    """How far a series stands aside of its values: those of other lanes would hide its intervals."""
+    lanes = sorted({each.lane for each in panel.series})
+    place = lanes.index(series.lane) - (len(lanes) - 1) / 2
+    if panel.y.names:
+        return 0, place * 0.6 / len(lanes)
+    left, right = axes.get_xlim()
+    return (place * min(0.01, 0.04 / len(lanes)) * (right - left) if series.joined else 0), 0
+
+
+def _draw_series(axes: Axes, series: Series, dx: float, dy: float) -> None:
+    colour = COLOURS[series.style.colour % len(COLOURS)]
+    look = {"color": colour, "marker": MARKERS[series.style.marker % len(MARKERS)], "clip_on": False}
+    look |= {"markersize": 3.6 if series.joined else 4.6, "markeredgewidth": 0.9}
+    upright = [(p.x + dx, p.y_span[0] + dy, p.y_span[1] + dy) for p in series.points if p.y_span]
+    level = [(p.y + dy, p.x_span[0] + dx, p.x_span[1] + dx) for p in series.points if p.x_span]
+    if upright:
+        axes.vlines(*zip(*upright, strict=True), color=colour, linewidth=0.9)
+    if level:
+        axes.hlines(*zip(*level, strict=True), color=colour, linewidth=0.9)
+    (line,) = axes.plot(
+        [p.x + dx for p in series.points],
+        [p.y + dy for p in series.points],
+        linestyle=DASHES[series.style.dash % len(DASHES)] if series.joined else "none",
         linewidth=1.2,
-        clip_on=False,
+        **look,
     )
-    for point, (x, y) in zip(series.points, places, strict=True):
-        if point.x_span:
-            axes.plot([end + dx for end in point.x_span], [y, y], color=colour, linewidth=1)
-        if point.y_span:
-            axes.plot([x, x], [end + dy for end in point.y_span], color=colour, linewidth=1)
-        if point.suspect:
-            marker = MARKERS[style.marker % len(MARKERS)]
-            axes.plot(x, y, marker, markersize=3.8, color=colour, markerfacecolor="white", clip_on=False)
+    mark(line, "series", [p.says for p in series.points])
+    if doubted := [p for p in series.points if p.suspect]:
+        xs, ys = [p.x + dx for p in doubted], [p.y + dy for p in doubted]
+        (hollow,) = axes.plot(xs, ys, linestyle="none", markerfacecolor=PAGE, **look)
+        mark(hollow, "hollow", [p.says for p in doubted])
 
 
 def _label(axes: Axes, panel: Panel) -> None:
-    """A name per domain, beside its first point."""
-    renderer = axes.figure.canvas.get_renderer()
-    first = {name: points[0] for name, points in by_name(panel).items()}
-    texts = [
-        axes.text(0, 0, _short(name), fontsize=8, ha="left", va="bottom", in_layout=False) for name in first
-    ]
-    sizes = [(box.width, box.height) for box in (text.get_window_extent(renderer) for text in texts)]
-    to_pixels = axes.transData.transform
-    anchors = [tuple(to_pixels((point.x, point.y))) for point in first.values()]
-    obstacles: list[Box] = []
-    for start, end in drawing.links(panel):
-        obstacles += along(*to_pixels(((start.x, start.y), (end.x, end.y))))
-    for point in (point for series in panel.series for point in series.points):
-        (left, low), (right, high) = to_pixels(
-            [
-                ((point.x_span or (point.x,))[0], (point.y_span or (point.y,))[0]),
-                ((point.x_span or (point.x,))[-1], (point.y_span or (point.y,))[-1]),
-            ]
-        )
-        x, y = to_pixels((point.x, point.y))
-        obstacles += [(x - 4, y - 4, x + 4, y + 4), (left, y - 1, right, y + 1), (x - 1, low, x + 1, high)]
-    room = axes.get_window_extent(renderer)
-    boxes = place_labels(anchors, sizes, (room.x0 + 2, room.y0 + 2, room.x1, room.y1), obstacles, gap=6)
-    for text, box in zip(texts, boxes, strict=True):
-        text.set_position(axes.transData.inverted().transform(box[:2]))
-
-
-def _short(name: str, most: int = 24) -> str:
-    return name if len(name) <= most else name[: most - 1] + "…"
-
-
-def _heat_map(heat: HeatMap) -> plt.Figure:
-    down, across = len(heat.rows), len(heat.columns)
-    longest = max(len(_short(name)) for name in heat.rows)
-    drawn, axes = plt.subplots(
-        figsize=(0.9 + 0.06 * longest + 0.95 * across, 1.3 + 0.5 * down), layout="constrained"
+    """A name per domain, beside its first point; where there is no room, the table alone has it."""
+    points = [point for series in panel.series for point in series.points]
+    first = list({point.name: point for point in reversed(points)}.values())[::-1]
+    lines = [((start.x, end.x), (start.y, end.y)) for start, end in links(panel)]
+    lines += [(p.x_span, (p.y, p.y)) for p in points if p.x_span]
+    lines += [((p.x, p.x), p.y_span) for p in points if p.y_span]
+    *_, texts, _ = textalloc.allocate(
+        axes,
+        [p.x for p in first],
+        [p.y for p in first],
+        [short(p.name, 18) for p in first],
+        x_scatter=[p.x for p in points],
+        y_scatter=[p.y for p in points],
+        x_lines=[x for x, _ in lines],
+        y_lines=[y for _, y in lines],
+        textsize=8,
+        textcolor=TEXT,
+        max_distance=0.5,
+        nbr_candidates=1000,
+        avoid_label_lines_overlap=True,
+        draw_all=False,
+        linecolor=MUTED,
+        linewidth=0.4,
     )
+    for text in filter(None, texts):
+        text.set_in_layout(False)
+        mark(text, "label")
+
+
+def short(name: str, most: int = 24) -> str:
+    """A name as it is drawn: on one line, cut to about a width, with nothing that XML does not know."""
+    name = "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in name)
+    widths = [2 if east_asian_width(each) in "WF" else 1 for each in name]
+    if sum(widths) <= most:
+        return name
+    return name[: sum(sum(widths[: k + 1]) < most for k in range(len(name)))] + "…"
+
+
+def _heat_map(heat: HeatMap) -> Drawing:
+    down, across = len(heat.rows), len(heat.columns)
+    longest = max(len(short(name)) for name in heat.rows)
+    size = (0.3 + 0.08 * longest + 0.95 * across, 0.5 + 0.5 * down)
+    drawing = Drawing(figsize=size, layout="constrained")
+    axes = drawing.subplots()
     axes.set(xlim=(0, across), ylim=(down, 0))
     axes.grid(False)
     axes.spines[:].set_visible(False)
-    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False)
     axes.set_xticks([k + 0.5 for k in range(across)], heat.columns)
-    axes.set_yticks([k + 0.5 for k in range(down)], map(_short, heat.rows))
+    axes.set_yticks([k + 0.5 for k in range(down)], [short(name) for name in heat.rows])
+    for label, name in zip(axes.get_yticklabels(), heat.rows, strict=True):
+        mark(label, "name", [name], "text")
     for i, line in enumerate(heat.cells):
         for j, share in enumerate(line):
             if share is None:
-                axes.text(j + 0.5, i + 0.5, "–", ha="center", va="center", color="0.4")
-                continue
-            mean = share.summary.mean
-            axes.add_patch(
-                plt.Rectangle((j, i), 0.97, 0.94, color=COLOURS[0], alpha=0.42 * mean / 100, linewidth=0)
-            )
-            half = f" ±{share.summary.interval:.1f}" if share.summary.n > 1 else ""
-            axes.text(j + 0.48, i + 0.34, f"{mean:.1f}{half}", ha="center", va="center")
-            least, lower, median, upper, most = (j + 0.12 + 0.72 * value / 100 for value in share.quartiles)
-            axes.plot([j + 0.12, j + 0.84], [i + 0.72] * 2, color="0.75", linewidth=0.6)
-            axes.plot([least, most], [i + 0.72] * 2, color="0.1", linewidth=0.8)
-            axes.add_patch(
-                plt.Rectangle(
-                    (lower, i + 0.64), upper - lower, 0.16, facecolor="white", edgecolor="0.1", linewidth=0.7
-                )
-            )
-            axes.plot([median, median], [i + 0.6, i + 0.84], color="0.1", linewidth=1.3)
-    drawn.supxlabel(heat.caption, fontsize=6.5, color="0.35", wrap=True)
-    return drawn
+                axes.text(j + 0.5, i + 0.5, "–", ha="center", va="center", color=MUTED)
+            else:
+                _draw_share(axes, share, j, i)
+    return drawing
+
+
+def _draw_share(axes: Axes, share: Share, x: float, y: float) -> None:
+    """A cell of a heat map: the mean in figures and as a shade, and a box plot from 0 to 100."""
+    mean = share.summary.mean
+    shade = {"color": COLOURS[0], "alpha": 0.42 * mean / 100, "linewidth": 0}
+    axes.add_patch(Rectangle((x, y), 0.97, 0.94, **shade))
+    half = f" ±{share.summary.interval:.1f}" if has_interval(share.summary) else ""
+    axes.text(x + 0.48, y + 0.34, f"{mean:.1f}{half}", ha="center", va="center")
+    least, lower, median, upper, most = (x + 0.12 + 0.72 * value / 100 for value in share.quartiles)
+    axes.hlines(y + 0.72, x + 0.12, x + 0.84, color=LINE, linewidth=0.6)
+    axes.hlines(y + 0.72, least, most, color=TEXT, linewidth=0.8)
+    box = {"facecolor": PAGE, "edgecolor": TEXT, "linewidth": 0.7}
+    axes.add_patch(Rectangle((lower, y + 0.64), upper - lower, 0.16, zorder=3, **box))
+    axes.vlines(median, y + 0.6, y + 0.84, color=TEXT, linewidth=1.3, zorder=4)

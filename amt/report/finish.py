@@ -11,7 +11,7 @@ import torch
 from amt.evaluation import runs
 from amt.evaluation.runs import Run
 from amt.files.writing import replace_file
-from amt.report import tables as report
+from amt.report.tables import corruption_table, table
 from amt.report.tensorboard import write_board
 
 
@@ -24,6 +24,10 @@ def finish(run: Run, device: torch.device) -> None:
     Raises:
         InputError: the directory cannot be written to, or a sample is damaged.
     """
+    from amt.report.figures import (
+        accuracy_picture,  # brings matplotlib, which nobody waits for before the end
+    )
+
     more = cost(run, device)
     out = run.folder / "results.json"
     text = json.dumps(runs.summarise_run(run, more), indent=1)
@@ -31,13 +35,13 @@ def finish(run: Run, device: torch.device) -> None:
     write_board(run, run.folder / "tensorboard")
     names = [*run.sources, *run.averages]
     lines = [(name, [run.summary(name, column) for column in run.columns]) for name in names]
-    report.accuracy_picture(run.folder / "accuracy.png", run.columns, lines)
+    accuracy_picture(run.folder / "accuracy.png", run.columns, lines)
     decided = dict.fromkeys(about["how"] for about in run.merging.values())
     merging = f"; merging: {'; '.join(decided)}" if decided else ""
     print(f"accuracy on {run.about.get('split')} {run.unit}s in per cent, 95% intervals{merging}")
     for stamp in run.stamps:
         print(stamp)
-    print(report.table(run.columns, lines, [[run.suspect(name, c) for c in run.columns] for name in names]))
+    print(table(run.columns, lines, [[run.suspect(name, c) for c in run.columns] for name in names]))
     for column, variants in run.variants.items():
         print(f"{column}: {'; or '.join(variants)}")
     if run.about["attacks"]:
@@ -46,7 +50,7 @@ def finish(run: Run, device: torch.device) -> None:
         print(f"the attacks were {checked}")
     if run.corruptions:
         print("accuracy under common corruptions in per cent, by severity and on average")
-        print(report.corruption_table(run.corruptions))
+        print(corruption_table(run.corruptions))
     if more["skipped_records"]:
         print(f"{more['skipped_records']} damaged records were passed over")
     print(f"wrote {out} and {run.folder / 'accuracy.png'}")

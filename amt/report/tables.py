@@ -1,18 +1,49 @@
-"""Tables and pictures from results; computes nothing that is not in them."""
+"""Tables of results: the cells of those on the page, and those for a terminal."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib
-
+from amt.evaluation.runs import corruption_summary
 from amt.evaluation.statistics import Summary
-from amt.files.writing import replace_file
-
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt
 
 TABLE_COLUMNS = 8  # in one table, so that it fits a wide terminal
+
+
+class Cell(NamedTuple):
+    """What stands in a table of the page.
+
+    Args:
+        value: what the cell is sorted by, if that is a number.
+        half, ends: the interval around it.
+        note: small print beside a name.
+        doubt: why it is not to be believed.
+        missing: whether there is no result; such a cell is sorted to the end.
+    """
+
+    text: str
+    value: float | None = None
+    half: str = ""
+    ends: str = ""
+    note: str = ""
+    doubt: str | None = None
+    missing: bool = False
+
+
+class Table(NamedTuple):
+    """Rows of cells under their headings, and rows of averages `below`, which are sorted by themselves."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    below: Sequence[Sequence[Cell]] = ()
+
+    def is_text(self, k: int) -> bool:
+        """Whether column k holds names, not numbers."""
+        return all(row[k].value is None and not row[k].missing for row in self.rows)
+
+
+def number(value: float, digits: str = "g") -> str:
+    """A number with a minus sign, not a hyphen."""
+    return f"{value:{digits}}".replace("-", "−")
 
 
 def table(
@@ -49,83 +80,23 @@ def table(
     return "\n".join(["\n\n".join(blocks), *doubts])
 
 
-def corruption_table(corruptions: Mapping[str, Sequence[float]]) -> str:
-    """A plain-text table of accuracies in per cent: a line per corruption and one for their mean, a column
-    per severity and one for their mean.
+def corruption_rows(corruptions: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Accuracies in per cent at each severity and their mean, by corruption; the last row, "mean", is that
+    over all corruptions.
 
     Args:
         corruptions: by name the accuracy in [0, 1] at each severity.
     """
-    lines = {name: [100 * each for each in values] for name, values in corruptions.items()}
-    lines["mean"] = [sum(each) / len(each) for each in zip(*lines.values(), strict=True)]
-    width = max(map(len, lines))
-    severities = range(1, len(lines["mean"]) + 1)
+    rows = {name: [100 * each for each in values] for name, values in corruptions.items()}
+    rows["mean"] = corruption_summary(corruptions)["by_severity"]
+    return {name: [*values, sum(values) / len(values)] for name, values in rows.items()}
+
+
+def corruption_table(corruptions: Mapping[str, Sequence[float]]) -> str:
+    """`corruption_rows` as plain text."""
+    rows = corruption_rows(corruptions)
+    width = max(map(len, rows))
+    severities = range(1, len(rows["mean"]))
     head = " ".join([" " * width, *(f"{severity:6d}" for severity in severities), "  mean"])
-    cells = {name: (*values, sum(values) / len(values)) for name, values in lines.items()}
-    body = [" ".join([name.ljust(width), *(f"{c:6.1f}" for c in each)]) for name, each in cells.items()]
+    body = [" ".join([name.ljust(width), *(f"{c:6.1f}" for c in each)]) for name, each in rows.items()]
     return "\n".join([head, *body])
-
-
-def accuracy_picture(
-    path: Path, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Summary]]]
-) -> None:
-    """Bars of accuracy per domain, one colour per column, with 95% intervals; written to `path` (.png)."""
-    figure, axes = plt.subplots(figsize=(1.6 + 1.25 * len(rows), 3.6), layout="constrained")
-    width = 0.8 / len(columns)
-    colours = matplotlib.colormaps["viridis"]
-    for k, column in enumerate(columns):
-        places = [x - 0.4 + (k + 0.5) * width for x in range(len(rows))]
-        axes.bar(
-            places,
-            [summaries[k].mean for _, summaries in rows],
-            width * 0.92,
-            yerr=[summaries[k].interval for _, summaries in rows],
-            color=colours(0.15 + 0.7 * k / max(len(columns) - 1, 1)),
-            error_kw={"elinewidth": 1, "ecolor": "0.3", "capsize": 2},
-            label=column,
-        )
-    axes.set_xticks(range(len(rows)), [name for name, _ in rows])
-    axes.set_ylabel("accuracy, per cent")
-    axes.set_ylim(0, 100)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.yaxis.grid(True, color="0.9")
-    axes.set_axisbelow(True)
-    figure.legend(loc="outside upper center", ncols=len(columns), frameon=False)
-    replace_file(path, lambda part: figure.savefig(part, format="png", dpi=150))
-    plt.close(figure)
-
-
-def mixing_picture(
-    path: Path,
-    curves: dict[str, dict[str, Sequence[tuple[float, Summary]]]],
-    label: str = "share of the robust adapter",
-) -> None:
-    """One panel per domain: accuracy (per cent, with 95% intervals) against what is called `label`."""
-    figure, panels = plt.subplots(
-        1, len(curves), figsize=(2.6 * len(curves), 2.8), sharey=True, layout="constrained", squeeze=False
-    )
-    colours = matplotlib.colormaps["viridis"]
-    for axes, (domain, columns) in zip(panels[0], curves.items(), strict=True):
-        for k, (column, points) in enumerate(columns.items()):
-            axes.errorbar(
-                [share for share, _ in points],
-                [summary.mean for _, summary in points],
-                [summary.interval for _, summary in points],
-                color=colours(0.1 + 0.7 * k / max(len(columns) - 1, 1)),
-                marker="o",
-                markersize=3,
-                capsize=2,
-                label=column,
-            )
-        axes.set_title(domain, fontsize=10)
-        axes.set_xlabel(label)
-        axes.set_ylim(0, 100)
-        axes.spines[["top", "right"]].set_visible(False)
-        if len({tuple(each) for each in curves.values()}) > 1:  # panels of different columns
-            axes.legend(frameon=False, fontsize=7)
-    if not panels[0][0].get_legend():
-        lines, names = panels[0][0].get_legend_handles_labels()
-        figure.legend(lines, names, loc="outside upper center", ncols=len(names), frameon=False, fontsize=8)
-    panels[0][0].set_ylabel("accuracy, per cent")
-    replace_file(path, lambda part: figure.savefig(part, format="png", dpi=150))
-    plt.close(figure)
