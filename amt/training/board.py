@@ -21,8 +21,8 @@ class Board:
 
     def __init__(self, folder: Path, first: int):
         folder.mkdir(parents=True, exist_ok=True)
-        now = time.time_ns()
-        name = f"events.out.tfevents.{now // 10**9:010d}.{platform.node()}.{os.getpid()}.{now % 10**9}"
+        # TensorBoard reads files in the order of their names: that of time, within a second too.
+        name = f"events.out.tfevents.{time.time_ns():019d}.{platform.node()}.{os.getpid()}"
         self._writer = RecordWriter(open(folder / name, "ab"))  # noqa: SIM115
         self._add(Event(file_version="brain.Event:2"))
         self._add(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
