@@ -62,6 +62,7 @@ def attack_queries(
 
     Raises:
         InputError: more targets than other classes.
+        ValueError: "transfer" without a surrogate.
     """
     if n_way == 1 or len(images) == 0:
         return Attacked(images, torch.zeros_like(labels, dtype=torch.bool))
@@ -70,6 +71,8 @@ def attack_queries(
         return Attacked(*_pgd(attack, epsilon, logits, images, labels, n_way, generators), variant)
     if attack.kind in ("pyramid", "transfer"):
         other = surrogate if attack.kind == "transfer" else logits
+        if other is None:
+            raise ValueError("a transfer attack needs a surrogate, the network that its images are made on")
         found = _to_the_end(attack, epsilon, other, images, labels, n_way, generators)
     else:
         found, variant = library_attack(attack, epsilon, logits, images, labels, n_way, seed)
@@ -114,7 +117,7 @@ def attack_support(
         return None if worst.fooled.all() else F.cross_entropy(logits, labels)
 
     start, move = ball.start(support, generator), partial(ball.step, images=support)
-    points = end_of_ascent(start, partial(input_gradient, loss_at), move, attack.steps)
+    points = end_of_ascent(start, partial(input_gradient, loss_at), move, attack.budget)
     if not worst.fooled.all():
         with torch.no_grad():
             look(points)
@@ -143,7 +146,7 @@ def _pgd(
         own = [generators[k] for k in left.tolist()]
         loss_of = _objective(attack, logits, images[left], labels[left], n_way)
         ball = _ball(attack, epsilon)
-        found[left], fooled[left] = pgd(logits, images[left], labels[left], ball, attack.steps, own, loss_of)
+        found[left], fooled[left] = pgd(logits, images[left], labels[left], ball, attack.budget, own, loss_of)
     return found, fooled
 
 
@@ -157,11 +160,17 @@ def _to_the_end(
     generators: Sequence[torch.Generator],
 ) -> Tensor:
     """The training attack of AMT, or PGD; with every image, fooled or not."""
-    pyramid = Perturbation(epsilon, attack.step_at(epsilon)).pyramid
-    geometry = pyramid if attack.kind == "pyramid" else _ball(attack, epsilon)
-    loss_of = _objective(attack, logits, images, labels, n_way)
-    everything, start = torch.arange(len(images), device=images.device), geometry.start(images, generators)
-    return ascend(lambda moved: loss_of(logits(moved), everything), images, start, geometry, attack.steps)
+    objective = _objective(attack, logits, images, labels, n_way)
+    everything = torch.arange(len(images), device=images.device)
+
+    def loss_of(moved: Tensor) -> Tensor:
+        return objective(logits(moved), everything)
+
+    if attack.kind == "pyramid":
+        pyramid = Perturbation(epsilon, attack.step_at(epsilon)).pyramid
+        return ascend(loss_of, images, pyramid.start(images, generators), pyramid, attack.budget)
+    ball = _ball(attack, epsilon)
+    return ascend(loss_of, images, ball.start(images, generators), ball, attack.budget)
 
 
 def _objective(

@@ -107,7 +107,7 @@ class Attack:
     @property
     def name(self) -> str:
         """The attack without its radius: kind, strength, and whatever differs from the usual."""
-        strength = {"autoattack": "", "square": self.queries}.get(self.kind, self.steps)
+        strength = "" if self.kind == "autoattack" else self.budget
         kind = f"{self.kind}-pgd" if self.kind in ("transfer", "support") else self.kind
         restarts = f"x{self.restarts}" if self.restarts > 1 else ""
         loss = f"-{self.loss}" if self.loss != "ce" or self.kind == "apgd" else ""
@@ -115,6 +115,18 @@ class Attack:
         targets = f"-t{self.targets}" if self.targets is not None else ""
         norm = "" if self.norm == "linf" else f"-{self.norm}"
         return f"{kind}{strength}{restarts}{loss}{step}{targets}{norm}"
+
+    @property
+    def budget(self) -> int:
+        """How long the attack goes on: the steps of its gradient ascent, for Square its queries.
+
+        Raises:
+            ValueError: AutoAttack, whose parts have budgets of their own.
+        """
+        budget = self.queries if self.kind == "square" else self.steps
+        if budget is None:
+            raise ValueError(f"{self.kind} has no number of steps")
+        return budget
 
     def step_at(self, epsilon: float) -> float:
         """The step size at one radius, in 1/255."""

@@ -78,17 +78,17 @@ class _SameForEveryImage(TorchFunctionMode):
 
 def _apgd(attack: Attack, logits: Logits, images: Tensor, labels: Tensor, n_way: int, common: dict):
     loss, variant = attack.loss_among(n_way)
-    runner = APGDAttack(logits, n_iter=attack.steps, n_restarts=attack.restarts, loss=loss, **common)
+    runner = APGDAttack(logits, n_iter=attack.budget, n_restarts=attack.restarts, loss=loss, **common)
     return runner.perturb(images, labels), variant
 
 
 def _square(attack: Attack, logits: Logits, images: Tensor, labels: Tensor, n_way: int, common: dict):
-    return SquareAttack(logits, n_queries=attack.queries, **common).perturb(images, labels), ""
+    return SquareAttack(logits, n_queries=attack.budget, **common).perturb(images, labels), ""
 
 
 def _fab(attack: Attack, logits: Logits, images: Tensor, labels: Tensor, n_way: int, common: dict):
     targets = target_count("fab", n_way, attack.targets)
-    runner = FABAttack_PT(logits, n_iter=attack.steps, targeted=True, n_target_classes=targets, **common)
+    runner = FABAttack_PT(logits, n_iter=attack.budget, targeted=True, n_target_classes=targets, **common)
     return runner.perturb(images, labels), f"fab-t x{targets}"
 
 
@@ -96,7 +96,8 @@ def _autoattack(attack: Attack, logits: Logits, images: Tensor, labels: Tensor, 
     parts, targets = autoattack_parts(n_way, attack.targets)
     # Its warnings are about what the caller's own checks look at, and would tear the progress bar.
     logging.getLogger("auto-attack").setLevel(logging.ERROR)
-    runner = AutoAttack(logits, version="custom", attacks=parts, **common)
+    # Its annotations ask for a Module and a list of literals; it only calls the one and compares the others.
+    runner = AutoAttack(logits, version="custom", attacks=parts, **common)  # pyright: ignore[reportArgumentType]
     runner.apgd.n_restarts = runner.fab.n_restarts = 1
     runner.apgd_targeted.n_target_classes = runner.fab.n_target_classes = targets
     found, _ = runner.run_standard_evaluation(images, labels, batch_size=len(images))

@@ -241,8 +241,9 @@ class Pyramid:
 
     def step(self, points: Sequence[Tensor], gradient: Sequence[Tensor], images: Tensor) -> list[Tensor]:
         """One signed step of every grid at once, clamped to epsilon; whatever the images."""
+        epsilon: Any = self.epsilon  # torch declares limits that are both numbers or both tensors, no union
         return [
-            (delta + self.step_size * slope.sign()).clamp(-self.epsilon, self.epsilon)
+            (delta + self.step_size * slope.sign()).clamp(-epsilon, epsilon)
             for delta, slope in zip(points, gradient, strict=True)
         ]
 

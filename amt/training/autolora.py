@@ -346,7 +346,7 @@ class FineTuner:
         """Have an accuracy to weigh the loss by before a batch."""
         if self.settings.whole_passes:
             if self.batch == 0 and (self._accuracy is None or not self.settings.high_resolution):
-                self._accuracy = self.training_accuracy(self.natural())
+                self._accuracy = self._whole_pass()
         elif self._accuracy is None:  # the very first batch, for want of any other
             with torch.no_grad():
                 guesses = logits(self.network, self.natural(), images).argmax(1)
@@ -359,10 +359,15 @@ class FineTuner:
         self._seen = [*self._seen, (right, count)][-memory:]
         due = self.batch == self.n_batches if high else self.batch - 1 in update_batches(self.n_batches)
         if due and self.settings.whole_passes:
-            self._accuracy = self.training_accuracy(self.natural())
+            self._accuracy = self._whole_pass()
         elif due:
             rights, counts = zip(*self._seen, strict=True)
             self._accuracy = sum(rights) / sum(counts)
+
+    def _whole_pass(self) -> float:
+        if self.training_accuracy is None:
+            raise ValueError("settings.whole_passes needs a function that measures the training accuracy")
+        return self.training_accuracy(self.natural())
 
     def check_finite(self) -> None:
         """Raise `NonFiniteLoss` if the last step left anything that is not finite."""
@@ -387,7 +392,7 @@ class FineTuner:
         note |= {"condition": found.condition, "best": found.best}
         if found.best == self.epoch:
             self.best = self.student.copy()
-        elif found.condition:  # the optimiser's momentum stays as it is
+        elif found.condition and self.best is not None:  # the optimiser's momentum stays as it is
             _overwrite(self.student, self.best)
         return note
 

@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor
 
 from amt.attacks.levels import Perturbation

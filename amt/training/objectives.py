@@ -13,6 +13,7 @@ and the ascent are those of meta-tuning. Knows no optimiser, no schedule and no 
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import torch
@@ -162,7 +163,7 @@ def twins(
         beta = weighing.robust * len(labels[part]) / len(labels)
         found = robust_loss(clean[-1], moved[-1], labels[part], beta, weighing.natural)
         losses.append([weight * term for term in found])
-    total, natural, robust = (sum(terms) for terms in zip(*losses, strict=True))
+    total, natural, robust = (functools.reduce(torch.add, terms) for terms in zip(*losses, strict=True))
     return Outcome(RobustLoss(total, natural, robust), torch.cat(clean), torch.cat(moved))
 
 
@@ -191,7 +192,9 @@ def objective_gradients(
     natural = F.cross_entropy(clean, labels)
     whole = robust_loss(clean, moved, labels, weighing.robust, weighing.natural)
     adversarial = whole.total - weighing.natural * natural
-    return tuple(
-        dict(zip(shared, torch.autograd.grad(loss, list(shared.values()), retain_graph=True), strict=True))
-        for loss in (natural, adversarial)
-    )
+
+    def gradients(loss: Tensor) -> dict[str, Tensor]:
+        found = torch.autograd.grad(loss, list(shared.values()), retain_graph=True)
+        return dict(zip(shared, found, strict=True))
+
+    return gradients(natural), gradients(adversarial)
