@@ -34,9 +34,9 @@ from amt.evaluation import recording
 from amt.evaluation import test_set as testing
 from amt.files.robust_weights import Pretrained
 from amt.models.network import build_classifier, logits
-from amt.training import autolora as tune
+from amt.training import accuracy
 from amt.training.autolora import FineTuner
-from amt.training.objectives import Adversary
+from amt.training.autolora_settings import Adversary
 from meta_dataset_readers.errors import exit_on_bad_input
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -822,7 +822,7 @@ def test_a_signal_during_validation_stops_before_the_epoch_is_noted(world, tmp_p
     """What was trained is saved, and the same command goes on with the validation."""
     whole = tmp_path / "whole"
     assert command(*world.flags(whole)).code == 0
-    wanted, pgd = [True], tune.pgd
+    wanted, pgd = [True], accuracy.pgd
 
     def interrupted(*args, **settings):
         if wanted:
@@ -830,7 +830,7 @@ def test_a_signal_during_validation_stops_before_the_epoch_is_noted(world, tmp_p
             os.kill(os.getpid(), signal.SIGTERM)
         return pgd(*args, **settings)
 
-    monkeypatch.setattr(tune, "pgd", interrupted)
+    monkeypatch.setattr(accuracy, "pgd", interrupted)
     flags = world.flags(tmp_path / "cut", "--test_batch_size", 4)
     ended = command(*flags)
     assert ended.code == 143 and "0 epochs and 3 batches" in ended.out

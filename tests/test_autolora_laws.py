@@ -25,9 +25,11 @@ from amt.models.network import Network, logits
 from amt.models.pool import Student, factor_shapes, natural_weights, new_factors
 from amt.models.resnet import ResNet
 from amt.models.weights import stream
-from amt.training.autolora import FineTuner, Settings, accuracy, new_student, validate
+from amt.training.accuracy import accuracy, validate
+from amt.training.autolora import FineTuner, new_student
+from amt.training.autolora_settings import Adversary, Settings
 from amt.training.keeper import Keeper
-from amt.training.objectives import Adversary, attack, autolora, twins, vanilla
+from amt.training.objectives import attack, autolora, twins, vanilla
 from amt.training.optimiser import NonFiniteLoss
 from amt.training.schedule import LossWeights, loss_weights
 

@@ -35,9 +35,10 @@ from amt.files.signals import Interrupted
 from amt.models.network import Network, build_classifier, find_device
 from amt.models.weights import Weights
 from amt.report.finish import finish
-from amt.training.autolora import Batches, FineTuner, Settings, StepRecord, accuracy, new_student, validate
+from amt.training.accuracy import Batches, accuracy, validate
+from amt.training.autolora import FineTuner, StepRecord, new_student
+from amt.training.autolora_settings import Adversary, Settings
 from amt.training.keeper import FINE_TUNING, Keeper, brief, fine_tuning_state, scalars
-from amt.training.objectives import Adversary
 from amt.training.schedule import LOWEST_RATE
 from meta_dataset_readers.errors import InputError
 
