@@ -280,7 +280,7 @@ def test_prototypes_and_logits(single):
     file, data = "c_protonet.npz", arrays("c_protonet.npz")
     weights = single.pool.merge([1.0])
     support = features(single.network, weights, pixels(data["sx_u8"]))
-    centres = prototypes(support, data["sy"], int(data["sy"].max()) + 1)
+    centres = prototypes(support, data["sy"])
     assert_close(support, data["supp_f"], 3e-6)
     assert_close(centres, data["prototypes"], 3e-6)
     query = features(single.network, weights, pixels(data["x_u8"]))
@@ -334,7 +334,7 @@ class Attack:
         self.weights = self.model.pool.merge([1.0])
         labels = everything.get("sy", everything["y"])
         support = features(self.model.raw, self.weights, normalised(everything["sx_u8"]))
-        self.centres = prototypes(support, labels, int(labels.max()) + 1)
+        self.centres = prototypes(support, labels)
         self.clean = self.logits(self.images)
         _, std = statistics()
         self.alpha = everything.get("alpha", self.level.step_size / 255 / std)
@@ -532,7 +532,7 @@ def test_weight_perturbation(single):
     head = pool.scale.detach(), pool.bias
     with torch.no_grad():
         support = features(single.raw, pool.merge([1.0]), normalised(attacked["sx_u8"]))
-    centres = prototypes(support, attacked["sy"], int(attacked["sy"].max()) + 1)
+    centres = prototypes(support, attacked["sy"])
 
     def objective() -> Tensor:
         weights = pool.merge([1.0])

@@ -34,7 +34,7 @@ from amt.tasks.classifier import merged_predictor
 from amt.tasks.merge import blend, route
 from amt.tasks.settings import Routing
 from amt.training import meta_tune
-from amt.training.meta_tune import NOTHING_SEEN, StepRecord, Tuner, learning_rate, query_outcome
+from amt.training.meta_tune import NO_STEPS, StepRecord, Tuner, learning_rate, query_outcome
 from amt.training.optimiser import NonFiniteLoss
 from amt.training.settings import TuneSettings
 from meta_dataset_readers.episode import Episode
@@ -274,9 +274,7 @@ def test_trimming_leaves_the_rank_asked_for(pool, layer, block, keep):
 
 def classifier(network: Network, weights: dict[str, Tensor], episode: Episode):
     with torch.no_grad():
-        centres = prototypes(
-            features(network, weights, episode.support), episode.support_labels, episode.n_way
-        )
+        centres = prototypes(features(network, weights, episode.support), episode.support_labels)
     return lambda images: cosine_logits(features(network, weights, images), centres, 10.0)
 
 
@@ -653,8 +651,8 @@ def test_collapse_is_noticed(network, episode):
         for _ in range(2):
             tuner.step(episode)
         assert bool(tuner.collapsed()) is expected
-    assert not NOTHING_SEEN.collapsed(robust=True)
-    learning = NOTHING_SEEN.and_then(StepRecord(2.0, math.log(5), 0.2, 0.2, 0.2, 0.01, 5, 0.1))
+    assert not NO_STEPS.collapsed(robust=True)
+    learning = NO_STEPS.plus(StepRecord(2.0, math.log(5), 0.2, 0.2, 0.2, 0.01, 5, 0.1))
     assert learning.collapsed(robust=True) is False
     assert learning.collapsed(robust=False) is True
 
