@@ -20,7 +20,7 @@ from amt.files.locks import Lock
 from amt.files.run_directory import RunDirectory
 from amt.files.signals import Interrupted, Interrupts
 from amt.files.writing import replace_described, replace_file
-from amt.training.board import Board
+from amt.training.tensorboard import TensorBoard
 from meta_dataset_readers.errors import InputError, exit_on_bad_input
 
 ABOUT = {"kind": "a toy", "settings": {"lr": 0.01, "levels": [1, 2]}}
@@ -250,7 +250,7 @@ def test_a_full_disk_is_one_line_wherever_it_is_noticed(capsys, number):
 
 def test_tensorboards_events_are_written_by_this_thread(tmp_path):
     """So that a full disk is an error here, and not the traceback of another thread."""
-    board = Board(tmp_path, first=1)
+    board = TensorBoard(tmp_path, first=1)
     board._writer._writer.close()
     board._writer._writer = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
     with pytest.raises(OSError, match="No space left"):

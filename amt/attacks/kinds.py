@@ -90,6 +90,9 @@ class Attack:
             raise ValueError(f"{self.kind} has norm {self.norm!r}, expected {' or '.join(kind.norms)}")
         if self.loss not in kind.losses:
             raise ValueError(f"{self.kind} has loss {self.loss!r}, expected one of {', '.join(kind.losses)}")
+        self._check_epsilons()
+
+    def _check_epsilons(self) -> None:
         radii = ",".join(f"{epsilon:g}" for epsilon in self.epsilons) or "no value"
         if not all(math.isfinite(e) and e > 0 for e in self.epsilons) or not self.epsilons:
             raise ValueError(f"{self.kind} has epsilon {radii}, expected positive numbers")

@@ -6,7 +6,7 @@ sets are compared image by image. The name of an attack's column carries its set
 attacks is compared only where the attacks are the same.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from amt.evaluation.runs import UNITS, Run
@@ -35,23 +35,35 @@ def compare(ours: Run, theirs: Run) -> Comparison:
     refusals = [f"they share no {theirs.unit} of {source}" for source in both if pairs[source] is None]
     refusals += [] if both else ["they share no domain"]
     pairs = {source: pair for source, pair in pairs.items() if pair is not None}
-    # An average over other domains would be another number under the same name.
-    averages = {
-        name: members
-        for name, members in theirs.averages.items()
-        if len(members) > 1 and set(members) == set(ours.averages.get(name, ())) <= pairs.keys()
-    }
-    columns = [column for column in theirs.columns if column in ours.columns]
-    if ours.about["attacks"] != theirs.about["attacks"]:
-        unions = [column for column in columns if column.startswith("union")]
-        columns = [column for column in columns if column not in unions]
-        refusals += [f"{column}, which is over other attacks" for column in unions]
+    averages = _shared_averages(ours, theirs, pairs)
+    columns, unions = _shared_columns(ours, theirs)
+    refusals += [f"{column}, which is over other attacks" for column in unions]
     found: dict[tuple[str, str], Summary] = {}
     for column in columns:
         by_source = {source: paired_difference(*pair, column) for source, pair in pairs.items()}
         summaries = with_averages(by_source, averages)
         found |= {(name, column): difference for name, difference in summaries.items()}
     return Comparison(found, tuple(refusals))
+
+
+def _shared_averages(ours: Run, theirs: Run, sources: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """The averages over the same domains in both runs, all among `sources`: over other domains the same name
+    would mean another number."""
+    return {
+        name: members
+        for name, members in theirs.averages.items()
+        if len(members) > 1 and set(members) == set(ours.averages.get(name, ())) <= set(sources)
+    }
+
+
+def _shared_columns(ours: Run, theirs: Run) -> tuple[list[str], list[str]]:
+    """The columns of both runs that can be compared, and the worst cases over different attacks, which
+    cannot."""
+    columns = [column for column in theirs.columns if column in ours.columns]
+    if ours.about["attacks"] == theirs.about["attacks"]:
+        return columns, []
+    unions = [column for column in columns if column.startswith("union")]
+    return [column for column in columns if column not in unions], unions
 
 
 def other_episodes(ours: Mapping, theirs: Mapping) -> str | None:

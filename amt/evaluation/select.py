@@ -21,9 +21,9 @@ from torch import Tensor
 from amt.attacks.kinds import Attack
 from amt.evaluation.evaluate import measure
 from amt.models.network import Network
-from amt.models.pool import Merged, Pool
+from amt.models.pool import Pool
 from amt.models.trim import Trim
-from amt.models.weights import Coefficients, stream
+from amt.models.weights import Coefficients, Merged, stream
 from amt.tasks.classifier import Classifier, Predictor, merged_networks, prototype_classifier
 from amt.tasks.leave_one_out import lowest_loss, new_trial
 from amt.tasks.merge import Members, kept_members, route_each

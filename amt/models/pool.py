@@ -26,36 +26,24 @@ arxiv.org/abs/2204.07305. The branch: Xu et al. 2024 (AutoLoRa), section 4.1, ar
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from amt.attacks.levels import Perturbation
 from amt.models.network import Network
-from amt.models.weights import Trim, Weights, trim_singular_values
+from amt.models.weights import Merged, Trim, Weights, trim_singular_values
 
 VIT_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-
-
-class Merged(NamedTuple):
-    """Complete weights, with the scale and bias of their logits, scale * (cosine + bias): two scalars."""
-
-    weights: Weights
-    scale: Tensor | float = 1.0
-    bias: Tensor | float = 0.0
 
 
 # Low-rank arithmetic
 
 
 def low_rank(A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
-    """B A in the shape of `weight`, (out, in) or (out, in, kh, kw).
-
-    Args:
-        A, B: (r, in) and (out, r), or both with leading dimensions; any whose product has as many entries as
-            `weight`, which it fills in the order of memory.
-    """
+    """B A of A (g, r, in) and B (g, out/g, r) in the shape of `weight`, (out, in) or (out, in, kh, kw),
+    which the product fills in the order of memory."""
     return (B @ A).reshape(weight.shape)
 
 
@@ -210,21 +198,20 @@ class Pool:
         return dataclasses.replace(first.with_factors(joined), **head)
 
 
+def _nearly_equal(one: Tensor | None, two: Tensor | None) -> bool:
+    """Whether two residuals, of any shape, are equal up to the rounding of a float32 SVD."""
+    if one is None or two is None:
+        return one is two
+    return one is two or (one.shape == two.shape and torch.allclose(one, two, rtol=1e-4, atol=1e-5))
+
+
 def _check_joins(first: Pool, other: Pool) -> None:
     if other.tune != first.tune:
         raise ValueError(f"one was trained with --tune {first.tune}, another with {other.tune}")
     if other.rank != first.rank:
         raise ValueError(f"the LoRAs of one have rank {first.rank}, those of another rank {other.rank}")
     for name in first.residual.keys() | other.residual.keys():
-        one, two = first.residual.get(name), other.residual.get(name)
-        if one is two:
-            continue
-        if (
-            one is None
-            or two is None
-            or one.shape != two.shape
-            or not torch.allclose(one, two, rtol=1e-4, atol=1e-5)
-        ):
+        if not _nearly_equal(first.residual.get(name), other.residual.get(name)):
             raise ValueError(f"residuals differ at {name}: not adapters of one pretrained network")
     for name in sorted(first.shapes.keys() | other.shapes.keys()):
         if first.shapes.get(name) != other.shapes.get(name):

@@ -1,6 +1,7 @@
 """Weights by name, trimming of their singular values, and seeded random generators."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +10,14 @@ from amt.models.trim import Trim
 
 Weights = dict[str, Tensor]
 Coefficients = tuple[float, ...]  # one share per member of a pool
+
+
+class Merged(NamedTuple):
+    """Complete weights, with the scale and bias of their logits, scale * (cosine + bias): two scalars."""
+
+    weights: Weights
+    scale: Tensor | float = 1.0
+    bias: Tensor | float = 0.0
 
 
 def stream(*key: int) -> torch.Generator:

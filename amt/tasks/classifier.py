@@ -13,8 +13,8 @@ from torch import Tensor
 
 from amt.models.heads import cosine_logits, prototypes
 from amt.models.network import Network, features, fixed_features
-from amt.models.pool import Merged, Pool
-from amt.models.weights import Coefficients, Trim, stream
+from amt.models.pool import Pool
+from amt.models.weights import Coefficients, Merged, Trim, stream
 from meta_dataset_readers.episode import Episode
 
 Logits = Callable[[Tensor], Tensor]

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from amt.models.heads import cosine_logits, prototypes
 from amt.models.network import Network, features
-from amt.models.pool import Merged
-from amt.models.weights import Coefficients, Weights, stream
+from amt.models.weights import Coefficients, Merged, Weights, stream
 from amt.tasks.classifier import Classifier, Predictor, prototype_classifier
 from amt.tasks.merge import augment
 from amt.tasks.settings import Finetuning

@@ -22,7 +22,7 @@ from torch import Tensor
 from amt.attacks.perturb import Ball, ascent, input_gradient
 from amt.models.heads import cosine_logits, index_in_class, prototypes
 from amt.models.network import CHUNK, Network, features, fixed_features
-from amt.models.pool import Merged
+from amt.models.weights import Merged
 from amt.tasks.merge import augment
 
 # Of larger support sets about 100 images are attacked, at least one of each class: more would say little, and

@@ -22,8 +22,8 @@ from amt.files import checkpoint, weight_files
 from amt.files.run_directory import RunDirectory
 from amt.files.signals import Interrupts
 from amt.models.weights import Weights
-from amt.training.board import Board
 from amt.training.optimiser import NonFiniteLoss
+from amt.training.tensorboard import TensorBoard
 from meta_dataset_readers.errors import InputError
 
 Item = TypeVar("Item")
@@ -99,8 +99,8 @@ class Keeper:
         Call it after `last`, if it exists, has been checked against the settings.
         """
         self._directory.confirm()
-        self._board = Board(self.folder / "tensorboard", first=done + 1)
-        self._opened.callback(self._board.close)
+        self._tensorboard = TensorBoard(self.folder / "tensorboard", first=done + 1)
+        self._opened.callback(self._tensorboard.close)
         self._progress = tqdm(total=total, initial=done, unit=unit, desc=what, smoothing=0.05)
         self._opened.callback(self._progress.close)
         self._saved_at = time.monotonic()
@@ -131,7 +131,7 @@ class Keeper:
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Note values for TensorBoard."""
-        self._board.add(scalars, step)
+        self._tensorboard.add(scalars, step)
 
     def say(self, line: str) -> None:
         """Print a line without breaking the progress bar."""
@@ -144,7 +144,7 @@ class Keeper:
     def save_last(self, tensors: Weights, about: dict) -> None:
         """Write the checkpoint that the run continues from."""
         checkpoint.write(self.last, tensors, about)
-        self._board.flush()
+        self._tensorboard.flush()
         self.good, self._saved_at = self.last, time.monotonic()
 
     def save_best(self, tensors: Weights, about: dict) -> None:

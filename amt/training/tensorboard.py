@@ -15,7 +15,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[repo
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 
-class Board:
+class TensorBoard:
     """An events file in `folder`; TensorBoard drops what earlier files hold from step `first` on.
 
     Raises:
