@@ -54,4 +54,4 @@ def exit_on_bad_input(main: Callable[[], int | None]) -> None:
 
 def first_line(error: Exception) -> str:
     """An exception on one line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0].strip()
+    return f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0].strip()

@@ -232,7 +232,7 @@ def test_the_index_says_where_it_came_from_and_what_it_holds(packed, source):
     for split, records in (("TRAIN", 7), ("VALID", 1), ("TEST", 3)):
         assert index["splits"][split]["records"] == records
         assert index["splits"][split]["bytes"] == (packed / f"{split}.tfrecords").stat().st_size
-    assert not list(packed.glob("unfinished*")) and not list(packed.glob("*.tmp"))
+    assert not list(packed.glob("unfinished*")) and not list(packed.glob(".*.part"))
 
 
 # --- bad records -----------------------------------------------------------------------------------------

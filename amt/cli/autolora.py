@@ -27,7 +27,7 @@ from amt.data.labelled import Labelled
 from amt.data.loading import Splits, Transform, batches, open_splits, transforms
 from amt.evaluation import runs
 from amt.evaluation.test_set import TestSet, check_attacks, check_labels, test
-from amt.files import checkpoint, writing
+from amt.files import checkpoint, version
 from amt.files import robust_weights as pretrained
 from amt.files.robust_weights import CLASSIFIER, Pretrained
 from amt.files.run_directory import RUN_FILE, check_same, settings_pairs
@@ -331,7 +331,7 @@ def data_protocol(args: argparse.Namespace) -> dict:
         "num_classes": args.num_classes,
         "pretraining": args.pretraining,
         "validation_steps": options.examiner(args).steps,
-        "start": writing.digest(args.checkpoint),
+        "start": version.digest(args.checkpoint),
     }
 
 

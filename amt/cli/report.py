@@ -13,8 +13,8 @@ from pathlib import Path
 from amt.cli import dry_run
 from amt.cli.options import Parser, add_dry_run, check_output
 from amt.evaluation import runs
-from amt.files.writing import replace_file
 from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.files import replace_file
 from meta_dataset_readers.settings import as_path
 
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     from amt.report.shown import label
 
     text = document.page(found)
-    replace_file(args.out, lambda part: part.write_text(text, encoding="utf-8"))
+    replace_file(args.out, text)
     print(f"wrote {args.out} ({len(text.encode()) / 1e6:.1f} MB)")
     if args.figures is not None:
         written = figures.write(charts.figures(label(found)), args.figures)
