@@ -24,7 +24,7 @@ from amt.files.version import commit
 from amt.files.writing import replace_described
 from amt.models.pool import FullPool, LoRAPool, Pool
 from amt.models.weights import Weights
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, printable
 from meta_dataset_readers.files import parse_json
 
 FORMAT = 1
@@ -155,7 +155,7 @@ def _grouped(path: Path, tensors: Weights) -> dict[str, Weights]:
     for name, tensor in tensors.items():
         group, _, rest = name.partition("/")
         if group not in groups:
-            raise InputError(f"{path}: unexpected tensor {weight_files.printable(name)}")
+            raise InputError(f"{path}: unexpected tensor {printable(name)}")
         if not tensor.is_floating_point():
             raise InputError(f"{path}: tensor {name} is {tensor.dtype}, expected a floating-point type")
         if not torch.isfinite(tensor).all():
