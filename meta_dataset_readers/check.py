@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from meta_dataset_readers.command import Parser, add_sources, available_cores
 from meta_dataset_readers.domains import DOMAINS
-from meta_dataset_readers.errors import InputError, exit_on_bad_input, nearest
+from meta_dataset_readers.errors import InputError, exit_on_bad_input, nearest, printable, say
 from meta_dataset_readers.files import reading
 from meta_dataset_readers.layouts import open_source, sources
 from meta_dataset_readers.settings import positive_int
@@ -117,7 +117,7 @@ def main() -> int:
     with _processes(options.jobs) as pool:
         for name in _names(options.data_path, options.sources):
             report = check(options.data_path, name, pool=pool, **how)
-            print(*report.lines(options.fast), sep="\n", flush=True)
+            say(*report.lines(options.fast))
             sound &= not report.n_faults
     return 0 if sound else 1
 
@@ -185,7 +185,9 @@ def check(
     if not fast:
         elsewhere = {f"{name}/{file}" for file in absent}
         wanted = {class_id: _present(store, class_id, count, elsewhere) for class_id, count in counts.items()}
-        with tqdm(total=sum(counts.values()), desc=name, unit="image", leave=False, disable=None) as bar:
+        with tqdm(
+            total=sum(counts.values()), desc=printable(name), unit="image", leave=False, disable=None
+        ) as bar:
             for number, lines in _examined(store, (str(root), name, image_prefix), wanted, pool):
                 for line in lines:
                     faults.add(line)
@@ -200,7 +202,9 @@ def check(
 def _count(source: Source, faults: _Faults, fast: bool) -> dict[int, int]:
     """The number of pictures of every class of which it can be told, compared with what is specified."""
     spec, store, counts = source.spec, source.store, {}
-    classes = tqdm(spec.images_per_class, f"{spec.name}: counting", unit="class", leave=False, disable=None)
+    classes = tqdm(
+        spec.images_per_class, f"{printable(spec.name)}: counting", unit="class", leave=False, disable=None
+    )
     for class_id, claimed in enumerate(classes):
         place, called = store.place(class_id), f"class {class_id} ({spec.class_name(class_id)!r})"
         try:
