@@ -7,6 +7,7 @@ import os
 # torch is imported, and inherited by the commands that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -232,3 +233,11 @@ def moved_apart(pool: LoRAPool, scale: float = 0.05, seed: int = 1) -> LoRAPool:
     return pool.with_factors(
         {name: f + scale * torch.randn(f.shape, generator=generator) for name, f in pool.factors.items()}
     )
+
+
+def assert_same_episode(one: Episode, other: Episode) -> None:
+    """Every field, tensors bit by bit."""
+    for field in dataclasses.fields(Episode):
+        left, right = getattr(one, field.name), getattr(other, field.name)
+        same = left.equal(right) if isinstance(left, torch.Tensor) else left == right
+        assert same, (field.name, left, right)
