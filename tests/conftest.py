@@ -25,6 +25,9 @@ from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.tfrecord import encode_example, write_records
 
+# Modules with fixtures that several files share: each is made once in a process.
+pytest_plugins = ["amt_golden", "toy_pools"]
+
 # No test may depend on how busy the machine is.
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
