@@ -63,9 +63,7 @@ class Call:
 
 def classifier(network: Network, weights: dict[str, Tensor], episode: Episode):
     with torch.no_grad():
-        centres = prototypes(
-            features(network, weights, episode.support), episode.support_labels, episode.n_way
-        )
+        centres = prototypes(features(network, weights, episode.support), episode.support_labels)
     return lambda images: cosine_logits(features(network, weights, images), centres, 10.0)
 
 

@@ -95,7 +95,7 @@ class Attack:
         self.weights = self.model.pool.merge([1.0])
         labels = everything.get("sy", everything["y"])
         support = features(self.model.raw, self.weights, normalised(everything["sx_u8"]))
-        self.centres = prototypes(support, labels, int(labels.max()) + 1)
+        self.centres = prototypes(support, labels)
         self.clean = self.logits(self.images)
         _, std = statistics()
         self.alpha = everything.get("alpha", self.level.step_size / 255 / std)
@@ -293,7 +293,7 @@ def test_weight_perturbation(single):
     head = pool.scale.detach(), pool.bias
     with torch.no_grad():
         support = features(single.raw, pool.merge([1.0]), normalised(attacked["sx_u8"]))
-    centres = prototypes(support, attacked["sy"], int(attacked["sy"].max()) + 1)
+    centres = prototypes(support, attacked["sy"])
 
     def objective() -> Tensor:
         weights = pool.merge([1.0])

@@ -72,7 +72,7 @@ def test_prototypes_and_logits(single):
     file, data = "c_protonet.npz", arrays("c_protonet.npz")
     weights = single.pool.merge([1.0])
     support = features(single.network, weights, pixels(data["sx_u8"]))
-    centres = prototypes(support, data["sy"], int(data["sy"].max()) + 1)
+    centres = prototypes(support, data["sy"])
     assert_close(support, data["supp_f"], 3e-6)
     assert_close(centres, data["prototypes"], 3e-6)
     query = features(single.network, weights, pixels(data["x_u8"]))

@@ -27,7 +27,7 @@ from amt.files.checkpoint import Checkpoint
 from amt.models.network import Network
 from amt.models.pool import LoRAPool, principal_pool
 from amt.training import meta_tune
-from amt.training.meta_tune import NOTHING_SEEN, StepRecord, Tuner, learning_rate
+from amt.training.meta_tune import NO_STEPS, StepRecord, Tuner, learning_rate
 from amt.training.optimiser import NonFiniteLoss
 from amt.training.settings import TuneSettings
 
@@ -141,8 +141,8 @@ def test_collapse_is_noticed(network, episode):
         for _ in range(2):
             tuner.step(episode)
         assert bool(tuner.collapsed()) is expected
-    assert not NOTHING_SEEN.collapsed(robust=True)
-    learning = NOTHING_SEEN.and_then(StepRecord(2.0, math.log(5), 0.2, 0.2, 0.2, 0.01, 5, 0.1))
+    assert not NO_STEPS.collapsed(robust=True)
+    learning = NO_STEPS.plus(StepRecord(2.0, math.log(5), 0.2, 0.2, 0.2, 0.01, 5, 0.1))
     assert learning.collapsed(robust=True) is False
     assert learning.collapsed(robust=False) is True
 

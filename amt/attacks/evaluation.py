@@ -1,6 +1,6 @@
-"""How each attack of evaluation finds worst-case images; amt/attacks/kinds.py says what they are called.
+"""The attacks of evaluation: how each finds worst-case images. Their names are in amt/attacks/kinds.py.
 
-Every attack is handed functions from images in [0, 1] to logits, and differentiates through them: through
+Every attack gets functions from images in [0, 1] to logits, and differentiates through them: through
 normalisation, merging and prototypes, in float32 and eval mode. It knows no network and no episode. Epsilon
 is in 1/255 of the pixel range, in both norms.
 """
@@ -23,11 +23,11 @@ Logits = Callable[[Tensor], Tensor]
 
 
 class Attacked(NamedTuple):
-    """What an attack found.
+    """The result of an attack.
 
     Args:
-        images: in [0, 1], within epsilon of the originals: queries (Q, 3, H, W), or the support's.
-        fooled: (Q,) bool, which queries the attacked classifier gets wrong on them.
+        images: in [0, 1], within epsilon of the originals: queries (Q, 3, H, W), or support (S, 3, H, W).
+        fooled: (Q,) bool, which queries the attacked classifier gets wrong.
         variant: what was run, where the episode decides it; empty otherwise.
     """
 
@@ -57,8 +57,8 @@ def attack_queries(
         generators: a CPU generator for each image, so that its random starts do not depend on which others
             are attacked.
         surrogate: for "transfer", the network that the images are made on.
-        seed: in 0..2**31 - 1, decides what the attacks of the library draw, which is the same for every
-            image, and so does not depend on the others either.
+        seed: in 0..2**31 - 1, decides the random numbers of the library's attacks: the same for every image,
+            so that they do not depend on the others either.
 
     Raises:
         InputError: more targets than other classes.
@@ -91,12 +91,12 @@ def attack_support(
 ) -> Attacked:
     """Move the support images so that as many queries as possible are misclassified, all by one move.
 
-    Every step routes and merges anew; its gradient is that of the prototypes, the coefficients being taken
-    as they are. Of all points seen, the most harmful counts.
+    Every step routes and merges anew; its gradient goes through the prototypes, with the coefficients held
+    fixed. The most harmful of all points counts.
 
     Args:
         epsilon: in 1/255 of the pixel range.
-        fit: support images (S, 3, H, W) -> the logits function that the whole pipeline makes of them.
+        fit: support images (S, 3, H, W) -> the logits function of the whole pipeline.
         support, query: (S, 3, H, W) and (Q, 3, H, W) in [0, 1].
         labels: (Q,) int64 of the queries, which the attacker knows.
         generator: a CPU generator for the start.
@@ -137,7 +137,7 @@ def _pgd(
     n_way: int,
     generators: Sequence[torch.Generator],
 ) -> tuple[Tensor, Tensor]:
-    """PGD, again from another start for the images that withstood."""
+    """PGD, restarted from another point for the images that withstood."""
     found, fooled = images.clone(), torch.zeros_like(labels, dtype=torch.bool)
     for _ in range(attack.restarts):
         left = (~fooled).nonzero().squeeze(1)
@@ -176,7 +176,7 @@ def _to_the_end(
 def _objective(
     attack: Attack, logits: Logits, images: Tensor, labels: Tensor, n_way: int
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """What the attack increases: logits (n, N) of some of the images, and which they are (n,) -> scalar."""
+    """The loss to increase: logits (n, N) of some of the images, and their numbers (n,) -> scalar."""
     loss, _ = attack.loss_among(n_way)
     if loss == "kl":
         with torch.no_grad():
