@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from amt.evaluation.evaluate import Measurement
-from amt.files.writing import replace_file
 from amt.models.heads import index_in_class
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
