@@ -7,6 +7,7 @@ import os
 # torch is imported, and inherited by the commands that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -26,20 +27,26 @@ from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.tfrecord import encode_example, write_records
 
 # Modules with fixtures that several files share: each is made once in a process.
-pytest_plugins = ["amt_golden", "toy_pools"]
+pytest_plugins = ["amt_golden", "toy_autolora_runs", "toy_pools", "toy_training"]
 
 # No test may depend on how busy the machine is.
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 
 
-@pytest.fixture(scope="module")
-def one_thread():
+@contextlib.contextmanager
+def single_thread():
     """A single thread of torch: small networks would only wait for more, and sums depend on their number."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    with single_thread():
+        yield
 
 
 SPLITS = ("TRAIN", "VALID", "TEST")
