@@ -52,7 +52,7 @@ def open_source(root: str | Path, name: str, image_prefix: tuple[str, str] | Non
 
     Raises InputError for a path or a source that is not there, and whatever its layout finds wrong.
     """
-    directory, layout = _layout_of(_directory(_data_path(root), name))
+    directory, layout = layout_of(_directory(_data_path(root), name))
     if layout.open is open_filelists:
         return open_filelists(directory, name, image_prefix)
     return layout.open(directory, name)
@@ -70,7 +70,7 @@ def sources(root: str | Path) -> dict[str, str]:
     for directory in _entries(_data_path(root)):
         name = published.get(directory.name, directory.name)
         try:
-            found[name] = _layout_of(directory)[1].name
+            found[name] = layout_of(directory)[1].name
         except _NoLayout:
             if name in DOMAINS:
                 found[name] = "no known layout"
@@ -90,7 +90,7 @@ def as_source(root: str | Path) -> str:
     """What to type where `root` is itself a source, led by "; "; empty where it is none."""
     path = Path(os.path.abspath(root))
     try:
-        place, layout = _layout_of(path)
+        place, layout = layout_of(path)
         folders = folder_names(path)[:_LOOKED_INTO]
         shows_pictures = any(picture_names(path / folder) for folder in folders)
     except InputError:
@@ -112,7 +112,7 @@ def _entries(root: Path) -> list[Path]:
     return [root / name for name in names if name not in _NO_SOURCES]
 
 
-def _layout_of(directory: Path) -> tuple[Path, Layout]:
+def layout_of(directory: Path) -> tuple[Path, Layout]:
     """The layout of a source, and the folder it lies in: `directory`, or one that is wrapped in it."""
     check_utf8(directory.parent, [directory.name])
     layout = _lying_in(directory)
