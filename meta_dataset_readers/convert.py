@@ -359,7 +359,8 @@ def _finish(
     packed = _without(counts, journal.left_out)
     files.replace_file(directory / SPEC_FILE, _spec_text(source.spec, packed))
     spec = load_spec(directory)
-    if spec != dataclasses.replace(source.spec, directory=directory, images_per_class=packed):
+    told = {"told_by": SPEC_FILE, "advice": ""}
+    if spec != dataclasses.replace(source.spec, directory=directory, images_per_class=packed, **told):
         raise InputError(f"{source.spec.file}: has changed since the source was opened")
     finished = [(split, *journal.finished[split]) for split in SPLITS if split in journal.finished]
     index = Index(
