@@ -6,8 +6,12 @@ Knows the syntax of JSON and YAML; what the values mean is known to `json_fields
 """
 
 import contextlib
+import errno
 import json
 import os
+import platform
+import re
+import shlex
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -114,21 +118,32 @@ def _unreadable(path: str | Path, problem: OSError, error: type[InputError], wha
 # --- writing ---------------------------------------------------------------------------------------------
 
 
-def replace_file(path: Path, parts: Iterable[bytes]) -> None:
-    """Write `parts` one after the other to `path`: the whole file appears at once or not at all.
+def replace_file(path: Path, content: str | bytes | Iterable[bytes]) -> None:
+    """Write `content` (text as UTF-8, or bytes, also in parts): the file appears whole or not at all.
 
-    Only one process at a time may write to a path.
+    Both the file and its folder, which is made where it is missing, are on the disk when this returns, so a
+    power cut leaves the old file or the new one. Unfinished files that dead processes of this machine have
+    left of `path` are removed. Of several processes that write the same path the last one wins.
 
-    Raises OSError: what was there stays as it was.
+    Raises:
+        InputError: the place cannot be written to, or the disk is full; what was there stays as it was.
     """
-    unfinished = path.with_name(f".{path.name}.tmp")  # one name: what a killed run left is overwritten
+    content = content.encode() if isinstance(content, str) else content
+    prefix = f".{path.name}.{platform.node().replace('.', '-')}."
+    part = path.with_name(f"{prefix}{os.getpid()}.part")
     try:
-        with unfinished.open("wb") as file:
-            file.writelines(parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_dead_parts(path.parent, prefix)
+        with part.open("wb") as file:
+            file.writelines([content] if isinstance(content, bytes) else content)
             to_disk(file)
-        os.replace(unfinished, path)
+        os.replace(part, path)
+        folder_to_disk(path.parent)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def to_disk(file: BinaryIO) -> None:
@@ -137,21 +152,124 @@ def to_disk(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
+def folder_to_disk(path: Path) -> None:
+    """Return when the names of the files in the folder `path` survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems cannot do this for folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _remove_dead_parts(folder: Path, prefix: str) -> None:
+    for name in os.listdir(folder):
+        pid = name.removeprefix(prefix).removesuffix(".part")
+        if name == f"{prefix}{pid}.part" and pid.isdecimal() and not _is_alive(int(pid)):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
 # --- folders ---------------------------------------------------------------------------------------------
 
 
-def listing(directory: Path, wanted: Callable[[os.DirEntry], bool]) -> list[str]:
-    """The names of the wanted entries of `directory`, sorted. Raises InputError if it cannot be listed."""
+def listing(directory: Path, wanted: Callable[[os.DirEntry], bool], *, any_name: bool = False) -> list[str]:
+    """The names of the wanted entries of `directory`, sorted, without hidden ones.
+
+    Raises InputError if it cannot be listed, and unless `any_name` will do for a wanted name that
+    is not UTF-8.
+    """
     try:
         with os.scandir(directory) as entries:
-            return sorted(entry.name for entry in entries if wanted(entry))
+            names = sorted(each.name for each in entries if not each.name.startswith(".") and wanted(each))
     except OSError as error:
         raise InputError(f"{error.filename or directory}: cannot be listed: {error.strerror}") from error
+    if not any_name:
+        check_utf8(directory, names)
+    return names
+
+
+def check_utf8(directory: Path, names: Iterable[str]) -> None:
+    """Raise InputError for a name in `directory` that could not be written to a page or a list of results."""
+    for name in names:
+        if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise InputError(f"{directory / name}: the name is not UTF-8; rename it")
 
 
 def folder_names(directory: Path) -> list[str]:
     """The folders in `directory`, sorted, without hidden ones. Raises InputError as `listing`."""
-    return [name for name in listing(directory, os.DirEntry.is_dir) if not name.startswith(".")]
+    return listing(directory, os.DirEntry.is_dir)
+
+
+def exists(_entry: os.DirEntry) -> bool:
+    """Any entry will do."""
+    return True
+
+
+def leads_nowhere(entry: os.DirEntry) -> bool:
+    """Whether it is a link to what is not there, or to itself."""
+    return entry.is_symlink() and not os.path.exists(entry.path)
+
+
+SPLIT_FOLDERS = {  # what their folders are called, in any case
+    "TRAIN": ("train", "training"),
+    "VALID": ("val", "valid", "validation"),
+    "TEST": ("test", "testing"),
+}
+
+
+def split_folders(directory: Path) -> dict[str, str]:
+    """The folders in `directory` that hold a split: by split, the name.
+
+    Raises InputError as `folder_names`, and for two folders with classes of one split.
+    """
+    found: dict[str, str] = {}
+    for folder in folder_names(directory):
+        split = next((split for split, names in SPLIT_FOLDERS.items() if folder.lower() in names), None)
+        if split is None or not folder_names(directory / folder):
+            continue
+        if split in found:
+            both = f"both {found[split]}/ and {folder}/ hold classes"
+            raise InputError(f"{directory}: {both}, expected one folder for {split}")
+        found[split] = folder
+    return found
+
+
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
+
+
+def still_packed(directory: Path, *names: str) -> str:
+    """What to type where one of `names` lies in `directory` as an archive, led by "; "; else empty."""
+    for name in names:
+        for file in (f"{name}{ending}" for ending in ARCHIVES):
+            if (directory / file).is_file():
+                how = "unzip -d {1} {0}" if file.endswith(".zip") else "tar -C {1} -xf {0}"
+                typed = how.format(shlex.quote(str(directory / file)), shlex.quote(str(directory)))
+                return f"; {file} is still packed: {typed}"
+    return ""
+
+
+def path_parts(path: str) -> tuple[str, ...]:
+    """The parts of a path in a list, of Windows where it has a drive, or backslashes alone."""
+    if is_windows(path) or ("\\" in path and "/" not in path):
+        path = path.replace("\\", "/")
+    return tuple(part for part in path.split("/") if part not in ("", "."))
+
+
+def is_windows(path: str) -> bool:
+    """Whether a path begins as those of Windows do: with a drive, or the two backslashes of a share."""
+    return re.match(r"[A-Za-z]:[\\/]|\\\\", path) is not None
 
 
 def missing_files(root: Path, files: list[str]) -> list[str]:
@@ -166,8 +284,9 @@ def missing_files(root: Path, files: list[str]) -> list[str]:
 def _file_names(directory: Path) -> frozenset[str]:
     """The files in `directory`, none if there is no such folder."""
     try:
-        return frozenset(listing(directory, os.DirEntry.is_file))
-    except InputError:
+        with os.scandir(directory) as entries:
+            return frozenset(entry.name for entry in entries if entry.is_file())
+    except OSError:
         return frozenset()
 
 

@@ -15,7 +15,7 @@ from amt.evaluation import runs
 from amt.evaluation.deploy import check_deployment, deploy, earlier_note
 from amt.evaluation.recording import description, ended, examine, record
 from amt.evaluation.statistics import groups
-from amt.files import checkpoint, writing
+from amt.files import checkpoint, version
 from amt.files.pretrained import load_network
 from amt.files.signals import Interrupts
 from amt.models.network import Network, find_device
@@ -24,7 +24,7 @@ from amt.tasks.classifier import Predictor, pretrained_predictor
 from meta_dataset_readers.domains import DOMAINS
 from meta_dataset_readers.dump import dump_episode
 from meta_dataset_readers.episode import Episode
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, printable, say
 from meta_dataset_readers.reader import EpisodeReader, episode_loader
 
 # Flags that change neither an episode's row nor what it is compared with.
@@ -109,7 +109,7 @@ def load_pool(args: argparse.Namespace, network: Network) -> checkpoint.Checkpoi
     saved = checkpoint.load(args.resume)
     checkpoint.check_architecture(args.resume, saved.pool, network.weights, network.arch)
     for note in saved.about.get("notes", ()):
-        print(f"note: {args.resume}: {note}")
+        say(f"note: {args.resume}: {note}")
     return saved
 
 
@@ -129,7 +129,7 @@ def labelled_episodes(
 def watched(network: Network, interrupts: Interrupts, episodes, title: str) -> Iterator[Episode]:
     """The episodes that settings are chosen on, on the network's device, with a progress line; a signal ends
     the program, since half a choice is none."""
-    for episode in tqdm(episodes, desc=title, unit="episode", leave=False):
+    for episode in tqdm(episodes, desc=printable(title), unit="episode", leave=False):
         yield episode.to(network.device)
         if interrupts.pending():
             raise SystemExit(128 + interrupts.caught)
@@ -160,8 +160,8 @@ def describe(args, network, saved, deployments, attacks) -> dict:
             "base_sources", options.TRAINING_SOURCES if "published" in saved.about else ()
         )
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    settings |= {"checkpoint": writing.digest(args.resume), "device": network.device.type}
-    settings |= {"pretrained_checkpoint": writing.digest(args.pretrained_checkpoint)}
+    settings |= {"checkpoint": version.digest(args.resume), "device": network.device.type}
+    settings |= {"pretrained_checkpoint": version.digest(args.pretrained_checkpoint)}
     benchmarks = {name: domain.benchmark for name, domain in DOMAINS.items()}
     return description(
         attacks,

@@ -25,6 +25,7 @@ from amt.files.signals import Interrupts
 from amt.models.network import CHUNK
 from amt.tasks.classifier import Predictor
 from meta_dataset_readers.episode import Episode
+from meta_dataset_readers.errors import say
 
 
 def description(attacks: Sequence[Attack], **about) -> dict:
@@ -98,5 +99,5 @@ def ended(run: Run, interrupts: Interrupts) -> int:
         text = f"{len(run.every_row)} of {wanted} {run.unit}s are done"
         if corruptions := run.about.get("corruptions"):
             text += f", and {len(run.corruptions)} of {len(corruptions)} corruptions"
-        print(f"{text}; {'the same command continues' if stopped else 'other parts are to follow'}")
+        say(f"{text}; {'the same command continues' if stopped else 'other parts are to follow'}")
     return 128 + interrupts.caught if stopped else 0

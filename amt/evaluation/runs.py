@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -29,8 +28,8 @@ from amt.evaluation.samples import Sample, read_samples, write_sample
 from amt.evaluation.sanity import Finding, judge
 from amt.evaluation.statistics import Summary, summarise, with_averages
 from amt.files.run_directory import RunDirectory, check_same, settings_pairs
-from amt.files.writing import replace_file
 from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.files import replace_file, to_disk
 
 FORMAT = 1
 _ABOUT = {
@@ -239,8 +238,7 @@ class Writer:
     def append(self, *rows: Mapping) -> None:
         """Add rows; when this returns they are on the disk."""
         self._file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        to_disk(self._file)
 
     def __exit__(self, *_exception) -> None:
         self._opened.close()
@@ -250,12 +248,12 @@ class Writer:
         path = self.folder / "merging.json"
         with self._directory.alone():  # the other parts add their domains to the same file
             text = json.dumps(read_merging(self.folder) | {source: about}, indent=1)
-            replace_file(path, lambda part: part.write_text(text + "\n"))
+            replace_file(path, text + "\n")
 
     def note_corruption(self, name: str, accuracies: Sequence[float]) -> None:
         """Note the accuracies in [0, 1] under one common corruption, by severity."""
         text = json.dumps(read_corruptions(self.folder) | {name: list(accuracies)}, indent=1)
-        replace_file(self.folder / "corruptions.json", lambda part: part.write_text(text + "\n"))
+        replace_file(self.folder / "corruptions.json", text + "\n")
 
     def keep(self, sample: Sample) -> None:
         """Keep some images."""

@@ -1,5 +1,6 @@
 """A few images of an episode, clean and attacked, for people to look at: RUN/samples/SOURCE-INDEX.npz."""
 
+import io
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,10 +9,10 @@ import torch
 from torch import Tensor
 
 from amt.evaluation.evaluate import Measurement
-from amt.files.writing import replace_file
 from amt.models.heads import index_in_class
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.files import replace_file
 
 SAMPLED = 10  # images kept of an episode
 _DTYPES = {
@@ -71,13 +72,9 @@ def sample_of(episode: Episode, measured: Measurement) -> Sample:
 def write_sample(folder: Path, sample: Sample) -> None:
     """Write a sample into the run directory `folder`."""
     path = folder / "samples" / f"{sample.source}-{sample.index}.npz"
-    path.parent.mkdir(exist_ok=True)
-
-    def write(part: Path) -> None:
-        with open(part, "wb") as file:
-            np.savez_compressed(file, **sample._asdict())
-
-    replace_file(path, write)
+    content = io.BytesIO()
+    np.savez_compressed(content, **sample._asdict())
+    replace_file(path, content.getvalue())
 
 
 def read_samples(folder: Path) -> list[Sample]:

@@ -28,7 +28,7 @@ from amt.models.network import Network, logits
 from amt.models.weights import Weights
 from amt.tasks.classifier import Classifier, Predictor
 from meta_dataset_readers.episode import Episode
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, printable
 
 PROBED = 32  # images, the first ones, on which the attacks themselves are checked
 NEEDING_MORE = {"support": "there is no support set to move", "transfer": "there is no other network"}
@@ -111,7 +111,9 @@ def test(
     with writer as out, Interrupts() as interrupts:
         left = runs.peek(folder).left(tested.name, range(len(tested.images)))
         done = len(tested.images) - len(left)
-        with tqdm(total=len(tested.images), initial=done, unit="image", desc=tested.name) as progress:
+        with tqdm(
+            total=len(tested.images), initial=done, unit="image", desc=printable(tested.name)
+        ) as progress:
             rows = _rows(out, predict, tested, left, attacks, seed, device)
             record(out, rows, progress, interrupts)
         for corruption, severities in corrupted.items():

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from amt.files.locks import Lock
-from amt.files.writing import replace_file
 from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.files import replace_file
 
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
@@ -114,7 +114,7 @@ class RunDirectory:
         `resumable` alone: call this once they were found to be the same."""
         text, path = json.dumps(self._settled, indent=1) + "\n", self.folder / RUN_FILE
         if not path.exists() or path.read_text() != text:
-            replace_file(path, lambda part: part.write_text(text))
+            replace_file(path, text)
 
     def _read(self, path: Path) -> dict:
         try:

@@ -24,7 +24,7 @@ from amt.files.signals import Interrupts
 from amt.models.weights import Weights
 from amt.training.optimiser import NonFiniteLoss
 from amt.training.tensorboard import TensorBoard
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, printable
 
 Item = TypeVar("Item")
 FINE_TUNING = "fine-tuning"  # the kind of AutoLoRa's last.safetensors
@@ -135,7 +135,7 @@ class Keeper:
 
     def say(self, line: str) -> None:
         """Print a line without breaking the progress bar."""
-        self._progress.write(line)
+        self._progress.write(printable(line))
 
     def is_due(self) -> bool:
         """Whether the last checkpoint was written long enough ago."""
