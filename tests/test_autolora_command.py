@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from amt.cli import autolora
+from amt.cli import autolora, fine_tune
 from amt.cli.options import autolora as options
 from amt.data.corruptions import CORRUPTIONS
 from amt.evaluation import recording
@@ -735,8 +735,8 @@ def test_small_pictures_go_whole_into_a_network_for_large_ones(world, tmp_path, 
         seen.append(tested.transform)
         return unfinished, 0
 
-    monkeypatch.setattr(autolora, "test", test)
-    monkeypatch.setattr(autolora, "open_network", lambda args, network: (network, untrained(network)))
+    monkeypatch.setattr(fine_tune, "test", test)
+    monkeypatch.setattr(fine_tune, "open_network", lambda args, network: (network, untrained(network)))
     flags = world.flags(tmp_path, "--arch", "timm:vit_tiny_patch16_224", "--eval_only")
     ended = command(*flags)
     assert ended.code == 0, ended.err
@@ -767,7 +767,7 @@ def test_a_head_of_another_data_set_is_not_kept(world, tmp_path):
                 *more,
             ]
         )
-        _, found = autolora.open_network(args, network)
+        _, found = fine_tune.open_network(args, network)
         assert torch.equal(found.weights["fc.weight"], full["fc.weight"]) == kept
         assert kept or not found.weights["fc.weight"].any()
 

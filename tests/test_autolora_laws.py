@@ -17,7 +17,7 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from amt.cli.autolora import contents, fine_tune, restore
+from amt.cli.fine_tune import contents, fine_tune, restore
 from amt.data.labelled import ArrayImages
 from amt.data.loading import batches, transforms
 from amt.files.signals import Interrupted

@@ -4,7 +4,6 @@ A `FineTuner` has all that changes during a run. From the history of its validat
 learning rate and restores (amt/training/schedule.py). Knows no file, no data set and no test data.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -16,9 +15,8 @@ from amt.attacks.perturb import pgd
 from amt.models.network import Network, logits
 from amt.models.pool import Student, natural_weights, new_factors
 from amt.models.weights import Weights, stream
+from amt.training.autolora_settings import Adversary, Settings
 from amt.training.objectives import (
-    METHODS,
-    Adversary,
     Outcome,
     attack,
     autolora,
@@ -39,96 +37,8 @@ from amt.training.schedule import (
     windows,
 )
 from amt.training.similarity import gradient_similarity
-from meta_dataset_readers.settings import setting
 
 Batches = Iterable[tuple[Tensor, Tensor, Tensor]]  # images, labels, indices
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How one mode is fine-tuned; plain values but for `adversary`.
-
-    Args:
-        mode: "SLF", "ALF" or "AFF".
-        method: of AFF, "autolora", "vanilla" or "twins".
-        epochs, batch_size: length of the run.
-        lr, momentum, weight_decay: of SGD, over everything that is trained.
-        adversary: of training.
-        auto_lr: reduce the rate and bring the best weights back by the validation accuracies; otherwise
-            divide by ten after the epochs in `milestones`.
-        auto_weights: weigh the loss by the accuracy on the training data; otherwise by `natural_share` and
-            `scale`.
-        natural_share: the fixed lambda_1.
-        scale: the largest (or the fixed) weight of the divergence.
-        divide: what a reduction divides the rate by.
-        milestones: of the ordinary schedule.
-        rank: of the low-rank branch.
-        dual_norms: clean images have a BatchNorm set of their own.
-        high_resolution: the schedule for 224 px: windows of four epochs, an end at a rate under 1e-5, and
-            weights of the loss that are set once per epoch.
-        whole_passes: measure the accuracy that weighs the loss by passes over the whole training set, as the
-            paper has it; otherwise on the batches as they are trained on, at no cost.
-        published: repeat the deviations of the published code: that accuracy without the branch (low
-            resolution, one BatchNorm set); the branch in some blocks only; windows of 50 epochs for any
-            number; at high resolution a divergence divided by the nominal batch size; with two BatchNorm sets
-            the first image's shortcuts for all. Not repeated: choices on test data, and at high resolution
-            an attack of validation that starts at the images.
-        twins_share: weight of the frozen half's loss.
-        similarity_every: batches after which the gradients of the two objectives are compared; 0 for never.
-        seed: decides order, augmentation and the attacks' starts.
-    """
-
-    mode: str = "AFF"
-    method: str = setting("autolora", "how AFF is done", choices=METHODS)
-    epochs: int = setting(50, "default: 50; high: 60", aliases="--max_epoch -m_e", least=1, most=10**6)
-    batch_size: int = setting(128, "default: 128; linear modes by table", aliases="-b", least=1, most=10**6)
-    lr: float = setting(0.1, "first rate (default: 0.1; high: 0.01)", aliases="--learning_rate -lr", least=0)
-    momentum: float = setting(0.9, "momentum of SGD", aliases="-m", least=0)
-    weight_decay: float = setting(2e-4, "default: 2e-4; high: 1e-4", aliases="--wd -w", least=0)
-    adversary: Adversary = dataclasses.field(default_factory=Adversary)
-    auto_lr: bool = True
-    auto_weights: bool = True
-    natural_share: float = setting(
-        1.0,
-        "without --auto_scalars: share of clean images in the cross-entropy (default: autolora 0.5, else 1)",
-        flag="lambda1",
-        least=0,
-        most=1,
-    )
-    scale: float = setting(6.0, "largest weight of the divergence", least=0)
-    divide: float = setting(2.0, "what a reduction divides the rate by", above=1)
-    milestones: tuple[int, ...] = ()
-    rank: int = setting(8, "rank of the low-rank branch (default: 8)", flag="r_nat", least=0, most=10**6)
-    dual_norms: bool = False
-    high_resolution: bool = False
-    whole_passes: bool = setting(
-        False,
-        "weigh the loss by passes over the training set, as published, and not by the batches as they come, "
-        "which costs nothing",
-    )
-    published: bool = setting(
-        False,
-        "repeat what the published code does otherwise than the paper (implies --whole_passes)",
-    )
-    twins_share: float = setting(0.3, "weight of the frozen half of TWINS", flag="twins_lambda", least=0)
-    similarity_every: int = setting(
-        0,
-        "every N batches note the cosine between the natural and the adversarial gradient, per layer",
-        flag="gradient_similarity",
-        metavar="N",
-        least=0,
-    )
-    seed: int = 0
-
-    @property
-    def branch(self) -> bool:
-        """Whether a low-rank branch is trained."""
-        return self.mode == "AFF" and self.method == "autolora"
-
-    @property
-    def weighs(self) -> bool:
-        """Whether the weights of the loss are scheduled."""
-        return self.mode == "AFF" and self.auto_weights
 
 
 class StepRecord(NamedTuple):

@@ -7,7 +7,7 @@
 
 Watches a run and never steers it: a run with another keeper ends with the same weights. Knows no method; what
 is trained, how an epoch is judged and what the files hold is told by the loops of main.py and
-amt/cli/autolora.py.
+amt/cli/fine_tune.py.
 """
 
 import contextlib

@@ -12,7 +12,6 @@ The attack is always on the network that is deployed, in eval mode, and builds n
 and the ascent are those of meta-tuning. Knows no optimiser, no schedule and no data.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -20,52 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amt.attacks.losses import kl_sum
-from amt.attacks.perturb import Ball, ascend, gaussian_noise, uniform_noise
+from amt.attacks.perturb import ascend
 from amt.models.network import Network, logits
 from amt.models.pool import Student, natural_weights
+from amt.training.autolora_settings import Adversary
 from amt.training.losses import RobustLoss, robust_loss
 from amt.training.schedule import LossWeights
-from meta_dataset_readers.settings import setting
-
-MODES = ("SLF", "ALF", "AFF")
-METHODS = ("autolora", "vanilla", "twins")
-
-
-@dataclasses.dataclass(frozen=True)
-class Adversary:
-    """The attack of training or validation: projected ascent.
-
-    Args:
-        epsilon, step_size: in 1/255 of the pixel range.
-        steps: gradients taken.
-        start: of training, "gaussian", 0.001 times a standard normal; "uniform" in an L-infinity ball, where
-            the first gradient is taken even outside of the pixel range; "uniform_valid" in the ball and the
-            pixel range; "none", the images.
-        norm: "linf" or "l2".
-    """
-
-    epsilon: float = setting(
-        8.0, "in 1/255 of the pixel range; below 0.5 in its parts", aliases="-e", least=0
-    )
-    step_size: float = setting(2.0, "in the same unit (0.00784: 2/255)", aliases="--alpha -a", least=0)
-    steps: int = setting(10, "attack steps", flag="num_steps_train", aliases="--k -k", least=1, most=10**6)
-    start: str = "gaussian"
-    norm: str = setting("linf", "norm", flag="perturbation_type", aliases="-p", choices=("linf", "l2"))
-
-    @property
-    def ball(self) -> Ball:
-        """The images that it may reach, in pixel units."""
-        return Ball(self.norm, self.epsilon / 255, self.step_size / 255)
-
-    def begin(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Where the ascent from images (n, 3, S, S) in [0, 1] starts; the noise is drawn on the CPU."""
-        if self.start == "none":
-            return images
-        if self.start == "uniform_valid":
-            return self.ball.start(images, generator)
-        if self.start == "gaussian":
-            return images + gaussian_noise(images.shape, generator).to(images)
-        return images + self.ball.epsilon * uniform_noise(images.shape, generator).to(images)
 
 
 class Outcome(NamedTuple):
