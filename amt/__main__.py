@@ -9,7 +9,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from meta_dataset_readers.errors import InputError, exit_on_bad_input, nearest
+from meta_dataset_readers.errors import InputError, exit_on_bad_input, nearest, say
 
 COMMANDS = ("autolora", "checkpoint", "compare", "export", "pool", "report")
 
@@ -17,7 +17,7 @@ COMMANDS = ("autolora", "checkpoint", "compare", "export", "pool", "report")
 def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         for name in COMMANDS:
-            print(f"python -m amt {name:12} {summary(name)}")
+            say(f"python -m amt {name:12} {summary(name)}")
         return 0
     name, *arguments = sys.argv[1:]
     if name not in COMMANDS:

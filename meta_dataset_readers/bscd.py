@@ -15,6 +15,7 @@ from PIL import Image
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.files import LARGEST_LIST, read_bytes
 from meta_dataset_readers.folders import ClassFiles, classes_below, flat_source
+from meta_dataset_readers.pictures import picture_names
 from meta_dataset_readers.store import Source
 
 CROP_DISEASE_IMAGES = "dataset/train"
@@ -36,6 +37,13 @@ CHESTX_FINDINGS = (
 _CHESTX_SIZE = (256, 256)  # width and height, whatever the picture's own
 _RESIZE = "square"
 
+# Where else they may lie: other archives of the same pictures, and what tools that unpack them make of it.
+_EUROSAT_FOLDERS = (EUROSAT_IMAGES, "EuroSAT_RGB")
+_ISIC_LISTS = (ISIC_LABELS, ISIC_LABELS.rpartition("/")[2])
+_ISIC_FOLDERS = (ISIC_IMAGES, f"{ISIC_IMAGES}/{ISIC_IMAGES}")
+_CHESTX_LISTS = (CHESTX_LABELS, "Data_Entry_2017_v2020.csv")
+_CHESTX_FOLDERS = (CHESTX_IMAGES, "images/images", "images_*/images", "images_*")
+
 # A row of a list that belongs to the benchmark: its line, its file and the position of its class.
 _Labelled = tuple[int, str, int]
 
@@ -50,8 +58,8 @@ def open_crop_disease(directory: Path, name: str) -> Source:
 
 
 def open_eurosat(directory: Path, name: str) -> Source:
-    """The class folders in 2750, by sorted name. Raises InputError as `open_crop_disease`."""
-    classes = classes_below(directory, EUROSAT_IMAGES)
+    """The class folders in 2750 or EuroSAT_RGB, by sorted name. Raises InputError as `open_crop_disease`."""
+    classes = classes_below(directory, _first(directory, _EUROSAT_FOLDERS))
     return flat_source(directory, name, {"TEST": classes}, resize=_RESIZE)
 
 
@@ -61,13 +69,13 @@ def open_isic(directory: Path, name: str) -> Source:
     Raises InputError, naming file and line, for a row that puts its picture in no class or in several (the
     published loader takes a row of zeros for class 0), and for a picture named twice or outside its folder.
     """
-    file = directory / ISIC_LABELS
+    file = directory / _first(directory, _ISIC_LISTS)
     header, rows = _table(file)
     classes = header[1:]
     if not classes or len(set(classes)) < len(classes):
         raise InputError(f"{file}: line 1: expected 'image' and the classes, found {_brief(header)}")
     labelled = ((line, f"{row[0]}.jpg", _only_one(file, line, row[1:], len(classes))) for line, row in rows)
-    listed = _listed(directory, file, ISIC_IMAGES, classes, labelled)
+    listed = _listed(directory, file, _ISIC_FOLDERS, classes, labelled)
     return flat_source(directory, name, {"TEST": listed}, resize=_RESIZE)
 
 
@@ -78,8 +86,8 @@ def open_chestx(directory: Path, name: str) -> Source:
     RGB, as the published loader does. Raises InputError, naming file and line, for a row without findings,
     and for a picture named twice or outside its folder.
     """
-    file = directory / CHESTX_LABELS
-    listed = _listed(directory, file, CHESTX_IMAGES, CHESTX_FINDINGS, _single_findings(file))
+    file = directory / _first(directory, _CHESTX_LISTS)
+    listed = _listed(directory, file, _CHESTX_FOLDERS, CHESTX_FINDINGS, _single_findings(file))
     return flat_source(directory, name, {"TEST": listed}, resize=_RESIZE, prepare=_to_chestx_size)
 
 
@@ -87,11 +95,15 @@ def open_chestx(directory: Path, name: str) -> Source:
 # an ISIC, and no folder of class folders.
 LAYOUTS = {
     CROP_DISEASE_IMAGES: open_crop_disease,
-    EUROSAT_IMAGES: open_eurosat,
-    ISIC_LABELS: open_isic,
-    ISIC_IMAGES: open_isic,
-    CHESTX_LABELS: open_chestx,
+    **dict.fromkeys(_EUROSAT_FOLDERS, open_eurosat),
+    **dict.fromkeys((*_ISIC_LISTS, ISIC_IMAGES), open_isic),
+    **dict.fromkeys(_CHESTX_LISTS, open_chestx),
 }
+
+
+def _first(directory: Path, names: Sequence[str]) -> str:
+    """The first of `names` that is there, of all the first, so that what is missing is told by its name."""
+    return next((name for name in names if (directory / name).exists()), names[0])
 
 
 def _only_one(file: Path, line: int, columns: Sequence[str], n_classes: int) -> int:
@@ -122,12 +134,18 @@ def _to_chestx_size(image: Image.Image) -> Image.Image:
 
 
 def _listed(
-    directory: Path, file: Path, folder: str, classes: Sequence[str], labelled: Iterable[_Labelled]
+    directory: Path, file: Path, places: Sequence[str], classes: Sequence[str], labelled: Iterable[_Labelled]
 ) -> list[ClassFiles]:
-    """The pictures that `file` puts in each of `classes`, in its order; all of them lie in `folder`."""
-    if not (directory / folder).is_dir():
+    """The pictures that `file` puts in each of `classes`, in its order; each lies in one of `places`."""
+    folders = _folders(directory, places)
+    if not folders:
         expected = f"expected all pictures that {file.name} names"
-        raise InputError(f"{directory / folder}: no such folder, {expected}")
+        raise InputError(f"{directory / places[0]}: no such folder, {expected}")
+    folder_of: dict[str, str] = {}
+    if len(folders) > 1:  # a single one need not be listed
+        for folder in folders:
+            for picture in picture_names(directory / folder):
+                folder_of.setdefault(picture, folder)
     images: list[list[str]] = [[] for _ in classes]
     first_line: dict[str, int] = {}
     for line, image, label in labelled:
@@ -135,10 +153,16 @@ def _listed(
             raise InputError(f"{file}: line {line}: expected the name of a picture, found {_brief([image])}")
         if first_line.setdefault(image, line) != line:
             raise InputError(f"{file}: line {line}: {_brief([image])} is already in line {first_line[image]}")
-        images[label].append(f"{folder}/{image}")
+        images[label].append(f"{folder_of.get(image, folders[0])}/{image}")
     if not first_line:
         raise InputError(f"{file}: no picture of any class in it")
     return [ClassFiles(name, tuple(found)) for name, found in zip(classes, images, strict=True)]
+
+
+def _folders(directory: Path, places: Sequence[str]) -> list[str]:
+    """The folders of `directory` at `places`, in which "*" stands for any name."""
+    found = (path for place in places for path in sorted(directory.glob(place)) if path.is_dir())
+    return [path.relative_to(directory).as_posix() for path in found]
 
 
 def _table(file: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:

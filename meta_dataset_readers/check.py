@@ -3,7 +3,8 @@
     python -m meta_dataset_readers.check DATA_PATH [SOURCE ...]
 
 reads and decodes every picture; with --fast it looks at files, headers and counts only. One line says that a
-source is sound; otherwise each fault has a line of its own, and no fault hides the next. The exit code is 0
+source is sound; otherwise each fault has a line of its own, and no fault hides the next. With --sums FILE it
+also writes a list of digests of all files, and compares them with that list ever after. The exit code is 0
 where all sources are sound, 1 where one is not, 2 for a wrong command line.
 
 Works on any layout: knows of pictures only what an `ImageStore` promises.
@@ -14,24 +15,30 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import itertools
 import multiprocessing
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from meta_dataset_readers.command import Parser, add_sources, available_cores
 from meta_dataset_readers.domains import DOMAINS
-from meta_dataset_readers.errors import InputError, exit_on_bad_input, nearest
-from meta_dataset_readers.files import reading
-from meta_dataset_readers.layouts import open_source, sources
-from meta_dataset_readers.settings import positive_int
+from meta_dataset_readers.errors import InputError, exit_on_bad_input, nearest, printable, say
+from meta_dataset_readers.files import SPLIT_FOLDERS, leads_nowhere, listing, reading
+from meta_dataset_readers.folders import FileStore
+from meta_dataset_readers.layouts import as_source, open_source, sources, without_layout
+from meta_dataset_readers.pictures import other_endings
+from meta_dataset_readers.settings import as_path, positive_int
 from meta_dataset_readers.spec import SPLITS, DatasetSpec
 from meta_dataset_readers.store import ImageStore, Source
+from meta_dataset_readers.sums import SumsFile
 from meta_dataset_readers.tfrecord import sound_records
 
 _SHOWN = 20  # faults of one source, unless all are asked for
@@ -40,6 +47,14 @@ _WORTH_PROCESSES = 20_000  # pictures; fewer are decoded before another process 
 
 _Batch = list[tuple[int, Sequence[int]]]  # (class id, indices of pictures)
 _Address = tuple[str, str, tuple[str, str] | None]  # the arguments of `open_source`
+
+
+class _Examined(NamedTuple):
+    """What was found in a batch: how many pictures, a line for each at fault, and which are constant."""
+
+    number: int
+    faults: list[str]
+    constant: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +116,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="processes that decode, by default one per core",
     )
     parser.add_argument(
+        "--sums",
+        type=as_path,
+        metavar="FILE",
+        help="list of digests: written where it is not there and all is sound, else compared with the files",
+    )
+    parser.add_argument(
         "--all", action="store_true", help=f"show every fault, not only the first {_SHOWN} of a source"
     )
     return parser.parse(arguments)
@@ -113,12 +134,18 @@ def main() -> int:
         "fast": options.fast,
         "most": None if options.all else _SHOWN,
     }
+    sums = SumsFile(options.sums, options.data_path, options.jobs) if options.sums else None
     sound = True
     with _processes(options.jobs) as pool:
         for name in _names(options.data_path, options.sources):
-            report = check(options.data_path, name, pool=pool, **how)
-            print(*report.lines(options.fast), sep="\n", flush=True)
+            report = check(options.data_path, name, pool=pool, sums=sums, **how)
+            say(*report.lines(options.fast))
             sound &= not report.n_faults
+    if not options.sources:
+        for name in without_layout(options.data_path):
+            say(f"{name}: passed over, in no known layout")
+    if sums is not None:
+        sound &= sums.finish(sound, everything=not options.sources)
     return 0 if sound else 1
 
 
@@ -128,8 +155,10 @@ def _names(root: Path, wanted: Sequence[str]) -> list[str]:
         # A directory that is no source is one that has lost what it is known by: for `check` to say.
         if name not in known and not (name and (root / name).is_dir()):
             raise InputError(f"{root}: no source {name!r}; {nearest(name, known)}")
-    if not wanted and not known:
-        raise InputError(f"{root}: no source below it, expected a directory with one directory per source")
+    only_splits = known.keys() <= set(itertools.chain(*SPLIT_FOLDERS.values()))
+    if not wanted and only_splits and (not known or as_source(root)):
+        expected = "expected a directory with one directory per source"
+        raise InputError(f"{root}: no source below it, {expected}{as_source(root)}")
     return list(dict.fromkeys(wanted or known))
 
 
@@ -164,12 +193,13 @@ def check(
     fast: bool = False,
     most: int | None = None,
     pool: Executor | None = None,
+    sums: SumsFile | None = None,
 ) -> Report:
     """Examine the source `name` below `root`, whatever is wrong with it.
 
     `image_prefix` is that of `layouts.open_source`. `fast` leaves the pictures unread. At most `most` faults
-    are reported in words (None: all). With a `pool` of processes large sources are decoded there. Shows a
-    progress bar if stderr is a terminal.
+    are reported in words (None: all). With a `pool` of processes large sources are decoded there. `sums` is a
+    list of digests to be compared or written. Shows a progress bar if stderr is a terminal.
     """
     faults = _Faults(most)
     try:
@@ -177,30 +207,79 @@ def check(
     except InputError as error:
         faults.add(str(error))
         return Report(name, "nothing that can be opened", faults.number, tuple(faults.kept))
+    except OSError as error:  # of one source; what is wrong with the next is still to be said
+        faults.add(f"{error.filename or name}: cannot be read: {error.strerror}")
+        return Report(name, "nothing that can be opened", faults.number, tuple(faults.kept))
     spec, store = source.spec, source.store
     absent = store.missing(range(len(spec.images_per_class)))
     for file in absent:
         faults.add(f"{spec.directory / file}: missing")
+    for link in _broken_links(source):
+        faults.add(f"{link}: a link that leads nowhere")
     counts = _count(source, faults, fast)
+    constant = _Constant()
     if not fast:
         elsewhere = {f"{name}/{file}" for file in absent}
         wanted = {class_id: _present(store, class_id, count, elsewhere) for class_id, count in counts.items()}
-        with tqdm(total=sum(counts.values()), desc=name, unit="image", leave=False, disable=None) as bar:
-            for number, lines in _examined(store, (str(root), name, image_prefix), wanted, pool):
+        with tqdm(
+            total=sum(counts.values()), desc=printable(name), unit="image", leave=False, disable=None
+        ) as bar:
+            for number, lines, alike in _examined(store, (str(root), name, image_prefix), wanted, pool):
                 for line in lines:
                     faults.add(line)
+                constant.add(alike)
                 bar.update(number)
+    if sums is not None:
+        try:
+            for line in sums.faults(spec.directory):
+                faults.add(line)
+        except InputError as error:
+            faults.add(str(error))
     contents = f"{len(spec.images_per_class)} classes, {sum(counts.values())} images"
     layout = sources(root).get(name)  # None for a directory that its benchmark has another name for
     if layout:
         contents += f", {layout}"
-    return Report(name, contents, faults.number, tuple(faults.kept), tuple(_notes(name, source)))
+    notes = (*_notes(name, source, sums is not None), *constant.lines())
+    return Report(name, contents, faults.number, tuple(faults.kept), notes)
+
+
+class _Constant:
+    """Pictures whose pixels are all alike."""
+
+    def __init__(self) -> None:
+        self._number, self._first = 0, ""
+
+    def add(self, places: Sequence[str]) -> None:
+        self._number += len(places)
+        self._first = self._first or next(iter(places), "")
+
+    def lines(self) -> Iterator[str]:
+        if self._number:
+            count = f"{self._number} picture{'s are' if self._number > 1 else ' is'} constant"
+            yield f"{count}, all pixels alike, the first is {self._first}"
+
+
+def _folders_of(source: Source) -> list[Path]:
+    """The folders that hold the classes of a source whose pictures are files; of others none."""
+    if not isinstance(source.store, FileStore):
+        return []
+    return list(dict.fromkeys(source.store.place(c) for c in range(len(source.spec.images_per_class))))
+
+
+def _broken_links(source: Source) -> Iterator[Path]:
+    """Links that lead nowhere where classes and pictures lie: nothing is read through them."""
+    folders = _folders_of(source)
+    for folder in dict.fromkeys((*(folder.parent for folder in folders), *folders)):
+        if folder.is_dir():
+            yield from (folder / name for name in listing(folder, leads_nowhere, any_name=True))
 
 
 def _count(source: Source, faults: _Faults, fast: bool) -> dict[int, int]:
     """The number of pictures of every class of which it can be told, compared with what is specified."""
     spec, store, counts = source.spec, source.store, {}
-    classes = tqdm(spec.images_per_class, f"{spec.name}: counting", unit="class", leave=False, disable=None)
+    classes = tqdm(
+        spec.images_per_class, f"{printable(spec.name)}: counting", unit="class", leave=False, disable=None
+    )
     for class_id, claimed in enumerate(classes):
         place, called = store.place(class_id), f"class {class_id} ({spec.class_name(class_id)!r})"
         try:
@@ -235,7 +314,7 @@ def _present(store: ImageStore, class_id: int, count: int, absent: set[str]) -> 
     return [index for index in range(count) if store.origin(class_id, index).file not in absent]
 
 
-def _notes(name: str, source: Source) -> Iterator[str]:
+def _notes(name: str, source: Source, with_sums: bool) -> Iterator[str]:
     """What is worth knowing about a source, but no fault of it."""
     spec = source.spec
     if spec.name != name:
@@ -243,6 +322,14 @@ def _notes(name: str, source: Source) -> Iterator[str]:
     strays = _strays(source)
     if strays:
         yield f"{len(strays)} files belong to no class, the first is {strays[0]}"
+    if not source.store.has_checksums and not with_sums:
+        yield "its files have no checksums, so a changed pixel goes unnoticed; see --sums"
+    left_out: Counter[str] = Counter()
+    for folder in _folders_of(source):
+        left_out += other_endings(folder) if folder.is_dir() else Counter()
+    if left_out:
+        counts = ", ".join(f"{count} {ending}" for ending, count in left_out.most_common())
+        yield f"{left_out.total()} files are left out because of their endings: {counts}"
     domain = next((one for key, one in DOMAINS.items() if name == key or name in one.directories), None)
     classes, images = _sizes(spec), sum(spec.images_per_class)
     if domain and domain.classes != classes:
@@ -278,8 +365,8 @@ def _examined(
     address: _Address,
     wanted: Mapping[int, Sequence[int]],
     pool: Executor | None,
-) -> Iterator[tuple[int, list[str]]]:
-    """Decode the `wanted` pictures of every class: by batch, how many, and a line for each at fault.
+) -> Iterator[_Examined]:
+    """Decode the `wanted` pictures of every class, by batch.
 
     `address` is where other processes find the same store.
     """
@@ -307,18 +394,23 @@ def _batches(wanted: Mapping[int, Sequence[int]]) -> Iterator[_Batch]:
         yield batch
 
 
-def _examine(store: ImageStore, batch: _Batch) -> tuple[int, list[str]]:
-    lines = []
+def _examine(store: ImageStore, batch: _Batch) -> _Examined:
+    lines, constant = [], []
     for class_id, indices in batch:
         for index in indices:
             try:
-                store.image(class_id, index)
+                bands = store.image(class_id, index).getextrema()
             except InputError as error:
                 lines.append(str(error))
-    return sum(len(indices) for _, indices in batch), lines
+                continue
+            if all(least == most for least, most in bands):
+                origin = store.origin(class_id, index)
+                is_file = isinstance(store, FileStore)
+                constant.append(origin.file if is_file else f"{origin.file}, record {origin.record}")
+    return _Examined(sum(len(indices) for _, indices in batch), lines, constant)
 
 
-def _examine_there(address: _Address, batch: _Batch) -> tuple[int, list[str]]:
+def _examine_there(address: _Address, batch: _Batch) -> _Examined:
     """In a process of the pool: opening is cheaper than sending what the store has learnt of its files."""
     return _examine(_open_once(*address).store, batch)
 

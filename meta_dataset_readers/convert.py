@@ -32,7 +32,7 @@ from tqdm import tqdm
 from meta_dataset_readers import files
 from meta_dataset_readers.command import Parser, add_sources
 from meta_dataset_readers.convert_journal import Journal
-from meta_dataset_readers.errors import DamagedRecord, InputError, exit_on_bad_input
+from meta_dataset_readers.errors import DamagedRecord, InputError, exit_on_bad_input, printable, say
 from meta_dataset_readers.layouts import open_source
 from meta_dataset_readers.packed import (
     FORMAT,
@@ -101,10 +101,10 @@ def main() -> None:
     sources = {name: open_source(options.data_path, name, prefix) for name in options.sources}
     for name, packed in convert(sources, options.out, skip_bad_records=options.skip_bad_records):
         for note in packed.notes:
-            print(f"{name}: {note}", file=sys.stderr)
+            say(f"{name}: {note}", file=sys.stderr)
         state = "packed and verified" if packed.fresh else "already complete, left alone"
         size = f"{packed.classes} classes, {packed.images} images, {packed.bytes / 1e6:.1f} MB"
-        print(f"{name}: {state}: {size} in {packed.directory}", flush=True)
+        say(f"{name}: {state}: {size} in {packed.directory}")
 
 
 def convert(
@@ -346,7 +346,7 @@ def _records_in(file: BinaryIO, path: Path, wanted: _Wanted) -> Iterator[bytes]:
 
 
 def _bar(items: Iterable, title: str, total: int, done: int) -> Iterable:
-    return tqdm(items, title, total=total, initial=done, unit="image", leave=False, disable=None)
+    return tqdm(items, printable(title), total=total, initial=done, unit="image", leave=False, disable=None)
 
 
 # --- the end ------------------------------------------------------------------------------------------------
@@ -359,7 +359,8 @@ def _finish(
     packed = _without(counts, journal.left_out)
     files.replace_file(directory / SPEC_FILE, _spec_text(source.spec, packed))
     spec = load_spec(directory)
-    if spec != dataclasses.replace(source.spec, directory=directory, images_per_class=packed):
+    told = {"told_by": SPEC_FILE, "advice": ""}
+    if spec != dataclasses.replace(source.spec, directory=directory, images_per_class=packed, **told):
         raise InputError(f"{source.spec.file}: has changed since the source was opened")
     finished = [(split, *journal.finished[split]) for split in SPLITS if split in journal.finished]
     index = Index(

@@ -1,9 +1,11 @@
-"""The one way in which this project tells its user that an input is at fault.
+"""The one way in which this project speaks to its user, and tells that an input is at fault.
 
 Everything a user hands over (a path, an option, a file) is checked where it enters; a fault raises
 `InputError` with a single line that names the file, the field, the value and what was expected.
-The commands turn it into that line on stderr and exit code 2. Any other exception is a bug of ours
-and keeps its traceback.
+The commands turn it into that line on stderr and exit code 2. So they do with what the system says about a
+file. Any other exception is a bug of ours and keeps its traceback.
+
+Whatever is shown goes through `say` or `printable`: names of files and texts in them may hold anything.
 """
 
 import difflib
@@ -11,6 +13,7 @@ import errno
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from typing import TextIO
 
 
 class InputError(ValueError):
@@ -19,6 +22,27 @@ class InputError(ValueError):
 
 class DamagedRecord(InputError):
     """One picture is at fault (checksum, encoding, pixels or label); its neighbours may be sound."""
+
+
+def printable(text: object) -> str:
+    """A text on one line, without power over a terminal: what cannot be shown is written as an escape, such
+    as \\x1b, a byte of a name that is not UTF-8 included."""
+    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in str(text))
+
+
+def say(*lines: object, file: TextIO | None = None) -> None:
+    """Print lines, `printable` each, to `file` (default: stdout); a line break within one is kept."""
+    file = sys.stdout if file is None else file
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    for line in (part for whole in lines for part in str(whole).split("\n")):
+        shown = printable(line).encode(encoding, "backslashreplace").decode(encoding)
+        print(shown, file=file, flush=True)
+
+
+def _escaped(letter: str) -> str:
+    if "\udc80" <= letter <= "\udcff":  # a byte that Python could not decode
+        return f"\\x{ord(letter) - 0xDC00:02x}"
+    return letter.encode("unicode_escape").decode("ascii")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -31,27 +55,33 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def exit_on_bad_input(main: Callable[[], int | None]) -> None:
-    """Run a command's `main`; an `InputError` becomes one line on stderr and exit code 2, and so does a full
-    disk, wherever it is noticed.
+    """Run a command's `main`; an `InputError` becomes one line on stderr and exit code 2, and so does what
+    the system says about a file: that it cannot be read, or that the disk is full.
 
     Ctrl-C ends it with the shell's exit code for that, 130, and no traceback.
     """
     try:
         sys.exit(main())
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (InputError, OSError) as error:
+        if not (line := one_line(error)):
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror}; make room and run the same command again", file=sys.stderr)
+        say(line, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def one_line(error: InputError | OSError) -> str:
+    """The line that tells of an error; empty for one that is no fault of an input."""
+    if isinstance(error, InputError):
+        return f"error: {printable(error)}"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return f"error: {printable(error.filename)}: {error.strerror}" if error.filename else ""
+    where = f"{printable(error.filename)}: " if error.filename else ""
+    return f"error: {where}{error.strerror}; make room and run the same command again"
 
 
 def first_line(error: Exception) -> str:
     """An exception on one line."""
-    return f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0].strip()
+    return printable(f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0].strip())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from meta_dataset_readers.errors import InputError
-from meta_dataset_readers.files import read_json
+from meta_dataset_readers.files import is_windows, path_parts, read_json
 from meta_dataset_readers.folders import ClassFiles, flat_source
 from meta_dataset_readers.json_fields import Fields
 from meta_dataset_readers.store import Source
@@ -39,7 +39,7 @@ def open_filelists(directory: Path, name: str, prefix: tuple[str, str] | None = 
     if prefix is None:
         n_stale = _count_stale_parts(directory, lists)
     else:
-        root, stale = directory / prefix[1], _parts(prefix[0])
+        root, stale = directory / prefix[1], path_parts(prefix[0])
         _check_prefix(lists, stale)
         n_stale = len(stale)
     if not root.is_dir():
@@ -73,15 +73,11 @@ def _read_list(file: Path) -> _Filelist:
             expected = f"expected an index into the {len(label_names)} 'label_names'"
             raise InputError(f"{file}: field 'image_labels'[{index}]: {expected}, found {label!r:.80}")
     for index, image in enumerate(image_names):
-        parts = _parts(image)
+        parts = path_parts(image)
         if not parts or ".." in parts or not image.isprintable() or len(image) > _LONGEST_PATH:
             where = f"{file}: field 'image_names'[{index}]"
             raise InputError(f"{where}: expected a path that does not lead outside, found {image!r:.200}")
-    return _Filelist(file, label_names, image_names, tuple(map(_parts, image_names)), tuple(labels))
-
-
-def _parts(path: str) -> tuple[str, ...]:
-    return tuple(part for part in path.split("/") if part not in ("", "."))
+    return _Filelist(file, label_names, image_names, tuple(map(path_parts, image_names)), tuple(labels))
 
 
 def _count_stale_parts(directory: Path, lists: dict[str, _Filelist]) -> int:
@@ -101,8 +97,14 @@ def _count_stale_parts(directory: Path, lists: dict[str, _Filelist]) -> int:
 def _check_prefix(lists: dict[str, _Filelist], stale: tuple[str, ...]) -> None:
     for found in lists.values():
         for index, image in enumerate(found.images):
-            if image[: len(stale)] != stale:
+            if image[: len(stale)] != stale and not _begins_alike(found.image_names[index], image, stale):
                 raise InputError(f"{found.where(index)} does not begin with {'/'.join(stale)!r}")
+
+
+def _begins_alike(name: str, image: tuple[str, ...], stale: tuple[str, ...]) -> bool:
+    """Windows does not tell D: from d:, nor Birds from birds."""
+    same = [part.lower() for part in image[: len(stale)]] == [part.lower() for part in stale]
+    return same and is_windows(name)
 
 
 def _classes(found: _Filelist, n_stale: int, seen: dict[str, str]) -> list[ClassFiles]:

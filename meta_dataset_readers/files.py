@@ -10,6 +10,8 @@ import errno
 import json
 import os
 import platform
+import re
+import shlex
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -182,18 +184,92 @@ def _is_alive(pid: int) -> bool:
 # --- folders ---------------------------------------------------------------------------------------------
 
 
-def listing(directory: Path, wanted: Callable[[os.DirEntry], bool]) -> list[str]:
-    """The names of the wanted entries of `directory`, sorted. Raises InputError if it cannot be listed."""
+def listing(directory: Path, wanted: Callable[[os.DirEntry], bool], *, any_name: bool = False) -> list[str]:
+    """The names of the wanted entries of `directory`, sorted, without hidden ones.
+
+    Raises InputError if it cannot be listed, and unless `any_name` will do for a wanted name that
+    is not UTF-8.
+    """
     try:
         with os.scandir(directory) as entries:
-            return sorted(entry.name for entry in entries if wanted(entry))
+            names = sorted(each.name for each in entries if not each.name.startswith(".") and wanted(each))
     except OSError as error:
         raise InputError(f"{error.filename or directory}: cannot be listed: {error.strerror}") from error
+    if not any_name:
+        check_utf8(directory, names)
+    return names
+
+
+def check_utf8(directory: Path, names: Iterable[str]) -> None:
+    """Raise InputError for a name in `directory` that could not be written to a page or a list of results."""
+    for name in names:
+        if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise InputError(f"{directory / name}: the name is not UTF-8; rename it")
 
 
 def folder_names(directory: Path) -> list[str]:
     """The folders in `directory`, sorted, without hidden ones. Raises InputError as `listing`."""
-    return [name for name in listing(directory, os.DirEntry.is_dir) if not name.startswith(".")]
+    return listing(directory, os.DirEntry.is_dir)
+
+
+def exists(_entry: os.DirEntry) -> bool:
+    """Any entry will do."""
+    return True
+
+
+def leads_nowhere(entry: os.DirEntry) -> bool:
+    """Whether it is a link to what is not there, or to itself."""
+    return entry.is_symlink() and not os.path.exists(entry.path)
+
+
+SPLIT_FOLDERS = {  # what their folders are called, in any case
+    "TRAIN": ("train", "training"),
+    "VALID": ("val", "valid", "validation"),
+    "TEST": ("test", "testing"),
+}
+
+
+def split_folders(directory: Path) -> dict[str, str]:
+    """The folders in `directory` that hold a split: by split, the name.
+
+    Raises InputError as `folder_names`, and for two folders with classes of one split.
+    """
+    found: dict[str, str] = {}
+    for folder in folder_names(directory):
+        split = next((split for split, names in SPLIT_FOLDERS.items() if folder.lower() in names), None)
+        if split is None or not folder_names(directory / folder):
+            continue
+        if split in found:
+            both = f"both {found[split]}/ and {folder}/ hold classes"
+            raise InputError(f"{directory}: {both}, expected one folder for {split}")
+        found[split] = folder
+    return found
+
+
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
+
+
+def still_packed(directory: Path, *names: str) -> str:
+    """What to type where one of `names` lies in `directory` as an archive, led by "; "; else empty."""
+    for name in names:
+        for file in (f"{name}{ending}" for ending in ARCHIVES):
+            if (directory / file).is_file():
+                how = "unzip -d {1} {0}" if file.endswith(".zip") else "tar -C {1} -xf {0}"
+                typed = how.format(shlex.quote(str(directory / file)), shlex.quote(str(directory)))
+                return f"; {file} is still packed: {typed}"
+    return ""
+
+
+def path_parts(path: str) -> tuple[str, ...]:
+    """The parts of a path in a list, of Windows where it has a drive, or backslashes alone."""
+    if is_windows(path) or ("\\" in path and "/" not in path):
+        path = path.replace("\\", "/")
+    return tuple(part for part in path.split("/") if part not in ("", "."))
+
+
+def is_windows(path: str) -> bool:
+    """Whether a path begins as those of Windows do: with a drive, or the two backslashes of a share."""
+    return re.match(r"[A-Za-z]:[\\/]|\\\\", path) is not None
 
 
 def missing_files(root: Path, files: list[str]) -> list[str]:
@@ -208,8 +284,9 @@ def missing_files(root: Path, files: list[str]) -> list[str]:
 def _file_names(directory: Path) -> frozenset[str]:
     """The files in `directory`, none if there is no such folder."""
     try:
-        return frozenset(listing(directory, os.DirEntry.is_file))
-    except InputError:
+        with os.scandir(directory) as entries:
+            return frozenset(entry.name for entry in entries if entry.is_file())
+    except OSError:
         return frozenset()
 
 

@@ -10,6 +10,7 @@ followed; a path written in a file is believed only if it stays below the direct
 
 import io
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,13 +19,14 @@ from PIL import Image
 
 from meta_dataset_readers.episode import ImageOrigin
 from meta_dataset_readers.errors import InputError, nearest
-from meta_dataset_readers.files import folder_names, missing_files, read_json
+from meta_dataset_readers.files import folder_names, missing_files, read_json, split_folders
 from meta_dataset_readers.json_fields import Fields, typed
 from meta_dataset_readers.pictures import (
     EXTENSIONS,
     RECORD_FORMATS,
     Prepare,
     is_turned,
+    other_endings,
     picture_bytes,
     picture_names,
     read_picture,
@@ -33,10 +35,10 @@ from meta_dataset_readers.pictures import (
 from meta_dataset_readers.spec import SPLITS, DatasetSpec
 from meta_dataset_readers.store import ImageStore, Source
 
+_LOOKED_INTO = 20  # folders, to see what somebody has meant
 _PLAIN_MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")  # opaque ones that PIL alone converts as is meant
 
 SPLITS_FILE = "splits.json"
-SPLIT_FOLDERS = {"TRAIN": "train", "VALID": "val", "TEST": "test"}
 
 
 class FileStore(ImageStore):
@@ -98,12 +100,15 @@ def flat_source(
     resize: str,
     root: Path | None = None,
     prepare: Prepare | None = None,
+    told_by: str = "",
+    advice: str = "",
 ) -> Source:
     """The source of these classes by split, without hierarchy; ids count through TRAIN, VALID and TEST.
 
     Files are relative to `root`, by default the source's `directory`; `resize` is a rule of
-    `transforms.RESIZES`, `prepare` as in `FileStore`. Raises InputError if there is no picture at all, or the
-    same class in two splits, which few-shot learning must not have.
+    `transforms.RESIZES`, `prepare` as in `FileStore`, `told_by` and `advice` as in `DatasetSpec`. Raises
+    InputError if there is no picture at all, or the same class in two splits, which few-shot learning must
+    not have.
     """
     table: list[ClassFiles] = []
     split_classes: dict[str, range] = {}
@@ -124,6 +129,8 @@ def flat_source(
         split_classes=split_classes,
         images_per_class=tuple(len(found.files) for found in table),
         class_names=tuple(found.name for found in table),
+        told_by=told_by,
+        advice=advice,
     )
     store = FileStore(root or directory, name, [found.files for found in table], prepare)
     return Source(spec, store, resize)
@@ -141,27 +148,33 @@ def open_class_folders(directory: Path, name: str) -> Source:
     class twice, for a class without a picture, and for a directory without classes or that cannot be read.
     """
     folders = class_folders(directory)
-    splits = {"TEST": folders}
+    splits, advice = {"TEST": folders}, ""
     if os.path.lexists(directory / SPLITS_FILE):
         splits = _read_splits(directory / SPLITS_FILE, folders)
+    else:
+        command = f"python -m meta_dataset_readers.split {shlex.quote(str(directory))}"
+        advice = f"without {SPLITS_FILE}, which is not there, all classes are TEST; {command} writes one"
     return flat_source(
         directory,
         name,
         {split: [class_files(directory, folder) for folder in splits[split]] for split in splits},
         resize="shorter",
         prepare=upright,
+        told_by=SPLITS_FILE,
+        advice=advice,
     )
 
 
 def open_split_folders(directory: Path, name: str) -> Source:
-    """Folders train/, val/ and test/ of class folders; a split whose folder is not there has no classes.
+    """Folders train/, val/ and test/ of class folders, see `files.SPLIT_FOLDERS`; a split whose folder is not
+    there has no classes.
 
     Evaluation resizes as PMF does for CIFAR-FS and mini-ImageNet: to the very image size.
     Raises InputError as `open_class_folders`, and if none of the three is there.
     """
-    splits = {split: folder for split, folder in SPLIT_FOLDERS.items() if (directory / folder).is_dir()}
+    splits = split_folders(directory)
     if not splits:
-        raise InputError(f"{directory}: none of the folders {', '.join(SPLIT_FOLDERS.values())} is there")
+        raise InputError(f"{directory}: none of the folders train, val, test is there")
     return flat_source(
         directory,
         name,
@@ -187,9 +200,17 @@ def class_files(root: Path, folder: str) -> ClassFiles:
     """The class whose image files lie in `folder` of `root`, sorted. Raises InputError without any."""
     images = picture_names(root / folder)
     if not images:
-        expected = f"expected files that end in {', '.join(EXTENSIONS)}"
-        raise InputError(f"{root / folder}: no picture in this class folder, {expected}")
+        raise InputError(f"{root / folder}: no picture in this class folder, {_instead(root / folder)}")
     return ClassFiles(folder.rpartition("/")[2], tuple(f"{folder}/{image}" for image in images))
+
+
+def _instead(folder: Path) -> str:
+    """What was expected in a class folder without pictures, and what is there instead."""
+    expected = f"expected files that end in {', '.join(EXTENSIONS)}"
+    inner = folder_names(folder)
+    if any(picture_names(folder / name) for name in inner[:_LOOKED_INTO]):
+        return f"but folders with pictures; if they are the classes, give {folder} as the source, or drop it"
+    return expected + "".join(f"; {n} end in {ending}" for ending, n in other_endings(folder).most_common(3))
 
 
 def _read_splits(file: Path, folders: Sequence[str]) -> dict[str, list[str]]:

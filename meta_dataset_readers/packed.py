@@ -25,7 +25,7 @@ from PIL import Image
 
 from meta_dataset_readers.episode import ImageOrigin
 from meta_dataset_readers.errors import DamagedRecord, InputError, nearest
-from meta_dataset_readers.files import map_array, read_json, size_of
+from meta_dataset_readers.files import exists, listing, map_array, read_json, size_of
 from meta_dataset_readers.json_fields import Fields
 from meta_dataset_readers.pictures import as_published, decoded
 from meta_dataset_readers.spec import SPLITS, DatasetSpec, load_spec
@@ -143,6 +143,8 @@ def _split_file(entry: Fields) -> SplitFile:
 class PackedStore(ImageStore):
     """The pictures of a packed source. Holds at most one mapping of offsets per split, none when pickled."""
 
+    has_checksums = True
+
     def __init__(self, directory: Path, name: str, spec: DatasetSpec, index: Index):
         self._directory, self._name, self._index = directory, name, index
         self._split: list[str] = []  # by class id
@@ -194,7 +196,7 @@ class PackedStore(ImageStore):
             for split in dict.fromkeys(self._split[class_id] for class_id in class_ids)
             for file in (record_file(self._directory, split), offsets_file(self._directory, split))
         }
-        present = {file.name for file in self._directory.iterdir()}
+        present = listing(self._directory, exists)
         return [name for name in needed if name not in present]
 
     def _records(self, class_id: int) -> RecordFile:

@@ -8,6 +8,7 @@ or tensors.
 import contextlib
 import io
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -124,8 +125,17 @@ def picture_names(directory: Path) -> list[str]:
 
     Raises InputError if it cannot be listed.
     """
-    names = listing(directory, os.DirEntry.is_file)
-    return [name for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+    return listing(directory, lambda entry: entry.name.lower().endswith(EXTENSIONS) and entry.is_file())
+
+
+def other_endings(directory: Path) -> Counter[str]:
+    """The files in `directory` that `picture_names` leaves out, counted by their endings in lower case.
+
+    Raises InputError if it cannot be listed.
+    """
+    left_out = listing(directory, os.DirEntry.is_file, any_name=True)
+    endings = (os.path.splitext(name.lower())[1] or "no ending" for name in left_out)
+    return Counter(ending for ending in endings if ending not in EXTENSIONS)
 
 
 def picture_bytes(path: Path) -> bytes:

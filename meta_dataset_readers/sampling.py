@@ -72,7 +72,8 @@ def _class_pools(spec: DatasetSpec, split: str, settings: EpisodeSampling) -> _C
     where = f"{spec.file}: split {split}"
     if not spec.classes(split):
         filled = ", ".join(other for other in SPLITS if spec.classes(other))
-        raise InputError(f"{where} has no classes; splits with classes: {filled or 'none'}")
+        advice = f"; {spec.advice}" if spec.advice else ""
+        raise InputError(f"{where} has no classes; splits with classes: {filled or 'none'}{advice}")
     kept = tuple(
         class_id
         for class_id in spec.classes(split)

@@ -34,11 +34,13 @@ class DatasetSpec:
     class_names: tuple[str, ...]  # by class id
     ontology: str | None = None  # BILEVEL, DAG, or None where classes have no hierarchy
     groups: dict[str, tuple[ClassGroup, ...]] = dataclasses.field(default_factory=dict)  # by split
+    told_by: str = SPEC_FILE  # the file that says all this; empty where the directory itself does
+    advice: str = ""  # for whoever misses classes
 
     @property
     def file(self) -> Path:
-        """The specification itself, for messages."""
-        return self.directory / SPEC_FILE
+        """What says all this, for messages."""
+        return self.directory / self.told_by
 
     def classes(self, split: str) -> range:
         """The absolute class ids of `split` (possibly none). Raises InputError for an unknown split."""

@@ -15,6 +15,7 @@ from PIL import Image
 
 from meta_dataset_readers.episode import ImageOrigin
 from meta_dataset_readers.errors import DamagedRecord
+from meta_dataset_readers.files import exists, listing
 from meta_dataset_readers.pictures import as_published, decoded
 from meta_dataset_readers.spec import DatasetSpec, load_spec
 from meta_dataset_readers.tfrecord import RecordFileCache
@@ -26,6 +27,8 @@ class ImageStore(ABC):
     A store can be pickled and used from any process: it opens files when asked for a picture, in the process
     that asks, and never holds more than a few of them open. Making one reads no picture.
     """
+
+    has_checksums = False  # whether a changed picture is noticed when it is read
 
     @abstractmethod
     def count(self, class_id: int) -> int:
@@ -55,7 +58,8 @@ class ImageStore(ABC):
         Here for a file per class; a listing of their directory is cheaper than asking for thousands of files.
         """
         places = [self.place(class_id) for class_id in class_ids]
-        present = {file for directory in {place.parent for place in places} for file in directory.iterdir()}
+        folders = {place.parent for place in places}
+        present = {folder / name for folder in folders for name in listing(folder, exists)}
         return [place.name for place in places if place not in present]
 
     def read(self, class_id: int, index: int) -> np.ndarray:
@@ -92,6 +96,8 @@ def open_records(directory: Path, name: str) -> Source:
 
 class RecordStore(ImageStore):
     """Meta-Dataset's layout: `<class id>.tfrecords`, in which every record says its class."""
+
+    has_checksums = True
 
     def __init__(self, directory: Path, name: str):
         self._directory, self._name = directory, name

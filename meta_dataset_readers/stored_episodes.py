@@ -23,8 +23,8 @@ from torch.utils.data import Dataset
 
 from meta_dataset_readers.episode import Episode, ImageOrigin
 from meta_dataset_readers.errors import DamagedRecord, InputError, nearest
-from meta_dataset_readers.files import read_json, reading
-from meta_dataset_readers.folders import SPLIT_FOLDERS, FileStore
+from meta_dataset_readers.files import SPLIT_FOLDERS, path_parts, read_json, reading
+from meta_dataset_readers.folders import FileStore
 from meta_dataset_readers.hdf5 import (
     Hdf5Files,
     blamed_on,
@@ -348,7 +348,8 @@ class ListedEpisodes(StoredEpisodes):
         super().__init__(len(self._episodes))
         if not self._episodes:
             raise InputError(f"{path}: no episode in this file")
-        folder = SPLIT_FOLDERS["VALID"]
+        folders = [name for name in SPLIT_FOLDERS["VALID"] if (path.parent / name).is_dir()]
+        folder = folders[0] if folders else SPLIT_FOLDERS["VALID"][0]
         self._name = f"{path.absolute().parent.name}/{folder}"
         parts = itertools.chain.from_iterable(self._episodes)
         images = {image for part in parts for paths in part for image in paths}
@@ -401,11 +402,13 @@ def _read_listed(where: str, entry) -> tuple[_Paths, _Paths]:
 
 def _paths(where: str, given) -> tuple[str, ...]:
     paths = tuple(typed(where, path, str) for path in typed(where, given, list))
-    for path in paths:
-        if not path or path.startswith("/") or ".." in path.split("/") or _NO_FILE_NAME.search(path):
-            expected = f"expected a path below {SPLIT_FOLDERS['VALID']}/ that does not lead outside"
+    found = tuple("/".join(path_parts(path)) for path in paths)
+    for path, relative in zip(paths, found, strict=True):
+        inside = relative and not path.startswith(("/", "\\")) and ".." not in relative.split("/")
+        if not inside or _NO_FILE_NAME.search(relative):
+            expected = f"expected a path below {SPLIT_FOLDERS['VALID'][0]}/ that does not lead outside"
             raise InputError(f"{where}: {expected}, found {path!r:.200}")
-    return paths
+    return found
 
 
 def _labelled(by_label: _Paths) -> tuple[list[str], list[int]]:

@@ -217,9 +217,9 @@ def test_a_faulty_chestx_row_is_named_by_file_and_line(tmp_path, row, complaint)
     assert str(error).startswith(f"{directory / CHESTX_LABELS}: ")
 
 
-def test_chestx_without_its_merged_folder_of_pictures_is_told(tmp_path):
+def test_chestx_without_its_folder_of_pictures_is_told(tmp_path):
     directory = write_chestx(tmp_path / "ChestX", ["0.png,Mass"])
-    (directory / CHESTX_IMAGES).rename(directory / "images_001")
+    (directory / CHESTX_IMAGES).rename(directory / "pictures")
     fails(r"ChestX/images: no such folder, expected all pictures", lambda: open_chestx(directory, "ChestX"))
 
 

@@ -313,7 +313,7 @@ def test_what_a_process_is_sent_is_small_and_complete(tiny_source):
     sent = pickle.dumps((checking._examine_there, address, batch))
     assert len(sent) < 500
     examine, *arguments = pickle.loads(sent)
-    number, lines = pickle.loads(pickle.dumps(examine(*arguments)))
+    number, lines, _ = pickle.loads(pickle.dumps(examine(*arguments)))
     assert number == 4 and tuple(lines) == check(directory.parent, "tiny").faults != ()
 
 
@@ -358,7 +358,9 @@ class ListedStore(ImageStore):
 def test_a_folder_of_class_folders_is_checked_too(tmp_path, monkeypatch, capsys):
     write_classes(tmp_path / "mine", cat=2, dog=1)
     code, said, _ = command(monkeypatch, capsys, tmp_path)
-    assert (code, said) == (0, ["mine: complete and readable: 2 classes, 3 images, class folders"])
+    verdict, note = said
+    assert (code, verdict) == (0, "mine: complete and readable: 2 classes, 3 images, class folders")
+    assert note.startswith("  note: its files have no checksums")
     (tmp_path / "mine" / "cat" / "1.png").write_bytes(b"text")
     code, said, _ = command(monkeypatch, capsys, tmp_path)
     assert code == 1 and f"{tmp_path}/mine/cat/1.png: " in said[1]

@@ -23,7 +23,7 @@ from amt.files.weight_files import Content
 from amt.models.architectures import matching_archs
 from amt.models.pool import LoRAPool
 from amt.models.weights import Weights
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, printable, say
 from meta_dataset_readers.files import replace_file
 from meta_dataset_readers.settings import as_path
 
@@ -52,10 +52,10 @@ def main(argv: Sequence[str]) -> int:
         found, about = describe_weights(args.file, content)
     if args.convert is not None:
         convert(args.file, found, args.convert)
-        print(f"wrote {args.convert}")
+        say(f"wrote {args.convert}")
         return 0
     for name, value in [("file", str(args.file)), *about, *hashes(args.file)]:
-        print(f"{name:12} {value}")
+        say(f"{name:12} {value}")
     return 0
 
 
@@ -105,7 +105,7 @@ def describe_weights(path: Path, content: Content) -> tuple[Weights, Lines]:
     if not {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= weights.keys():
         raise InputError(
             f"{path}: neither a pool of LoRAs nor the weights of a vision transformer; "
-            f"it holds {', '.join(map(weight_files.printable, list(state)[:3]))} and the like"
+            f"it holds {', '.join(map(printable, list(state)[:3]))} and the like"
         )
     sound = weight_files.check_fit(path, weights, {name: tuple(t.shape) for name, t in weights.items()})
     left_out = Counter(part for name in state if (part := pretraining_only(name)))

@@ -14,7 +14,7 @@ from amt.evaluation import runs
 from amt.evaluation.comparison import compare
 from amt.evaluation.runs import Run
 from amt.evaluation.statistics import Summary
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, say
 from meta_dataset_readers.settings import as_path
 
 
@@ -28,17 +28,17 @@ def main(argv: Sequence[str]) -> int:
     if not found.differences:
         raise InputError(f"{args.ours} cannot be compared with {args.theirs}: {'; '.join(found.refusals)}")
     columns = list(dict.fromkeys(column for _, column in found.differences))
-    print(f"accuracy of {args.ours} minus that of {args.theirs}, in points; 95% intervals of the paired")
-    print("difference: normal, and in brackets by the bootstrap; with a star where both leave out zero")
+    say(f"accuracy of {args.ours} minus that of {args.theirs}, in points; 95% intervals of the paired")
+    say("difference: normal, and in brackets by the bootstrap; with a star where both leave out zero")
     for line in lines(found.differences, columns):
-        print(line)
+        say(line)
     for reason in found.refusals:
-        print(f"left out: {reason}")
+        say(f"left out: {reason}")
     for path, run in ((args.ours, ours), (args.theirs, theirs)):
         for stamp in run.stamps:
-            print(f"{path}: {stamp}")
+            say(f"{path}: {stamp}")
         for line in doubts(run, columns):
-            print(f"suspect: {path}: {line}")
+            say(f"suspect: {path}: {line}")
     return 0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from amt.cli import options
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, say
 
 
 class Need(NamedTuple):
@@ -39,7 +39,7 @@ def training(args: argparse.Namespace) -> int:
     """What main.py would do, said; 0, or 2 if something is missing."""
     settings = options.tune_settings(args)
     tuned = f"{len(options.levels(args))} {'LoRAs' if args.tune == 'lora' else 'networks'} of {args.arch}"
-    print(f"would meta-tune {tuned}, {settings.epochs} epochs of {settings.episodes_per_epoch} episodes")
+    say(f"would meta-tune {tuned}, {settings.epochs} epochs of {settings.episodes_per_epoch} episodes")
     return _say(_training_needs(args))
 
 
@@ -47,7 +47,7 @@ def testing(args: argparse.Namespace) -> int:
     """What test_meta_dataset.py would do, said; 0, or 2 if something is missing."""
     deployments, attacks = options.deployments(args), options.attacks(args)
     columns = ", ".join(["clean", *(name for attack in attacks for name in attack.columns)])
-    print(f"would evaluate {args.nTestEpisode} episodes of each of {', '.join(deployments)}: {columns}")
+    say(f"would evaluate {args.nTestEpisode} episodes of each of {', '.join(deployments)}: {columns}")
     return _say(_testing_needs(args))
 
 
@@ -56,7 +56,7 @@ def fine_tuning(args: argparse.Namespace) -> int:
     from amt.cli.options import autolora
 
     modes = "test" if args.eval_only else f"fine-tune {args.method} {' '.join(autolora.modes(args))} of"
-    print(f"would {modes} {args.arch} on {args.dataset}")
+    say(f"would {modes} {args.arch} on {args.dataset}")
     return _say(_fine_tuning_needs(args))
 
 
@@ -64,7 +64,7 @@ def page(args: argparse.Namespace) -> int:
     """What `amt report` would do, said; 0, or 2 if something is missing."""
     from amt.evaluation import runs
 
-    print(f"would write {args.out}, of {len(args.runs)} runs")
+    say(f"would write {args.out}, of {len(args.runs)} runs")
     needs = [_output(args.out.parent, "--out")]
     for run in args.runs:
         needs.append(_checked(f"run {run}", run, args, lambda run=run: f"{len(runs.load(run).rows)} domains"))
@@ -74,7 +74,7 @@ def page(args: argparse.Namespace) -> int:
 def _say(needs: Iterator[Need] | Sequence[Need]) -> int:
     needs = list(dict.fromkeys(needs))
     for need in needs:
-        print(need.line())
+        say(need.line())
     return 2 if any(need.problem for need in needs) else 0
 
 

@@ -32,7 +32,7 @@ from amt.models.network import Network, untrained
 from amt.models.pool import Pool
 from amt.models.weights import Coefficients, stream
 from amt.tasks.merge import average_of, route
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, say
 from meta_dataset_readers.folders import FileStore, class_files, class_folders
 from meta_dataset_readers.settings import as_path, nonnegative_int, positive_int
 from meta_dataset_readers.transforms import eval_transform
@@ -89,9 +89,9 @@ def main(argv: Sequence[str]) -> int:
         coefficients = coefficients_of(args, network, pool, support)
         merged = export.merged_network(network, pool, coefficients, args.trim, support)
         written = export.save(args.out, args.to, merged, pool)
-        print(f"coefficients {' '.join(f'{c:.4g}' for c in coefficients)}")
+        say(f"coefficients {' '.join(f'{c:.4g}' for c in coefficients)}")
     for path in written:
-        print(f"wrote {path}")
+        say(f"wrote {path}")
     return 0
 
 

@@ -34,11 +34,12 @@ from amt.files.signals import Interrupted
 from amt.models.network import Network, build_classifier, find_device
 from amt.models.weights import Weights
 from amt.report.finish import finish
-from amt.training.autolora import Batches, FineTuner, StepRecord, accuracy, new_student, validate
+from amt.training.accuracy import Batches, accuracy, validate
+from amt.training.autolora import FineTuner, StepRecord, new_student
 from amt.training.autolora_settings import Adversary, Settings
 from amt.training.keeper import FINE_TUNING, Keeper, brief, fine_tuning_state, scalars
 from amt.training.schedule import LOWEST_RATE
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, say
 
 _PASSES = 1 << 20  # sets the seeds of passes over the training set apart from those of training
 
@@ -55,11 +56,11 @@ def main(args: argparse.Namespace, attacks: Sequence[Attack]) -> int:
     splits = open_data(args)
     network = build_classifier(args.arch, len(splits.class_names), args.resize, resize=options.inside(args))
     network, found = open_network(args, network)
-    print(f"{args.checkpoint or 'random weights'}: {found.kind}")
+    say(f"{args.checkpoint or 'random weights'}: {found.kind}")
     if args.dualBN and not network.norms:
         raise InputError(f"--dualBN 1: {network.arch} has no BatchNorm of which there could be two sets")
     if args.method == "twins" and not network.norms:
-        print(f"note: {network.arch} has no BatchNorm, so the two networks of TWINS are one")
+        say(f"note: {network.arch} has no BatchNorm, so the two networks of TWINS are one")
     check_attacks(attacks, network.n_classes)  # before hours of training, not after
     corrupted = open_corrupted(args, splits)
 
@@ -128,7 +129,7 @@ def open_network(args: argparse.Namespace, network: Network) -> tuple[Network, P
         return network, Pretrained(start, {}, False, None, f"{args.arch}, untrained")
     found = pretrained.read(args.checkpoint, network, start, args.pretraining)
     if found.normalise is None:
-        print("note: nothing tells whether its pre-training normalised images: they are; see --pretraining")
+        say("note: nothing tells whether its pre-training normalised images: they are; see --pretraining")
     if args.eval_only and not found.head:
         raise InputError(
             f"{args.checkpoint}: holds no classifier of {network.n_classes} classes to be tested"
@@ -212,14 +213,14 @@ def tuned(
     with run:
         if run.last.exists():
             restore(tuner, run.last, protocol)
-            print(f"{run.folder}: goes on after {tuner.epoch} epochs and {tuner.batch} batches")
+            say(f"{run.folder}: goes on after {tuner.epoch} epochs and {tuner.batch} batches")
         if not tuner.finished:
             held_out = batches(
                 splits.validation, plain, args.test_batch_size, seed=0, workers=args.num_workers
             )
             fine_tune(run, tuner, training, held_out, options.examiner(args), about)
         if run.interrupted:  # perhaps in the very last step: what comes after is not begun
-            print(f"stopped after {tuner.epoch} epochs and {tuner.batch} batches; the same command continues")
+            say(f"stopped after {tuner.epoch} epochs and {tuner.batch} batches; the same command continues")
             return run.code, {}
     if tuner.best is None:
         raise InputError(f"--lr {settings.lr:g}: at high resolution training ends below {LOWEST_RATE:g}")
@@ -350,4 +351,4 @@ def summarise(args: argparse.Namespace) -> None:
         listed = ", ".join(
             f"{mode} {mean:.2f}" for mode, mean in zip(options.modes(args), means, strict=True)
         )
-        print(f"{column}: {statistics.fmean(means):.2f} on average ({listed})")
+        say(f"{column}: {statistics.fmean(means):.2f} on average ({listed})")

@@ -17,7 +17,7 @@ from amt.cli.options import Parser
 from amt.files import checkpoint
 from amt.files.checkpoint import Checkpoint
 from amt.models.pool import Pool
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, say
 from meta_dataset_readers.settings import as_path, nonnegative
 
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     checkpoint.save(args.out, Checkpoint(pool, about))
     levels = ", ".join(f"{level.epsilon:g}" for level in pool.levels)
     kind = "complete networks" if pool.rank is None else f"LoRAs of rank {pool.rank}"
-    print(f"wrote {args.out}: {len(pool)} {kind}, epsilon {levels} (of 255)")
+    say(f"wrote {args.out}: {len(pool)} {kind}, epsilon {levels} (of 255)")
     return 0
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from amt.cli import dry_run
 from amt.cli.options import Parser, add_dry_run, check_output
 from amt.evaluation import runs
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, say
 from meta_dataset_readers.files import replace_file
 from meta_dataset_readers.settings import as_path
 
@@ -45,10 +45,11 @@ def main(argv: Sequence[str]) -> int:
     from amt.report import charts, document, figures
     from amt.report.shown import label
 
-    text = document.page(found)
-    replace_file(args.out, text)
-    print(f"wrote {args.out} ({len(text.encode()) / 1e6:.1f} MB)")
+    # Names on a disk need not be UTF-8.
+    data = document.page(found).encode("utf-8", "backslashreplace")
+    replace_file(args.out, data)
+    say(f"wrote {args.out} ({len(data) / 1e6:.1f} MB)")
     if args.figures is not None:
         written = figures.write(charts.figures(label(found)), args.figures)
-        print(f"wrote {len(written)} files in {args.figures}")
+        say(f"wrote {len(written)} files in {args.figures}")
     return 0

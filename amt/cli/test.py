@@ -25,7 +25,7 @@ from amt.tasks.classifier import Predictor, pretrained_predictor
 from meta_dataset_readers.domains import DOMAINS
 from meta_dataset_readers.dump import dump_episode
 from meta_dataset_readers.episode import Episode
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, printable, say
 from meta_dataset_readers.reader import EpisodeReader, episode_loader
 
 # Flags that change neither an episode's row nor what it is compared with.
@@ -110,7 +110,7 @@ def load_pool(args: argparse.Namespace, network: Network) -> checkpoint.Checkpoi
     saved = checkpoint.load(args.resume)
     checkpoint.check_architecture(args.resume, saved.pool, network.weights, network.arch)
     for note in saved.about.get("notes", ()):
-        print(f"note: {args.resume}: {note}")
+        say(f"note: {args.resume}: {note}")
     return saved
 
 
@@ -130,7 +130,7 @@ def labelled_episodes(
 def watched(network: Network, interrupts: Interrupts, episodes, title: str) -> Iterator[Episode]:
     """The episodes that settings are chosen on, on the network's device, with a progress line; a signal ends
     the program, since half a choice is none."""
-    for episode in tqdm(episodes, desc=title, unit="episode", leave=False):
+    for episode in tqdm(episodes, desc=printable(title), unit="episode", leave=False):
         yield episode.to(network.device)
         if interrupts.pending():
             raise SystemExit(128 + interrupts.caught)

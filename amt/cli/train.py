@@ -29,7 +29,7 @@ from amt.models.weights import Weights
 from amt.training.keeper import Keeper, brief, check_resumable, scalars
 from amt.training.meta_tune import Tuner
 from meta_dataset_readers.episode import Episode
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, say
 from meta_dataset_readers.reader import EpisodeReader, SourceMixture, episode_loader
 from meta_dataset_readers.stored_episodes import open_episodes
 
@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
         found += [first] if first else []
         tuner, history = max(found, key=lambda each: each[0].episodes_done)
         if len(history) == settings.epochs:
-            print(f"done already: {run.last}; --overwrite starts anew")
+            say(f"done already: {run.last}; --overwrite starts anew")
             return 0
         return train(args, run, tuner, history, episodes, validation)
 
@@ -134,12 +134,12 @@ def train(
         run.save_last(*content())
 
     if skipped:
-        print(f"{len(skipped)} damaged records were passed over")
+        say(f"{len(skipped)} damaged records were passed over")
     if len(history) < settings.epochs:
         run.save_last(*content())
-        print(f"stopped after {tuner.episodes_done} of {total} episodes; the same command continues")
+        say(f"stopped after {tuner.episodes_done} of {total} episodes; the same command continues")
         return run.code
-    print(f"done: {run.last}")
+    say(f"done: {run.last}")
     return 0
 
 

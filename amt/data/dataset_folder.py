@@ -5,12 +5,12 @@ Does not know any data set.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from amt.data.labelled import FileImages, Labelled
 from meta_dataset_readers.errors import InputError, nearest
-from meta_dataset_readers.files import missing_files
+from meta_dataset_readers.files import folder_names, missing_files, path_parts, still_packed
 from meta_dataset_readers.pictures import Prepare
 
 
@@ -36,6 +36,7 @@ class Known:
         aliases: other names, see `known`.
         home: where to get it.
         prepare: of pictures that are files, see `pictures.decode_image`.
+        archives: in which it is distributed, by their names without endings.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Known:
     aliases: tuple[str, ...] = ()
     home: str = ""
     prepare: Prepare | None = None
+    archives: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +63,11 @@ class DatasetFolder:
     def at(self, wheres: Sequence[str], files: Sequence[str]) -> "DatasetFolder":
         """The first of the subfolders `wheres` with any of `files`; the first of all if there is none, so
         that what is missing is told as it should lie."""
-        where = next((where for where in wheres if self.holds(where, files)), wheres[0])
+        where = next((where for where in wheres if self.holds(where, files)), None)
+        if where is None:  # perhaps one folder further in, as some tools unpack archives
+            inner = (name for name in folder_names(self.folder) if name not in wheres)
+            below = (f"{name}/{where}" for name in inner for where in wheres)
+            where = next((where for where in below if self.holds(where, files)), wheres[0])
         return dataclasses.replace(self, folder=self.folder / where)
 
     def file(self, name: str, what: str, *others: str) -> Path:
@@ -77,9 +83,12 @@ class DatasetFolder:
         return self.folder / name
 
     def _missing(self, path: Path, kind: str, what: str) -> InputError:
-        return InputError(
-            f"{path}: no such {kind}, expected {what} of {self.entry.title}; get it from {self.entry.home}"
-        )
+        # An archive may lie where the folder is to be, under its name or another of the data set.
+        names = {path.parent.name, *self.entry.archives}
+        places = dict.fromkeys((path.parent, path.parent.parent, path.parent.parent.parent))
+        hint = next(filter(None, (still_packed(place, *names) for place in places)), "")
+        home = hint or f"; get it from {self.entry.home}"
+        return InputError(f"{path}: no such {kind}, expected {what} of {self.entry.title}{home}")
 
     def pictures(
         self,
@@ -96,9 +105,9 @@ class DatasetFolder:
         """
         listed: dict[str, Path] = {}
         for entry in (*train, *test, *(validation or ())):
-            parts = PurePosixPath(entry.file).parts
+            parts = path_parts(entry.file)
             file = "/".join(parts)
-            if not parts or parts[0] == "/" or ".." in parts:
+            if not parts or entry.file.startswith(("/", "\\")) or ".." in parts:
                 raise InputError(f"{entry.said_by}: {entry.file!r} is no path below {root}")
             if file in listed:
                 where = entry.said_by if entry.said_by == listed[file] else f"{listed[file]}, {entry.said_by}"
@@ -139,7 +148,7 @@ def class_names_by_folder(*splits: Sequence[Entry]) -> list[str]:
     """
     folders: dict[int, str] = {}
     for entry in (entry for split in splits for entry in split):
-        folder = PurePosixPath(entry.file).parent.name
+        folder = "/".join(path_parts(entry.file)[-2:-1])
         if folders.setdefault(entry.label, folder) != folder:
             both = f"both {folders[entry.label]!r} and {folder!r}"
             raise InputError(f"{entry.said_by}: label {entry.label + 1} is in {both}")

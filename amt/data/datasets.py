@@ -10,6 +10,7 @@ may be listed twice (it could be trained on and tested on). torchvision's own da
 unpickle, tell that something is missing but not what, and accept a list that names a file which is not there.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +31,14 @@ from amt.data.list_files import (
     read_pairs,
 )
 from meta_dataset_readers.errors import InputError, nearest
-from meta_dataset_readers.files import LARGEST_LIST, folder_names, read_bytes, read_json, size_of
+from meta_dataset_readers.files import (
+    LARGEST_LIST,
+    folder_names,
+    read_bytes,
+    read_json,
+    size_of,
+    split_folders,
+)
 from meta_dataset_readers.pictures import picture_names, upright
 
 # --- the table -------------------------------------------------------------------------------------------
@@ -193,11 +201,13 @@ def _by_number(file: Path) -> dict[str, str]:
 
 
 def _open_cars(place: DatasetFolder, _seed: int) -> Opened:
-    """Either form: pictures of a split in a folder each, or all in one folder."""
+    """Either form: pictures of a split in a folder each, or all in one folder. Lists of both may be there,
+    so the pictures tell."""
     place = place.at(
         ("stanford_cars", "cars", "."), ("devkit", "cars_train", "cars_test", "cars_annos.mat", "car_ims")
     )
-    if place.holds(".", ("cars_annos.mat",)):
+    by_split = place.holds(".", ("cars_train", "cars_test", "devkit"))
+    if place.holds(".", ("car_ims",)) or (place.holds(".", ("cars_annos.mat",)) and not by_split):
         file = place.file("cars_annos.mat", "the labels")
         names = as_texts(file, read_matlab(file, "class_names"))
         table = read_matlab(file, "annotations")
@@ -214,9 +224,12 @@ def _open_cars(place: DatasetFolder, _seed: int) -> Opened:
         # torchvision keeps the labels of the test pictures outside the devkit.
         usual, other = (f"devkit/{mat}", mat) if split == "train" else (mat, f"devkit/{mat}")
         file = place.file(usual, f"the {split} labels", other)
-        place.subfolder(f"cars_{split}", f"the {split} pictures")
+        folder = f"cars_{split}"
+        place.subfolder(folder, f"the {split} pictures")
         table = read_matlab(file, "annotations")
-        splits.append(_car_entries(file, table, "fname", f"cars_{split}/", len(names)))
+        if place.holds(folder, (folder,)):  # one folder too many, as Kaggle has it
+            folder = f"{folder}/{folder}"
+        splits.append(_car_entries(file, table, "fname", f"{folder}/", len(names)))
     return place.pictures(place.folder, names, *splits)
 
 
@@ -302,20 +315,31 @@ def _open_caltech(
 
 def _open_folders(place: DatasetFolder, seed: int) -> Opened:
     """train/, test/ and perhaps val/ of class folders; or class folders alone, 80 % of each for training."""
-    split_folders = [place.folder / split for split in ("train", "test")]
-    if not any(folder.is_dir() and folder_names(folder) for folder in split_folders):
+    place = _unwrapped(place)
+    found = split_folders(place.folder)
+    if not found.keys() & {"TRAIN", "TEST"}:
         return _split_classes(place, place.folder, folder_names(place.folder), seed)
-    root = place.subfolder("train", "a folder of training pictures per class")
-    place.subfolder("test", "a folder of test pictures per class")
+    root = place.subfolder(found.get("TRAIN", "train"), "a folder of training pictures per class")
+    place.subfolder(found.get("TEST", "test"), "a folder of test pictures per class")
     class_names = folder_names(root)
-    splits = [_folder_entries(place.folder, split, class_names) for split in ("train", "test")]
+    splits = [_folder_entries(place.folder, found[split], class_names) for split in ("TRAIN", "TEST")]
     for label, name in enumerate(class_names):
         if not any(entry.label == label for entry in splits[0]):
             raise InputError(f"{root / name}: no picture, expected one or more of every class")
-    held_out = next((name for name in ("val", "valid", "validation") if (place.folder / name).is_dir()), None)
-    if held_out:
-        splits.append(_folder_entries(place.folder, held_out, class_names))
+    if "VALID" in found:
+        splits.append(_folder_entries(place.folder, found["VALID"], class_names))
     return place.pictures(place.folder, class_names, *splits)
+
+
+def _unwrapped(place: DatasetFolder) -> DatasetFolder:
+    """The folder itself, or one that is all it holds, with folders of its own and no picture."""
+    inner = [name for name in folder_names(place.folder) if name != "__MACOSX"]
+    if len(inner) != 1 or split_folders(place.folder):
+        return place
+    below = place.folder / inner[0]
+    if not folder_names(below) or picture_names(below):
+        return place
+    return dataclasses.replace(place, folder=below)
 
 
 def _folder_entries(root: Path, split: str, class_names: Sequence[str]) -> list[Entry]:
@@ -365,12 +389,29 @@ _HOMES = {
     "food101": "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
     "imagefolder": "wherever your own pictures are",
 }
+_ARCHIVES = {
+    "cifar10": ("cifar-10-python", "cifar-10-binary"),
+    "cifar100": ("cifar-100-python", "cifar-100-binary"),
+    "dtd": ("dtd-r1.0.1",),
+    "dogs": ("images", "lists"),
+    "cub": ("CUB_200_2011",),
+    "caltech101": ("caltech-101", "101_ObjectCategories"),
+    "caltech256": ("256_ObjectCategories",),
+    "cars": ("stanford_cars", "cars_train", "cars_test", "car_devkit", "car_ims"),
+    "flowers": ("102flowers",),
+}
 _CALTECH101 = _open_caltech(("caltech101", "caltech-101"), "101_ObjectCategories", 60, ("BACKGROUND_Google",))
 _CALTECH256 = _open_caltech(("caltech256", "caltech-256"), "256_ObjectCategories", 150)
 
 # By name: title, number of classes, image size, how it is opened, other names.
 DATASETS = {
-    name: Known(name, *entry, home=_HOMES[name], prepare=upright if name == "imagefolder" else None)
+    name: Known(
+        name,
+        *entry,
+        home=_HOMES[name],
+        prepare=upright if name == "imagefolder" else None,
+        archives=_ARCHIVES.get(name, ()),
+    )
     for name, entry in {
         "cifar10": ("CIFAR-10", 10, 32, _open_cifar(*cifar.CIFAR10)),
         "cifar100": ("CIFAR-100", 100, 32, _open_cifar(*cifar.CIFAR100)),

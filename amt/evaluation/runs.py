@@ -47,7 +47,7 @@ SEVERITIES = 5
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run directory as it was read.
+    """The content of a run directory.
 
     Args:
         folder: where.
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def unit(self) -> str:
-        """What a row is about, one of `UNITS`."""
+        """The unit of a row, one of `UNITS`."""
         return self.about.get("unit", UNITS[0])
 
     @property
@@ -102,7 +102,7 @@ class Run:
 
     @functools.cached_property
     def findings(self) -> list[Finding]:
-        """Everything suspect about the results."""
+        """All suspect results."""
         attacks = [attack_from(values) for values in self.about["attacks"]]
         return [finding for rows in self.rows.values() for finding in judge(rows, attacks)]
 
@@ -123,12 +123,12 @@ class Run:
 
     @property
     def stamps(self) -> tuple[str, ...]:
-        """What has to be printed beside every result, where settings were chosen on scored data."""
+        """Warnings to print beside every result, where settings were chosen on scored data."""
         return tuple(dict.fromkeys(about["stamp"] for about in self.merging.values() if "stamp" in about))
 
     @property
     def variants(self) -> dict[str, tuple[str, ...]]:
-        """By column what was run under its name, where the number of classes decides that."""
+        """By column the attacks run under its name, where the number of classes decides that."""
         found: dict[str, dict[str, None]] = {}
         for row in self.every_row:
             for column, variant in row.get("variants", {}).items():
@@ -147,7 +147,7 @@ class Run:
         return rows and all(name in self.corruptions for name in self.about.get("corruptions", ()))
 
     def left(self, source: str, numbers: Iterable[int]) -> list[int]:
-        """Which of these episodes or images of a domain have no row yet."""
+        """The numbers of episodes or images of a domain that have no row yet."""
         done = {row["index"] for row in self.rows.get(source, ())}
         return [number for number in numbers if number not in done]
 
@@ -300,7 +300,7 @@ def _read_rows(path: Path, columns: Sequence[str]) -> Iterable[dict]:
 
 
 def _in_range(row: dict, columns: Sequence[str]) -> bool:
-    """Whether the values of a row make sense; raises a TypeError or a KeyError for what is not a row."""
+    """Whether the values of a row are in range; raises a TypeError or a KeyError if it is not a row."""
     checks, variants = row.get("checks", {"images": 0, "changed": 0}), row.get("variants", {})
     return (
         isinstance(row["source"], str)

@@ -21,16 +21,16 @@ WROTE = (
 
 
 class Writer:
-    """Adds to a run directory: a new one, or an unfinished one of the same settings and the same code.
+    """Writes a run directory: a new one, or an unfinished one of the same settings and the same code.
 
-    Use it as a context manager; `append` is all that follows.
+    Use it as a context manager.
 
     Args:
         folder: created if missing.
-        about: what run.json says; its settings and commit decide whether the run may be continued.
+        about: the content of run.json; its settings and commit decide whether the run may be continued.
         part: (i, n) for part i of n processes that share the directory.
         overwrite: start anew, whatever is there.
-        flag: that names the directory, for messages.
+        flag: the flag that names the directory, for messages.
 
     Raises:
         InputError: on entering: the directory holds a run of other settings or another commit, another
@@ -111,7 +111,7 @@ class Writer:
 
 
 def _pairs(found: Mapping, asked: Mapping) -> list[tuple[str, object, object]]:
-    """What two runs must have alike. Domains may be added and left out; those in both are deployed alike."""
+    """The settings that two runs must share. Domains may differ, but those in both must be deployed alike."""
     pairs = settings_pairs(found["settings"], asked["settings"])
     for source in sorted(found["deployments"].keys() & asked["deployments"].keys()):
         deployed = settings_pairs(found["deployments"][source], asked["deployments"][source])

@@ -26,7 +26,7 @@ from amt.files import published, weight_files
 from amt.files.version import commit
 from amt.models.pool import FullPool, LoRAPool, Pool
 from amt.models.weights import Weights
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, printable
 from meta_dataset_readers.files import folder_to_disk, parse_json, replace_file
 
 FORMAT = 1
@@ -185,7 +185,7 @@ def _grouped(path: Path, tensors: Weights) -> dict[str, Weights]:
     for name, tensor in tensors.items():
         group, _, rest = name.partition("/")
         if group not in groups:
-            raise InputError(f"{path}: unexpected tensor {weight_files.printable(name)}")
+            raise InputError(f"{path}: unexpected tensor {printable(name)}")
         if not tensor.is_floating_point():
             raise InputError(f"{path}: tensor {name} is {tensor.dtype}, expected a floating-point type")
         if not torch.isfinite(tensor).all():

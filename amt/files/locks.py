@@ -8,7 +8,7 @@ import sys
 import weakref
 from pathlib import Path
 
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, say
 
 _UNKNOWN = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # no locks on this disk
 
@@ -42,7 +42,7 @@ class Lock:
                         f"{path}: another process is writing here; wait for its end or name another directory"
                     ) from None
                 raise InputError(f"{path}: cannot be opened and locked ({error.strerror})") from error
-            print(
+            say(
                 f"warning: {path}: this file system has no locks ({error.strerror}); see that no other "
                 "process writes here",
                 file=sys.stderr,

@@ -28,7 +28,7 @@ from amt.files.state_dicts import StateDict
 from amt.models.architectures import Triple
 from amt.models.network import Network
 from amt.models.weights import Weights
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, printable
 
 CLASSIFIER = "classifier"  # the kind of our files that hold one
 
@@ -162,7 +162,7 @@ def _sort(path: Path, found: StateDict, network: Network) -> _Parts:
         else:
             where, name = parts.weights, _renamed(name.replace(".bn_list.1.", "."), network)
         if name in where:
-            raise InputError(f"{path}: holds tensor {weight_files.printable(name)} under two names")
+            raise InputError(f"{path}: holds tensor {printable(name)} under two names")
         where[name] = tensor
     parts.notes.extend(f"{count} {what} left out" for what, count in left.items() if count)
     return parts
@@ -195,7 +195,7 @@ def _choose_head(heads: Weights, network: Network, start: Weights) -> tuple[Weig
     root = next(filter(fits, ("fc_downstream", network.classifier, "linear")), None)
     others = sorted({name.partition(".")[0] for name in heads if not root or not name.startswith(f"{root}.")})
     notes = [f"classifier {root}"] if root else []
-    notes += [f"left out {', '.join(map(weight_files.printable, others))}"] if others else []
+    notes += [f"left out {', '.join(map(printable, others))}"] if others else []
     head = {f"{network.classifier}.{part}": heads[f"{root}.{part}"] for part in own} if root else {}
     return head, "; ".join(notes)
 

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple, TypeGuard
 
 from torch import Tensor
 
-from amt.files.weight_files import printable
 from amt.models.weights import Weights
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, printable
 
 # In the order they are taken in. Of DINO's and iBOT's two networks the teacher is published; of two BatchNorm
 # sets the dual file has both.

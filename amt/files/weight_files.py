@@ -26,7 +26,7 @@ from torch import Tensor
 
 from amt.files import pickles
 from amt.models.weights import Weights
-from meta_dataset_readers.errors import InputError, first_line
+from meta_dataset_readers.errors import InputError, first_line, printable
 from meta_dataset_readers.files import reading, size_of
 
 # The only kinds of numbers a weight may have; the smaller ones are widened, which is exact.
@@ -192,11 +192,6 @@ def _rehearse(path: Path, what: str, stream: BinaryIO) -> tuple[Any, dict[str, p
         _refuse(path, what, {str(step)})
     except pickles.Damaged as error:
         raise InputError(f"{path}: damaged torch file ({printable(str(error))})") from error
-
-
-def printable(name: str) -> str:
-    """A name out of a file as it may be shown: on one line, and without power over a terminal."""
-    return name.encode("unicode_escape").decode("ascii")
 
 
 def _refuse(path: Path, what: str, names: set[str]) -> NoReturn:

@@ -12,6 +12,7 @@ from amt.evaluation import runs
 from amt.evaluation.runs import Run
 from amt.report.tables import corruption_table, table
 from amt.report.tensorboard import write_board
+from meta_dataset_readers.errors import say
 from meta_dataset_readers.files import replace_file
 
 
@@ -38,22 +39,22 @@ def finish(run: Run, device: torch.device) -> None:
     accuracy_picture(run.folder / "accuracy.png", run.columns, lines)
     decided = dict.fromkeys(about["how"] for about in run.merging.values())
     merging = f"; merging: {'; '.join(decided)}" if decided else ""
-    print(f"accuracy on {run.about.get('split')} {run.unit}s in per cent, 95% intervals{merging}")
+    say(f"accuracy on {run.about.get('split')} {run.unit}s in per cent, 95% intervals{merging}")
     for stamp in run.stamps:
-        print(stamp)
-    print(table(run.columns, lines, [[run.suspect(name, c) for c in run.columns] for name in names]))
+        say(stamp)
+    say(table(run.columns, lines, [[run.suspect(name, c) for c in run.columns] for name in names]))
     for column, variants in run.variants.items():
-        print(f"{column}: {'; or '.join(variants)}")
+        say(f"{column}: {'; or '.join(variants)}")
     if run.about["attacks"]:
         verdict = "; something is suspect, see above" if run.findings else "; nothing is suspect"
         checked = f"checked on {run.checked} images{verdict}" if run.checked else "not checked"
-        print(f"the attacks were {checked}")
+        say(f"the attacks were {checked}")
     if run.corruptions:
-        print("accuracy under common corruptions in per cent, by severity and on average")
-        print(corruption_table(run.corruptions))
+        say("accuracy under common corruptions in per cent, by severity and on average")
+        say(corruption_table(run.corruptions))
     if more["skipped_records"]:
-        print(f"{more['skipped_records']} damaged records were passed over")
-    print(f"wrote {out} and {run.folder / 'accuracy.png'}")
+        say(f"{more['skipped_records']} damaged records were passed over")
+    say(f"wrote {out} and {run.folder / 'accuracy.png'}")
 
 
 def cost(run: Run, device: torch.device) -> dict:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from meta_dataset_readers.command import Parser, available_cores
-from meta_dataset_readers.errors import exit_on_bad_input
+from meta_dataset_readers.errors import exit_on_bad_input, say
 from meta_dataset_readers.mini.sheets import write_contact_sheets
 from meta_dataset_readers.mini.sources import OBJECTS_PER_CLASS, SOURCE_NAMES
 from meta_dataset_readers.mini.write import Settings, make_mini
@@ -64,13 +64,13 @@ def main() -> None:
         progress=sys.stderr.isatty(),
     )
     if not any(source.fresh for source in written):
-        print(f"{options.out} already holds this set, complete; nothing to do")
+        say(f"{options.out} already holds this set, complete; nothing to do")
     for source in written:
         size = f"{source.bytes / 1e6:6.1f} MB"
-        print(f"{source.name:14} {source.classes:4} classes {source.images:6} images {size}")
+        say(f"{source.name:14} {source.classes:4} classes {source.images:6} images {size}")
     if options.contact_sheets:
         for path in write_contact_sheets(options.out, [source.name for source in written]):
-            print(path)
+            say(path)
 
 
 if __name__ == "__main__":

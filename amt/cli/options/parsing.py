@@ -11,7 +11,7 @@ from pathlib import Path
 
 from amt.cli.options.published_flags import is_published, n_values, reasons
 from meta_dataset_readers import command
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, say
 
 
 class Parser(command.Parser):
@@ -25,7 +25,7 @@ class Parser(command.Parser):
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         args = super().parse(argv)
         for flag in vars(args).pop("without_effect", {}):
-            print(f"note: {flag} has no effect: {self.without_effect[flag]}", file=sys.stderr)
+            say(f"note: {flag} has no effect: {self.without_effect[flag]}", file=sys.stderr)
         return args
 
     def add_published(self) -> None:
@@ -70,9 +70,9 @@ class _HelpPublished(argparse.Action):
     """Lists the flags without effect, and ends the program."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
-        print("Flags of published command lines that are accepted without effect:")
+        say("Flags of published command lines that are accepted without effect:")
         for flag, reason in parser.without_effect.items():
-            print(f"  {flag:29} {reason}")
+            say(f"  {flag:29} {reason}")
         parser.exit()
 
 
