@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from toy_autolora_runs import CLASSES, assert_refused, command, pictures, rows
 
-from amt.cli import autolora
+from amt.cli import fine_tune
 from amt.cli.options import autolora as options
 from amt.data.corruptions import CORRUPTIONS
 from amt.files.robust_weights import Pretrained
@@ -177,8 +177,8 @@ def test_small_pictures_go_whole_into_a_network_for_large_ones(cifar, tmp_path, 
         seen.append(tested.transform)
         return unfinished, 0
 
-    monkeypatch.setattr(autolora, "test", test)
-    monkeypatch.setattr(autolora, "open_network", lambda args, network: (network, untrained(network)))
+    monkeypatch.setattr(fine_tune, "test", test)
+    monkeypatch.setattr(fine_tune, "open_network", lambda args, network: (network, untrained(network)))
     flags = cifar.flags(tmp_path, "--arch", "timm:vit_tiny_patch16_224", "--eval_only")
     ended = command(*flags)
     assert ended.code == 0, ended.err
@@ -209,6 +209,6 @@ def test_a_head_of_another_data_set_is_not_kept(cifar, tmp_path):
                 *more,
             ]
         )
-        _, found = autolora.open_network(args, network)
+        _, found = fine_tune.open_network(args, network)
         assert torch.equal(found.weights["fc.weight"], full["fc.weight"]) == kept
         assert kept or not found.weights["fc.weight"].any()

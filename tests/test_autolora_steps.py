@@ -25,7 +25,7 @@ from toy_autolora import (
     tuner_of,
 )
 
-from amt.cli.autolora import contents, fine_tune, restore
+from amt.cli.fine_tune import contents, fine_tune, restore
 from amt.data.labelled import ArrayImages
 from amt.data.loading import batches, transforms
 from amt.files.signals import Interrupted

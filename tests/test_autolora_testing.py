@@ -22,6 +22,7 @@ from amt.evaluation import test_set as testing
 from amt.evaluation.comparison import compare, other_episodes
 from amt.evaluation.evaluate import columns, measure
 from amt.evaluation.statistics import summarise
+from amt.evaluation.writer import Writer
 from amt.models.network import Network, logits
 from amt.report.document import page
 from amt.report.finish import finish
@@ -257,7 +258,7 @@ def test_fab_refuses_more_targets_than_there_are_classes(run_test, tmp_path):
 @pytest.mark.parametrize("stop_at", [0, 1, 3])
 def test_a_stopped_test_goes_on_where_it_was(run_test, whole, tmp_path, monkeypatch, capsys, stop_at):
     """The first batch has the 32 images that the attacks are checked on, the others 16."""
-    append, calls = runs.Writer.append, []
+    append, calls = Writer.append, []
 
     def noisy(self, *rows):
         append(self, *rows)
@@ -266,7 +267,7 @@ def test_a_stopped_test_goes_on_where_it_was(run_test, whole, tmp_path, monkeypa
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Writer, "append", noisy)
+        patch.setattr(Writer, "append", noisy)
         code = run_test(tmp_path, ATTACKS)
     done = 32 + 16 * stop_at if stop_at < 3 else 70
     if done < 70:
@@ -341,14 +342,14 @@ def corrupted(names=("fog", "noise")) -> dict:
 def test_common_corruptions_are_measured_summed_up_and_gone_on_with(
     run_test, weights, tmp_path, monkeypatch, capsys
 ):
-    note = runs.Writer.note_corruption
+    note = Writer.note_corruption
 
     def noisy(self, *found):
         note(self, *found)
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Writer, "note_corruption", noisy)
+        patch.setattr(Writer, "note_corruption", noisy)
         assert run_test(tmp_path, corrupted=corrupted()) == 130
     out = capsys.readouterr().out
     assert "70 of 70 images are done, and 1 of 2 corruptions; the same command continues" in out

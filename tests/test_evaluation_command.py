@@ -11,6 +11,7 @@ from toy_training import assert_refused, command, error_line, strict_json
 
 from amt.cli import compare
 from amt.evaluation import runs
+from amt.evaluation.writer import Writer
 from meta_dataset_readers.errors import exit_on_bad_input
 
 ATTACKS = (
@@ -82,14 +83,14 @@ def check_continued(flags, whole, out) -> None:
 
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
 def test_a_stopped_evaluation_goes_on_where_it_was(flags, whole, tmp_path, monkeypatch, number, workers):
-    append = runs.Writer.append
+    append = Writer.append
 
     def noisy(self, row):
         append(self, row)
         signal.raise_signal(number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Writer, "append", noisy)
+        patch.setattr(Writer, "append", noisy)
         ended = command("test_meta_dataset", *flags(tmp_path, *ATTACKS, "--num_workers", workers))
     assert ended.code == 128 + number and "Traceback" not in ended.err
     assert "1 of 3 episodes are done; the same command continues" in ended.out

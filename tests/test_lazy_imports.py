@@ -26,7 +26,13 @@ def loaded(code: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["main.py", "--help"], ["test_meta_dataset.py", "--help"], ["amt", "-h"]]
+    "arguments",
+    [
+        ["main.py", "--help"],
+        ["main.py", "autolora", "--help"],
+        ["test_meta_dataset.py", "--help"],
+        ["amt", "-h"],
+    ],
 )
 def test_help_comes_without_torch(arguments):
     script, *words = arguments

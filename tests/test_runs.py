@@ -13,8 +13,8 @@ from conftest import fails, patterned_episode
 from amt.attacks.kinds import Attack
 from amt.evaluation import runs
 from amt.evaluation.evaluate import columns, measure
-from amt.evaluation.runs import Writer
 from amt.evaluation.samples import SAMPLED, sample_of
+from amt.evaluation.writer import Writer
 from amt.tasks.classifier import Classifier
 
 ATTACKS = (Attack("pgd", (2, 8), steps=3),)
@@ -160,7 +160,7 @@ def test_a_domain_left_out_once_keeps_what_decided_it(tmp_path):
     ("file", "text", "named"),
     [
         (None, None, "no run directory: it has no run.json"),
-        ("run.json", "{", "cannot be read as JSON"),
+        ("run.json", "{", "not valid JSON"),
         ("run.json", "[]", "holds a list, expected a dict"),
         ("run.json", "{}", "expected a dict under settings, got NoneType"),
         (

@@ -15,6 +15,7 @@ from amt.evaluation import runs
 from amt.evaluation.deploy import check_deployment, deploy, earlier_note
 from amt.evaluation.recording import description, ended, examine, record
 from amt.evaluation.statistics import groups
+from amt.evaluation.writer import Writer
 from amt.files import checkpoint, version
 from amt.files.pretrained import load_network
 from amt.files.signals import Interrupts
@@ -57,7 +58,7 @@ def main(args: argparse.Namespace) -> int:
     part, parts = options.part(args)
     todo = range(part, args.nTestEpisode, parts)
     about = describe(args, network, saved, deployments, attacks)
-    writer = runs.Writer(args.output_dir, about, (part, parts), args.overwrite)
+    writer = Writer(args.output_dir, about, (part, parts), args.overwrite)
     with writer as out, Interrupts() as interrupts:
         earlier = runs.peek(args.output_dir)
         left = {source: earlier.left(source, todo) for source in readers}
@@ -143,7 +144,7 @@ def read(args, reader: EpisodeReader, numbers: Sequence[int], device: torch.devi
         yield episode.to(device)
 
 
-def score(args, network: Network, predict: Predictor, episode: Episode, attacks, out: runs.Writer) -> dict:
+def score(args, network: Network, predict: Predictor, episode: Episode, attacks, out: Writer) -> dict:
     """The row of one episode; on the first ones the attacks are checked, and images kept."""
     check, keep = episode.index < args.probe_episodes, episode.index < args.samples
     surrogate = pretrained_predictor(network)

@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from amt.attacks.kinds import Attack
 from amt.evaluation.evaluate import Measurement, columns, measure
-from amt.evaluation.runs import Run, Writer
+from amt.evaluation.runs import Run
 from amt.evaluation.samples import sample_of
 from amt.evaluation.sanity import probe
+from amt.evaluation.writer import Writer
 from amt.files.checkpoint import provenance
 from amt.files.signals import Interrupts
 from amt.models.network import CHUNK

@@ -1,4 +1,4 @@
-"""Run directories: the results of an evaluation, written as they come, resumed, shared out and read again.
+"""Run directories: the results of an evaluation, as `writer` writes them, read and summarised.
 
     RUN/run.json       what was asked for, written first
     RUN/merging.json   by domain, how its merging was decided, before its first episode
@@ -15,7 +15,6 @@ each, whose accuracies are 0 or 1; and perhaps there is
 Knows rows, not how they are computed.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -24,12 +23,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from amt.attacks.kinds import Attack
-from amt.evaluation.samples import Sample, read_samples, write_sample
+from amt.evaluation.samples import Sample, read_samples
 from amt.evaluation.sanity import Finding, judge
 from amt.evaluation.statistics import Summary, summarise, with_averages
-from amt.files.run_directory import RunDirectory, check_same, settings_pairs
 from meta_dataset_readers.errors import InputError
-from meta_dataset_readers.files import replace_file, to_disk
+from meta_dataset_readers.files import read_json
 
 FORMAT = 1
 _ABOUT = {
@@ -164,111 +162,6 @@ class Run:
         return sorted(found, key=lambda sample: (order.get(sample.source, len(order)), sample.index))
 
 
-WROTE = (
-    *("rows*.jsonl", "results.json", "merging.json", "corruptions.json", "samples/*.npz", "samples"),
-    *("tensorboard/events.out.tfevents.*.evaluation", "tensorboard"),
-)
-
-
-class Writer:
-    """Writes a run directory: a new one, or an unfinished one of the same settings and the same code.
-
-    Use it as a context manager.
-
-    Args:
-        folder: created if missing.
-        about: the content of run.json; its settings and commit decide whether the run may be continued.
-        part: (i, n) for part i of n processes that share the directory.
-        overwrite: start anew, whatever is there.
-        flag: the flag that names the directory, for messages.
-
-    Raises:
-        InputError: on entering: the directory holds a run of other settings or another commit, another
-            process writes this part of it, or it cannot be written to.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        about: Mapping,
-        part: tuple[int, int] = (0, 1),
-        overwrite: bool = False,
-        flag: str = "--output_dir",
-    ):
-        i, n = part
-        if overwrite and n > 1:
-            raise InputError(f"--overwrite: {folder} is shared by {n} parts; remove what is there instead")
-        self.folder = folder
-        self._path = folder / ("rows.jsonl" if n == 1 else f"rows.{i}of{n}.jsonl")
-        self._flag = flag
-        self._directory = RunDirectory(
-            folder,
-            {"format": FORMAT, **about},
-            results=WROTE,
-            flag=flag,
-            overwrite=overwrite,
-            part=self._path.name,
-            renew=self._renewed,
-        )
-
-    def __enter__(self) -> "Writer":
-        with contextlib.ExitStack() as opened:
-            opened.enter_context(self._directory)
-            self._file = opened.enter_context(open(self._path, "a+b"))
-            # A line without its end was cut short by a crash; its episode is done again.
-            self._file.seek(0)
-            content = self._file.read()
-            self._file.truncate(content.rfind(b"\n") + 1)
-            self._opened = opened.pop_all()
-        return self
-
-    def _renewed(self, path: Path, _earlier: dict, asked: dict) -> dict:
-        """The run.json for more episodes or domains: nothing that decides a row has changed."""
-        earlier = _read_about(self.folder)
-        check_same(path, _pairs(earlier, asked), self._flag)
-        if earlier.get("commit") != asked.get("commit"):
-            raise InputError(
-                f"{path}: this run was begun with commit {earlier.get('commit')}, the code is now "
-                f"{asked.get('commit')}; name another {self._flag}, go back to that commit to continue, or "
-                "--overwrite to start anew"
-            )
-        # Keep the decisions of domains that are not evaluated this time: their rows stay, too.
-        return asked | {"deployments": earlier["deployments"] | asked["deployments"]}
-
-    def append(self, *rows: Mapping) -> None:
-        """Add rows; when this returns they are on the disk."""
-        self._file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
-        to_disk(self._file)
-
-    def __exit__(self, *_exception) -> None:
-        self._opened.close()
-
-    def note_merging(self, source: str, about: Mapping) -> None:
-        """Note how a domain's merging was decided."""
-        path = self.folder / "merging.json"
-        with self._directory.alone():  # the other parts add their domains to the same file
-            text = json.dumps(read_merging(self.folder) | {source: about}, indent=1)
-            replace_file(path, text + "\n")
-
-    def note_corruption(self, name: str, accuracies: Sequence[float]) -> None:
-        """Note the accuracies in [0, 1] under one common corruption, by severity."""
-        text = json.dumps(read_corruptions(self.folder) | {name: list(accuracies)}, indent=1)
-        replace_file(self.folder / "corruptions.json", text + "\n")
-
-    def keep(self, sample: Sample) -> None:
-        """Keep some images."""
-        write_sample(self.folder, sample)
-
-
-def _pairs(found: Mapping, asked: Mapping) -> list[tuple[str, object, object]]:
-    """The settings that two runs must share. Domains may differ, but those in both must be deployed alike."""
-    pairs = settings_pairs(found["settings"], asked["settings"])
-    for source in sorted(found["deployments"].keys() & asked["deployments"].keys()):
-        deployed = settings_pairs(found["deployments"][source], asked["deployments"][source])
-        pairs += [(f"{name} of {source}", before, now) for name, before, now in deployed]
-    return pairs
-
-
 def load(folder: Path) -> Run:
     """Read a run directory, complete or not.
 
@@ -283,9 +176,9 @@ def load(folder: Path) -> Run:
 
 def peek(folder: Path) -> Run:
     """Read a run directory as `load` does; it may have no row yet."""
-    about = _read_about(folder)
+    about = read_about(folder)
     if (folder / "results.json").exists():
-        about = _read_json(folder / "results.json", dict) | about
+        about = _read_object(folder / "results.json") | about
     merging = read_merging(folder)
     rows: dict[str, dict[int, dict]] = {source: {} for source in about["sources"]}
     for path in sorted(folder.glob("rows*.jsonl")):
@@ -331,11 +224,12 @@ def attack_from(values: Mapping) -> Attack:
     return Attack(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def _read_about(folder: Path) -> dict:
+def read_about(folder: Path) -> dict:
+    """The content of run.json. Raises InputError if there is none, or it is damaged."""
     path = folder / "run.json"
     if not path.is_file():
         raise InputError(f"{folder}: no run directory: it has no run.json")
-    about = _read_json(path, dict)
+    about = _read_object(path)
     for name, kind in _ABOUT.items():
         if not isinstance(about.get(name), kind):
             found = type(about.get(name)).__name__
@@ -355,13 +249,10 @@ def _read_about(folder: Path) -> dict:
     return about
 
 
-def _read_json(path: Path, kind: type):
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(found, kind):
-        raise InputError(f"{path}: holds a {type(found).__name__}, expected a {kind.__name__}")
+def _read_object(path: Path) -> dict:
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: holds a {type(found).__name__}, expected a dict")
     return found
 
 
@@ -372,7 +263,7 @@ def read_merging(folder: Path) -> dict[str, dict]:
         InputError: merging.json is damaged.
     """
     path = folder / "merging.json"
-    found = _read_json(path, dict) if path.exists() else {}
+    found = _read_object(path) if path.exists() else {}
     for source, about in found.items():
         if not isinstance(about, dict) or not isinstance(about.get("how"), str):
             raise InputError(f"{path}: {source} does not say how it was merged")
@@ -386,7 +277,7 @@ def read_corruptions(folder: Path) -> dict[str, list[float]]:
         InputError: corruptions.json is damaged.
     """
     path = folder / "corruptions.json"
-    found = _read_json(path, dict) if path.exists() else {}
+    found = _read_object(path) if path.exists() else {}
     for name, values in found.items():
         good = isinstance(values, list) and len(values) == SEVERITIES
         if not good or not all(isinstance(each, int | float) and 0 <= each <= 1 for each in values):

@@ -23,6 +23,7 @@ from amt.data.loading import Transform, batches
 from amt.evaluation import runs
 from amt.evaluation.evaluate import Measurement, measure
 from amt.evaluation.recording import description, ended, examine, record
+from amt.evaluation.writer import Writer
 from amt.files.signals import Interrupts
 from amt.models.network import Network, logits
 from amt.models.weights import Weights
@@ -107,7 +108,7 @@ def test(
     weights = {key: tensor.detach() for key, tensor in weights.items()}
     predict, device = predictor(network, weights), next(iter(weights.values())).device
     described = _description(network, weights, tested, about, attacks, seed, corrupted)
-    writer = runs.Writer(folder, described, overwrite=overwrite, flag="--output")
+    writer = Writer(folder, described, overwrite=overwrite, flag="--output")
     with writer as out, Interrupts() as interrupts:
         left = runs.peek(folder).left(tested.name, range(len(tested.images)))
         done = len(tested.images) - len(left)
@@ -254,7 +255,7 @@ def check_attacks(attacks: Sequence[Attack], n_classes: int) -> None:
 
 
 def _rows(
-    out: runs.Writer,
+    out: Writer,
     predict: Predictor,
     tested: TestSet,
     left: Sequence[int],

@@ -23,24 +23,12 @@ from torch import Tensor
 
 from amt.files import state_dicts, weight_files
 from amt.files.checkpoint import HEADER
+from amt.files.pretrainings import PRETRAININGS, published_name
 from amt.files.state_dicts import StateDict
 from amt.models.architectures import Triple
 from amt.models.network import Network
 from amt.models.weights import Weights
-from meta_dataset_readers.errors import InputError, nearest, printable
-
-# The published --pretraining choices, and whether such networks normalise their input.
-PRETRAININGS = {
-    "ACL": True,
-    "AdvCL": False,
-    "A-InfoNCE": False,
-    "DeACL": True,
-    "DynACL": True,
-    "DynACL++": True,
-    "DynACL_AIR": True,
-    "DynACL_AIR++": True,
-    "DynACL_RCS": True,
-}
+from meta_dataset_readers.errors import InputError, printable
 
 CLASSIFIER = "classifier"  # the kind of our files that hold one
 
@@ -83,7 +71,7 @@ def read(path: Path, network: Network, start: Weights, pretraining: str | None =
             unexpected or misshapen are listed) or holds numbers that are not finite; or the pretraining is
             unknown.
     """
-    normalises = None if pretraining is None else _normalises(pretraining)
+    normalises = None if pretraining is None else PRETRAININGS[published_name(pretraining)]
     content = weight_files.read(path, "checkpoint")
     about = _about(path, content.header)
     found = state_dicts.unwrap(path, content.data, network.names)
@@ -124,16 +112,6 @@ def _about(path: Path, header: Mapping[str, str]) -> dict:
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: no classifier, damaged header field {HEADER!r} ({error!r})") from error
     raise InputError(f"{path}: holds a {kind}, expected a classifier, such as the best.safetensors beside it")
-
-
-def _normalises(pretraining: str) -> bool:
-    known = {name.replace("_", "-").lower(): answer for name, answer in PRETRAININGS.items()}
-    try:
-        return known[pretraining.replace("_", "-").lower()]
-    except KeyError:
-        raise InputError(
-            f"--pretraining {pretraining!r} is not known; {nearest(pretraining, PRETRAININGS)}"
-        ) from None
 
 
 # Names

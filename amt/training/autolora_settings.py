@@ -1,16 +1,27 @@
-"""How a classifier is fine-tuned, and the attack of its training and validation: settings of AutoLoRa and of
-the methods it is compared with (amt/training/objectives.py)."""
+"""How AutoLoRa fine-tunes: length, rates, method, and the attack of training. Knows no tensors."""
 
+import argparse
 import dataclasses
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from meta_dataset_readers.settings import positive_int, setting
 
-from amt.attacks.perturb import Ball, gaussian_noise, uniform_noise
-from meta_dataset_readers.settings import setting
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from amt.attacks.perturb import Ball
 
 MODES = ("SLF", "ALF", "AFF")
 METHODS = ("autolora", "vanilla", "twins")
+
+
+def _epochs(text: str) -> tuple[int, ...]:
+    """Increasing epochs, separated by commas."""
+    numbers = tuple(positive_int(part) for part in text.split(","))
+    if list(numbers) != sorted(set(numbers)):
+        raise argparse.ArgumentTypeError(f"{text} is not increasing")
+    return numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +46,16 @@ class Adversary:
     norm: str = setting("linf", "norm", flag="perturbation_type", aliases="-p", choices=("linf", "l2"))
 
     @property
-    def ball(self) -> Ball:
+    def ball(self) -> "Ball":
         """The images that it may reach, in pixel units."""
+        from amt.attacks.perturb import Ball  # brings torch, which --help need not wait for
+
         return Ball(self.norm, self.epsilon / 255, self.step_size / 255)
 
-    def begin(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def begin(self, images: "Tensor", generator: "torch.Generator") -> "Tensor":
         """Where the ascent from images (n, 3, S, S) in [0, 1] starts; the noise is drawn on the CPU."""
+        from amt.attacks.perturb import gaussian_noise, uniform_noise
+
         if self.start == "none":
             return images
         if self.start == "uniform_valid":
@@ -103,8 +118,14 @@ class Settings:
     )
     scale: float = setting(6.0, "largest weight of the divergence", least=0)
     divide: float = setting(2.0, "what a reduction divides the rate by", above=1)
-    milestones: tuple[int, ...] = ()
-    rank: int = setting(8, "rank of the low-rank branch (default: 8)", flag="r_nat", least=0, most=10**6)
+    milestones: tuple[int, ...] = setting(
+        (),
+        "without the automatic schedule: divide by ten after these epochs, such as 15,20",
+        flag="decreasing_lr",
+        read=_epochs,
+        nargs=None,
+    )
+    rank: int = setting(8, "rank of the low-rank branch", flag="r_nat", least=0, most=10**6)
     dual_norms: bool = False
     high_resolution: bool = False
     whole_passes: bool = setting(

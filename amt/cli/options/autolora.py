@@ -8,17 +8,16 @@ The published defaults depend on the script: AutoLoRa.py is for 32 to 96 px, Aut
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from amt.attacks.kinds import Attack, parse_attack
 from amt.cli.options.common import COUNT, PROCESSES, SIDE, add_machine, add_saving
 from amt.cli.options.parsing import Parser, check_distinct
 from amt.cli.options.published_settings import PublishedSettings, published_settings
-from amt.data.datasets import known
-from amt.files.robust_weights import PRETRAININGS
-from amt.models.architectures import LARGE
+from amt.files.pretrainings import PRETRAININGS, published_name
 from amt.training.autolora_settings import METHODS, MODES, Adversary, Settings
 from meta_dataset_readers.errors import InputError
-from meta_dataset_readers.settings import add_flags, as_path, from_args, positive_int
+from meta_dataset_readers.settings import add_flags, as_path, flag_of, from_args
 
 INSIDE = 224  # px that smaller images are enlarged to inside a network for high resolutions
 # 1/255: a smaller epsilon is meant in parts of the pixel range, as the published scripts have it; a radius of
@@ -45,106 +44,13 @@ def parser() -> Parser:
         "python main.py autolora",
     )
     parser.usage = "%(prog)s --dataset NAME --data DIR --arch NAME --checkpoint FILE --output DIR [flags]"
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--dataset",
-        default="cifar10",
-        help="cifar10, cifar100, stl10, dtd, dogs, cub, caltech101, caltech256, cars, aircraft, flowers, "
-        "food101, or imagefolder: train/CLASS/* and test/CLASS/*, or class folders alone",
-    )
-    data.add_argument(
-        "--data", "--data_root", type=as_path, default=Path("data"), help="where it lies on the disk"
-    )
-    data.add_argument("--resize", type=SIDE, help="side in pixels of the images (default: by data set)")
-    data.add_argument(
-        "--val",
-        type=float,
-        default=0.1,
-        help="share of the training images, of every class, that learning rate, restores and the reported "
-        "epoch are decided on",
-    )
-    data.add_argument("--num_classes", type=COUNT, help="outputs of the head (default: as many as classes)")
-    data.add_argument("--num_workers", type=PROCESSES, default=2, help="processes that read images")
-
-    model = parser.add_argument_group("network")
-    model.add_argument(
-        "--arch",
-        "--model",
-        "--model_arch",
-        default="resnet18",
-        help="resnet18, resnet34, resnet50 (or r18, r34, r50), wrn28-10, vit_small, vit_base, deit_tiny, "
-        "deit_small, or timm:NAME",
-    )
-    model.add_argument("--checkpoint", "--model_path", type=as_path, help="a robustly pretrained network")
-    model.add_argument(
-        "--load_checkpoint", type=as_path, help="the published name for --checkpoint beside --todo test"
-    )
-    model.add_argument("--no_pretrain", action="store_true", help="start from random weights")
-    model.add_argument(
-        "--pretraining",
-        type=_pretraining,
-        metavar="NAME",
-        help=f"what the file was made by, of {', '.join(PRETRAININGS)} (default: its content tells)",
-    )
-    model.add_argument(
-        "--resolution",
-        choices=["low", "high"],
-        help="schedules and augmentation for up to 96 px, or for 224 px, which smaller images are enlarged "
-        "to inside the network (default: by --resize; high for transformers and the flags of the published "
-        "high-resolution script)",
-    )
-    model.add_argument("--dualBN", type=int, choices=[0, 1], default=0, help="1: two BatchNorm sets")
-
-    method = parser.add_argument_group("method")
-    method.add_argument(
-        "--mode",
-        choices=["ALL", *MODES],
-        help="SLF, ALF: only the classifier, on clean or attacked images; AFF: everything; ALL: one after "
-        "the other, each from the checkpoint (default: AFF; with the published --experiment ALL)",
-    )
-    method.add_argument("--autolora", action="store_true", help="the published flag for what is the default")
-    method.add_argument(
-        "--autoLR", type=int, choices=[0, 1], help="1: learning rate by the schedule (default: with autolora)"
-    )
-    method.add_argument(
-        "--auto_scalars",
-        type=int,
-        choices=[0, 1],
-        help="1: weights of the loss by the schedule (default: with autolora)",
-    )
-    method_fields = ("method", "natural_share", "scale", "divide", "rank", "whole_passes", "published")
-    add_flags(method, Settings, *method_fields, "twins_share", unset=("natural_share", "rank"))
-
+    _add_data(parser.add_argument_group("data"))
+    _add_network(parser.add_argument_group("network"))
+    _add_method(parser.add_argument_group("method"))
     training = parser.add_argument_group("training")
-    add_flags(training, Settings, unset=("epochs", "batch_size", "lr", "weight_decay"))
+    add_flags(training, Settings, unset=("epochs", "batch_size", "lr", "weight_decay", "milestones"))
     add_flags(training, Adversary)
-    training.add_argument(
-        "--decreasing_lr",
-        type=_epochs,
-        help="without the automatic schedule: divide by ten after these epochs, such as 15,20",
-    )
-
-    testing = parser.add_argument_group("testing")
-    testing.add_argument("--num_steps_test", type=COUNT, help="PGD steps (default: 20; high: 10)")
-    testing.add_argument("--test_batch_size", type=COUNT, default=128)
-    testing.add_argument("--eval_only", action="store_true", help="test --checkpoint, which has its head")
-    testing.add_argument(
-        "--todo", choices=["train", "valid", "test"], default="train", help="other than train: --eval_only"
-    )
-    testing.add_argument("--eval_AA", action="store_true", help="also under AutoAttack")
-    testing.add_argument(
-        "--attack",
-        nargs="+",
-        action="append",
-        metavar=("NAME", "OPTION=VALUE"),
-        help="instead of PGD, any number of times: pgd, apgd, fab, autoattack, square; see "
-        "test_meta_dataset.py --help",
-    )
-    testing.add_argument(
-        "--eval_OOD", action="store_true", help="also under common corruptions: --corruptions, or made here"
-    )
-    testing.add_argument("--corruptions", type=as_path, help="folder of CIFAR-10-C or CIFAR-100-C")
-
+    _add_testing(parser.add_argument_group("testing"))
     machine = add_machine(parser, seed=1)
     machine.add_argument(
         "--output", "--output_dir", "--model_root", type=as_path, help="where everything is written"
@@ -162,6 +68,109 @@ def parser() -> Parser:
     return parser
 
 
+def _add_data(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--dataset",
+        default="cifar10",
+        help="cifar10, cifar100, stl10, dtd, dogs, cub, caltech101, caltech256, cars, aircraft, flowers, "
+        "food101, or imagefolder: train/CLASS/* and test/CLASS/*, or class folders alone",
+    )
+    group.add_argument(
+        "--data", "--data_root", type=as_path, default=Path("data"), help="where it lies on the disk"
+    )
+    group.add_argument("--resize", type=SIDE, help="side in pixels of the images (default: by data set)")
+    group.add_argument(
+        "--val",
+        type=float,
+        default=0.1,
+        help="share of the training images, of every class, that learning rate, restores and the reported "
+        "epoch are decided on",
+    )
+    group.add_argument("--num_classes", type=COUNT, help="outputs of the head (default: as many as classes)")
+    group.add_argument("--num_workers", type=PROCESSES, default=2, help="processes that read images")
+
+
+def _add_network(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--arch",
+        "--model",
+        "--model_arch",
+        default="resnet18",
+        help="resnet18, resnet34, resnet50 (or r18, r34, r50), wrn28-10, vit_small, vit_base, deit_tiny, "
+        "deit_small, or timm:NAME",
+    )
+    group.add_argument("--checkpoint", "--model_path", type=as_path, help="a robustly pretrained network")
+    group.add_argument(
+        "--load_checkpoint", type=as_path, help="the published name for --checkpoint beside --todo test"
+    )
+    group.add_argument("--no_pretrain", action="store_true", help="start from random weights")
+    group.add_argument(
+        "--pretraining",
+        metavar="NAME",
+        help=f"what the file was made by, of {', '.join(PRETRAININGS)} (default: its content tells)",
+    )
+    group.add_argument(
+        "--resolution",
+        choices=["low", "high"],
+        help="schedules and augmentation for up to 96 px, or for 224 px, which smaller images are enlarged "
+        "to inside the network (default: by --resize; high for transformers and the flags of the published "
+        "high-resolution script)",
+    )
+    group.add_argument("--dualBN", type=int, choices=[0, 1], default=0, help="1: two BatchNorm sets")
+
+
+def _add_method(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--mode",
+        choices=["ALL", *MODES],
+        help="SLF, ALF: only the classifier, on clean or attacked images; AFF: everything; ALL: one after "
+        "the other, each from the checkpoint (default: AFF; with the published --experiment ALL)",
+    )
+    group.add_argument("--autolora", action="store_true", help="the published flag for what is the default")
+    group.add_argument(
+        "--autoLR", type=int, choices=[0, 1], help="1: learning rate by the schedule (default: with autolora)"
+    )
+    group.add_argument(
+        "--auto_scalars",
+        type=int,
+        choices=[0, 1],
+        help="1: weights of the loss by the schedule (default: with autolora)",
+    )
+    fields = (
+        "method",
+        "natural_share",
+        "scale",
+        "divide",
+        "rank",
+        "whole_passes",
+        "published",
+        "twins_share",
+    )
+    add_flags(group, Settings, *fields, unset=("natural_share",))
+
+
+def _add_testing(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--num_steps_test", type=COUNT, help="PGD steps (default: 20; high: 10)")
+    group.add_argument("--test_batch_size", type=COUNT, default=128)
+    group.add_argument("--eval_only", action="store_true", help="test --checkpoint, which has its head")
+    group.add_argument(
+        "--todo", choices=["train", "valid", "test"], default="train", help="other than train: --eval_only"
+    )
+    group.add_argument("--eval_AA", action="store_true", help="also under AutoAttack")
+    group.add_argument(
+        "--attack",
+        nargs="+",
+        action="append",
+        metavar=("NAME", "OPTION=VALUE"),
+        help="instead of PGD, any number of times: pgd, apgd, fab, autoattack, square; see "
+        "test_meta_dataset.py --help",
+    )
+    group.add_argument(
+        "--eval_OOD", action="store_true", help="also under common corruptions: --corruptions, or made here"
+    )
+    group.add_argument("--corruptions", type=as_path, help="folder of CIFAR-10-C or CIFAR-100-C")
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags, checked once, with every default filled in that depends on others.
 
@@ -169,9 +178,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
         InputError: a flag is unknown, or wrong by itself or beside another.
     """
     args = parser().parse(argv)
-    published_high = any(
-        word.replace("-", "_").startswith(("__model_arch", "__model_path", "__model_root")) for word in argv
-    )
+    _translate_published(args)
+    _check(args)
+    _fill_in_sizes(args, argv)
+    if 0 < args.epsilon < FRACTIONS:
+        args.epsilon, args.step_size = _from_fraction(args.epsilon), _from_fraction(args.step_size)
+    return args
+
+
+def _translate_published(args: argparse.Namespace) -> None:
+    """Put published flags in the terms of ours."""
     args.mode = args.mode or ("AFF" if args.experiment is None else "ALL")
     args.eval_only |= args.todo != "train"
     args.eval_AA |= args.todo == "test"
@@ -179,37 +195,48 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args.checkpoint = args.load_checkpoint
     if args.experiment is not None and args.output is None:
         args.output = Path("checkpoints") / args.experiment
-    if args.output is None:
-        raise InputError("--output is missing: the folder that everything is written to")
     if args.gpu is not None and args.device == "auto":
         args.device = f"cuda:{args.gpu.partition(',')[0]}"
-    if args.checkpoint is None and (args.eval_only or not args.no_pretrain):
-        raise InputError("--checkpoint is missing: a file to start from (or --no_pretrain)")
-    if args.checkpoint is not None and args.no_pretrain:
-        raise InputError("--checkpoint and --no_pretrain: give one of them")
-    if not 0 < args.val <= 0.5:
-        raise InputError(
-            f"--val is {args.val:g}, expected more than 0 and at most 0.5 (the published 0 validates on the "
-            "training images)"
-        )
-    if args.r_nat == 0 and args.method == "autolora":
-        raise InputError("--r_nat is 0: without a low-rank branch it is --method vanilla")
-    if args.corruptions is not None and not args.eval_OOD:
-        raise InputError("--corruptions: is read with --eval_OOD")
+    if args.pretraining is not None:
+        args.pretraining = published_name(args.pretraining)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise an `InputError` for flags that are well-formed one by one and wrong together."""
+    ambiguous = args.perturbation_type == "l2" and FRACTIONS <= args.epsilon < SMALLEST_L2
+    wrong = {
+        "--output is missing: the folder that everything is written to": args.output is None,
+        "--checkpoint is missing: a file to start from (or --no_pretrain)": args.checkpoint is None
+        and (args.eval_only or not args.no_pretrain),
+        "--checkpoint and --no_pretrain: give one of them": args.checkpoint is not None and args.no_pretrain,
+        f"--val is {args.val:g}, expected more than 0 and at most 0.5 (the published 0 validates on the "
+        "training images)": not 0 < args.val <= 0.5,
+        "--r_nat is 0: without a low-rank branch it is --method vanilla": args.r_nat == 0
+        and args.method == "autolora",
+        "--corruptions: is read with --eval_OOD": args.corruptions is not None and not args.eval_OOD,
+        f"--epsilon {args.epsilon:g}: of l2 is ambiguous, expected 1/255, such as 128": ambiguous,
+        f"--seed {args.seed}: expected less than 2^62": args.seed >= 2**62,
+        "--eval_AA: needs an --epsilon above 0": args.eval_AA and not args.epsilon,
+    }
+    for message, is_so in wrong.items():
+        if is_so:
+            raise InputError(message)
+
+
+def _fill_in_sizes(args: argparse.Namespace, argv: list[str]) -> None:
+    """The size of the images by the data set, and the resolution that follows from it."""
+    from amt.data.datasets import known  # these bring torch, which --help need not wait for
+    from amt.models.architectures import LARGE
+
     entry = known(args.dataset)
     args.resize = args.resize or entry.image_size
     if args.resolution is None:
+        published_high = any(
+            word.replace("-", "_").startswith(("__model_arch", "__model_path", "__model_root"))
+            for word in argv
+        )
         transformer = args.arch.startswith(("vit", "deit", "timm:vit", "timm:deit"))
         args.resolution = "high" if published_high or transformer or args.resize >= LARGE else "low"
-    if args.perturbation_type == "l2" and FRACTIONS <= args.epsilon < SMALLEST_L2:
-        raise InputError(f"--epsilon {args.epsilon:g}: of l2 is ambiguous, expected 1/255, such as 128")
-    if 0 < args.epsilon < FRACTIONS:
-        args.epsilon, args.step_size = _from_fraction(args.epsilon), _from_fraction(args.step_size)
-    if args.seed >= 2**62:
-        raise InputError(f"--seed {args.seed}: expected less than 2^62")
-    if args.eval_AA and not args.epsilon:
-        raise InputError("--eval_AA: needs an --epsilon above 0")
-    return args
 
 
 def _from_fraction(value: float) -> float:
@@ -228,6 +255,8 @@ def high(args: argparse.Namespace) -> bool:
 
 def inside(args: argparse.Namespace) -> int | None:
     """The side that images are enlarged to inside the network, if they are."""
+    from amt.models.architectures import LARGE
+
     return INSIDE if high(args) and args.resize < LARGE else None
 
 
@@ -244,37 +273,51 @@ def modes(args: argparse.Namespace) -> tuple[str, ...]:
 def settings(args: argparse.Namespace, mode: str) -> Settings:
     """How one mode is trained."""
     full = mode == "AFF"
-    automatic = full and args.method == "autolora"
-    auto_lr = bool(args.autoLR) if args.autoLR is not None else args.autolora or args.method == "autolora"
-    table = published(args, mode, auto_lr)
-    by_table = table if args.pretraining and not auto_lr else None
-    epochs = args.epochs or (by_table.epochs if by_table else 60 if high(args) else 50 if auto_lr else 25)
-    slow = high(args) or not (full or auto_lr)
+    automatic = args.method == "autolora"
+    auto_lr = bool(args.autoLR) if args.autoLR is not None else args.autolora or automatic
+    auto_weights = bool(args.auto_scalars) if args.auto_scalars is not None else automatic
+    own = _defaults(args, mode, auto_lr)
+    flags = {field.name: flag_of(field) for field in dataclasses.fields(Settings)}
+    own = {name: value for name, value in own.items() if getattr(args, flags[name]) is None}
+    if args.decreasing_lr is None and "milestones" not in own:
+        own["milestones"] = milestones(args, args.epochs or own["epochs"])
     return from_args(
         Settings,
         args,
+        **own,
         mode=mode,
         method=args.method if full else METHODS[0],
-        epochs=epochs,
-        batch_size=args.batch_size or (table.batch_size if table else 128),
-        lr=args.lr if args.lr is not None else by_table.lr if by_table else 0.01 if slow else 0.1,
-        weight_decay=args.weight_decay if args.weight_decay is not None else (1e-4 if high(args) else 2e-4),
         adversary=adversary(args, mode),
         auto_lr=auto_lr,
-        auto_weights=full and (bool(args.auto_scalars) if args.auto_scalars is not None else automatic),
-        natural_share=args.lambda1 if args.lambda1 is not None else 0.5 if automatic else 1.0,
-        milestones=args.decreasing_lr or (by_table.milestones if by_table else milestones(args, epochs)),
-        rank=args.r_nat or 8,
+        auto_weights=full and auto_weights,
+        rank=args.r_nat or Settings.rank,
         dual_norms=bool(args.dualBN) and full,
         high_resolution=high(args),
         whole_passes=args.whole_passes or args.published,
     )
 
 
-def published(args: argparse.Namespace, mode: str, automatic: bool) -> PublishedSettings | None:
-    """What the published tables say; None for data that they do not have."""
+def _defaults(args: argparse.Namespace, mode: str, auto_lr: bool) -> dict[str, Any]:
+    """Settings that no flag gives, by the field's name, by resolution, mode and published tables."""
+    full = mode == "AFF"
+    found: dict[str, Any] = {
+        "batch_size": 128,
+        "natural_share": 0.5 if full and args.method == "autolora" else 1.0,
+    }
     if high(args):
-        return None
+        return found | {"epochs": 60, "lr": 0.01, "weight_decay": 1e-4}
+    found |= {"epochs": 50 if auto_lr else 25, "lr": 0.1 if full or auto_lr else 0.01, "weight_decay": 2e-4}
+    table = published(args, mode, auto_lr)
+    if table is None:
+        return found
+    # Without --pretraining, or with an automatic rate, only the batches are as published.
+    return found | (table._asdict() if args.pretraining and not auto_lr else {"batch_size": table.batch_size})
+
+
+def published(args: argparse.Namespace, mode: str, automatic: bool) -> PublishedSettings | None:
+    """What the published tables for low resolution say; None for data that they do not have."""
+    from amt.data.datasets import known
+
     name = args.pretraining or "ACL"
     return published_settings(name, known(args.dataset).name, args.resize, mode, automatic)
 
@@ -317,18 +360,3 @@ def attacks(args: argparse.Namespace) -> tuple[Attack, ...]:
         found.append(Attack("autoattack", (args.epsilon,), norm))
     check_distinct("attack", [attack.name for attack in found])
     return tuple(found)
-
-
-def _pretraining(text: str) -> str:
-    """A published name, with hyphens or underscores."""
-    names = {name.replace("-", "_").lower(): name for name in PRETRAININGS}
-    if text.replace("-", "_").lower() not in names:
-        raise argparse.ArgumentTypeError(f"{text!r} is not known, expected one of {', '.join(PRETRAININGS)}")
-    return names[text.replace("-", "_").lower()]
-
-
-def _epochs(text: str) -> tuple[int, ...]:
-    numbers = tuple(positive_int(part) for part in text.split(","))
-    if list(numbers) != sorted(set(numbers)):
-        raise argparse.ArgumentTypeError(f"{text} is not increasing")
-    return numbers
