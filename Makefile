@@ -29,8 +29,9 @@ help: ## list the targets
 setup: $(STAMP) ## install everything into .venv (PYTHON=/path/to/python chooses the interpreter)
 	@echo "setup: .venv is ready ($$($(PY) --version))"
 
-test: $(STAMP) ## ruff, then the test suite
+test: $(STAMP) ## ruff, pyright, then the test suite
 	@$(PY) -m ruff check .
+	@$(PY) -m pyright
 	@$(PY) -m tools.install_learn2learn || echo "learn2learn could not be built here: its tests are skipped"
 	@$(PY) -m pytest tests -q -n 2
 

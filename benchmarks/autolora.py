@@ -60,8 +60,9 @@ from amt.cli import options
 from amt.models.network import build_classifier, logits
 from amt.models.pool import Student
 from amt.models.weights import stream
-from amt.training.autolora import FineTuner, Settings, accuracy, new_student, validate
-from amt.training.objectives import Adversary
+from amt.training.accuracy import accuracy, validate
+from amt.training.autolora import FineTuner, new_student
+from amt.training.autolora_settings import Adversary, Settings
 from meta_dataset_readers.errors import InputError, exit_on_bad_input
 from meta_dataset_readers.settings import positive_int
 

@@ -20,9 +20,9 @@ from amt.attacks.kinds import Attack
 from amt.models.network import Network
 from amt.models.pool import Student
 from amt.models.weights import stream
-from amt.training.autolora import Accuracy
+from amt.training.accuracy import Accuracy
+from amt.training.autolora_settings import Adversary
 from amt.training.losses import RobustLoss, robust_loss
-from amt.training.objectives import Adversary
 from amt.training.schedule import loss_weights
 
 
@@ -139,7 +139,7 @@ def attack(
 
 
 def validate(model: Model, images: Tensor, labels: Tensor, adversary: Adversary, seed: int) -> Accuracy:
-    """Clean and robust accuracy in per cent; an image's start is that of `amt.training.autolora.validate`."""
+    """Clean and robust accuracy in per cent; an image's start is that of `amt.training.accuracy.validate`."""
     model.eval()
     model.take_thread(natural=False)
     with torch.no_grad():

@@ -107,7 +107,7 @@ def training_step(
     """One step of adversarial meta-tuning, the attack's start given; the gradient stays in `.grad`."""
     query, labels = episode.query, episode.query_labels
     proxy = copy.deepcopy(model)
-    centres = prototypes(model(episode.support), episode.support_labels, episode.n_way)
+    centres = prototypes(model(episode.support), episode.support_labels)
     fixed_centres = centres.detach()
 
     def divergence(images: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ def evaluate_episode(
         reload(merged, pool, coefficients)
         trim(merged, trims)
         scale, offset = pool.head(coefficients)
-        centres = prototypes(merged(support), labels, episode.n_way)
+        centres = prototypes(merged(support), labels)
         logits = cosine_logits(merged(episode.query), centres, scale, offset)
     wrong = logits.argmax(1) != episode.query_labels
     if attack is not None:
@@ -210,7 +210,7 @@ def score(
     cosines = []
     for p in range(len(pool)):
         reload(model, pool, [float(p == other) for other in range(len(pool))])
-        centres = prototypes(model(support), labels, episode.n_way)
+        centres = prototypes(model(support), labels)
         cosines.append(cosine_logits(model(view), centres))
     model.autocast = autocast
     return blend(*compactness(torch.stack(cosines), labels), routing)

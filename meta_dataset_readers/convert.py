@@ -357,7 +357,7 @@ def _finish(
 ) -> DatasetSpec:
     """Write the specification and, when a reader accepts everything else, the index."""
     packed = _without(counts, journal.left_out)
-    files.replace_file(directory / SPEC_FILE, [_spec_text(source.spec, packed)])
+    files.replace_file(directory / SPEC_FILE, _spec_text(source.spec, packed))
     spec = load_spec(directory)
     told = {"told_by": SPEC_FILE, "advice": ""}
     if spec != dataclasses.replace(source.spec, directory=directory, images_per_class=packed, **told):
@@ -375,7 +375,7 @@ def _finish(
     store = PackedStore(directory, plan["source"], spec, index)
     for class_id in _classes(spec):
         store.count(class_id)
-    files.replace_file(directory / INDEX_FILE, [json.dumps(index.json(), indent=2).encode()])
+    files.replace_file(directory / INDEX_FILE, json.dumps(index.json(), indent=2))
     (directory / JOURNAL_FILE).unlink()
     return spec
 

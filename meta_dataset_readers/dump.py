@@ -51,7 +51,7 @@ def dump_episode(folder: str | Path, number: int, episode: Episode, reader: Epis
             )
             counts[name] = tuple(labels.count(label) for label in range(len(episode.class_ids)))
         by_label = {name: {str(i): n for i, n in enumerate(sizes)} for name, sizes in counts.items()}
-        replace_file(folder / COUNTS_FILE, [_json(by_label)])
+        replace_file(folder / COUNTS_FILE, _json(by_label))
     except OSError as error:
         raise InputError(f"{folder}: episode {number} cannot be written: {error.strerror}") from error
 
@@ -74,7 +74,7 @@ def _claim(folder: Path, stem: str, description: bytes, counts: dict[str, tuple[
     for name in record_files(stem):
         if name in counts or (folder / name).exists():
             raise InputError(f"{folder / name}: belongs to another episode, which is not overwritten")
-    replace_file(file, [description])
+    replace_file(file, description)
 
 
 def _json(value: dict) -> bytes:

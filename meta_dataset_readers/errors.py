@@ -84,4 +84,4 @@ def one_line(error: InputError | OSError) -> str:
 
 def first_line(error: Exception) -> str:
     """An exception on one line."""
-    return printable(f"{type(error).__name__}: {error}".splitlines()[0].strip())
+    return printable(f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0].strip())

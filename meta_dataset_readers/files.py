@@ -6,8 +6,10 @@ Knows the syntax of JSON and YAML; what the values mean is known to `json_fields
 """
 
 import contextlib
+import errno
 import json
 import os
+import platform
 import re
 import shlex
 import stat
@@ -116,27 +118,67 @@ def _unreadable(path: str | Path, problem: OSError, error: type[InputError], wha
 # --- writing ---------------------------------------------------------------------------------------------
 
 
-def replace_file(path: Path, parts: Iterable[bytes]) -> None:
-    """Write `parts` one after the other to `path`: the whole file appears at once or not at all.
+def replace_file(path: Path, content: str | bytes | Iterable[bytes]) -> None:
+    """Write `content` (text as UTF-8, or bytes, also in parts): the file appears whole or not at all.
 
-    Only one process at a time may write to a path.
+    Both the file and its folder, which is made where it is missing, are on the disk when this returns, so a
+    power cut leaves the old file or the new one. Unfinished files that dead processes of this machine have
+    left of `path` are removed. Of several processes that write the same path the last one wins.
 
-    Raises OSError: what was there stays as it was.
+    Raises:
+        InputError: the place cannot be written to, or the disk is full; what was there stays as it was.
     """
-    unfinished = path.with_name(f".{path.name}.tmp")  # one name: what a killed run left is overwritten
+    content = content.encode() if isinstance(content, str) else content
+    prefix = f".{path.name}.{platform.node().replace('.', '-')}."
+    part = path.with_name(f"{prefix}{os.getpid()}.part")
     try:
-        with unfinished.open("wb") as file:
-            file.writelines(parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_dead_parts(path.parent, prefix)
+        with part.open("wb") as file:
+            file.writelines([content] if isinstance(content, bytes) else content)
             to_disk(file)
-        os.replace(unfinished, path)
+        os.replace(part, path)
+        folder_to_disk(path.parent)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def to_disk(file: BinaryIO) -> None:
     """Return when what was written to `file` survives a power cut."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def folder_to_disk(path: Path) -> None:
+    """Return when the names of the files in the folder `path` survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems cannot do this for folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _remove_dead_parts(folder: Path, prefix: str) -> None:
+    for name in os.listdir(folder):
+        pid = name.removeprefix(prefix).removesuffix(".part")
+        if name == f"{prefix}{pid}.part" and pid.isdecimal() and not _is_alive(int(pid)):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 # --- folders ---------------------------------------------------------------------------------------------

@@ -24,13 +24,14 @@ from tqdm import tqdm
 
 from amt.evaluation import runs
 from amt.evaluation.statistics import Summary, average_summary, summarise
-from amt.files import checkpoint, writing
+from amt.files import checkpoint
 from amt.files.pretrained import load_network
 from amt.models.weights import stream
 from amt.report.figures import mixing_picture
 from amt.tasks.merge import compactness, support_cosines
 from amt.tasks.settings import Routing
 from meta_dataset_readers import EpisodeReader, EpisodeSampling, episode_loader
+from meta_dataset_readers.files import replace_file
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = "mini_objects"
@@ -277,7 +278,7 @@ def main() -> None:
             + "; ".join(f"{k} {[round(v, 3) for v in values]}" for k, values in found.items())
         )
     mixing_picture(args.out / "mixing.png", curves(study, sweep))
-    writing.replace_file(args.out / "report.json", lambda part: part.write_text(json.dumps(report, indent=1)))
+    replace_file(args.out / "report.json", json.dumps(report, indent=1))
     print(f"\nwrote {args.out / 'report.json'} and {args.out / 'mixing.png'}")
 
 

@@ -21,8 +21,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from amt.files.pretrained import CHECKPOINTS
-from amt.files.writing import replace_file
 from amt.models.architectures import ARCHS, build_network
+from meta_dataset_readers.files import replace_file
 from meta_dataset_readers.mini.objects import object_attributes
 from meta_dataset_readers.spec import load_spec
 from meta_dataset_readers.store import RecordStore
@@ -118,7 +118,7 @@ def main() -> None:
     args = parser.parse_args()
     images, labels, heads = load_images(args.data_path / "mini_objects")
     network = pretrain(images, labels, heads, args.steps, args.batch, args.seed)
-    replace_file(args.out, lambda part: part.write_bytes(save(network.state_dict())))
+    replace_file(args.out, save(network.state_dict()))
     print(f"wrote {args.out}")
 
 

@@ -7,6 +7,8 @@ import os
 # torch is imported, and inherited by the commands that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import contextlib
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -24,18 +26,27 @@ from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.tfrecord import encode_example, write_records
 
+# Modules with fixtures that several files share: each is made once in a process.
+pytest_plugins = ["amt_golden", "toy_autolora_runs", "toy_pools", "toy_training"]
+
 # No test may depend on how busy the machine is.
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 
 
-@pytest.fixture(scope="module")
-def one_thread():
+@contextlib.contextmanager
+def single_thread():
     """A single thread of torch: small networks would only wait for more, and sums depend on their number."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    with single_thread():
+        yield
 
 
 SPLITS = ("TRAIN", "VALID", "TEST")
@@ -232,3 +243,11 @@ def moved_apart(pool: LoRAPool, scale: float = 0.05, seed: int = 1) -> LoRAPool:
     return pool.with_factors(
         {name: f + scale * torch.randn(f.shape, generator=generator) for name, f in pool.factors.items()}
     )
+
+
+def assert_same_episode(one: Episode, other: Episode) -> None:
+    """Every field, tensors bit by bit."""
+    for field in dataclasses.fields(Episode):
+        left, right = getattr(one, field.name), getattr(other, field.name)
+        same = left.equal(right) if isinstance(left, torch.Tensor) else left == right
+        assert same, (field.name, left, right)

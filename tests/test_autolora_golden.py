@@ -15,8 +15,10 @@ from amt.attacks.perturb import Ball, ascend
 from amt.models.network import Network, logits
 from amt.models.pool import Student, factor_shapes, low_rank, natural_weights, new_factors
 from amt.models.resnet import ResNet
-from amt.training.autolora import FineTuner, Settings, accuracy
-from amt.training.objectives import Adversary, attack, autolora, vanilla
+from amt.training.accuracy import accuracy
+from amt.training.autolora import FineTuner
+from amt.training.autolora_settings import Adversary, Settings
+from amt.training.objectives import attack, autolora, vanilla
 from amt.training.schedule import LossWeights
 
 pytestmark = golden
@@ -48,16 +50,16 @@ def ours(name: str) -> str:
 
 def student_of(state: dict[str, np.ndarray]) -> Student:
     """The published state as ours; of two BatchNorm sets number 1 is the adversarial one."""
-    rooms: dict[str, dict[str, Tensor]] = {"weights": {}, "factors": {}, "norms": {}}
+    parts: dict[str, dict[str, Tensor]] = {"weights": {}, "factors": {}, "norms": {}}
     for published, tensor in tensors(state).items():
         if published.startswith("fc.") and "fc_downstream.weight" in state:
             continue  # an ImageNet head that nothing uses
         name = ours(published).replace(".bn_list.1", "")
-        room = "factors" if ".lora_" in name else "norms" if ".bn_list.0" in name else "weights"
+        part = "factors" if ".lora_" in name else "norms" if ".bn_list.0" in name else "weights"
         if name.endswith("num_batches_tracked"):
             tensor = tensor.reshape(()).long()
-        rooms[room][name.replace(".bn_list.0", "")] = tensor
-    return Student(**rooms)
+        parts[part][name.replace(".bn_list.0", "")] = tensor
+    return Student(**parts)
 
 
 def leaves(student: Student) -> dict[str, Tensor]:
@@ -234,8 +236,8 @@ def test_every_gradient_goes_where_it_is_to_go(name, term):
     assert len(expected) == len(found)
     for published, value in expected.items():
         plain = ours(published)
-        room = "factors" if ".lora_" in plain else "norms" if ".bn_list.0" in plain else "weights"
-        plain = f"{room}/{plain}".replace(".bn_list.0", "").replace(".bn_list.1", "")
+        part = "factors" if ".lora_" in plain else "norms" if ".bn_list.0" in plain else "weights"
+        plain = f"{part}/{plain}".replace(".bn_list.0", "").replace(".bn_list.1", "")
         assert_close(found[plain], value, f"{published}: {term}", atol=1e-7)
 
 

@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import ROOT, about, process, same_tensors
 from conftest import fails, moved_apart, patterned_episode, random_backbone
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_commands import World, about, command, error_line, process, same_tensors, signal_after, world
 from torch import Tensor, nn
+from toy_training import World, command, error_line, signal_after
 
 from amt.attacks.levels import Perturbation
 from amt.cli import checkpoint as describing
@@ -41,8 +42,6 @@ from amt.training.meta_tune import ALONE, Tuner, natural_outcome, querying_outco
 from amt.training.settings import TuneSettings
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
-
-__all__ = ["world"]  # a fixture, found by its name
 
 ARCH = Arch(patch_size=4, dim=24, depth=2, heads=2, pretrained_size=16, image_size=16, mlp_ratio=2.0)
 ORDINARY = Perturbation(8, 2, steps=3, gamma=0.0, beta=0.0, grids=(0,), scalars=(1.0,), start="random1")
@@ -630,7 +629,7 @@ def trained(world: World, tmp_path_factory) -> dict[str, Path]:
     runs = {name: folder / str(number) for number, name in enumerate(BASELINES)}
     for name, out in runs.items():
         flags = world.train(out, *BASELINES[name])
-        ended = process("main", *flags, cwd=folder) if name == "P>M" else command("main", *flags)
+        ended = process(ROOT / "main.py", *flags, cwd=folder) if name == "P>M" else command("main", *flags)
         assert ended.code == 0, ended.err
         assert ended.out.splitlines()[-1].startswith("done: ") and "Warning" not in ended.err
     return runs

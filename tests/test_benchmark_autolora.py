@@ -18,8 +18,9 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from amt.models.network import Network, build_classifier
 from amt.models.resnet import ResNet
 from amt.models.weights import stream
-from amt.training.autolora import validate
-from amt.training.objectives import Adversary, attack
+from amt.training.accuracy import validate
+from amt.training.autolora_settings import Adversary
+from amt.training.objectives import attack
 from meta_dataset_readers.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent

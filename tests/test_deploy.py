@@ -286,7 +286,7 @@ def test_without_the_knob_the_routing_is_the_published_one(network, pool):
     for p in range(len(pool)):
         weights = pool.merge([float(p == k) for k in range(len(pool))])
         with torch.no_grad():
-            centres = prototypes(features(network, weights, support), labels, n_way)
+            centres = prototypes(features(network, weights, support), labels)
             seen = features(network, weights, view)
         cosine = F.cosine_similarity(seen[:, None], centres[None], dim=2)
         intra = sum(cosine[labels == c, c].mean() for c in range(n_way)) / n_way

@@ -6,21 +6,12 @@ import signal
 import time
 
 import pytest
-from test_commands import (
-    assert_refused,
-    command,
-    error_line,
-    start,
-    strict_json,
-    trained,
-    world,
-)
+from commands import ROOT, start
+from toy_training import assert_refused, command, error_line, strict_json
 
 from amt.cli import compare
 from amt.evaluation import runs
 from meta_dataset_readers.errors import exit_on_bad_input
-
-__all__ = ["trained", "world"]  # fixtures, found by their names
 
 ATTACKS = (
     *("--attack", "pgd", "epsilon=2,8", "--attack", "square", "queries=5", "epsilon=8"),
@@ -106,7 +97,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(flags, whole, tmp_path, monke
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(flags, whole, tmp_path):
-    running = start("test_meta_dataset", *flags(tmp_path / "out", *ATTACKS), cwd=tmp_path)
+    running = start(ROOT / "test_meta_dataset.py", *flags(tmp_path / "out", *ATTACKS), cwd=tmp_path)
     rows = tmp_path / "out" / "rows.jsonl"
     while running.poll() is None and not (rows.exists() and b"\n" in rows.read_bytes()):
         time.sleep(0.01)

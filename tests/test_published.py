@@ -20,9 +20,9 @@ from conftest import moved_apart, random_backbone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_commands import command
 from test_network import write_official
 from torch import Tensor
+from toy_training import command
 
 from amt.attacks.levels import Perturbation
 from amt.cli import checkpoint as describing

@@ -4,11 +4,9 @@ A process of its own costs seconds of imports. Here the scripts run with an inte
 is called; the commands are then called in this process, with the very flags of their command lines.
 """
 
-import contextlib
 import gzip
 import importlib
 import importlib.util
-import io
 import json
 import os
 import subprocess
@@ -18,6 +16,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from commands import ROOT, Ended, called
 from conftest import (
     REAL_SPECS,
     SPLITS,
@@ -35,13 +34,12 @@ from amt.cli import options
 from amt.cli.options import autolora as autolora_options
 from amt.models.architectures import ARCHS, Arch, build_network
 from amt.models.network import build_classifier
+from amt.training.meta_tune import Tuner
 from meta_dataset_readers.bscd import CHESTX_FINDINGS, CHESTX_IMAGES, CHESTX_LABELS, ISIC_IMAGES, ISIC_LABELS
-from meta_dataset_readers.errors import exit_on_bad_input
 from meta_dataset_readers.sampling import check_sampling
 from meta_dataset_readers.spec import load_spec
 from meta_dataset_readers.tfrecord import encode_example, write_records
 
-ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
 AUTOLORA_TABLES = ["autolora_high_resolution", "autolora_low_resolution"]
 TABLES = ["bscd_fsl", "fine_grained", "meta_dataset_5w1s", "meta_dataset_5w5s"]
@@ -143,14 +141,6 @@ exit "${CODE:-0}"
 """
 
 
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
 def script(
     name: str, folder: Path, *words, **environment
 ) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
@@ -178,7 +168,7 @@ def planned(name: str, folder: Path, **environment) -> list[list[str]]:
     return calls
 
 
-def called(words: list[str]) -> Ended:
+def run(words: list[str]) -> Ended:
     """Run a noted command in this process, as the last line of its script does."""
     program, *flags = words
     if program == "-m":
@@ -190,16 +180,7 @@ def called(words: list[str]) -> Ended:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         main, argv = module.main, [Path(program).name, *flags]
-    out, err, before = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = argv
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            exit_on_bad_input(main)
-    except SystemExit as ended:
-        return Ended(ended.code, out.getvalue(), err.getvalue())
-    finally:
-        sys.argv = before
-    raise AssertionError("it did not exit")
+    return called(main, argv)
 
 
 def value(words: list[str], flag: str) -> str:
@@ -303,7 +284,7 @@ def test_a_recipe_runs_to_its_end(world, name, tmp_path):
     assert ended.returncode == 0, ended.stderr
     before = sorted(world.out.rglob("*"))
     for words in calls:
-        dry = called(words)
+        dry = run(words)
         assert dry.code == 0 and "missing: " not in dry.out and dry.out.startswith("would "), dry
     assert sorted(world.out.rglob("*")) == before
     ended, calls = script(name, tmp_path, world.data, world.out, **environment)
@@ -313,10 +294,45 @@ def test_a_recipe_runs_to_its_end(world, name, tmp_path):
             and Path(value(words, "--output_dir"), "best.safetensors").exists()
         ):
             continue  # another recipe has trained it
-        ran = called(words)
+        ran = run(words)
         assert ran.code == 0, (words, ran)
     page = Path(value(calls[-1], "--out")).read_text()
     assert "one_lora" in page and "pretrained" in page
+
+
+def test_a_recipe_called_twice_trains_nothing_and_keeps_its_results(world, tmp_path, monkeypatch):
+    """The commands of one row of its table: the second time every file that they wrote stays as it is."""
+    out = tmp_path / "out"
+
+    def call() -> dict[Path, bytes]:
+        _, calls = script("meta_dataset_5w1s", tmp_path, world.data, out, **world.environment())
+        row = [
+            words
+            for words in [*of(calls, "main.py"), *of(calls, "test_meta_dataset.py")]
+            if "/pmf" in value(words, "--output_dir")
+        ]
+        assert [Path(words[0]).name for words in row] == ["main.py", "test_meta_dataset.py"]
+        for words in row:
+            ended = run(words)
+            assert ended.code == 0, (words, ended)
+        kept = (".safetensors", ".jsonl", ".npz", ".json")  # TensorBoard's files are drawn anew
+        return {file: file.read_bytes() for file in out.rglob("*") if file.suffix in kept}
+
+    def no_work(*_arguments):
+        raise AssertionError("the second call works again")
+
+    before = call()
+    assert {file.name for file in before} >= {"best.safetensors", "last.safetensors", "rows.jsonl"}
+    monkeypatch.setattr(Tuner, "step", no_work)
+    after = call()
+    assert after.keys() == before.keys()
+    for file in after:
+        if file.name in ("run.json", "results.json"):  # when it was called last, and the memory that took
+            found, expected = json.loads(after[file]), json.loads(before[file])
+            assert found.keys() == expected.keys()
+            assert {key for key in found if found[key] != expected[key]} <= {"started", "peak_memory_mb"}
+        else:
+            assert after[file] == before[file], file
 
 
 def test_a_recipe_runs_as_a_user_starts_it(world, tmp_path):
@@ -371,7 +387,7 @@ def test_a_dry_run_names_what_is_missing(world, tmp_path):
     training, testing = of(calls, "main.py")[0], of(calls, "test_meta_dataset.py")[1]
     out = tmp_path / "file" / "out"
     places = ["--data_path", str(tmp_path / "data"), "--output_dir", str(out), "--dry_run"]
-    ended = called([*training, *places])
+    ended = run([*training, *places])
     missing = [line for line in ended.out.splitlines() if line.startswith("missing: ")]
     assert ended.code == 2 and len(missing) == 3, ended
     assert "folder for the output" in missing[0] and str(out) in missing[0]
@@ -379,7 +395,7 @@ def test_a_dry_run_names_what_is_missing(world, tmp_path):
     assert "https://dl.fbaipublicfiles.com/dino/" in missing[1]
     assert "source ilsvrc_2012, VALID: " in missing[2]
     assert "there: source ilsvrc_2012, TRAIN: 5 classes" in ended.out
-    ended = called([*testing, *places])
+    ended = run([*testing, *places])
     assert ended.code == 2
     assert "missing: checkpoint no_out/train/pmf_5w1s/best.safetensors: no such file" in ended.out
     assert (
@@ -392,7 +408,7 @@ def test_a_dry_run_looks_into_the_checkpoint(world, tmp_path):
     flags = ["--arch", "vit_mini", "--test_sources", "dtd", "--num_ways", "5", "--num_support", "1"]
     places = ["--data_path", str(world.data), "--output_dir", str(tmp_path / "out")]
     file = ["--resume", str(tmp_path / "torn.safetensors"), "--dry_run"]
-    ended = called([str(ROOT / "test_meta_dataset.py"), *flags, *places, *file])
+    ended = run([str(ROOT / "test_meta_dataset.py"), *flags, *places, *file])
     assert ended.code == 2 and "missing: checkpoint" in ended.out and "torn.safetensors" in ended.out
     assert not (tmp_path / "out").exists()
 
@@ -458,7 +474,7 @@ def test_an_autolora_recipe_runs_to_its_end(tmp_path, name):
     for dry in (["--dry_run"], []):
         _, calls = script(name, tmp_path, tmp_path / "data", tmp_path / "out", *dry, **environment)
         for words in calls:
-            ended = called([word for word in words if word != "--eval_AA"])
+            ended = run([word for word in words if word != "--eval_AA"])
             assert ended.code == 0, (words, ended)
             if dry and words[1] == "autolora":
                 assert "there: dataset imagefolder: 2 classes, 10/2/4 images" in ended.out

@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 from conftest import fails
 
-from amt.files import locks, signals, writing
+from amt.files import locks, signals
+from amt.files.checkpoint import replace_described
 from amt.files.locks import Lock
 from amt.files.run_directory import RunDirectory
 from amt.files.signals import Interrupted, Interrupts
-from amt.files.writing import replace_described, replace_file
 from amt.training.board import Board
 from meta_dataset_readers.errors import InputError, exit_on_bad_input
+from meta_dataset_readers.files import replace_file
 
 ABOUT = {"kind": "a toy", "settings": {"lr": 0.01, "levels": [1, 2]}}
 
@@ -190,7 +191,7 @@ def recorded(monkeypatch) -> list[str]:
 
 def test_a_file_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
     seen = recorded(monkeypatch)
-    replace_file(tmp_path / "a.txt", lambda part: part.write_text("x"))
+    replace_file(tmp_path / "a.txt", "x")
     part = f".a.txt.{platform.node().replace('.', '-')}.{os.getpid()}.part"
     assert seen == [f"fsync {part}", "replace a.txt", f"fsync {tmp_path.name}"]
 
@@ -229,7 +230,7 @@ def test_what_dead_processes_left_is_removed_and_that_of_live_ones_stays(tmp_pat
     names |= {"elsewhere": f".a.txt.other-host.{gone.pid}.part"}
     for name in names.values():
         (tmp_path / name).write_text("half")
-    replace_file(tmp_path / "a.txt", lambda part: part.write_text("x"))
+    replace_file(tmp_path / "a.txt", "x")
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"a.txt", names["alive"], names["elsewhere"]}
     begin(tmp_path)  # alone in the directory: whatever is left is a dead process's
@@ -319,4 +320,4 @@ def test_a_signal_that_is_ignored_stays_so(monkeypatch):
 def test_faults_in_writing_name_the_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
-        writing.replace_file(tmp_path / "file" / "below", lambda part: part.write_text("x"))
+        replace_file(tmp_path / "file" / "below", "x")

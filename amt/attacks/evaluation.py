@@ -1,6 +1,6 @@
-"""How each attack of evaluation finds worst-case images; amt/attacks/kinds.py says what they are called.
+"""The attacks of evaluation: how each finds worst-case images. Their names are in amt/attacks/kinds.py.
 
-Every attack is handed functions from images in [0, 1] to logits, and differentiates through them: through
+Every attack gets functions from images in [0, 1] to logits, and differentiates through them: through
 normalisation, merging and prototypes, in float32 and eval mode. It knows no network and no episode. Epsilon
 is in 1/255 of the pixel range, in both norms.
 """
@@ -23,11 +23,11 @@ Logits = Callable[[Tensor], Tensor]
 
 
 class Attacked(NamedTuple):
-    """What an attack found.
+    """The result of an attack.
 
     Args:
-        images: in [0, 1], within epsilon of the originals: queries (Q, 3, H, W), or the support's.
-        fooled: (Q,) bool, which queries the attacked classifier gets wrong on them.
+        images: in [0, 1], within epsilon of the originals: queries (Q, 3, H, W), or support (S, 3, H, W).
+        fooled: (Q,) bool, which queries the attacked classifier gets wrong.
         variant: what was run, where the episode decides it; empty otherwise.
     """
 
@@ -57,11 +57,12 @@ def attack_queries(
         generators: a CPU generator for each image, so that its random starts do not depend on which others
             are attacked.
         surrogate: for "transfer", the network that the images are made on.
-        seed: in 0..2**31 - 1, decides what the attacks of the library draw, which is the same for every
-            image, and so does not depend on the others either.
+        seed: in 0..2**31 - 1, decides the random numbers of the library's attacks: the same for every image,
+            so that they do not depend on the others either.
 
     Raises:
         InputError: more targets than other classes.
+        ValueError: "transfer" without a surrogate.
     """
     if n_way == 1 or len(images) == 0:
         return Attacked(images, torch.zeros_like(labels, dtype=torch.bool))
@@ -70,6 +71,8 @@ def attack_queries(
         return Attacked(*_pgd(attack, epsilon, logits, images, labels, n_way, generators), variant)
     if attack.kind in ("pyramid", "transfer"):
         other = surrogate if attack.kind == "transfer" else logits
+        if other is None:
+            raise ValueError("a transfer attack needs a surrogate, the network that its images are made on")
         found = _to_the_end(attack, epsilon, other, images, labels, n_way, generators)
     else:
         found, variant = library_attack(attack, epsilon, logits, images, labels, n_way, seed)
@@ -88,12 +91,12 @@ def attack_support(
 ) -> Attacked:
     """Move the support images so that as many queries as possible are misclassified, all by one move.
 
-    Every step routes and merges anew; its gradient is that of the prototypes, the coefficients being taken
-    as they are. Of all points seen, the most harmful counts.
+    Every step routes and merges anew; its gradient goes through the prototypes, with the coefficients held
+    fixed. The most harmful of all points counts.
 
     Args:
         epsilon: in 1/255 of the pixel range.
-        fit: support images (S, 3, H, W) -> the logits function that the whole pipeline makes of them.
+        fit: support images (S, 3, H, W) -> the logits function of the whole pipeline.
         support, query: (S, 3, H, W) and (Q, 3, H, W) in [0, 1].
         labels: (Q,) int64 of the queries, which the attacker knows.
         generator: a CPU generator for the start.
@@ -114,7 +117,7 @@ def attack_support(
         return None if worst.fooled.all() else F.cross_entropy(logits, labels)
 
     start, move = ball.start(support, generator), partial(ball.step, images=support)
-    points = end_of_ascent(start, partial(input_gradient, loss_at), move, attack.steps)
+    points = end_of_ascent(start, partial(input_gradient, loss_at), move, attack.budget)
     if not worst.fooled.all():
         with torch.no_grad():
             look(points)
@@ -134,7 +137,7 @@ def _pgd(
     n_way: int,
     generators: Sequence[torch.Generator],
 ) -> tuple[Tensor, Tensor]:
-    """PGD, again from another start for the images that withstood."""
+    """PGD, restarted from another point for the images that withstood."""
     found, fooled = images.clone(), torch.zeros_like(labels, dtype=torch.bool)
     for _ in range(attack.restarts):
         left = (~fooled).nonzero().squeeze(1)
@@ -143,7 +146,7 @@ def _pgd(
         own = [generators[k] for k in left.tolist()]
         loss_of = _objective(attack, logits, images[left], labels[left], n_way)
         ball = _ball(attack, epsilon)
-        found[left], fooled[left] = pgd(logits, images[left], labels[left], ball, attack.steps, own, loss_of)
+        found[left], fooled[left] = pgd(logits, images[left], labels[left], ball, attack.budget, own, loss_of)
     return found, fooled
 
 
@@ -157,17 +160,23 @@ def _to_the_end(
     generators: Sequence[torch.Generator],
 ) -> Tensor:
     """The training attack of AMT, or PGD; with every image, fooled or not."""
-    pyramid = Perturbation(epsilon, attack.step_at(epsilon)).pyramid
-    geometry = pyramid if attack.kind == "pyramid" else _ball(attack, epsilon)
-    loss_of = _objective(attack, logits, images, labels, n_way)
-    everything, start = torch.arange(len(images), device=images.device), geometry.start(images, generators)
-    return ascend(lambda moved: loss_of(logits(moved), everything), images, start, geometry, attack.steps)
+    objective = _objective(attack, logits, images, labels, n_way)
+    everything = torch.arange(len(images), device=images.device)
+
+    def loss_of(moved: Tensor) -> Tensor:
+        return objective(logits(moved), everything)
+
+    if attack.kind == "pyramid":
+        pyramid = Perturbation(epsilon, attack.step_at(epsilon)).pyramid
+        return ascend(loss_of, images, pyramid.start(images, generators), pyramid, attack.budget)
+    ball = _ball(attack, epsilon)
+    return ascend(loss_of, images, ball.start(images, generators), ball, attack.budget)
 
 
 def _objective(
     attack: Attack, logits: Logits, images: Tensor, labels: Tensor, n_way: int
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """What the attack increases: logits (n, N) of some of the images, and which they are (n,) -> scalar."""
+    """The loss to increase: logits (n, N) of some of the images, and their numbers (n,) -> scalar."""
     loss, _ = attack.loss_among(n_way)
     if loss == "kl":
         with torch.no_grad():

@@ -1,6 +1,7 @@
-"""The attacks of evaluation by name: what `--attack pgd steps=50 loss=dlr` may say, and what it is called in
-results. How each finds worst-case images is amt/attacks/evaluation.py's. Plain values: importable without
-torch. Epsilon is in 1/255 of the pixel range, in both norms.
+"""The attacks of evaluation by name: how to read `--attack pgd steps=50 loss=dlr`, and how results name it.
+
+amt/attacks/evaluation.py runs them. Plain values: importable without torch. Epsilon is in 1/255 of the pixel
+range, in both norms.
 """
 
 import dataclasses
@@ -17,11 +18,11 @@ STANDARD_TARGETS = 9  # of the targeted attacks of AutoAttack
 
 
 class Kind(NamedTuple):
-    """What one kind of attack can be asked for.
+    """The options of one kind of attack.
 
     Args:
-        options: that it takes besides norm and epsilon, with their defaults.
-        losses, norms: that it knows.
+        options: besides norm and epsilon, with their defaults.
+        losses, norms: the supported ones.
     """
 
     options: Mapping[str, Any]
@@ -59,13 +60,13 @@ class Attack:
         norm: "linf" or "l2".
         steps, restarts: of gradient ascent.
         step_size: in 1/255; None for a quarter of each epsilon.
-        loss: what is increased: "ce", "kl" (from the clean prediction) or "dlr" (difference of logits
+        loss: the loss to increase: "ce", "kl" (from the clean prediction) or "dlr" (difference of logits
             ratio; "ce" for episodes of fewer than 4 ways).
         queries: of Square.
         targets: classes that the targeted attacks try, at most N - 1; None for min(9, N - 1).
 
     Raises:
-        ValueError: options that make no sense.
+        ValueError: an option is outside of its range.
     """
 
     kind: str
@@ -96,18 +97,18 @@ class Attack:
             raise ValueError(f"{self.kind} has epsilon {radii}, expected increasing values")
 
     def column(self, epsilon: float) -> str:
-        """What results at one radius are called, for example `pgd20@8` or `apgd100-dlr-l2@128`."""
+        """The column of results at one radius, for example `pgd20@8` or `apgd100-dlr-l2@128`."""
         return f"{self.name}@{epsilon:g}"
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What results are called, by radius."""
+        """The columns of results, one for each radius."""
         return tuple(self.column(epsilon) for epsilon in self.epsilons)
 
     @property
     def name(self) -> str:
-        """The attack without its radius: kind, strength, and whatever differs from the usual."""
-        strength = {"autoattack": "", "square": self.queries}.get(self.kind, self.steps)
+        """The attack without its radius: kind, strength, and what differs from the defaults."""
+        strength = "" if self.kind == "autoattack" else self.budget
         kind = f"{self.kind}-pgd" if self.kind in ("transfer", "support") else self.kind
         restarts = f"x{self.restarts}" if self.restarts > 1 else ""
         loss = f"-{self.loss}" if self.loss != "ce" or self.kind == "apgd" else ""
@@ -116,19 +117,31 @@ class Attack:
         norm = "" if self.norm == "linf" else f"-{self.norm}"
         return f"{kind}{strength}{restarts}{loss}{step}{targets}{norm}"
 
+    @property
+    def budget(self) -> int:
+        """How long the attack goes on: the steps of its gradient ascent, for Square its queries.
+
+        Raises:
+            ValueError: AutoAttack, whose parts have budgets of their own.
+        """
+        budget = self.queries if self.kind == "square" else self.steps
+        if budget is None:
+            raise ValueError(f"{self.kind} has no number of steps")
+        return budget
+
     def step_at(self, epsilon: float) -> float:
         """The step size at one radius, in 1/255."""
         return epsilon / 4 if self.step_size is None else self.step_size
 
     def loss_among(self, n_way: int) -> tuple[str, str]:
-        """The loss that N ways allow, and how to name it where it is another than asked for."""
+        """The loss for N ways, and its name for results where it is not the given one."""
         if self.loss == "dlr" and n_way < DLR_WAYS:
             return "ce", f"ce, having {n_way} ways"
         return self.loss, ""
 
 
 def on_queries(attacks: Iterable[Attack], norm: str) -> list[Attack]:
-    """Those of one norm that move query images, not the support's."""
+    """The attacks of one norm on query images, not on the support."""
     return [attack for attack in attacks if attack.norm == norm and attack.kind != "support"]
 
 
@@ -161,10 +174,10 @@ def parse_attack(words: Sequence[str], **defaults) -> Attack:
     """The attack that words such as `pgd steps=50 norm=l2 epsilon=64,128` describe.
 
     Args:
-        defaults: options that the words need not name; those that the kind does not have are left out.
+        defaults: options for words to override; those that the kind does not have are left out.
 
     Raises:
-        InputError: unknown attack, unknown option, or a value that makes no sense.
+        InputError: unknown attack, unknown option, or a value outside of its range.
     """
     kind, *options = words
     if kind not in KINDS:

@@ -16,7 +16,7 @@ POOL_EPSILONS = (8.0, 6.0, 0.1, 0.01)
 
 @dataclasses.dataclass(frozen=True)
 class Perturbation:
-    """One robustness level of meta-training: how far inputs and weights are moved, and what it weighs.
+    """One robustness level of meta-training: how far inputs and weights move, and the weight of their loss.
 
     The input moves on a pyramid of grids (AMT, section 3.2), see `amt.attacks.perturb.Pyramid`.
     `grids=(0,)`, `scalars=(1.0,)` is ordinary PGD.
@@ -34,7 +34,7 @@ class Perturbation:
             From "zero" the KL gradient is exactly zero, so that attack may never leave the clean image.
 
     Raises:
-        ValueError: numbers that make no sense.
+        ValueError: a number is outside of its range.
     """
 
     epsilon: float
@@ -79,7 +79,7 @@ class Perturbation:
 
     @property
     def pyramid(self) -> "Pyramid":
-        """Where the input may move, in pixel units."""
+        """The perturbations of the input, in pixel units."""
         from amt.attacks.perturb import Pyramid
 
         return Pyramid(self.epsilon / 255, self.step_size / 255, self.grids, self.scalars, self.start)

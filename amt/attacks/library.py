@@ -1,4 +1,4 @@
-"""The attacks of pyautoattack, which here draw the same numbers for every image.
+"""The attacks of pyautoattack, made to draw the same random numbers for every image.
 
 APGD and AutoAttack: Croce & Hein 2020, arxiv.org/abs/2003.01690. FAB: Croce & Hein 2020,
 arxiv.org/abs/1907.02044. Square Attack: Andriushchenko et al. 2020, arxiv.org/abs/1912.00049.
@@ -33,7 +33,7 @@ def library_attack(
         seed: in 0..2**31 - 1.
 
     Returns:
-        Attacked images (Q, 3, H, W) in [0, 1] within epsilon, and what was run where N decides it.
+        Attacked images (Q, 3, H, W) in [0, 1] within epsilon, and what was run if N decides it.
 
     Raises:
         InputError: more targets than other classes.
@@ -44,7 +44,7 @@ def library_attack(
         "seed": seed,
         "device": images.device,
     }
-    # The library draws from torch's global generator, which is put back as it was.
+    # The library draws from torch's global generator, whose state is restored afterwards.
     devices = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad(), _SameForEveryImage() as same:
         return _RUN[attack.kind](attack, same.spared(logits), images, labels, n_way, common)
@@ -63,8 +63,8 @@ class _SameForEveryImage(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
     def spared(self, logits: Logits) -> Logits:
-        """The same network, on whose many functions no time is lost with looking for random numbers; its
-        logits are copies, since the library writes to them."""
+        """The same network, run without this mode, which would slow down all its functions. Its logits are
+        copies, since the library writes to them."""
 
         def call(images: Tensor) -> Tensor:
             self.__exit__(None, None, None)
@@ -78,25 +78,26 @@ class _SameForEveryImage(TorchFunctionMode):
 
 def _apgd(attack: Attack, logits: Logits, images: Tensor, labels: Tensor, n_way: int, common: dict):
     loss, variant = attack.loss_among(n_way)
-    runner = APGDAttack(logits, n_iter=attack.steps, n_restarts=attack.restarts, loss=loss, **common)
+    runner = APGDAttack(logits, n_iter=attack.budget, n_restarts=attack.restarts, loss=loss, **common)
     return runner.perturb(images, labels), variant
 
 
 def _square(attack: Attack, logits: Logits, images: Tensor, labels: Tensor, n_way: int, common: dict):
-    return SquareAttack(logits, n_queries=attack.queries, **common).perturb(images, labels), ""
+    return SquareAttack(logits, n_queries=attack.budget, **common).perturb(images, labels), ""
 
 
 def _fab(attack: Attack, logits: Logits, images: Tensor, labels: Tensor, n_way: int, common: dict):
     targets = target_count("fab", n_way, attack.targets)
-    runner = FABAttack_PT(logits, n_iter=attack.steps, targeted=True, n_target_classes=targets, **common)
+    runner = FABAttack_PT(logits, n_iter=attack.budget, targeted=True, n_target_classes=targets, **common)
     return runner.perturb(images, labels), f"fab-t x{targets}"
 
 
 def _autoattack(attack: Attack, logits: Logits, images: Tensor, labels: Tensor, n_way: int, common: dict):
     parts, targets = autoattack_parts(n_way, attack.targets)
-    # Its warnings are about what the caller's own checks look at, and would tear the progress bar.
+    # Its warnings repeat what the caller's own checks find, and would break the progress bar.
     logging.getLogger("auto-attack").setLevel(logging.ERROR)
-    runner = AutoAttack(logits, version="custom", attacks=parts, **common)
+    # Its annotations ask for a Module and a list of literals; it only calls the one and compares the others.
+    runner = AutoAttack(logits, version="custom", attacks=parts, **common)  # pyright: ignore[reportArgumentType]
     runner.apgd.n_restarts = runner.fab.n_restarts = 1
     runner.apgd_targeted.n_target_classes = runner.fab.n_target_classes = targets
     found, _ = runner.run_standard_evaluation(images, labels, batch_size=len(images))

@@ -1,5 +1,7 @@
-"""What attacks increase and robust training decreases, over logits: torch has the cross-entropy, here is the
-rest. Knows no network."""
+"""Losses of logits that attacks increase and robust training decreases, besides torch's cross-entropy.
+
+Knows no network.
+"""
 
 import torch
 import torch.nn.functional as F

@@ -20,33 +20,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Generators = torch.Generator | Sequence[torch.Generator]
-Points = TypeVar("Points")  # where an attack stands: a tensor, or a list with one for each grid
+Points = TypeVar("Points")  # the state of an attack: a tensor, or a list with one for each grid
 
 # A power of two: exact in float32, and in float16 it keeps small gradients from being flushed to zero.
 LOSS_SCALE = 2.0**10
 
 
 class Geometry(Protocol[Points]):
-    """Where an attack may go, and what images its points are."""
+    """The set of points that an attack may reach, and the images that they stand for."""
 
     def apply(self, points: Points, images: Tensor) -> Tensor:
         """The attacked images (n, 3, H, W), with graph to `points`."""
         ...
 
     def step(self, points: Points, gradient: Points, images: Tensor) -> Points:
-        """The points after one projected step of steepest ascent."""
+        """The points after one projected step of steepest ascent on images (n, 3, H, W)."""
         ...
 
 
 def input_gradient(loss_of: Callable[[Any], Tensor | None], points: Any) -> Any:
-    """d loss / d points, of nothing else, whether or not gradients are enabled.
+    """d loss / d points, and no other gradient, whether or not gradients are enabled.
 
     Args:
-        loss_of: points -> scalar; None where there is nothing to gain.
-        points: a tensor, or a list of tensors.
+        loss_of: points -> scalar; None ends the attack.
+        points: a tensor of any shape, or a list of tensors.
 
     Returns:
-        The like of `points`; None if the loss is None.
+        Gradients in the form of `points`; None if the loss is None.
     """
     single = isinstance(points, Tensor)
     leaves = [each.detach().requires_grad_() for each in ([points] if single else points)]
@@ -68,7 +68,7 @@ def ascent(
 
     Args:
         start: the first points, which are not yielded.
-        gradient_of: points -> direction of ascent; None ends the ascent where it is.
+        gradient_of: points -> direction of ascent; None ends the ascent.
         move: (points, gradient) -> the next points, projected.
     """
     points = start
@@ -102,17 +102,17 @@ def ascend(
     loss_scale: float = LOSS_SCALE,
 ) -> Tensor:
     """Projected gradient ascent that goes on to the last step with every image: the attack of training, and
-    of images that are to fool another network.
+    of images that are meant to fool another network.
 
     Args:
         loss_of: attacked images (n, 3, H, W) -> scalar to be increased, summed over the images.
-        images: (n, 3, H, W) in [0, 1], as they are.
-        points: where to start, see `Ball.start` and `Pyramid.start`. Of a ball they may lie outside of the
-            valid range, as the first gradient is taken there.
+        images: (n, 3, H, W) in [0, 1], clean.
+        points: where to start, see `Ball.start` and `Pyramid.start`. For a ball they may lie outside of the
+            valid range; the first gradient is taken there.
         geometry: a `Ball` or a `Pyramid`.
         steps: gradients taken, which is all that this costs.
         loss_scale: multiplies the loss before its gradient is taken, so that float16 does not flush it to
-            zero; a power of two, so that no step depends on it otherwise.
+            zero; a power of two, so that it changes no step otherwise.
 
     Returns:
         Attacked images (n, 3, H, W) in [0, 1], without graph.
@@ -158,7 +158,7 @@ class Ball:
         return self.project(images + noise.to(images) * self.epsilon, images)
 
     def project(self, points: Tensor, images: Tensor) -> Tensor:
-        """The valid points of the balls around `images` that are next to `points`; all (n, 3, H, W)."""
+        """Project `points` to the valid part of the balls around `images`; all (n, 3, H, W)."""
         if self.norm == "linf":
             lower, upper = (images - self.epsilon).clamp(min=0), (images + self.epsilon).clamp(max=1)
             return torch.minimum(torch.maximum(points, lower), upper)
@@ -167,11 +167,12 @@ class Ball:
         return (images + move * (self.epsilon / _length(move)).clamp(max=1)).clamp(0, 1)
 
     def apply(self, points: Tensor, images: Tensor) -> Tensor:
-        """The points, which are images."""
+        """The points (n, 3, H, W) as they are: they are images."""
         return points
 
     def step(self, points: Tensor, gradient: Tensor, images: Tensor) -> Tensor:
-        """`points` moved by `step_size` in the direction of steepest ascent in this norm, and projected."""
+        """Move `points` by `step_size` in the direction of steepest ascent in this norm, and project them;
+        all tensors are (n, 3, H, W)."""
         direction = gradient.sign() if self.norm == "linf" else gradient / _length(gradient)
         return self.project(points + self.step_size * direction, images)
 
@@ -224,7 +225,8 @@ class Pyramid:
         return deltas
 
     def apply(self, points: Sequence[Tensor], images: Tensor) -> Tensor:
-        """Add each grid's perturbation in turn, clipping to the valid range after every one."""
+        """Add each grid's perturbation (n, 3, rows, columns) to images (n, 3, H, W) in turn, and clip to the
+        valid range after every one."""
         size = images.shape[-2:]
         for delta, scalar in zip(points, self.scalars, strict=True):
             move = scalar * delta
@@ -234,15 +236,18 @@ class Pyramid:
         return images
 
     def clip(self, images: Tensor) -> Tensor:
-        """Clip to the valid range; a value exactly at a limit passes half its gradient, as published."""
+        """Clip images (n, 3, H, W) to the valid range; a value exactly at a limit passes half its gradient,
+        as published."""
         upper = torch.as_tensor(self.upper, dtype=images.dtype, device=images.device)
         lower = torch.as_tensor(self.lower, dtype=images.dtype, device=images.device)
         return torch.maximum(torch.minimum(images, upper), lower)
 
     def step(self, points: Sequence[Tensor], gradient: Sequence[Tensor], images: Tensor) -> list[Tensor]:
-        """One signed step of every grid at once, clamped to epsilon; whatever the images."""
+        """One signed step of every grid (n, 3, rows, columns) at once, clamped to epsilon; the images are not
+        used."""
+        epsilon: Any = self.epsilon  # torch declares limits that are both numbers or both tensors, no union
         return [
-            (delta + self.step_size * slope.sign()).clamp(-self.epsilon, self.epsilon)
+            (delta + self.step_size * slope.sign()).clamp(-epsilon, epsilon)
             for delta, slope in zip(points, gradient, strict=True)
         ]
 
@@ -279,18 +284,17 @@ def pgd(
 ) -> tuple[Tensor, Tensor]:
     """Projected gradient ascent from a random start (Madry et al. 2018), the attack of evaluation.
 
-    Stops working on an image as soon as it is misclassified, at any of the steps + 1 points looked at. That
-    makes the attack at least as strong as judging the last point only, and far cheaper on networks that
-    break easily.
+    An image is left alone as soon as it is misclassified, at any of the steps + 1 points. That makes the
+    attack at least as strong as one judged at its last point, and far cheaper on networks that break easily.
 
     Args:
         logits_of: (n, 3, H, W) in [0, 1] -> (n, N), differentiable; called on subsets of the images.
         images: (Q, 3, H, W) in [0, 1].
         labels: (Q,) int64 in 0..N-1.
-        ball: of epsilon 0 it is the images.
+        ball: the images allowed; with epsilon 0 the clean ones alone.
         steps: number of gradient steps.
         generator: CPU generators for the start, one for all images or one for each.
-        loss_of: logits (n, N) of some of the images, and which they are (n,) int64 -> scalar to be increased,
+        loss_of: logits (n, N) of some of the images, and their numbers (n,) int64 -> scalar to be increased,
             summed over the images; None for the cross-entropy.
 
     Returns:
@@ -337,7 +341,7 @@ def perturb_weights(
 
     Args:
         loss: scalar whose graph reaches every factor; its graph is freed.
-        factors: named tensors that require gradients.
+        factors: tensors of any shape that require gradients, by name.
         radius: relative size of the move (the paper's gamma).
         loss_scale: see `ascend`; it cancels.
     """

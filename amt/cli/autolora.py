@@ -27,7 +27,7 @@ from amt.data.labelled import Labelled
 from amt.data.loading import Splits, Transform, batches, open_splits, transforms
 from amt.evaluation import runs
 from amt.evaluation.test_set import TestSet, check_attacks, check_labels, test
-from amt.files import checkpoint, writing
+from amt.files import checkpoint, version
 from amt.files import robust_weights as pretrained
 from amt.files.robust_weights import CLASSIFIER, Pretrained
 from amt.files.run_directory import RUN_FILE, check_same, settings_pairs
@@ -35,9 +35,10 @@ from amt.files.signals import Interrupted
 from amt.models.network import Network, build_classifier, find_device
 from amt.models.weights import Weights
 from amt.report.finish import finish
-from amt.training.autolora import Batches, FineTuner, Settings, StepRecord, accuracy, new_student, validate
+from amt.training.accuracy import Batches, accuracy, validate
+from amt.training.autolora import FineTuner, StepRecord, new_student
+from amt.training.autolora_settings import Adversary, Settings
 from amt.training.keeper import FINE_TUNING, Keeper, brief, fine_tuning_state, scalars
-from amt.training.objectives import Adversary
 from amt.training.schedule import LOWEST_RATE
 from meta_dataset_readers.errors import InputError, say
 
@@ -330,7 +331,7 @@ def data_protocol(args: argparse.Namespace) -> dict:
         "num_classes": args.num_classes,
         "pretraining": args.pretraining,
         "validation_steps": options.examiner(args).steps,
-        "start": writing.digest(args.checkpoint),
+        "start": version.digest(args.checkpoint),
     }
 
 

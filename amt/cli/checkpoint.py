@@ -16,7 +16,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from amt.cli.options import Parser
-from amt.files import checkpoint, pretrained, published, weight_files, writing
+from amt.files import checkpoint, pretrained, published, version, weight_files
 from amt.files.checkpoint import Checkpoint
 from amt.files.pretrained import pretraining_only
 from amt.files.weight_files import Content
@@ -24,6 +24,7 @@ from amt.models.architectures import matching_archs
 from amt.models.pool import LoRAPool
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError, printable, say
+from meta_dataset_readers.files import replace_file
 from meta_dataset_readers.settings import as_path
 
 Lines = list[tuple[str, str]]
@@ -145,7 +146,7 @@ def count(tensors: Iterable[Tensor]) -> str:
 def hashes(path: Path) -> Lines:
     """A file's digests, and whether it is one of those that the authors released."""
     released = published.released_file(path)
-    lines = [("sha256", writing.digest(path)), ("git blob", published.git_blob_id(path))]
+    lines = [("sha256", version.digest(path)), ("git blob", published.git_blob_id(path))]
     return lines + [("released", f"bit for bit the authors' {released}")] * (released is not None)
 
 
@@ -161,5 +162,4 @@ def convert(path: Path, found: Checkpoint | Weights, out: Path) -> None:
         checkpoint.require_levels(path, found)
         checkpoint.save(out, found)
     else:
-        data = serialise(found, metadata={"format": "pt"})
-        writing.replace_file(out, lambda part: part.write_bytes(data))
+        replace_file(out, serialise(found, metadata={"format": "pt"}))

@@ -132,7 +132,7 @@ def backbone_of(args: argparse.Namespace, about: dict) -> Network:
     """The pool's network; with pretrained weights only where they are needed, so that a pool's file suffices.
 
     Raises:
-        InputError: nobody says which network it is, or its pretrained weights are needed and not to be had.
+        InputError: nothing says which network it is, or its pretrained weights are needed and missing.
     """
     arch = args.arch or about.get("arch")
     if not isinstance(arch, str):

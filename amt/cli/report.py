@@ -13,8 +13,8 @@ from pathlib import Path
 from amt.cli import dry_run
 from amt.cli.options import Parser, add_dry_run, check_output
 from amt.evaluation import runs
-from amt.files.writing import replace_file
 from meta_dataset_readers.errors import InputError, say
+from meta_dataset_readers.files import replace_file
 from meta_dataset_readers.settings import as_path
 
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
 
     # Names on a disk need not be UTF-8.
     data = document.page(found).encode("utf-8", "backslashreplace")
-    replace_file(args.out, lambda part: part.write_bytes(data))
+    replace_file(args.out, data)
     say(f"wrote {args.out} ({len(data) / 1e6:.1f} MB)")
     if args.figures is not None:
         written = figures.write(charts.figures(label(found)), args.figures)

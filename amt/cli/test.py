@@ -15,7 +15,7 @@ from amt.evaluation import runs
 from amt.evaluation.deploy import check_deployment, deploy, earlier_note
 from amt.evaluation.recording import description, ended, examine, record
 from amt.evaluation.statistics import groups
-from amt.files import checkpoint, writing
+from amt.files import checkpoint, version
 from amt.files.pretrained import load_network
 from amt.files.signals import Interrupts
 from amt.models.network import Network, find_device
@@ -160,8 +160,8 @@ def describe(args, network, saved, deployments, attacks) -> dict:
             "base_sources", options.TRAINING_SOURCES if "published" in saved.about else ()
         )
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    settings |= {"checkpoint": writing.digest(args.resume), "device": network.device.type}
-    settings |= {"pretrained_checkpoint": writing.digest(args.pretrained_checkpoint)}
+    settings |= {"checkpoint": version.digest(args.resume), "device": network.device.type}
+    settings |= {"pretrained_checkpoint": version.digest(args.pretrained_checkpoint)}
     benchmarks = {name: domain.benchmark for name, domain in DOMAINS.items()}
     return description(
         attacks,

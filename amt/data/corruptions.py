@@ -133,9 +133,8 @@ def _library():
     try:
         import imagecorruptions
     except ImportError as error:
-        reason = str(error).splitlines()[0]
         raise InputError(
-            f"corruptions need the package {LIBRARY} ({reason}): pip install {LIBRARY}"
+            f"corruptions need the package {LIBRARY} ({error}): pip install {LIBRARY}"
         ) from error
     return imagecorruptions
 

@@ -1,4 +1,4 @@
-"""Two runs on the same episodes: by how much one is better, and how sure that is.
+"""Paired comparison of two runs on the same episodes.
 
 Episodes and the starts of attacks depend on seed, split and sampling alone. Runs that agree in these are
 compared episode by episode, which takes the spread between episodes out of the interval; runs on whole test
@@ -17,7 +17,7 @@ class Comparison(NamedTuple):
     """Ours minus theirs, in points.
 
     Args:
-        differences: by domain or average, and column; over the episodes that both have finished.
+        differences: by domain or average, and column; over the episodes that both runs have finished.
         refusals: why domains, or the runs as a whole, could not be paired.
     """
 

@@ -1,11 +1,11 @@
-"""From typed settings to a predictor: how a pool becomes classifiers on one domain, and how that was decided.
+"""From settings to a predictor: how a pool is deployed on one domain, and a note of how that was decided.
 
     coefficients         given, or uniform, or a router's (amt/tasks/merge.py), or of the best single adapter
     weights              merged and trimmed (amt/models/pool.py), or the soup of the factors
     settings in between  as given, or chosen (amt/evaluation/select.py)
     test-time tuning     amt/tasks/finetune.py
 
-Knows no flags and no files; where episodes to choose on come from is an argument.
+Knows no flags and no files; a function that opens episodes to choose on is an argument.
 """
 
 import dataclasses
@@ -135,9 +135,9 @@ def deploy(
         note: of an earlier call, as read back from JSON: what it chose is not chosen again.
 
     Returns:
-        The predictor, and a dictionary of "how" in words, and where there is such a thing "epsilons",
-        "coefficients", "routing", "trims", "candidates" with their scores, and "stamp": what has to be
-        printed beside every result.
+        The predictor, and a dictionary of "how" in words, and where they apply "epsilons",
+        "coefficients", "routing", "trims", "candidates" with their scores, and "stamp": a warning to print
+        beside every result.
 
     Raises:
         InputError: `note` does not say what was chosen.
@@ -153,12 +153,12 @@ def deploy(
 def earlier_note(
     source: str, deployments: Mapping[str, Deployment], notes: Mapping[str, dict]
 ) -> dict | None:
-    """The note that decides a domain already: its own, or that of another domain which is deployed alike and
-    chooses on the same VALID episodes.
+    """The earlier note that applies to a domain: its own, or that of another domain with the same deployment
+    that chooses on the same VALID episodes.
 
     Args:
         deployments: by domain.
-        notes: of `deploy`, by domain, as far as there are any.
+        notes: of `deploy`, by domain, so far.
     """
     same = [
         other
@@ -169,7 +169,7 @@ def earlier_note(
 
 
 def candidates_of(deployment: Deployment, pool: Pool) -> tuple[Candidate, ...]:
-    """What there is to choose from: several, or the one thing that is given."""
+    """The candidates to choose from; only one if there is no choice."""
     if deployment.experts is not None:
         return (average_of(pool, deployment.experts),)
     if deployment.coefficients is not None:
@@ -189,7 +189,7 @@ def _averages_factors(deployment: Deployment, pool: Pool) -> bool:
 
 
 def _chooses(deployment: Deployment, pool: Pool) -> bool:
-    """Whether there is something to choose, and a way to."""
+    """Whether there are several candidates, and a way to choose."""
     several = len(candidates_of(deployment, pool)) > 1 or deployment.trim_candidates
     return deployment.select != "none" and bool(several)
 

@@ -1,4 +1,4 @@
-"""The walk over a run directory that evaluations of episodes and of whole test sets have in common.
+"""Recording of an evaluation in its run directory, for episodes and for whole test sets.
 
     description    what run.json says
     examine        measure an episode, check the attacks on it, keep some of its images
@@ -29,7 +29,8 @@ from meta_dataset_readers.errors import say
 
 
 def description(attacks: Sequence[Attack], **about) -> dict:
-    """What run.json says, in plain values: `about`, the attacks with their columns, command, versions, date.
+    """The content of run.json in plain values: `about`, the attacks with their columns, command, versions,
+    date.
 
     Args:
         about: arch, checkpoint, seed, split, sources, episodes, averages, deployments, and under "settings"
@@ -46,7 +47,7 @@ def description(attacks: Sequence[Attack], **about) -> dict:
 
 
 def _plain(value: object) -> object:
-    """What JSON has no notation for."""
+    """Values that JSON does not support, as plain ones."""
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
 
 
@@ -78,7 +79,7 @@ def examine(
 
 
 def record(out: Writer, rows: Iterable[Sequence[dict]], progress: tqdm, interrupts: Interrupts) -> None:
-    """Append rows as they come; after a signal those at hand are the last."""
+    """Append rows as they come; stop after a signal."""
     for found in rows:
         out.append(*found)
         progress.update(len(found))

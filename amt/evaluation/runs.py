@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, NotRequired
@@ -33,9 +32,8 @@ from amt.evaluation.samples import Sample, read_samples, write_sample
 from amt.evaluation.sanity import Finding, judge
 from amt.evaluation.statistics import Summary, summarise, with_averages
 from amt.files.run_directory import RunDirectory, check_same, settings_pairs
-from amt.files.writing import replace_file
 from meta_dataset_readers.errors import InputError
-from meta_dataset_readers.files import parse_json, read_bytes, read_json
+from meta_dataset_readers.files import parse_json, read_bytes, read_json, replace_file, to_disk
 from meta_dataset_readers.json_fields import MOST, conform
 
 FORMAT = 1
@@ -104,7 +102,7 @@ SEVERITIES = 5
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run directory as it was read.
+    """The content of a run directory.
 
     Args:
         folder: where.
@@ -122,7 +120,7 @@ class Run:
 
     @property
     def unit(self) -> str:
-        """What a row is about, one of `UNITS`."""
+        """The unit of a row, one of `UNITS`."""
         return self.about.get("unit", UNITS[0])
 
     @property
@@ -159,7 +157,7 @@ class Run:
 
     @functools.cached_property
     def findings(self) -> list[Finding]:
-        """Everything suspect about the results."""
+        """All suspect results."""
         attacks = [attack_from(values) for values in self.about["attacks"]]
         return [finding for rows in self.rows.values() for finding in judge(rows, attacks)]
 
@@ -180,12 +178,12 @@ class Run:
 
     @property
     def stamps(self) -> tuple[str, ...]:
-        """What has to be printed beside every result, where settings were chosen on scored data."""
+        """Warnings to print beside every result, where settings were chosen on scored data."""
         return tuple(dict.fromkeys(about["stamp"] for about in self.merging.values() if "stamp" in about))
 
     @property
     def variants(self) -> dict[str, tuple[str, ...]]:
-        """By column what was run under its name, where the number of classes decides that."""
+        """By column the attacks run under its name, where the number of classes decides that."""
         found: dict[str, dict[str, None]] = {}
         for row in self.every_row:
             for column, variant in row.get("variants", {}).items():
@@ -204,7 +202,7 @@ class Run:
         return rows and all(name in self.corruptions for name in self.about.get("corruptions", ()))
 
     def left(self, source: str, numbers: Iterable[int]) -> list[int]:
-        """Which of these episodes or images of a domain have no row yet."""
+        """The numbers of episodes or images of a domain that have no row yet."""
         done = {row["index"] for row in self.rows.get(source, ())}
         return [number for number in numbers if number not in done]
 
@@ -226,16 +224,16 @@ WROTE = (
 
 
 class Writer:
-    """Adds to a run directory: a new one, or an unfinished one of the same settings and the same code.
+    """Writes a run directory: a new one, or an unfinished one of the same settings and the same code.
 
-    Use it as a context manager; `append` is all that follows.
+    Use it as a context manager.
 
     Args:
         folder: created if missing.
-        about: what run.json says; its settings and commit decide whether the run may be continued.
+        about: the content of run.json; its settings and commit decide whether the run may be continued.
         part: (i, n) for part i of n processes that share the directory.
         overwrite: start anew, whatever is there.
-        flag: that names the directory, for messages.
+        flag: the flag that names the directory, for messages.
 
     Raises:
         InputError: on entering: the directory holds a run of other settings or another commit, another
@@ -293,8 +291,7 @@ class Writer:
     def append(self, *rows: Mapping) -> None:
         """Add rows; when this returns they are on the disk."""
         self._file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        to_disk(self._file)
 
     def __exit__(self, *_exception) -> None:
         self._opened.close()
@@ -304,12 +301,12 @@ class Writer:
         path = self.folder / "merging.json"
         with self._directory.alone():  # the other parts add their domains to the same file
             text = json.dumps(read_merging(self.folder) | {source: about}, indent=1)
-            replace_file(path, lambda part: part.write_text(text + "\n"))
+            replace_file(path, text + "\n")
 
     def note_corruption(self, name: str, accuracies: Sequence[float]) -> None:
         """Note the accuracies in [0, 1] under one common corruption, by severity."""
         text = json.dumps(read_corruptions(self.folder) | {name: list(accuracies)}, indent=1)
-        replace_file(self.folder / "corruptions.json", lambda part: part.write_text(text + "\n"))
+        replace_file(self.folder / "corruptions.json", text + "\n")
 
     def keep(self, sample: Sample) -> None:
         """Keep some images."""
@@ -317,7 +314,7 @@ class Writer:
 
 
 def _pairs(found: Mapping, asked: Mapping) -> list[tuple[str, object, object]]:
-    """What two runs must have alike. Domains may be added and left out; those in both are deployed alike."""
+    """The settings that two runs must share. Domains may differ, but those in both must be deployed alike."""
     pairs = settings_pairs(found["settings"], asked["settings"])
     for source in sorted(found["deployments"].keys() & asked["deployments"].keys()):
         deployed = settings_pairs(found["deployments"][source], asked["deployments"][source])

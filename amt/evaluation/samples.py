@@ -1,5 +1,6 @@
 """A few images of an episode, clean and attacked, for people to look at: RUN/samples/SOURCE-INDEX.npz."""
 
+import io
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,10 +9,10 @@ import torch
 from torch import Tensor
 
 from amt.evaluation.evaluate import Measurement
-from amt.files.writing import replace_file
-from amt.models.heads import place_in_class
+from amt.models.heads import index_in_class
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.files import replace_file
 
 SAMPLED = 10  # images kept of an episode
 _DTYPES = {
@@ -48,7 +49,7 @@ def sample_of(episode: Episode, measured: Measurement) -> Sample:
     """Up to `SAMPLED` queries of an episode, classes in turn, before and after the last attack on them."""
     column, attacked = list(measured.attacked.items())[-1]
     labels = episode.query_labels
-    chosen = (place_in_class(labels) * episode.n_way + labels).argsort()[:SAMPLED]
+    chosen = (index_in_class(labels) * episode.n_way + labels).argsort()[:SAMPLED]
     clean, attacked = episode.query[chosen], attacked[chosen]
     with torch.no_grad():
         guesses = [measured.classifier.logits(images).argmax(1) for images in (clean, attacked)]
@@ -71,13 +72,9 @@ def sample_of(episode: Episode, measured: Measurement) -> Sample:
 def write_sample(folder: Path, sample: Sample) -> None:
     """Write a sample into the run directory `folder`."""
     path = folder / "samples" / f"{sample.source}-{sample.index}.npz"
-    path.parent.mkdir(exist_ok=True)
-
-    def write(part: Path) -> None:
-        with open(part, "wb") as file:
-            np.savez_compressed(file, **sample._asdict())
-
-    replace_file(path, write)
+    content = io.BytesIO()
+    np.savez_compressed(content, **sample._asdict())
+    replace_file(path, content.getvalue())
 
 
 def read_samples(folder: Path) -> list[Sample]:
@@ -109,7 +106,7 @@ def _read_sample(path: Path) -> Sample:
 
 
 def _fits(sample: Sample) -> bool:
-    """Whether all arrays are of their dtype, of as many images, and all labels have a name."""
+    """Whether all arrays have their dtype and the same number of images, and all labels have a name."""
     arrays = sample._asdict()
     n, shape = len(sample.clean), sample.clean.shape
     good = all(arrays[name].dtype == dtype and len(arrays[name]) == n for name, dtype in _DTYPES.items())

@@ -1,4 +1,4 @@
-"""Checks of the attacks themselves: whether a robust accuracy deserves belief.
+"""Sanity checks of the attacks: whether a robust accuracy can be trusted.
 
 Gradient masking, randomness and weak attacks make a network look robust (Athalye et al. 2018; Carlini et al.
 2019; the automatic checks of Croce & Hein 2020). `probe` runs small experiments on an episode and counts;
@@ -21,9 +21,9 @@ from amt.models.weights import stream
 from amt.tasks.classifier import Logits, Predictor
 from meta_dataset_readers.episode import Episode
 
-FROM_SCRATCH = ("pgd", "apgd")  # attacks that are cheap enough to be run again without what they know
+FROM_SCRATCH = ("pgd", "apgd")  # attacks that are cheap enough to be run afresh at a larger radius
 BLACK_BOX_QUERIES = 100
-WITHOUT_LIMIT = 255.0  # of 255, per pixel: such an image can become any other
+WITHOUT_LIMIT = 255.0  # in 1/255, per pixel: an image can become any other
 
 Reason = tuple[Iterable[str], str]  # the columns it concerns, and in words
 
@@ -33,7 +33,7 @@ MOST_ESCAPED = 0.05
 
 
 class Finding(NamedTuple):
-    """One reason not to believe one result."""
+    """One reason to doubt one result."""
 
     source: str
     column: str
@@ -147,7 +147,7 @@ def _loss(logits: Logits, images: Tensor, labels: Tensor) -> float:
 
 
 def judge(rows: Sequence[dict], attacks: Sequence[Attack]) -> list[Finding]:
-    """What is suspect about one domain's results, in the order of its columns.
+    """The suspect results of one domain, in the order of its columns.
 
     Suspect are: any image whose class changes with nothing perturbed; more than 1% of images with a zero
     gradient; more than 5% that withstand a perturbation without limit, or that withstand an attack at a
@@ -155,8 +155,8 @@ def judge(rows: Sequence[dict], attacks: Sequence[Attack]) -> list[Finding]:
     and white-box ones do not, in excess of twice the standard error.
 
     Args:
-        rows: of one domain; those that were probed carry the counts under "checks".
-        attacks: that they were measured under.
+        rows: of one domain; those of probed episodes hold the counts under "checks".
+        attacks: the attacks of the rows.
     """
     if not rows:
         return []

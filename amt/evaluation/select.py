@@ -1,4 +1,4 @@
-"""Choosing how a pool is merged: which routing, which adapter, which trimming.
+"""Selection of how to merge a pool: the routing, the adapter, the trimming.
 
     select               once for a domain, on labelled episodes that are not scored (the published protocol
                          takes them from the split that is scored)
@@ -41,11 +41,11 @@ Setting = tuple[Coefficients, tuple[Trim, ...]]
 
 
 class Selection(NamedTuple):
-    """What was chosen.
+    """The choice.
 
     Args:
-        candidate: by number.
-        trims: of the trimmings offered none or one.
+        candidate: its number.
+        trims: one of the offered trimmings, or none.
         scores: every candidate's name and score in per cent, then those of the trimmings. The name says when
             a candidate was given up early; its score is then the mean until that episode.
     """
@@ -56,7 +56,7 @@ class Selection(NamedTuple):
 
 
 def candidate_names(candidates: Sequence[Candidate]) -> list[str]:
-    """What candidates are called, as briefly as their differences allow."""
+    """Names of candidates, as short as their differences allow."""
     routings = [candidate for candidate in candidates if isinstance(candidate, Routing)]
     vary = {name: len({getattr(r, name) for r in routings}) > 1 for name in ("top_k", "epsilon")}
 
@@ -73,7 +73,7 @@ def candidate_names(candidates: Sequence[Candidate]) -> list[str]:
 
 
 def trim_name(trim: Trim) -> str:
-    """As --trim takes it."""
+    """The trimming as given to --trim."""
     return f"{trim.layer}:{trim.block}:{trim.keep:g}"
 
 
@@ -86,7 +86,10 @@ def candidate_coefficients(
     generator: torch.Generator,
     members: Members | None = None,
 ) -> list[Coefficients]:
-    """The coefficients that each candidate gives a task; arguments as of `route`."""
+    """The coefficients that each candidate gives a task.
+
+    Arguments as of `route`: support (S, 3, H, W), labels (S,).
+    """
     routings = [candidate for candidate in candidates if isinstance(candidate, Routing)]
     routed = iter(())
     if routings:
@@ -121,15 +124,15 @@ def select(
     The criterion is the mean of clean accuracy and the accuracies under `attacks`, averaged over the
     episodes; of equally good candidates the first is taken. Shares that agree to a twentieth are evaluated
     once. With `halving`, those that lag behind are given up early (successive halving, Jamieson & Talwalkar
-    2016): after 2, 4, 8, ... episodes the better half of what differs goes on, and two at least go to the
-    end. So ten distinct mixtures cost as much as 2.6 on each of 40 episodes, and what is compared has always
-    seen the same episodes.
+    2016): after 2, 4, 8, ... episodes the better half of the distinct ones goes on, at least two to the end.
+    So ten distinct mixtures cost as much as 2.6 on each of 40 episodes, and all that are compared have seen
+    the same episodes.
 
     Args:
         episodes: gives labelled episodes on the network's device, the same at every call; none is kept, and
             they are asked for a second time if there are trimmings to choose from.
         attacks: on queries, tried in turn.
-        trims: what is trimmed whatever is chosen.
+        trims: trimmings to apply in any case.
         trim_candidates: single trimmings to try, after `trims`, with the chosen candidate.
         seed: decides, with an episode's index, augmentation and the attacks' starts, as in evaluation.
     """

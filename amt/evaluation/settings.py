@@ -1,4 +1,4 @@
-"""How a pool is deployed on a domain, and what is searched where that is chosen. Knows no tensors."""
+"""Settings of how a pool is deployed on a domain, and the published search grid. Knows no tensors."""
 
 import dataclasses
 
@@ -19,9 +19,9 @@ class Deployment:
             (`merge.soup`); "best": the best single adapter, which has to be chosen.
         coefficients: instead of `routing`, one number per adapter, of sum 1.
         experts: instead of either, the adapters to average.
-        routings: the routers' settings, one or, to choose from, several; without "amt" not used.
+        routings: the router's settings, or several to choose from; used with "amt" only.
         trims: trimmings of the merged weights.
-        trim_candidates: of these one may be added by choice.
+        trim_candidates: trimmings of which selection may add one.
         select: "none"; "valid": on labelled VALID episodes; "support": for every task on its support set;
             "published": on labelled episodes of the scored split.
         select_on: the source whose VALID episodes "valid" uses; None: the domain's own.

@@ -1,8 +1,8 @@
 """Means over episodes with their 95% intervals, paired differences, and the averages that papers print.
 
-Works on rows of results, dictionaries with an accuracy in [0, 1] per column; knows nothing of how they came
-about. An interval is given twice: mean +- 1.96 standard errors, as the papers have it, and by the bootstrap,
-which stays within 0 and 100 and follows the skew of accuracies near them.
+Works on rows of results, dictionaries with an accuracy in [0, 1] per column. An interval is given twice: mean
++- 1.96 standard errors, as the papers have it, and by the bootstrap, which stays within 0 and 100 and follows
+the skew of accuracies near them.
 """
 
 import functools

@@ -78,17 +78,17 @@ def test(
     corrupted: Mapping[str, Sequence[TestSet]] | None = None,
     overwrite: bool = False,
 ) -> tuple[runs.Run, int]:
-    """Classify a test set under `weights`; goes on where an earlier call was stopped.
+    """Classify a test set under `weights`; continue where an earlier call was stopped.
 
-    The first Ctrl-C or SIGTERM lets the batch be finished. Images of the first batch are kept for the report.
+    The first Ctrl-C or SIGTERM ends it after the batch. Images of the first batch are kept for the report.
 
     Args:
         network: the structure.
         weights: a complete state dict; the work is done on its device.
         tested: the test set.
         folder: of the run; created if missing.
-        about: what run.json is to say besides what this function knows: `arch`, `checkpoint` and `settings`,
-            which have to be the same for a run to be continued.
+        about: further entries of run.json: `arch`, `checkpoint` and `settings`, which must be equal for a run
+            to be continued.
         attacks: of different names; any but "support" and "transfer".
         seed: decides the attacks' random starts, image by image.
         corrupted: by common corruption the test set at each severity; only accuracy is measured on it.
@@ -98,8 +98,9 @@ def test(
         The run, complete or not, and the exit code: 0, or 128 and the number of the signal that stopped it.
 
     Raises:
-        InputError: a label is outside of the head, a weight is not finite, an attack makes no sense, the test
-            set is empty, or the folder holds a run of other weights, settings or code.
+        InputError: a label is outside of the head's classes, a weight is not finite, an attack does not apply
+            to a classifier alone, the test set is empty, or the folder holds a run of other weights, settings
+            or code.
     """
     corrupted = corrupted or {}
     _check(network, weights, tested, corrupted, attacks)
@@ -146,8 +147,8 @@ def image_rows(
 ) -> list[dict]:
     """A row per image: its place in the test set, its label, the predicted class, and 1 or 0 per column.
 
-    Times are equal shares. What was run under the name of a column is said of the images that were attacked,
-    what checking the attacks found of the first.
+    Times are equal shares. The rows of attacked images say what was run under the name of a column; the first
+    row holds the results of checking the attacks.
     """
     n = len(numbers)
     shares = {name: round(measured.row[name] / n, 6) for name in ("fit_seconds", "seconds")}
@@ -185,7 +186,7 @@ def _description(
     seed: int,
     corrupted: Iterable[str],
 ) -> dict:
-    """What run.json says: everything that decides the rows, the very weights included."""
+    """The content of run.json: everything that decides the rows, including the weights."""
     settings = {
         **about.get("settings", {}),
         "weights": digest(weights),
@@ -217,7 +218,12 @@ def digest(weights: Weights) -> str:
 
 
 def check_labels(where: str, labels: Tensor, n_classes: int) -> None:
-    """Raise an `InputError` unless there are images, all of classes that the head has."""
+    """Raise an `InputError` unless `labels` (n,) has at least one label, all in 0..K-1.
+
+    Args:
+        where: the source of the labels, for the message.
+        n_classes: K.
+    """
     if len(labels) == 0:
         raise InputError(f"{where}: holds no image")
     for label in (int(labels.min()), int(labels.max())):
@@ -239,7 +245,7 @@ def check_classifier(network: Network, weights: Weights, class_names: Sequence[s
 
 
 def check_attacks(attacks: Sequence[Attack], n_classes: int) -> None:
-    """Raise an `InputError` for an attack that a classifier of K classes cannot be put under."""
+    """Raise an `InputError` for an attack that does not apply to a classifier of K classes."""
     for attack in attacks:
         if attack.kind in NEEDING_MORE:
             raise InputError(f"--attack {attack.kind}: {NEEDING_MORE[attack.kind]}, of a classifier alone")
@@ -256,8 +262,8 @@ def _rows(
     seed: int,
     device: torch.device,
 ) -> Iterator[list[dict]]:
-    """The rows of the images that are left, batch by batch: first those that the attacks are checked on,
-    which are together whatever the batch size."""
+    """The rows of the images that are left, batch by batch; the first batch holds the images that the attacks
+    are checked on, whatever the batch size."""
     first = left[:PROBED] if left[:1] == [0] else []
     probed = dataclasses.replace(tested, batch_size=PROBED).episodes(first, device)
     for episode, numbers in itertools.chain(probed, tested.episodes(left[len(first) :], device)):
@@ -275,7 +281,7 @@ def _rows(
 def _accuracy(
     predict: Predictor, tested: TestSet, device: torch.device, interrupts: Interrupts
 ) -> float | None:
-    """The share of images that are classified correctly; None if a signal came first."""
+    """The share of images that are classified correctly; None if a signal interrupts."""
     right = 0
     for episode, numbers in tested.episodes(range(len(tested.images)), device):
         if interrupts.pending():

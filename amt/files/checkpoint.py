@@ -5,11 +5,14 @@ tuned, arch, levels, settings, command, versions, seed, scores. The same JSON is
 to read. Knows no model definitions.
 """
 
+import contextlib
 import dataclasses
 import json
+import os
 import platform
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -24,11 +27,10 @@ from typing_extensions import TypedDict
 from amt.attacks.levels import Perturbation
 from amt.files import published, weight_files
 from amt.files.version import commit
-from amt.files.writing import replace_described
 from amt.models.pool import FullPool, LoRAPool, Pool
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError, printable
-from meta_dataset_readers.files import parse_json
+from meta_dataset_readers.files import folder_to_disk, parse_json, replace_file
 from meta_dataset_readers.json_fields import MOST, conform
 
 FORMAT = 1
@@ -103,6 +105,34 @@ def write(path: Path, tensors: Weights, about: dict) -> None:
     text = json.dumps(about, indent=1)
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     replace_described(path, serialise(held, metadata={HEADER: text}), text + "\n")
+
+
+def replace_described(path: Path, content: bytes, text: str) -> None:
+    """Replace `path`, and the .json beside it that describes it, each in one step.
+
+    The earlier description is out of the way before `path` changes, so whatever happens in between, a .json
+    that is there describes the file beside it.
+
+    Raises:
+        InputError: as `replace_file`; what was there stays as it was.
+    """
+    readable = path.with_suffix(".json")
+    aside = readable.with_name(f".{readable.name}.part")
+
+    def parts() -> Iterator[bytes]:
+        yield content
+        if readable.exists():
+            os.replace(readable, aside)
+            folder_to_disk(path.parent)
+
+    try:
+        replace_file(path, parts())
+    except InputError:
+        with contextlib.suppress(OSError):
+            os.replace(aside, readable)
+        raise
+    replace_file(readable, text)
+    aside.unlink(missing_ok=True)
 
 
 def load(path: Path) -> Checkpoint:

@@ -20,7 +20,7 @@ from amt.files.state_dicts import StateDict
 from amt.models.architectures import HUB_FILE, TIMM, Origin, base_arch
 from amt.models.network import Network, untrained
 from amt.models.weights import Weights
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, first_line
 
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
 
@@ -46,7 +46,7 @@ def load_network(
         pretrained: False for random weights, always the same: where a checkpoint brings all of them.
 
     Raises:
-        InputError: unknown name, no weights to be had, weights that do not fit, or images too small.
+        InputError: unknown name, no weights, weights that do not fit, or images too small.
     """
     network, origin = untrained(base_arch(name))
     if image_size is not None and image_size < network.patch_size:
@@ -82,8 +82,7 @@ def find_weights(base: str, origin: Origin) -> Path:
             huggingface_hub.model_info(origin.hub, timeout=10)  # a download would retry for a minute
             return Path(huggingface_hub.hf_hub_download(origin.hub, HUB_FILE))
         except Exception as error:  # of the hub's HTTP library, which has been exchanged more than once
-            problem = str(error).strip().partition("\n")[0]
-            reason = f"its weights cannot be had from timm's hub ({type(error).__name__}: {problem})"
+            reason = f"its weights do not come from timm's hub ({first_line(error)})"
     file = f"download {origin.url} and name that file" if origin.url else "name a file of them"
     place = "" if base.startswith(TIMM) else f", or save it as {CHECKPOINTS / base}.pth"
     raise InputError(f"--arch {base!r}: {reason}; {file} by --pretrained_checkpoint{place}")

@@ -16,9 +16,8 @@ from typing import NotRequired
 from typing_extensions import TypedDict
 
 from amt.files.locks import Lock
-from amt.files.writing import replace_file
 from meta_dataset_readers.errors import InputError
-from meta_dataset_readers.files import LARGEST_LIST, parse_json, read_bytes
+from meta_dataset_readers.files import LARGEST_LIST, parse_json, read_bytes, replace_file
 from meta_dataset_readers.json_fields import conform
 
 RUN_FILE = "run.json"
@@ -126,7 +125,7 @@ class RunDirectory:
         `resumable` alone: call this once they were found to be the same."""
         text, path = json.dumps(self._settled, indent=1) + "\n", self.folder / RUN_FILE
         if not path.exists() or path.read_text() != text:
-            replace_file(path, lambda part: part.write_text(text))
+            replace_file(path, text)
 
     def _read(self, path: Path) -> dict:
         where = f"{path}: damaged, no settings of a run can be read"

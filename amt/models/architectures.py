@@ -1,7 +1,7 @@
 """The table of architectures: their names and sizes, where their weights come from, how they are built.
 
-Two kinds of names: `ARCHS`, vision transformers without a head, for few-shot tasks; and `CLASSIFIERS`, which
-are fine-tuned on one data set. `timm:NAME` is either. Knows no file and no weights.
+There are two kinds of names: `ARCHS`, vision transformers without a head, for few-shot tasks; and
+`CLASSIFIERS`, which are fine-tuned on one data set. `timm:NAME` is either. Knows no file and no weights.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from amt.models.resnet import ResNet
 from amt.models.wide_resnet import WideResNet
 from meta_dataset_readers.errors import InputError, first_line, nearest
 
-TIMM = "timm:"  # opens the name of an architecture that is not in the tables below but in timm's
+TIMM = "timm:"  # prefix of the name of an architecture in timm's table instead of those below
 
 Triple = tuple[float, float, float]  # one number per RGB channel
 
@@ -123,10 +123,10 @@ ALIASES = {
     **{name: arch for arch, name in _OF_TIMM.items()},
 }
 
-SMALLEST = 16  # px: under it a last stage has one value per channel, of which there are no statistics
+SMALLEST = 16  # px: below, a last stage has one value per channel, which has no statistics
 SMALL = 64  # px: images under this side get a ResNet's stem that does not shrink them
-LARGE = 128  # px: from this side on the published code is its high-resolution one
-TOKENS = 4  # patches per side, at the least: of fewer, attention has nothing to tell apart
+LARGE = 128  # px: from this side on, the published code for high resolutions applies
+TOKENS = 4  # patches per side at least: attention over fewer has nothing to tell apart
 
 
 def base_arch(name: str) -> str:
@@ -168,16 +168,16 @@ def build_network(arch: Arch) -> nn.Module:
 
 
 def build_timm_network(arch: str) -> nn.Module:
-    """The randomly initialised network that timm knows as the NAME of `timm:NAME`, without a head.
+    """A randomly initialised network of timm, the NAME of `timm:NAME`, without a head.
 
     Raises:
-        InputError: it is no ViT for images of any size whose queries, keys and values are one layer `qkv`.
+        InputError: it is not a ViT for images of any size with one layer `qkv` for queries, keys and values.
     """
     try:
         network = timm.create_model(
             arch.removeprefix(TIMM), pretrained=False, num_classes=0, dynamic_img_size=True
         )
-    except TypeError:  # of networks that have no such option
+    except TypeError:  # the network has no such option
         network = None
     if not isinstance(network, VisionTransformer | Eva):
         raise InputError(f"--arch {arch!r} is no plain vision transformer that takes images of any size")
@@ -190,7 +190,7 @@ def build_timm_network(arch: str) -> nn.Module:
 
 
 def freeze(network: nn.Module) -> nn.Module:
-    """`network` in eval mode, without parameter gradients, and indifferent to the image size."""
+    """`network` in eval mode, without parameter gradients, for images of any size."""
     embed: Any = network.patch_embed
     embed.strict_img_size = False
     return network.eval().requires_grad_(False)
@@ -203,14 +203,14 @@ def timm_statistics(network: nn.Module) -> tuple[Triple, Triple]:
 
 
 def timm_origin(network: nn.Module) -> Origin:
-    """Where timm's weights of a network of its own come from."""
+    """Where the weights of a network of timm come from."""
     settings: Any = network.pretrained_cfg
     hub = settings.get("hf_hub_id")
     return Origin(hub, f"{_HUB}/{hub}/resolve/main/{HUB_FILE}" if hub else None)
 
 
 def classifier_maker(arch: str, n_classes: int, side: int) -> Callable[[], nn.Module]:
-    """What makes a classifier with random weights, by torch's global generator.
+    """A function that builds a classifier with random weights, drawn from torch's global generator.
 
     Args:
         arch: a name in `CLASSIFIERS`, or `timm:NAME`.
@@ -218,8 +218,8 @@ def classifier_maker(arch: str, n_classes: int, side: int) -> Callable[[], nn.Mo
         side: in pixels, of the images that reach the first layer.
 
     Raises:
-        InputError: the name is unknown, or images of that size are too small. Of networks of timm's the
-            maker raises it.
+        InputError: the name is unknown, or images of that size are too small. For timm's networks the
+            returned function raises it.
     """
     if side < SMALLEST and (arch in _RESNETS or arch in _WIDE):
         raise InputError(f"--arch {arch!r}: {side} px are too small, expected {SMALLEST} px or more")
@@ -236,19 +236,19 @@ def classifier_maker(arch: str, n_classes: int, side: int) -> Callable[[], nn.Mo
 
 
 def _build_timm_classifier(arch: str, n_classes: int, side: int) -> nn.Module:
-    """A random network of timm's for images of `side` pixels."""
+    """A random network of timm for images of `side` pixels."""
     if arch.startswith(TIMM):
         _check_timm_name(arch)
     name = _OF_TIMM.get(arch, arch.removeprefix(TIMM))
     try:
         try:
             module = timm.create_model(name, num_classes=n_classes, img_size=side)
-        except TypeError:  # of networks that have no such option, since they take any size
+        except TypeError:  # networks that take any size have no such option
             module = timm.create_model(name, num_classes=n_classes)
-    except Exception as error:  # whatever a network makes of a size it cannot have
+    except Exception as error:  # each network raises something else over a size it does not support
         reason = first_line(error)
         raise InputError(f"--arch {arch!r} cannot be built for images of {side} px: {reason}") from error
-    for part in module.modules():  # a network's own noise would not follow the seed of a run
+    for part in module.modules():  # dropout would not follow the seed of a run
         if isinstance(part, nn.Dropout):
             part.p = 0.0
         elif isinstance(part, DropPath):
@@ -269,7 +269,7 @@ def _check_patches(arch: str, module: nn.Module, side: int) -> None:
 
 
 def _keep_resolution(module: timm.models.ResNet) -> None:
-    """Give a ResNet of timm's the stem for small images."""
+    """Give a ResNet of timm the stem for small images."""
     if isinstance(module.conv1, nn.Conv2d):
         wide = module.conv1.out_channels
         module.conv1 = nn.Conv2d(3, wide, 3, padding=1, bias=False)
@@ -281,7 +281,8 @@ def _keep_resolution(module: timm.models.ResNet) -> None:
 
 
 def matching_archs(weights: Mapping[str, Tensor]) -> list[str]:
-    """The names in `ARCHS` whose networks have the sizes of `weights`, which is all that shapes can tell."""
+    """The names in `ARCHS` whose networks have the sizes of `weights`: patches (D, 3, p, p), positions
+    (1, 1 + N, D), depth and MLP. Shapes cannot tell more."""
 
     def fits(arch: Arch) -> bool:
         tokens = 1 + (arch.pretrained_size // arch.patch_size) ** 2

@@ -4,14 +4,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def prototypes(features: Tensor, labels: Tensor, n_way: int) -> Tensor:
-    """Mean of the raw features of each class: (S, D) float and (S,) int64 in 0..N-1 -> (N, D)."""
-    member = F.one_hot(labels, n_way).to(features.dtype)
+def prototypes(features: Tensor, labels: Tensor) -> Tensor:
+    """Mean of the raw features of each class: (S, D) float and (S,) int64 in 0..N-1 -> (N, D).
+
+    N is the largest label plus one; every class has an image.
+    """
+    member = F.one_hot(labels).to(features.dtype)
     return member.T @ features / member.sum(0)[:, None]
 
 
-def place_in_class(labels: Tensor) -> Tensor:
-    """Which image of its class each one is, from 0, in their order: (S,) int64 -> (S,) int64."""
+def index_in_class(labels: Tensor) -> Tensor:
+    """Number each image within its class, from 0, in the given order: (S,) int64 -> (S,) int64."""
     return F.one_hot(labels).cumsum(0).gather(1, labels[:, None]).squeeze(1) - 1
 
 

@@ -1,7 +1,7 @@
 """One network for everything: a structure, its normalisation, and two functions of weights and images.
 
-    features(network, weights, images)    (N, 3, H, W) in [0, 1] -> (N, D)    what a classifier is shown
-    logits(network, weights, images)      (N, 3, H, W) in [0, 1] -> (N, K)    of networks that have one
+    features(network, weights, images)    (N, 3, H, W) in [0, 1] -> (N, D)    what the classifier is given
+    logits(network, weights, images)      (N, 3, H, W) in [0, 1] -> (N, K)    networks with a classifier
 
 The module is an untouched ViT, ResNet or WRN that is never written to: its weights are an argument. Knows how
 position tables are resized and how images are normalised. Knows no file and no training.
@@ -44,14 +44,14 @@ class Network:
     """A structure, whose own parameters are only its starting weights.
 
     Args:
-        arch: its name, as `--arch` has it.
+        arch: its name, as given to `--arch`.
         module: from normalised images (N, 3, H, W) to features (N, D), or to logits (N, K) if it ends in a
-            classifier; it is put into eval mode and freed of gradients here.
+            classifier; put into eval mode, without gradients, here.
         image_size: side in pixels that images are read, and attacked, at.
         mean, std: the normalisation the network was trained with, per RGB channel of [0, 1] images.
         autocast: None for float32, else the dtype of mixed precision (float16 or bfloat16).
         resize: side in pixels that images are enlarged to inside the network; None leaves them.
-        make: makes such a module anew, by torch's global generator; `start` needs it.
+        make: builds such a module anew from torch's global generator; `start` needs it.
     """
 
     arch: str
@@ -75,29 +75,34 @@ class Network:
 
     @functools.cached_property
     def parameters(self) -> tuple[str, ...]:
-        """Names of all that gradients train; the rest of the weights are buffers."""
+        """Names of the parameters, which gradients train; the other weights are buffers."""
         return tuple(name for name, _ in self.module.named_parameters())
 
     @functools.cached_property
     def names(self) -> frozenset[str]:
-        """Parameters and buffers: the weights that `logits` asks for."""
+        """Names of parameters and buffers: the weights that `logits` needs."""
         return frozenset(self.module.state_dict())
 
     @functools.cached_property
     def constants(self) -> Weights:
-        """What the module computes for itself and no state dict has, such as tables of rotary positions."""
+        """Buffers that the module computes and no state dict has, such as tables of rotary positions."""
         return {name: tensor for name, tensor in self.module.named_buffers() if name not in self.names}
 
     def start(self, seed: int) -> Weights:
-        """A random complete state dict, float32, a function of the seed alone; its tensors are fresh."""
+        """A random complete state dict, float32, a function of the seed alone; its tensors are fresh.
+
+        Raises:
+            ValueError: the network has no `make`.
+        """
         if self.make is None:
-            raise ValueError(f"{self.arch}: how to make it anew is not known")
+            raise ValueError(f"{self.arch} cannot be built anew: it has no `make`")
         return dict(_seeded(self.make, seed).state_dict())
 
     # Structure
 
     @property
     def device(self) -> torch.device:
+        """The device of the module's own parameters."""
         return next(self.module.parameters()).device
 
     @property
@@ -107,7 +112,7 @@ class Network:
 
     @property
     def patch_size(self) -> int:
-        """Side in pixels of what becomes one token of a ViT; a hybrid's stem shrinks the image first."""
+        """Side in pixels of the patch behind one token of a ViT; a hybrid's stem shrinks the image first."""
         embed: Any = self.module.patch_embed
         return embed.feat_ratio()
 
@@ -119,12 +124,12 @@ class Network:
 
     @functools.cached_property
     def stem(self) -> str:
-        """The first convolution, "" if there is none."""
+        """Name of the first convolution, "" if there is none."""
         return next((name for name, part in self.module.named_modules() if isinstance(part, nn.Conv2d)), "")
 
     @functools.cached_property
     def classifier(self) -> str:
-        """The last linear layer, "" if the network ends in features."""
+        """Name of the last linear layer, "" if the network ends in features."""
         if getattr(self.module, "num_classes", None) == 0:
             return ""
         layers = [name for name, part in self.module.named_modules() if isinstance(part, nn.Linear)]
@@ -132,6 +137,7 @@ class Network:
 
     @property
     def n_classes(self) -> int:
+        """K, the outputs of the classifier."""
         layer: Any = self.module.get_submodule(self.classifier)
         return layer.out_features
 
@@ -141,7 +147,7 @@ class Network:
 
     @functools.cached_property
     def norms(self) -> tuple[str, ...]:
-        """All parameters and buffers of BatchNorm layers; none of LayerNorms."""
+        """Names of all parameters and buffers of BatchNorm layers, not of LayerNorms."""
         return tuple(
             f"{name}.{own}"
             for name, part in self.module.named_modules()
@@ -169,8 +175,8 @@ class Network:
         return tuple(f"{name}.weight" for name in layers)
 
     def with_published_shortcuts(self) -> "Network":
-        """The fault of the published network with two BatchNorm sets: in a block with a downsample the
-        shortcut of every image is that of the batch's first."""
+        """The network with a fault of the published one with two BatchNorm sets: in a block with a downsample
+        every image gets the shortcut of the batch's first."""
         module = copy.deepcopy(self.module)
         for name, part in module.named_modules():
             if name.endswith(".downsample"):
@@ -180,22 +186,22 @@ class Network:
     # Normalisation
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Pixels in [0, 1] to the network's own units; (N, 3, H, W) -> (N, 3, H, W)."""
+        """Pixels in [0, 1] to the network's own units: (N, 3, H, W) -> (N, 3, H, W)."""
         mean, std = self._statistics(images)
         return (images - mean) / std
 
     def denormalise(self, images: Tensor) -> Tensor:
-        """The inverse of `normalise`."""
+        """The inverse of `normalise`: (N, 3, H, W) -> (N, 3, H, W)."""
         mean, std = self._statistics(images)
         return images * std + mean
 
     def _statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        # What is traced is no tensor that may be kept.
+        # A traced tensor must not be cached.
         make = _statistics.__wrapped__ if torch.compiler.is_compiling() else _statistics
         return make(self.mean, self.std, images.dtype, images.device)
 
 
-@functools.lru_cache(maxsize=8)  # made anew they would be sent to the device at every pass
+@functools.lru_cache(maxsize=8)  # otherwise every pass would send them to the device
 def _statistics(mean: Triple, std: Triple, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     found = torch.tensor([mean, std], dtype=dtype, device=device).view(2, 3, 1, 1)
     return found[0], found[1]
@@ -204,10 +210,13 @@ def _statistics(mean: Triple, std: Triple, dtype: torch.dtype, device: torch.dev
 def features(network: Network, weights: Weights, images: Tensor) -> Tensor:
     """Features of `images` under `weights`: (N, 3, H, W) float in [0, 1] -> (N, D) float32.
 
-    This is what the network itself returns: of those in `ARCHS` the CLS token after the final LayerNorm, of
-    timm's what their pooling makes; of a network with a classifier, what the classifier is shown. Of those
-    without, any image size works: rows and columns beyond the last whole patch are not seen, and the position
-    table is resized, for `ARCHS` as DINO does it, for timm's by timm's own rule.
+    A network without a classifier returns them: those in `ARCHS` the CLS token after the final LayerNorm,
+    timm's the output of their pooling. Otherwise they are the input of the classifier. A network without a
+    classifier takes any image size: rows and columns beyond the last whole patch are ignored, and the
+    position table is resized, for `ARCHS` as DINO does it, for timm's by timm's own rule.
+
+    Raises:
+        ValueError: the network has a classifier, and `weights` lacks a name.
     """
     if network.classifier:
         _check_complete(network, weights)
@@ -226,8 +235,8 @@ def logits(network: Network, weights: Weights, images: Tensor, training: bool = 
             unbiased variance) IN PLACE in `weights`; otherwise by the running statistics, which stay.
 
     Raises:
-        ValueError: the network has no classifier, or `weights` lacks a name: the module's own tensor would be
-            used, and written to, instead.
+        ValueError: the network has no classifier, or `weights` lacks a name: instead the module's own tensor
+            would be used, and written to.
     """
     if not network.classifier:
         raise ValueError(f"{network.arch} ends in features, expected a network with a classifier")
@@ -248,7 +257,7 @@ def fixed_features(network: Network, weights: Weights, images: Tensor) -> Tensor
 
 
 def _forward(network: Network, weights: Weights, images: Tensor) -> Tensor:
-    """What the module makes of images (N, 3, H, W) in [0, 1] under `weights`, in its present mode."""
+    """The module's output for images (N, 3, H, W) in [0, 1] under `weights`, in its present mode."""
     if network.resize is not None:
         images = F.interpolate(images, size=(network.resize, network.resize), mode="nearest")
     if network.any_size:
@@ -270,7 +279,7 @@ def _check_complete(network: Network, weights: Weights) -> None:
 
 
 def _identity(network: Network, weights: Weights) -> Weights:
-    """The classifier that returns what it is shown: sums of one feature and zeros, which are exact."""
+    """A classifier that returns its input: sums of one feature and zeros, which are exact."""
     like = weights[f"{network.classifier}.weight"]
     dim = like.shape[1]
     own = {"weight": torch.eye(dim, dtype=like.dtype, device=like.device), "bias": like.new_zeros(dim)}
@@ -326,8 +335,8 @@ def _seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 
 def untrained(base: str) -> tuple[Network, Origin]:
-    """The network of a `base_arch` without a head, with random weights, always the same; and
-    where its pretrained weights come from."""
+    """The network of a `base_arch` without a head, with random weights that are always the same; and where
+    its pretrained weights come from."""
     if base in ARCHS:
         arch = ARCHS[base]
         make = functools.partial(architectures.build_network, arch)
@@ -342,10 +351,10 @@ def untrained(base: str) -> tuple[Network, Origin]:
 def build_classifier(
     arch: str, n_classes: int, image_size: int, *, resize: int | None = None, normalise: bool = True
 ) -> Network:
-    """The classifier called `arch`, with random weights, always the same.
+    """The classifier called `arch`, with random weights that are always the same.
 
     ResNets for images (or `resize`) under 64 px have a stem of 3x3, stride 1 and no max-pool; transformers
-    have a position table of the size that is asked for.
+    have a position table of the requested size.
 
     Args:
         arch: a name in `CLASSIFIERS`, the published r18, r34 and r50, or `timm:NAME`.
@@ -356,7 +365,7 @@ def build_classifier(
             timm's networks their own); False for networks that take pixels in [0, 1].
 
     Raises:
-        InputError: the name is unknown, it is no classifier, or images of that size are too small for it.
+        InputError: the name is unknown or no classifier's, or images of that size are too small for it.
     """
     arch = ALIASES.get(arch, arch)
     make = architectures.classifier_maker(arch, n_classes, resize or image_size)
@@ -379,7 +388,7 @@ def _check_classifier(network: Network, n_classes: int) -> None:
     try:
         with torch.no_grad():
             out = logits(network, module.state_dict(), image)
-    except Exception as error:  # whatever a network makes of images it cannot take
+    except Exception as error:  # each network raises something else over images it does not support
         reason = first_line(error)
         raise InputError(f"--arch {network.arch!r} takes no images of {network.side} px: {reason}") from error
     if not isinstance(out, Tensor) or out.shape != (1, n_classes):
@@ -387,10 +396,10 @@ def _check_classifier(network: Network, n_classes: int) -> None:
 
 
 def find_device(name: str) -> torch.device:
-    """The device called `name`, if this machine has it; for "auto" CUDA's if it has one, else the CPU.
+    """The device called `name`; for "auto" a CUDA device if this machine has one, else the CPU.
 
     Raises:
-        InputError: it has not, or `name` is no device.
+        InputError: this machine has no such device.
     """
     if name == "auto":
         devices = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -50,8 +50,12 @@ class Merged(NamedTuple):
 
 
 def low_rank(A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
-    """B A, entry by entry in the order of memory, in the shape of `weight`: whatever the factors' own shapes,
-    of a linear layer or of a convolution."""
+    """B A in the shape of `weight`, (out, in) or (out, in, kh, kw).
+
+    Args:
+        A, B: (r, in) and (out, r), or both with leading dimensions; any whose product has as many entries as
+            `weight`, which it fills in the order of memory.
+    """
     return (B @ A).reshape(weight.shape)
 
 
@@ -62,8 +66,8 @@ def adapted_layers(weights: Weights, layers: Sequence[str] = VIT_LAYERS) -> list
 
 
 def factor_groups(name: str) -> int:
-    """The number g of groups of output rows of the weight called `name`: queries, keys and values have one
-    each."""
+    """The number g of groups of output rows of the weight called `name`: one each for queries, keys and
+    values."""
     return 3 if name.endswith("qkv.weight") else 1
 
 
@@ -100,10 +104,10 @@ def split_principal(weight: Tensor, rank: int, groups: int = 1) -> tuple[Tensor,
 class Pool:
     """P members of one architecture, each with the classifier head it was trained with; immutable.
 
-    What `LoRAPool` and `FullPool` share, and all that training, merging and evaluation know of a pool.
+    The common part of `LoRAPool` and `FullPool`: training, merging and evaluation use nothing else.
 
     Attributes:
-        tune: the value of main.py's --tune that trains this kind.
+        tune: the value of --tune that trains this kind.
         scale, bias: (P,) the head's logit scale and bias.
         levels: the P robustness levels the members were (or are to be) trained for.
         rank: of the low-rank factors, or None where there are none.
@@ -126,7 +130,7 @@ class Pool:
     factors: dict[str, Tensor]
 
     def with_factors(self, factors: dict[str, Tensor]) -> Self:
-        """The same pool with other factors, named as in `factors`."""
+        """The same pool with other factors (P, ...), of the names and shapes of `factors`."""
         raise NotImplementedError
 
     def _mixture(self, shares: dict[int, float]) -> Weights:
@@ -137,7 +141,11 @@ class Pool:
         return len(self.scale)
 
     def __getitem__(self, member: int) -> Self:
-        """Member `member` alone: a pool of size one that shares its tensors."""
+        """Member `member` alone: a pool of size one that shares its tensors.
+
+        Raises:
+            IndexError: there is no such member.
+        """
         if not 0 <= member < len(self):
             raise IndexError(f"member {member} of a pool of {len(self)}")
         part = slice(member, member + 1)
@@ -258,7 +266,8 @@ class LoRAPool(Pool):
 
     @property
     def factors(self) -> dict[str, Tensor]:
-        """All low-rank factors in one flat dictionary, `<weight>.lora_A` and `<weight>.lora_B`."""
+        """All low-rank factors in one dictionary: `<weight>.lora_A` (P, g, r, in) and `<weight>.lora_B`
+        (P, g, out/g, r)."""
         named = {}
         for name in sorted(self.A):
             named[f"{name}.lora_A"] = self.A[name]
@@ -266,6 +275,7 @@ class LoRAPool(Pool):
         return named
 
     def with_factors(self, factors: dict[str, Tensor]) -> "LoRAPool":
+        """The same pool with other factors (P, ...), of the names and shapes of `factors`."""
         return dataclasses.replace(
             self,
             A={name: factors[f"{name}.lora_A"] for name in self.A},
@@ -287,7 +297,7 @@ class LoRAPool(Pool):
 
 @dataclasses.dataclass(frozen=True)
 class FullPool(Pool):
-    """P complete sets of weights of one network: what full meta-tuning trains. Every weight is a factor.
+    """P complete sets of weights of one network, which full meta-tuning trains. Every weight is a factor.
 
     Args:
         weights: every weight by name, (P, ...) over its own shape: position table, class token, norms and
@@ -317,10 +327,11 @@ class FullPool(Pool):
 
     @property
     def factors(self) -> dict[str, Tensor]:
-        """All weights, by their own names."""
+        """All weights (P, ...) by their own names."""
         return dict(sorted(self.weights.items()))
 
     def with_factors(self, factors: dict[str, Tensor]) -> "FullPool":
+        """The same pool with other weights (P, ...), of the names and shapes of `factors`."""
         return dataclasses.replace(self, weights={name: factors[name] for name in self.weights})
 
     def _mixture(self, shares: dict[int, float]) -> Weights:
@@ -376,10 +387,10 @@ def _untrained_head(weights: Weights, members: int) -> tuple[Tensor, Tensor]:
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """All tensors of a fine-tuning; those that are trained are leaves.
+    """All tensors of a fine-tuning; the trained ones are leaves.
 
     Args:
-        weights: the complete state dict that is deployed; its running statistics are written to.
+        weights: the complete state dict that is deployed; training writes to its running statistics.
         factors: `<weight>.lora_A` and `<weight>.lora_B`; empty without a branch.
         norms: a second set of BatchNorm parameters and statistics, named as in `weights`; empty without.
     """
@@ -390,7 +401,7 @@ class Student:
 
     @property
     def tensors(self) -> Weights:
-        """Everything under one name each, in a fixed order: `weights/NAME`, `factors/NAME`, `norms/NAME`."""
+        """All tensors by name, in a fixed order: `weights/NAME`, `factors/NAME`, `norms/NAME`."""
         return {
             f"{field.name}/{name}": tensor
             for field in dataclasses.fields(self)
@@ -422,7 +433,8 @@ def factor_shapes(network: Network, name: str, rank: int) -> tuple[tuple[int, in
 def new_factors(
     network: Network, names: tuple[str, ...], rank: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """The branch as it starts, for the weights called `names`: float32 on the CPU."""
+    """The untrained branch for the weights called `names`, float32 on the CPU: A (r k, C_in k) standard
+    normal, B (C_out/g k, r k) zero."""
     factors = {}
     for name in names:
         shape_A, shape_B = factor_shapes(network, name, rank)
@@ -434,7 +446,7 @@ def new_factors(
 def natural_weights(network: Network, student: Student, rank: int) -> Weights:
     """The weights of the natural thread: gradients reach the factors and the classifier only.
 
-    With a second BatchNorm set the thread has that one, without gradient; otherwise it shares the network's,
+    With a second BatchNorm set the thread uses that one, without gradient; otherwise it shares the network's,
     whose running statistics it updates in turn.
     """
     fixed = {

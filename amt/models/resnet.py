@@ -12,7 +12,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
 
 class ResNet(nn.Module):
-    """A residual network of any widths and depths out of torchvision's blocks, with torchvision's names.
+    """A residual network of any widths and depths, of torchvision's blocks and with torchvision's names.
 
     Args:
         block: `BasicBlock` or `Bottleneck`.
@@ -50,6 +50,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalised images (N, 3, H, W) -> logits (N, K)."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for name in self._stages:
             x = self.get_submodule(name)(x)

@@ -1,4 +1,4 @@
-"""Which singular values of merged weights are left out. Knows no tensors."""
+"""Settings that say which singular values of merged weights to remove. Knows no tensors."""
 
 import argparse
 import dataclasses
@@ -25,10 +25,10 @@ class Trim:
 
 
 def parse_trim(text: str) -> Trim:
-    """NAME:BLOCK:KEEP, as in qkv:-1:0.5.
+    """Read NAME:BLOCK:KEEP, such as qkv:-1:0.5.
 
     Raises:
-        ValueError: saying what was expected.
+        ValueError: the text has another form, or KEEP is not in (0, 1].
     """
     try:
         layer, block, keep = text.split(":")
@@ -41,7 +41,11 @@ def parse_trim(text: str) -> Trim:
 
 
 def read_trim(text: str) -> Trim:
-    """The same as the `type` of a flag."""
+    """`parse_trim` as the `type` of a flag.
+
+    Raises:
+        ArgumentTypeError: in place of its ValueError.
+    """
     try:
         return parse_trim(text)
     except ValueError as error:

@@ -51,6 +51,9 @@ class WideResNet(nn.Module):
         depth: number of layers, 6 n + 4.
         widen: factor of the widths.
         n_classes: K.
+
+    Raises:
+        ValueError: no n >= 1 gives that depth.
     """
 
     def __init__(self, depth: int, widen: int, n_classes: int):
@@ -71,5 +74,6 @@ class WideResNet(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalised images (N, 3, H, W) -> logits (N, K)."""
         x = self.block3(self.block2(self.block1(self.conv1(x))))
         return self.fc(F.relu(self.bn1(x)).mean(dim=(2, 3)))

@@ -3,8 +3,8 @@
 One drawing serves all. Nothing here depends on pyplot's state.
 """
 
+import io
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from unicodedata import east_asian_width
 
@@ -19,7 +19,6 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Affine2D
 
 from amt.evaluation.statistics import Summary
-from amt.files.writing import replace_file
 from amt.report.charts import (
     Axis,
     Figure,
@@ -36,6 +35,7 @@ from amt.report.charts import (
 from amt.report.shown import has_interval
 from amt.report.svg import COLOURS, LINE, MUTED, PAGE, TEXT, mark, svg_element
 from amt.report.tables import number
+from meta_dataset_readers.files import replace_file
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)), (0, (10, 3)))
@@ -86,10 +86,15 @@ def write(figures: Sequence[Figure | HeatMap], folder: Path) -> list[Path]:
             # A PDF says when it was made, unless told not to: the same runs give the same bytes.
             for kind, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
                 path = folder / f"{figure.slug}.{kind}"
-                save = partial(drawing.savefig, format=kind, metadata=metadata, facecolor=PAGE)
-                replace_file(path, save)
+                _save(drawing, path, metadata)
                 written.append(path)
     return written
+
+
+def _save(drawing: Drawing, path: Path, metadata: Mapping | None = None) -> None:
+    content = io.BytesIO()
+    drawing.savefig(content, format=path.suffix[1:], metadata=metadata, facecolor=PAGE)
+    replace_file(path, content.getvalue())
 
 
 def accuracy_picture(
@@ -116,7 +121,7 @@ def accuracy_picture(
         axes.set_ylim(0, 100)
         axes.grid(False, axis="x")
         drawing.legend(loc="outside upper center", ncols=len(columns))
-        replace_file(path, partial(drawing.savefig, format="png", facecolor=PAGE))
+        _save(drawing, path)
 
 
 def mixing_picture(
@@ -138,7 +143,7 @@ def mixing_picture(
     ]
     with matplotlib.rc_context(SETTINGS):
         drawing = compose(panels, len(panels), entries=legend(panels))
-        replace_file(path, partial(drawing.savefig, format="png", facecolor=PAGE))
+        _save(drawing, path)
 
 
 def _mixed(column: str, place: int, found: Sequence[tuple[float, Summary]]) -> Series:

@@ -10,10 +10,10 @@ import torch
 
 from amt.evaluation import runs
 from amt.evaluation.runs import Run
-from amt.files.writing import replace_file
 from amt.report.tables import corruption_table, table
 from amt.report.tensorboard import write_board
 from meta_dataset_readers.errors import say
+from meta_dataset_readers.files import replace_file
 
 
 def finish(run: Run, device: torch.device) -> None:
@@ -32,7 +32,7 @@ def finish(run: Run, device: torch.device) -> None:
     more = cost(run, device)
     out = run.folder / "results.json"
     text = json.dumps(runs.summarise_run(run, more), indent=1)
-    replace_file(out, lambda path: path.write_text(text + "\n"))
+    replace_file(out, text + "\n")
     write_board(run, run.folder / "tensorboard")
     names = [*run.sources, *run.averages]
     lines = [(name, [run.summary(name, column) for column in run.columns]) for name in names]

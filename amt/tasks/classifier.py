@@ -1,7 +1,7 @@
-"""Few-shot classifiers: what the support set of an episode is turned into.
+"""Few-shot classifiers, made from the support set of an episode.
 
 A `Predictor` takes an episode and returns a `Classifier`, which the attacks differentiate through.
-It may look at the support set only. Knows no attack, no table and no file.
+It looks at the support set only. Knows no attack, no table and no file.
 """
 
 import functools
@@ -47,20 +47,20 @@ def prototype_classifier(
     Args:
         network: the structure.
         merged: its weights, and the scale and bias of the logits.
-        episode: on the device of the weights; its query is not looked at.
-        coefficients: that the weights were merged with, if they were.
+        episode: on the device of the weights; its support is (S, 3, H, W), its query is not used.
+        coefficients: of the merge, empty if there was none.
     """
-    labels, n_way = episode.support_labels, episode.n_way
+    labels = episode.support_labels
     weights, scale, bias = merged
 
     def with_prototypes(centres: Tensor) -> Logits:
         return lambda images: cosine_logits(features(network, weights, images), centres, scale, bias)
 
     def refit(support: Tensor) -> Logits:
-        return with_prototypes(prototypes(features(network, weights, support), labels, n_way))
+        return with_prototypes(prototypes(features(network, weights, support), labels))
 
     support = fixed_features(network, weights, episode.support)
-    return Classifier(with_prototypes(prototypes(support, labels, n_way)), refit, coefficients)
+    return Classifier(with_prototypes(prototypes(support, labels)), refit, coefficients)
 
 
 def pretrained(network: Network) -> Merged:
@@ -79,9 +79,9 @@ def pretrained_predictor(network: Network) -> Predictor:
 
 
 def merged_networks(pool: Pool, kept: int = 2) -> Callable[[Coefficients, tuple[Trim, ...]], Merged]:
-    """The function that merges and trims; the last `kept` networks are not made again.
+    """A function that merges and trims, and caches the last `kept` networks.
 
-    Fixed coefficients give every task the same weights, whose trimming takes longer than the task itself.
+    Fixed coefficients give every task the same weights, and trimming them takes longer than the task itself.
     """
 
     @functools.lru_cache(maxsize=kept)
@@ -97,9 +97,9 @@ def merged_predictor(
     """For every task: coefficients from the support set, merge, trim, prototypes (AMT, section 3.4).
 
     Args:
-        choose: (support, labels, generator) -> coefficients; it is shown no query.
+        choose: (support, labels, generator) -> coefficients; it gets no query.
         trims: see `trim_singular_values`.
-        seed: decides, with the episode's index, the generator that `choose` is given.
+        seed: decides, with the episode's index, the generator for `choose`.
     """
     merged = merged_networks(pool)
 

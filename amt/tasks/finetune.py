@@ -7,7 +7,7 @@ W, prototypes c and an augmentation a drawn anew in every step:
     afterwards:     prototypes of x under the tuned W classify the query
 
 Both features carry gradients; scale and bias stay. Starts every task from the same weights, which are an
-argument: no network is written to. Sees no query image and no query label.
+argument: no network is written to. Uses no query image and no query label.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ def finetuned_predictor(
     Args:
         merged: complete weights, of a pool or pretrained; scale and bias stay as they are.
         seed: decides, with the episode's index, the augmentation.
-        coefficients: that the weights were merged with, if they were.
+        coefficients: of the merge, empty if there was none.
     """
 
     def predict(episode: Episode) -> Classifier:
@@ -59,19 +59,18 @@ def finetune(
     """The weights tuned to a support set, without graph; in float32, whatever the network's precision.
 
     Args:
-        merged: where every task starts from; it is not written to.
+        merged: the weights that every task starts from; they are not written to.
         support: (S, 3, H, W) in [0, 1].
         labels: (S,) int64 in 0..N-1.
         generator: a CPU generator for the augmentation.
 
     Raises:
-        InputError: the rate is so large that some weights are not finite.
+        InputError: some weights are not finite, as the rate is too large.
     """
     weights, scale, bias = merged
     if settings.lr == 0:
         return weights
     network = dataclasses.replace(network, autocast=None)  # Adam's small steps would drown in float16
-    n_way = int(labels.max()) + 1
     leaves = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
     optimiser = torch.optim.Adam(leaves.values(), settings.lr)
     for _ in range(settings.steps):
@@ -80,7 +79,7 @@ def finetune(
             normal = augment(network.normalise(support), generator, settings.augment_kinds)
             view = network.denormalise(normal)
         plain, seen = features(network, leaves, torch.cat([support, view])).chunk(2)
-        logits = cosine_logits(seen, prototypes(plain, labels, n_way), scale, bias)
+        logits = cosine_logits(seen, prototypes(plain, labels), scale, bias)
         optimiser.zero_grad()
         F.cross_entropy(logits, labels).backward()
         optimiser.step()

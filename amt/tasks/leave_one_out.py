@@ -1,13 +1,13 @@
-"""How well networks tell a support set's own images apart, each image against the prototypes of the others.
+"""The leave-one-out loss of networks on a support set: each image against the prototypes of the others.
 
 With f_i the feature of support image i of class y_i, which has n_i images, the image is classified against
 
     (sum of the class's features - f_i) / (n_i - 1)     in its own class,
     the prototype as it is                              in every other.
 
-An image that is its class's only one stands for the class, and an augmented view of it is classified. The
-loss is the cross-entropy, not the error rate: 25 images make steps of 4 per cent, within which most networks
-worth comparing tie. Every class counts the same, as in a query set. Sees no query; knows no pool.
+The only image of a class stands for the class, and an augmented view of it is classified. The loss is the
+cross-entropy, not the error rate: 25 images make steps of 4 per cent, within which most networks worth
+comparing tie. Every class counts the same, as in a query set. Uses no query; knows no pool.
 """
 
 import dataclasses
@@ -20,27 +20,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amt.attacks.perturb import Ball, ascent, input_gradient
-from amt.models.heads import cosine_logits, place_in_class, prototypes
+from amt.models.heads import cosine_logits, index_in_class, prototypes
 from amt.models.network import CHUNK, Network, features, fixed_features
 from amt.models.pool import Merged
 from amt.tasks.merge import augment
 
-# Of larger support sets as many are attacked as bring 100 images, at least one of a class: they say enough,
-# and each costs as much as a query image.
+# Of larger support sets about 100 images are attacked, at least one of each class: more would say little, and
+# each costs as much as a query image.
 ATTACKED = 100
 STEPS = 3  # of that attack, each of epsilon / 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """What is asked of every network that is compared on one support set; `new_trial` makes it.
+    """One comparison of networks on a support set; `new_trial` makes it.
 
     Args:
         support, labels: (S, 3, H, W) in [0, 1], and (S,) int64 in 0..N-1.
-        which: (n,) the support images that are classified.
-        held_out: (n, 3, H, W) what is shown of them.
-        alone: (n,) bool, which of them are their class's only image, so that another view is shown.
-        start: (n, 3, H, W) where their attack starts; None: they are not attacked.
+        which: (n,) int64, the numbers of the support images that are classified.
+        held_out: (n, 3, H, W), these images, or views of them.
+        alone: (n,) bool, which of them are the only image of their class, and so replaced by a view.
+        start: (n, 3, H, W), where their attack starts; None: they are not attacked.
         epsilon: bound of the attack in 1/255 of the pixel range.
     """
 
@@ -64,17 +64,19 @@ def new_trial(
     """The same held-out images, and the same start of their attack, for all networks.
 
     Args:
+        support: (S, 3, H, W) in [0, 1].
+        labels: (S,) int64 in 0..N-1.
         epsilon: in 1/255 of the pixel range; 0: they are not attacked.
         generator: a CPU generator for the augmentation and the start.
     """
     which = torch.arange(len(labels), device=labels.device)
     if epsilon > 0:
         n_way = int(labels.max()) + 1
-        which = which[place_in_class(labels) < max(ATTACKED // n_way, 1)]
+        which = which[index_in_class(labels) < max(ATTACKED // n_way, 1)]
     images, alone = support[which], (labels.bincount()[labels] == 1)[which]
     if alone.any():
         views = network.denormalise(augment(network.normalise(images[alone]), generator))
-        images[alone] = views.clamp(0, 1)  # an image is what is classified, and attacked
+        images[alone] = views.clamp(0, 1)  # valid images, as they are attacked
     if epsilon == 0:
         return Trial(support, labels, which, images, alone)
     start = _ball(epsilon).start(images, generator)
@@ -88,13 +90,13 @@ def _ball(epsilon: float) -> Ball:
 def lowest_loss(
     network: Network, networks: Sequence[Callable[[], Merged]], trial: Trial
 ) -> tuple[int, float]:
-    """Which network has the least `leave_one_out_loss`, the first of equals, and that loss.
+    """The number of the network with the least `leave_one_out_loss`, the first of equals, and that loss.
 
-    The loss at the worst points seen can only grow, so a network is attacked no longer than it takes to see
-    that another is better: it is always the one of the least loss so far that goes on.
+    The loss at the worst points seen can only grow, so the network with the least loss so far is always
+    attacked next, and the others are attacked no further once it is done.
 
     Args:
-        networks: called whenever the network is needed, so that not all have to be in memory.
+        networks: each is called whenever it is needed, so that not all have to be in memory.
     """
     running = [_losses(network, merged, trial) for merged in networks]
     queue = [(0.0, k, 0) for k in range(len(networks))]
@@ -118,22 +120,21 @@ def leave_one_out_logits(
     scale: Tensor | float = 1.0,
     bias: Tensor | float = 0.0,
 ) -> Tensor:
-    """Logits (n, N) of held-out images: of their own class without them, of the others as they are.
+    """Logits (n, N) of held-out images: for their own class without them, for the others as they are.
 
     Args:
-        views: (n, D) features of what is shown of the images `which`; may carry a graph.
+        views: (n, D) features of the held-out images; may carry a graph.
         support: (S, D) features of all support images.
         labels: (S,) int64 in 0..N-1.
-        which: (n,) int64.
+        which: (n,) int64, the numbers of the held-out images.
         scale, bias: of the logits, see `cosine_logits`.
     """
-    n_way = int(labels.max()) + 1
-    centres, own = prototypes(support, labels, n_way), labels[which]
+    centres, own = prototypes(support, labels), labels[which]
     count, image = labels.bincount()[own][:, None], support[which]
     rest = torch.where(count > 1, (count * centres[own] - image) / (count - 1).clamp(min=1), image)
     against_rest = scale * (F.cosine_similarity(views, rest, eps=1e-12) + bias)
     against_all = cosine_logits(views, centres, scale, bias)
-    return torch.where(F.one_hot(own, n_way).bool(), against_rest[:, None], against_all)
+    return torch.where(F.one_hot(own, len(centres)).bool(), against_rest[:, None], against_all)
 
 
 def _losses(network: Network, merged: Callable[[], Merged], trial: Trial) -> Iterator[float]:

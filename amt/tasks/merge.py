@@ -1,19 +1,19 @@
-"""Test-time merging: which adapters a new task gets, decided from its support set alone.
+"""Test-time merging: choose the adapters for a new task from its support set alone.
 
-The published rule scores every adapter by how compact it makes the support classes and how far apart:
+The published rule scores every adapter by how compact and how far apart the support classes are:
 
     intra_p = mean_c mean_{i in c} cos(i, prototype_c)
     inter_p = mean_c mean_{i in c} 1/(N-1) sum_{c' != c} cos(i, prototype_c')
     u_p     = exp(beta * (gamma * intra_p - (1 - gamma) * inter_p) - beta)
 
 and shares the weight among the top k adapters in proportion to u (AMT, section 3.4). There i is a clean
-support image, augmented; ours is to attack it as well, which asks the same of an adapter under attack. No
-query image and no query label can be seen from here: `route` is not given any.
+support image, augmented. Ours attacks it instead, and so scores an adapter under attack. `route` is given no
+query image and no query label.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ def route(
         support: (S, 3, H, W) in [0, 1].
         labels: (S,) int64 in 0..N-1.
         generator: a CPU generator for the augmentation or the attack's start; left as it was.
-        members: `kept_members(pool)` where many tasks are routed.
+        members: `kept_members(pool)` to route many tasks.
     """
     (coefficients,) = route_each(network, pool, support, labels, generator, [routing], members)
     return coefficients
@@ -59,7 +59,10 @@ def route_each(
     routings: Sequence[Routing],
     members: Members | None = None,
 ) -> list[Coefficients]:
-    """What `route` gives for each of `routings`; what they have in common is computed once."""
+    """The coefficients of `route` for each of `routings`; what they have in common is computed once.
+
+    Arguments as of `route`: support (S, 3, H, W), labels (S,).
+    """
     by_view = {routing.view: routing for routing in routings}
     cosines = _cosines(network, pool, support, labels, generator, list(by_view.values()), members)
     scores = {view: compactness(found, labels) for view, found in zip(by_view, cosines, strict=True)}
@@ -74,7 +77,10 @@ def support_cosines(
     generator: torch.Generator,
     routing: Routing,
 ) -> Tensor:
-    """(P, S, N) cosines, for every adapter alone, of the support's views with the support's prototypes."""
+    """Cosines (P, S, N) of the support's views with the support's prototypes, for every adapter alone.
+
+    Arguments as of `route`.
+    """
     (cosines,) = _cosines(network, pool, support, labels, generator, [routing], None)
     return cosines
 
@@ -90,7 +96,6 @@ def _cosines(
 ) -> list[Tensor]:
     """`support_cosines` for each of `routings`; the prototypes are computed once."""
     network = dataclasses.replace(network, autocast=None)  # scores differ in the third digit: keep float32
-    n_way = int(labels.max()) + 1
     # Each view draws what it would draw alone.
     generators = [generator.clone_state() for _ in routings]
     augmented = [
@@ -101,7 +106,7 @@ def _cosines(
     for p in range(len(pool)):
         weights = _alone(pool, p) if members is None else members(p)
         plain = fixed_features(network, weights, support)
-        centres = prototypes(plain, labels, n_way)
+        centres = prototypes(plain, labels)
 
         def logits_of(images: Tensor, weights=weights, centres=centres, scale=pool.scale[p]) -> Tensor:
             return cosine_logits(features(network, weights, images), centres, scale)
@@ -116,8 +121,8 @@ def _cosines(
 
 
 def kept_members(pool: Pool) -> Members:
-    """Every member is merged when it is first asked for, and then kept: with one image per class that would
-    be a fifth of the time of routing. Takes the memory of P networks."""
+    """A function that merges each member at its first call and caches it, which saves a fifth of the time of
+    routing with one image per class. Takes the memory of P networks."""
     return functools.cache(functools.partial(_alone, pool))
 
 
@@ -126,7 +131,7 @@ def _alone(pool: Pool, p: int) -> Weights:
 
 
 def _augmented(network: Network, support: Tensor, generator: torch.Generator, routing: Routing) -> Tensor:
-    """The published view of the support, which sometimes is the support itself."""
+    """The published view of the support: augmented, or sometimes the support itself."""
     if routing.epsilon > 0 or torch.rand((), generator=generator) >= routing.augment_probability:
         return support
     return network.denormalise(augment(network.normalise(support), generator))
@@ -165,7 +170,7 @@ def compactness(cosines: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def blend(intra: Tensor, inter: Tensor, routing: Routing) -> Coefficients:
     """Coefficients from the scores (P,), (P,): exponential weights of the top k, normalised."""
     score = (routing.gamma * intra - (1 - routing.gamma) * inter).double()
-    # Of equal scores (one shot, gamma 1) the first count; topk would leave that open.
+    # Of equal scores (one shot, gamma 1) the first count; topk does not define an order.
     values, order = (each[: routing.top_k] for each in score.sort(descending=True, stable=True))
     # exp(beta * score - beta) over its sum is a softmax, which does not underflow at a large beta.
     shares = torch.zeros_like(score).scatter(0, order, (routing.beta * values).softmax(0))
@@ -177,17 +182,17 @@ def uniform(pool: Pool) -> Coefficients:
     return average_of(pool, range(len(pool)))
 
 
-def average_of(pool: Pool, adapters) -> Coefficients:
-    """The plain average of some adapters, by their numbers."""
+def average_of(pool: Pool, adapters: Iterable[int]) -> Coefficients:
+    """Coefficients of the plain average of some adapters, by their numbers."""
     chosen = set(adapters)
     return tuple(1 / len(chosen) if p in chosen else 0.0 for p in range(len(pool)))
 
 
 def soup(pool: Pool) -> Pool:
-    """A pool of one member whose factors, scale and bias are the means of all members'.
+    """A pool of one member whose factors, scale and bias are the means over all members.
 
-    Of LoRAs that is W_res + mean(B) mean(A), another network than their uniform merge; complete sets of
-    weights are averaged either way.
+    For LoRAs that is W_res + mean(B) mean(A), which differs from their uniform merge; for complete sets of
+    weights the two agree.
     """
     means = {name: factor.mean(0, keepdim=True) for name, factor in pool.factors.items()}
     return dataclasses.replace(
@@ -198,7 +203,7 @@ def soup(pool: Pool) -> Pool:
 def augment(images: Tensor, generator: torch.Generator, kinds: Sequence[str] = AUGMENTATIONS) -> Tensor:
     """The published differentiable augmentation of normalised images (N, 3, H, W); nothing is clamped.
 
-    The batch is flipped as a whole half of the time. Then image by image, for the `kinds` asked for: "color",
+    The batch is flipped as a whole half of the time. Then image by image, for each of `kinds`: "color",
     brightness +-0.5, saturation x U[0, 2] and contrast x U[0.5, 1.5]; "translation" of up to an eighth of the
     side, filled with zeros.
     """

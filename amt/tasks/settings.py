@@ -1,4 +1,4 @@
-"""How a task is prepared for: the settings of the router and of test-time fine-tuning. Knows no tensors."""
+"""Settings of the router and of test-time fine-tuning. Knows no tensors."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ from meta_dataset_readers.settings import setting
 
 AUGMENTATIONS = ("color", "translation")
 
-# What --select searches where nothing else is said.
+# What --select searches by default.
 BETAS = (0.1, 1.0, 10.0, 100.0)
 GAMMAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)
 
@@ -22,14 +22,14 @@ class Routing:
     """How support scores become merging coefficients.
 
     Args:
-        beta, gamma: sharpness and balance, as in the module's docstring (the published blend_beta and
+        beta, gamma: sharpness and balance, as in amt/tasks/merge.py (the published blend_beta and
             blend_gamma).
         top_k: how many adapters share the weight.
         augment_probability: chance that the support images compared with the prototypes are augmented at
             all, where they are not attacked.
-        epsilon: the knob from clean to robust, in 1/255 of the pixel range. 0: the published scores. Above:
-            the same scores of support images that each adapter sees attacked within epsilon. As these are
-            not augmented, 0 is a rule of its own and not the limit of small values.
+        epsilon: from clean to robust, in 1/255 of the pixel range. 0: the published scores. Above: the same
+            scores on support images attacked within epsilon, for each adapter its own. As these are not
+            augmented, 0 is a rule of its own and not the limit of small values.
         steps: of that attack, each of epsilon / 4.
     """
 
@@ -63,13 +63,13 @@ class Routing:
 
     @property
     def view(self) -> tuple[float, float]:
-        """All that decides which images are scored: equal views have equal cosines."""
+        """What decides which images are scored: equal views have equal cosines."""
         return (self.epsilon, self.steps) if self.epsilon > 0 else (0.0, self.augment_probability)
 
 
 @dataclasses.dataclass(frozen=True)
 class Finetuning:
-    """How a task's support set is learnt from.
+    """How a network is fine-tuned on a task's support set.
 
     Args:
         steps: of Adam, with its usual momenta 0.9 and 0.999 and no weight decay, as published.

@@ -1,24 +1,22 @@
-"""Fine-tuning step by step: what is attacked, descended and scheduled, and what a run is continued from.
+"""Fine-tuning step by step: attack, descend, follow the schedules; and the state that a run continues from.
 
-A `FineTuner` has all that changes during a run. From the history of its validation accuracies alone follow
-learning rate and restores (amt/training/schedule.py). Knows no file, no data set and no test data.
+A `FineTuner` holds all that changes during a run. The history of its validation accuracies alone decides the
+learning rate and when the best weights come back (amt/training/schedule.py). Knows no file, no data set and
+no test data.
 """
 
-import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from amt.attacks.perturb import pgd
 from amt.models.network import Network, logits
 from amt.models.pool import Student, natural_weights, new_factors
 from amt.models.weights import Weights, stream
+from amt.training.autolora_settings import Settings
 from amt.training.objectives import (
-    METHODS,
-    Adversary,
     Outcome,
     attack,
     autolora,
@@ -39,100 +37,10 @@ from amt.training.schedule import (
     windows,
 )
 from amt.training.similarity import gradient_similarity
-from meta_dataset_readers.settings import setting
-
-Batches = Iterable[tuple[Tensor, Tensor, Tensor]]  # images, labels, indices
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How one mode is fine-tuned; plain values but for `adversary`.
-
-    Args:
-        mode: "SLF", "ALF" or "AFF".
-        method: of AFF, "autolora", "vanilla" or "twins".
-        epochs, batch_size: length of the run.
-        lr, momentum, weight_decay: of SGD, over everything that is trained.
-        adversary: of training.
-        auto_lr: reduce the rate and bring the best weights back by the validation accuracies; otherwise
-            divide by ten after the epochs in `milestones`.
-        auto_weights: weigh the loss by the accuracy on the training data; otherwise by `natural_share` and
-            `scale`.
-        natural_share: the fixed lambda_1.
-        scale: the largest (or the fixed) weight of the divergence.
-        divide: what a reduction divides the rate by.
-        milestones: of the ordinary schedule.
-        rank: of the low-rank branch.
-        dual_norms: clean images have a BatchNorm set of their own.
-        high_resolution: the schedule for 224 px: windows of four epochs, an end at a rate under 1e-5, and
-            weights of the loss that are set once per epoch.
-        whole_passes: measure the accuracy that weighs the loss by passes over the whole training set, as the
-            paper has it; otherwise on the batches as they are trained on, at no cost.
-        published: repeat the deviations of the published code: that accuracy without the branch (low
-            resolution, one BatchNorm set); the branch in some blocks only; windows of 50 epochs for any
-            number; at high resolution a divergence divided by the nominal batch size; with two BatchNorm sets
-            the first image's shortcuts for all. Not repeated: choices on test data, and at high resolution
-            an attack of validation that starts at the images.
-        twins_share: weight of the frozen half's loss.
-        similarity_every: batches after which the gradients of the two objectives are compared; 0 for never.
-        seed: decides order, augmentation and the attacks' starts.
-    """
-
-    mode: str = "AFF"
-    method: str = setting("autolora", "how AFF is done", choices=METHODS)
-    epochs: int = setting(50, "default: 50; high: 60", aliases="--max_epoch -m_e", least=1, most=10**6)
-    batch_size: int = setting(128, "default: 128; linear modes by table", aliases="-b", least=1, most=10**6)
-    lr: float = setting(0.1, "first rate (default: 0.1; high: 0.01)", aliases="--learning_rate -lr", least=0)
-    momentum: float = setting(0.9, "momentum of SGD", aliases="-m", least=0)
-    weight_decay: float = setting(2e-4, "default: 2e-4; high: 1e-4", aliases="--wd -w", least=0)
-    adversary: Adversary = dataclasses.field(default_factory=Adversary)
-    auto_lr: bool = True
-    auto_weights: bool = True
-    natural_share: float = setting(
-        1.0,
-        "without --auto_scalars: share of clean images in the cross-entropy (default: autolora 0.5, else 1)",
-        flag="lambda1",
-        least=0,
-        most=1,
-    )
-    scale: float = setting(6.0, "largest weight of the divergence", least=0)
-    divide: float = setting(2.0, "what a reduction divides the rate by", above=1)
-    milestones: tuple[int, ...] = ()
-    rank: int = setting(8, "rank of the low-rank branch (default: 8)", flag="r_nat", least=0, most=10**6)
-    dual_norms: bool = False
-    high_resolution: bool = False
-    whole_passes: bool = setting(
-        False,
-        "weigh the loss by passes over the training set, as published, and not by the batches as they come, "
-        "which costs nothing",
-    )
-    published: bool = setting(
-        False,
-        "repeat what the published code does otherwise than the paper (implies --whole_passes)",
-    )
-    twins_share: float = setting(0.3, "weight of the frozen half of TWINS", flag="twins_lambda", least=0)
-    similarity_every: int = setting(
-        0,
-        "every N batches note the cosine between the natural and the adversarial gradient, per layer",
-        flag="gradient_similarity",
-        metavar="N",
-        least=0,
-    )
-    seed: int = 0
-
-    @property
-    def branch(self) -> bool:
-        """Whether a low-rank branch is trained."""
-        return self.mode == "AFF" and self.method == "autolora"
-
-    @property
-    def weighs(self) -> bool:
-        """Whether the weights of the loss are scheduled."""
-        return self.mode == "AFF" and self.auto_weights
 
 
 class StepRecord(NamedTuple):
-    """What one batch is remembered by; plain numbers, accuracies in [0, 1] in train mode.
+    """The record of one batch: plain numbers, accuracies in [0, 1] in train mode.
 
     `natural` is the cross-entropy and `robust` the divergence, see `robust_loss`; `similarity` the cosine
     between the gradients of the natural and the adversarial objective by layer, where it was asked for.
@@ -151,7 +59,7 @@ class StepRecord(NamedTuple):
 
 
 def new_student(network: Network, weights: Weights, settings: Settings, norms: Weights) -> Student:
-    """The student as it starts, on the device of `weights`; its tensors are copies.
+    """The student before its first step, on the device of `weights`; its tensors are copies.
 
     Args:
         weights: complete state dict, with the classifier.
@@ -179,8 +87,8 @@ def new_student(network: Network, weights: Weights, settings: Settings, norms: W
 class FineTuner:
     """A student in training, its optimiser, and how far the run is.
 
-    `step` and `end_epoch` are all that changes it. State goes out and in by `state` and `restore`, and a
-    restored tuner continues exactly as the saved one would have.
+    Only `step` and `end_epoch` change it. `state` and `restore` give and take its state; a restored tuner
+    continues exactly as the saved one would have.
 
     Args:
         network: its structure.
@@ -189,6 +97,9 @@ class FineTuner:
         n_batches: in an epoch.
         training_accuracy: the accuracy in [0, 1] of weights on the whole training set, augmented and in eval
             mode; needed with `settings.whole_passes` only.
+
+    Raises:
+        ValueError: `settings.whole_passes` without `training_accuracy`, at the first step.
     """
 
     def __init__(
@@ -222,19 +133,15 @@ class FineTuner:
         parameters = set(network.parameters)
         if settings.mode != "AFF":
             parameters = {name for name in parameters if name.startswith(f"{network.classifier}.")}
-        rooms = {"weights": parameters, "factors": set(self.student.factors), "norms": set()}
-        if settings.method != "autolora":  # in whose natural thread BatchNorm has no gradient
-            rooms["norms"] = set(network.parameters)
-        return [
-            name
-            for name in self.student.tensors
-            for room, _, rest in [name.partition("/")]
-            if rest in rooms[room]
-        ]
+        trained = {"weights": parameters, "factors": set(self.student.factors), "norms": set()}
+        if settings.method != "autolora":  # AutoLoRa's natural thread gives BatchNorm no gradient
+            trained["norms"] = set(network.parameters)
+        split = {name: name.partition("/") for name in self.student.tensors}
+        return [name for name, (part, _, own) in split.items() if own in trained[part]]
 
     @property
     def verdict(self) -> Verdict:
-        """What the schedule makes of the history."""
+        """What the schedule decides after the history so far."""
         settings = self.settings
         accuracies = [note["robust"] for note in self.history]
         ends = windows(settings.mode, settings.epochs, settings.high_resolution, settings.published)
@@ -261,6 +168,7 @@ class FineTuner:
 
     @property
     def finished(self) -> bool:
+        """Whether all epochs are done, or the rate has fallen below `LOWEST_RATE` at high resolution."""
         settings = self.settings
         too_slow = settings.high_resolution and settings.auto_lr and self.rate < LOWEST_RATE
         return self.epoch >= settings.epochs or too_slow
@@ -277,7 +185,7 @@ class FineTuner:
         """Train on one batch: (n, 3, S, S) float in [0, 1] and (n,) int64, on the student's device.
 
         Raises:
-            NonFiniteLoss: before anything was changed but running statistics.
+            NonFiniteLoss: the loss is not finite; only running statistics have changed.
         """
         began = time.perf_counter()
         if self.settings.weighs:
@@ -334,7 +242,9 @@ class FineTuner:
             return autolora(*common, settings.rank)
         return twins(*common, settings.twins_share) if settings.method == "twins" else vanilla(*common)
 
-    def _similarity(self, images, attacked, labels, weighing: LossWeights) -> dict[str, float] | None:
+    def _similarity(
+        self, images: Tensor, attacked: Tensor, labels: Tensor, weighing: LossWeights
+    ) -> dict[str, float] | None:
         every = self.settings.similarity_every
         if every == 0 or self.settings.mode != "AFF" or self.batch % every:
             return None
@@ -343,26 +253,31 @@ class FineTuner:
         )
 
     def _weigh_first(self, images: Tensor, labels: Tensor) -> None:
-        """Have an accuracy to weigh the loss by before a batch."""
+        """Measure the accuracy that weighs the loss where there is none before a batch."""
         if self.settings.whole_passes:
             if self.batch == 0 and (self._accuracy is None or not self.settings.high_resolution):
-                self._accuracy = self.training_accuracy(self.natural())
-        elif self._accuracy is None:  # the very first batch, for want of any other
+                self._accuracy = self._whole_pass()
+        elif self._accuracy is None:  # on the very first batch, as there is no other
             with torch.no_grad():
                 guesses = logits(self.network, self.natural(), images).argmax(1)
             self._accuracy = float((guesses == labels).double().mean())
 
     def _weigh(self, right: int, count: int) -> None:
-        """Set the accuracy anew after a batch, where it is due."""
+        """Update that accuracy after a batch, where it is due."""
         high = self.settings.high_resolution
         memory = self.n_batches if high else max(self.n_batches // 4, 1)
         self._seen = [*self._seen, (right, count)][-memory:]
         due = self.batch == self.n_batches if high else self.batch - 1 in update_batches(self.n_batches)
         if due and self.settings.whole_passes:
-            self._accuracy = self.training_accuracy(self.natural())
+            self._accuracy = self._whole_pass()
         elif due:
             rights, counts = zip(*self._seen, strict=True)
             self._accuracy = sum(rights) / sum(counts)
+
+    def _whole_pass(self) -> float:
+        if self.training_accuracy is None:
+            raise ValueError("settings.whole_passes needs a function that measures the training accuracy")
+        return self.training_accuracy(self.natural())
 
     def check_finite(self) -> None:
         """Raise `NonFiniteLoss` if the last step left anything that is not finite."""
@@ -375,7 +290,7 @@ class FineTuner:
         """Note the validation accuracies in per cent; keep the best weights, or bring them back.
 
         Returns:
-            What is noted: epoch, rate, weights of the loss, accuracies, the schedule's condition and best.
+            The note: epoch, rate, weights of the loss, accuracies, the schedule's condition and best.
         """
         rate, weighing = self.rate, self.weighing
         self.epoch, self.batch = self.epoch + 1, 0
@@ -387,12 +302,12 @@ class FineTuner:
         note |= {"condition": found.condition, "best": found.best}
         if found.best == self.epoch:
             self.best = self.student.copy()
-        elif found.condition:  # the optimiser's momentum stays as it is
+        elif found.condition and self.best is not None:  # the optimiser's momentum stays as it is
             _overwrite(self.student, self.best)
         return note
 
     def state(self) -> tuple[Weights, dict]:
-        """What a run is continued from: all tensors by name, and plain numbers."""
+        """What a run continues from: all tensors by name, and plain numbers."""
         tensors = {name: tensor.detach() for name, tensor in self.student.tensors.items()}
         if self.best is not None:
             tensors |= {f"best/{name}": tensor for name, tensor in self.best.tensors.items()}
@@ -407,20 +322,23 @@ class FineTuner:
         }
 
     def restore(self, tensors: Weights, numbers: dict) -> None:
-        """Take over what `state` gave.
+        """Continue from what `state` gave.
 
         Raises:
             KeyError, TypeError or ValueError: it is not the state of such a tuner.
         """
-        rooms: dict[str, Weights] = {"best": {}, "momentum": {}, "student": {}}
+        best, buffers, student = {}, {}, {}
         for name, tensor in tensors.items():
-            room, _, rest = name.partition("/")
-            rooms[room if room in rooms else "student"][rest if room in rooms else name] = tensor
-        _overwrite(self.student, Student.of_tensors(rooms["student"]))
-        if rooms["best"]:
+            part, _, own = name.partition("/")
+            if part in ("best", "momentum"):
+                (best if part == "best" else buffers)[own] = tensor
+            else:
+                student[name] = tensor
+        _overwrite(self.student, Student.of_tensors(student))
+        if best:
             self.best = self.student.copy()
-            _overwrite(self.best, Student.of_tensors(rooms["best"]))
-        restore_momentum(self._optimiser, self.trained, rooms["momentum"])
+            _overwrite(self.best, Student.of_tensors(best))
+        restore_momentum(self._optimiser, self.trained, buffers)
         self.epoch, self.batch = int(numbers["epoch"]), int(numbers["batch"])
         self._accuracy = None if numbers["accuracy"] is None else float(numbers["accuracy"])
         self._seen = [(int(right), int(count)) for right, count in numbers["seen"]]
@@ -442,56 +360,3 @@ def _overwrite(student: Student, source: Student) -> None:
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(values[name])
-
-
-class Accuracy(NamedTuple):
-    """Of one network on one set of images, in per cent."""
-
-    clean: float
-    robust: float
-
-
-def accuracy(network: Network, weights: Weights, batches: Batches) -> float:
-    """The share of images that are classified correctly, in [0, 1], in eval mode."""
-    device = next(iter(weights.values())).device
-    right = count = 0
-    with torch.no_grad():
-        for images, labels, _ in batches:
-            found = logits(network, weights, images.to(device)).argmax(1)
-            right += int((found == labels.to(device)).sum())
-            count += len(labels)
-    return right / max(count, 1)
-
-
-def validate(
-    network: Network,
-    weights: Weights,
-    batches: Batches,
-    adversary: Adversary,
-    seed: int,
-) -> Accuracy:
-    """Clean accuracy, and robust accuracy under PGD from a uniform start, an image's own every time."""
-    weights = {name: weight.detach() for name, weight in weights.items()}
-    device = next(iter(weights.values())).device
-
-    def logits_of(images: Tensor) -> Tensor:
-        return logits(network, weights, images)
-
-    right = standing = count = 0
-    for images, labels, indices in batches:
-        images, labels = images.to(device), labels.to(device)
-        with torch.no_grad():
-            correct = (logits_of(images).argmax(1) == labels).nonzero().squeeze(1)
-        right, count = right + len(correct), count + len(labels)
-        if len(correct) == 0:
-            continue
-        _, fooled = pgd(
-            logits_of,
-            images[correct],
-            labels[correct],
-            adversary.ball,
-            adversary.steps,
-            [stream(seed, 2, index) for index in indices[correct.cpu()].tolist()],
-        )
-        standing += int((~fooled).sum())
-    return Accuracy(100 * right / max(count, 1), 100 * standing / max(count, 1))

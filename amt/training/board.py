@@ -1,5 +1,7 @@
-"""Scalars of a run for TensorBoard, written by the thread that trains: torch's SummaryWriter writes in a
-thread of its own, where a full disk is a traceback and not an error."""
+"""Scalars of a run for TensorBoard, written by the thread that trains.
+
+torch's SummaryWriter writes in another thread, where a full disk cannot be reported as an error.
+"""
 
 import os
 import platform
@@ -7,16 +9,17 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+# protobuf makes these classes when their modules are imported, and ships no stubs for them.
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 
 class Board:
-    """An events file in `folder`; what earlier files show from step `first` on is no longer shown.
+    """An events file in `folder`; TensorBoard drops what earlier files hold from step `first` on.
 
     Raises:
-        OSError: it cannot be written, here and in every method.
+        OSError: the file cannot be written, here and in every method.
     """
 
     def __init__(self, folder: Path, first: int):
@@ -29,12 +32,12 @@ class Board:
         self._writer.flush()
 
     def add(self, scalars: Mapping[str, float], step: int) -> None:
-        """Note values by their names."""
+        """Write values by their names."""
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
         self._add(Event(step=step, summary=Summary(value=values)))
 
     def flush(self) -> None:
-        """Have other programs see what was noted."""
+        """Make the written values visible to other programs."""
         self._writer.flush()
 
     def close(self) -> None:

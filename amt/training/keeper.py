@@ -5,9 +5,8 @@
     RUN/best.safetensors    the epoch that validates best
     RUN/tensorboard/
 
-Watches a run and never steers it: a run with another keeper ends with the same weights. Knows no method; what
-is trained, how an epoch is judged and what the files hold is told by the loops of main.py and
-amt/cli/autolora.py.
+Observes a run and never steers it: a run with another keeper ends with the same weights. Knows no method; the
+loops in amt/cli decide what is trained, how an epoch is validated and what the files hold.
 """
 
 import contextlib
@@ -41,13 +40,13 @@ class Keeper:
         folder: created if missing.
         kind: of run, in words, such as "a meta-tuning"; another kind's directory is refused.
         settings: what decides the result; a run of other settings is refused.
-        flag: that names the directory, for messages.
+        flag: the flag that names the directory, for messages.
         overwrite: start anew, whatever is there.
         minutes: of training after which a checkpoint is due within an epoch; 0 for none.
-        results: patterns of what others write below the directory for this run, which goes with it.
+        results: patterns of other files of this run below the directory; `overwrite` removes them too.
 
     Raises:
-        InputError: on entering: see `RunDirectory`; on leaving: in place of a `NonFiniteLoss`.
+        InputError: on entering, see `RunDirectory`; on leaving, in place of a `NonFiniteLoss`.
     """
 
     def __init__(
@@ -94,9 +93,9 @@ class Keeper:
             raise InputError(f"{self.folder}: {error}; {kept}") from error
 
     def begin(self, what: str, unit: str, total: int, done: int) -> None:
-        """Open what shows the progress: of `total` units so many are done.
+        """Open the progress line and TensorBoard's file; `done` of `total` units are done.
 
-        Call it once `last`, if there is one, has been found to be of these settings.
+        Call it after `last`, if it exists, has been checked against the settings.
         """
         self._directory.confirm()
         self._board = Board(self.folder / "tensorboard", first=done + 1)
@@ -106,11 +105,11 @@ class Keeper:
         self._saved_at = time.monotonic()
 
     def watch(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items up to the first signal, which also ends the wait for the next one."""
+        """The items up to the first signal, which also interrupts the wait for the next one."""
         return self._interrupts.watch(items)
 
     def whole(self, items: Iterable[Item]) -> Iterator[Item]:
-        """All items, or `Interrupted` once a signal has arrived: half a validation is none."""
+        """All items; raises `Interrupted` after a signal, as half a validation is useless."""
         return self._interrupts.whole(items)
 
     @property
@@ -120,7 +119,7 @@ class Keeper:
 
     @property
     def code(self) -> int:
-        """The exit code of a program that the signal has ended."""
+        """The exit code after a signal."""
         return self._interrupts.code
 
     def log_step(self, step: int, scalars: Mapping[str, float], brief: str) -> None:
@@ -142,7 +141,7 @@ class Keeper:
         return 0 < self._seconds <= time.monotonic() - self._saved_at
 
     def save_last(self, tensors: Weights, about: dict) -> None:
-        """Write what the run continues from."""
+        """Write the checkpoint that the run continues from."""
         checkpoint.write(self.last, tensors, about)
         self._board.flush()
         self.good, self._saved_at = self.last, time.monotonic()
@@ -168,8 +167,8 @@ def check_resumable(path: Path, saved: checkpoint.Checkpoint) -> None:
 
 
 def fine_tuning_state(path: Path) -> tuple[Weights, dict]:
-    """The tensors of a fine-tuning, from which it continues, and what its file says, which has at least
-    `protocol` and `tuner`.
+    """The tensors that a fine-tuning continues from, and the header of its file, with at least `protocol` and
+    `tuner`.
 
     Raises:
         InputError: the file is damaged or holds no such state.

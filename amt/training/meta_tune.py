@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor
 
 from amt.attacks.levels import Perturbation
@@ -50,7 +50,7 @@ ALONE = (1.0,)
 
 
 class QueryOutcome(NamedTuple):
-    """What one level's forward passes gave: the loss, and the logits (Q, N) it was made of."""
+    """One level's forward passes: the loss, and the logits (Q, N) of clean and attacked queries behind it."""
 
     loss: RobustLoss
     clean: Tensor
@@ -70,8 +70,8 @@ def query_outcome(
 
     Args:
         pool: a pool of size one whose factors and scale require gradients.
-        level: the perturbation to train against; with gamma 0 the weights stay where they are.
-        start: the attack's start, see `Pyramid.start`.
+        level: the perturbation to train against; with gamma 0 the weights do not move.
+        start: the attack's start on the queries (Q, 3, H, W), see `Pyramid.start`.
         loss_scale: scales the losses whose gradients steer the two perturbations, so that float16 does not
             flush them to zero.
     """
@@ -80,7 +80,7 @@ def query_outcome(
         return cosine_logits(query, centres, pool.scale, pool.bias)
 
     # Each graph gets weights of its own, since taking the weight perturbation's gradient frees its graph.
-    centres, weights, fixed = _seen_support(network, pool, episode)
+    centres, weights, fixed = _fitted_to_support(network, pool, episode)
     fixed_centres = centres.detach()
     clean = features(network, weights, episode.query)
     target = logits(clean, fixed_centres).detach()
@@ -113,9 +113,9 @@ def querying_outcome(
     """Adversarial querying: cross-entropy of the attacked queries alone, the support set clean.
 
     The attack increases the cross-entropy with the true labels, under weights and prototypes as they are.
-    Arguments as for `query_outcome`; the level's `gamma` and `beta` have no part in it.
+    Arguments as of `query_outcome`, queries (Q, 3, H, W); the level's `gamma` and `beta` are not used.
     """
-    centres, weights, fixed = _seen_support(network, pool, episode)
+    centres, weights, fixed = _fitted_to_support(network, pool, episode)
 
     def mistakes(images: Tensor) -> Tensor:
         return F.cross_entropy(fixed(images), episode.query_labels, reduction="sum")
@@ -137,12 +137,12 @@ def natural_outcome(
 ) -> QueryOutcome:
     """Plain meta-tuning: cross-entropy of the clean queries, support and query under the same weights.
 
-    Nothing is attacked, so the last three arguments have no part in it.
+    Queries are (Q, 3, H, W). Nothing is attacked, so the last three arguments are not used.
     """
     weights = pool.merge(ALONE)
     both = features(network, weights, torch.cat([episode.support, episode.query]))
     support, query = both.split([len(episode.support), len(episode.query)])
-    centres = prototypes(support, episode.support_labels, episode.n_way)
+    centres = prototypes(support, episode.support_labels)
     clean = cosine_logits(query, centres, pool.scale, pool.bias)
     return QueryOutcome(_cross_entropy_alone(clean, episode.query_labels), clean, clean)
 
@@ -151,14 +151,13 @@ OUTCOMES = {"adsv": query_outcome, "querying": querying_outcome, "standard": nat
 METHODS = tuple(OUTCOMES)
 
 
-def _seen_support(
+def _fitted_to_support(
     network: Network, pool: Pool, episode: Episode
 ) -> tuple[Tensor, Weights, Callable[[Tensor], Tensor]]:
-    """What the support set makes of a member: prototypes (N, D) with graph, weights with a graph of their
-    own for the queries, and the classifier images -> logits that an attack is shown, in which nothing but the
-    images can be differentiated."""
+    """A member fitted to the support set: prototypes (N, D) with graph, weights with a graph of their own for
+    the queries, and the classifier images -> logits for the attack, differentiable by the images alone."""
     support = features(network, pool.merge(ALONE), episode.support)
-    centres = prototypes(support, episode.support_labels, episode.n_way)
+    centres = prototypes(support, episode.support_labels)
     weights = pool.merge(ALONE)
     still = {name: weight.detach() for name, weight in weights.items()}
     fixed_centres, scale = centres.detach(), pool.scale.detach()
@@ -175,7 +174,7 @@ def _cross_entropy_alone(logits: Tensor, labels: Tensor) -> RobustLoss:
 
 
 class StepRecord(NamedTuple):
-    """What one level's step is remembered by; plain numbers, accuracies in [0, 1]."""
+    """The record of one level's step: plain numbers, accuracies in [0, 1]."""
 
     total: float
     natural: float
@@ -187,8 +186,8 @@ class StepRecord(NamedTuple):
     seconds_per_step: float
 
 
-class Seen(NamedTuple):
-    """Sums over one level's steps since an epoch began, by which a collapse is noticed.
+class EpochSums(NamedTuple):
+    """Sums over one level's steps since an epoch began, which show a collapse.
 
     Args:
         steps: how many.
@@ -202,10 +201,10 @@ class Seen(NamedTuple):
     divergence: float
     ways: int
 
-    def and_then(self, record: StepRecord) -> "Seen":
+    def plus(self, record: StepRecord) -> "EpochSums":
         """The sums with one more step."""
         excess = abs(record.natural - math.log(record.n_way))
-        return Seen(self.steps + 1, self.excess + excess, self.divergence + record.robust, record.n_way)
+        return EpochSums(self.steps + 1, self.excess + excess, self.divergence + record.robust, record.n_way)
 
     def collapsed(self, robust: bool) -> bool:
         """Whether the level looks like a constant network: loss at ln(ways), KL divergence at zero.
@@ -218,21 +217,21 @@ class Seen(NamedTuple):
         return not robust or self.divergence / self.steps < 1e-3
 
 
-NOTHING_SEEN = Seen(0, 0.0, 0.0, 0)
+NO_STEPS = EpochSums(0, 0.0, 0.0, 0)
 
 
 class Tuner:
     """A pool in training: one leaf copy of every member, its optimiser, and the number of episodes done.
 
-    `step` is all that changes it. State goes out and in by `state` and `restore`, and a restored tuner
-    continues exactly as the saved one would have.
+    Only `step` changes it. `state` and `restore` give and take its state; a restored tuner continues exactly
+    as the saved one would have.
     """
 
     def __init__(self, network: Network, pool: Pool, settings: TuneSettings):
         self.network = network
         self.settings = settings
         self.episodes_done = 0
-        self._seen = [NOTHING_SEEN] * len(pool)
+        self._sums = [NO_STEPS] * len(pool)
         self._members = [_leaves(pool[p]) for p in range(len(pool))]
         self._optimisers = [
             torch.optim.SGD([*member.factors.values(), member.scale], settings.lr, settings.momentum)
@@ -252,29 +251,32 @@ class Tuner:
 
     @property
     def epoch(self) -> int:
+        """The number of finished epochs."""
         return self.episodes_done // self.settings.episodes_per_epoch
 
     @property
     def finished(self) -> bool:
+        """Whether all epochs are done."""
         return self.epoch >= self.settings.epochs
 
     def step(self, episode: Episode) -> list[StepRecord]:
         """Train every level on one episode; a record per level.
 
         Raises:
-            NonFiniteLoss: before the level concerned was changed; levels before it have made their step.
+            NonFiniteLoss: the loss of a level is not finite; that level is unchanged, earlier ones have made
+                their step.
         """
         starts_epoch = self.episodes_done % self.settings.episodes_per_epoch == 0
         records = [self._level_step(p, episode) for p in range(len(self._members))]
-        before = [NOTHING_SEEN] * len(records) if starts_epoch else self._seen
-        self._seen = [seen.and_then(record) for seen, record in zip(before, records, strict=True)]
+        before = [NO_STEPS] * len(records) if starts_epoch else self._sums
+        self._sums = [sums.plus(record) for sums, record in zip(before, records, strict=True)]
         self.episodes_done += 1
         return records
 
     def collapsed(self) -> dict[int, int]:
-        """The levels that have looked like a constant network since the epoch began, with their last ways."""
-        robust = self.settings.method == "adsv"  # the others have no divergence to look at
-        return {p: seen.ways for p, seen in enumerate(self._seen) if seen.collapsed(robust)}
+        """The levels that behave like a constant network since the epoch began, with their last ways."""
+        robust = self.settings.method == "adsv"  # the other methods have no divergence
+        return {p: sums.ways for p, sums in enumerate(self._sums) if sums.collapsed(robust)}
 
     def check_finite(self) -> None:
         """Raise `NonFiniteLoss` if the last step left anything that is not finite."""
@@ -319,7 +321,7 @@ class Tuner:
         return outcome(self.network, member, episode, level, start, loss_scale)
 
     def state(self) -> tuple[Weights, dict]:
-        """What the pool does not hold: the optimisers' momentum by name, and plain numbers."""
+        """The state besides the pool: the optimisers' momentum by name, and plain numbers."""
         buffers = {
             f"{p}.{name}": buffer
             for p, member in enumerate(self._members)
@@ -328,11 +330,11 @@ class Tuner:
         return buffers, {
             "episodes_done": self.episodes_done,
             "scalers": [scaler.state_dict() for scaler in self._scalers],
-            "seen": [list(seen) for seen in self._seen],
+            "seen": [list(sums) for sums in self._sums],
         }
 
     def restore(self, buffers: Weights, numbers: dict) -> None:
-        """Take over what `state` gave; the pool itself is given to the constructor.
+        """Continue from what `state` gave; the pool itself is given to the constructor.
 
         Raises:
             KeyError, IndexError, TypeError or ValueError: it is not the state of such a tuner.
@@ -344,12 +346,12 @@ class Tuner:
             if numbers["scalers"][p]:
                 self._scalers[p].load_state_dict(numbers["scalers"][p])
             if "seen" in numbers:  # not in older files
-                self._seen[p] = Seen(*numbers["seen"][p])
+                self._sums[p] = EpochSums(*numbers["seen"][p])
 
 
-@functools.cache  # a scheduler is built for the answer, which is the same for a whole epoch
+@functools.cache  # builds a scheduler, and the rate is the same for a whole epoch
 def learning_rate(settings: TuneSettings, epoch: int) -> float:
-    """The rate of a whole epoch: linear from `warmup_lr`, then a cosine over all epochs to `min_lr`."""
+    """The learning rate of an epoch: linear from `warmup_lr`, then a cosine over all epochs to `min_lr`."""
     schedule = CosineLRScheduler(
         torch.optim.SGD([torch.zeros(1)], settings.lr),
         t_initial=settings.epochs,

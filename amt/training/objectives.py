@@ -1,4 +1,4 @@
-"""What a training step attacks and what it descends: AutoLoRa, and the methods it is compared with.
+"""Attack and loss of a training step: AutoLoRa, and the methods it is compared with.
 
     SLF          cross-entropy of clean images, only the classifier is trained (standard linear fine-tuning)
     ALF          the same on attacked images (adversarial linear fine-tuning)
@@ -12,7 +12,7 @@ The attack is always on the network that is deployed, in eval mode, and builds n
 and the ascent are those of meta-tuning. Knows no optimiser, no schedule and no data.
 """
 
-import dataclasses
+import functools
 from typing import NamedTuple
 
 import torch
@@ -20,56 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amt.attacks.losses import kl_sum
-from amt.attacks.perturb import Ball, ascend, gaussian_noise, uniform_noise
+from amt.attacks.perturb import ascend
 from amt.models.network import Network, logits
 from amt.models.pool import Student, natural_weights
+from amt.models.weights import Weights
+from amt.training.autolora_settings import Adversary
 from amt.training.losses import RobustLoss, robust_loss
 from amt.training.schedule import LossWeights
-from meta_dataset_readers.settings import setting
-
-MODES = ("SLF", "ALF", "AFF")
-METHODS = ("autolora", "vanilla", "twins")
-
-
-@dataclasses.dataclass(frozen=True)
-class Adversary:
-    """The attack of training or validation: projected ascent.
-
-    Args:
-        epsilon, step_size: in 1/255 of the pixel range.
-        steps: gradients taken.
-        start: of training, "gaussian", 0.001 times a standard normal; "uniform" in an L-infinity ball, where
-            the first gradient is taken even outside of the pixel range; "uniform_valid" in the ball and the
-            pixel range; "none", the images.
-        norm: "linf" or "l2".
-    """
-
-    epsilon: float = setting(
-        8.0, "in 1/255 of the pixel range; below 0.5 in its parts", aliases="-e", least=0
-    )
-    step_size: float = setting(2.0, "in the same unit (0.00784: 2/255)", aliases="--alpha -a", least=0)
-    steps: int = setting(10, "attack steps", flag="num_steps_train", aliases="--k -k", least=1, most=10**6)
-    start: str = "gaussian"
-    norm: str = setting("linf", "norm", flag="perturbation_type", aliases="-p", choices=("linf", "l2"))
-
-    @property
-    def ball(self) -> Ball:
-        """The images that it may reach, in pixel units."""
-        return Ball(self.norm, self.epsilon / 255, self.step_size / 255)
-
-    def begin(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Where the ascent from images (n, 3, S, S) in [0, 1] starts; the noise is drawn on the CPU."""
-        if self.start == "none":
-            return images
-        if self.start == "uniform_valid":
-            return self.ball.start(images, generator)
-        if self.start == "gaussian":
-            return images + gaussian_noise(images.shape, generator).to(images)
-        return images + self.ball.epsilon * uniform_noise(images.shape, generator).to(images)
 
 
 class Outcome(NamedTuple):
-    """One batch: the loss, and the logits (n, K) of clean and attacked images that it was made of.
+    """One batch: the loss, and the logits (n, K) of clean and attacked images behind it.
 
     For the linear modes `attacked` is the same tensor as `clean`.
     """
@@ -81,16 +42,18 @@ class Outcome(NamedTuple):
 
 def attack(
     network: Network,
-    weights: dict[str, Tensor],
+    weights: Weights,
     images: Tensor,
     labels: Tensor,
     adversary: Adversary,
     generator: torch.Generator,
-    away_from: dict[str, Tensor] | None = None,
+    away_from: Weights | None = None,
 ) -> Tensor:
     """Training images moved to raise the loss of the network in eval mode: (n, 3, S, S) in [0, 1], no graph.
 
     Args:
+        images: (n, 3, S, S) float in [0, 1].
+        labels: (n,) int64 in 0..K-1.
         away_from: raise the KL divergence from the prediction that these weights make of the images as they
             are, in place of the cross-entropy.
     """
@@ -108,29 +71,54 @@ def attack(
     return ascend(loss_of, images, adversary.begin(images, generator), adversary.ball, adversary.steps)
 
 
-def _detached(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _detached(weights: Weights) -> Weights:
     return {name: weight.detach() for name, weight in weights.items()}
 
 
 def autolora(
-    network: Network, student: Student, images, attacked, labels, weighing: LossWeights, rank: int
+    network: Network,
+    student: Student,
+    images: Tensor,
+    attacked: Tensor,
+    labels: Tensor,
+    weighing: LossWeights,
+    rank: int,
 ) -> Outcome:
     """AutoLoRa's loss (eq. 6): clean images through the branch first, then attacked ones through the network.
 
     Both passes are in train mode, so running statistics are updated twice where there is one BatchNorm set.
+
+    Args:
+        images, attacked: (n, 3, S, S) float in [0, 1].
+        labels: (n,) int64 in 0..K-1.
+        rank: r of the branch.
     """
     natural = natural_weights(network, student, rank)
     return _two_passes(network, natural, student.weights, images, attacked, labels, weighing)
 
 
-def vanilla(network: Network, student: Student, images, attacked, labels, weighing: LossWeights) -> Outcome:
-    """TRADES; with a second BatchNorm set clean images have that one, and train its parameters."""
+def vanilla(
+    network: Network,
+    student: Student,
+    images: Tensor,
+    attacked: Tensor,
+    labels: Tensor,
+    weighing: LossWeights,
+) -> Outcome:
+    """TRADES on images and attacked (n, 3, S, S), labels (n,); clean images use, and train, the second
+    BatchNorm set if there is one."""
     natural = student.weights | student.norms
     return _two_passes(network, natural, student.weights, images, attacked, labels, weighing)
 
 
 def _two_passes(
-    network: Network, natural, weights, images, attacked, labels, weighing: LossWeights
+    network: Network,
+    natural: Weights,
+    weights: Weights,
+    images: Tensor,
+    attacked: Tensor,
+    labels: Tensor,
+    weighing: LossWeights,
 ) -> Outcome:
     """Clean images through the one set of weights, then attacked ones through the other, in train mode."""
     clean = logits(network, natural, images, training=True)
@@ -139,13 +127,21 @@ def _two_passes(
 
 
 def twins(
-    network: Network, student: Student, images, attacked, labels, weighing: LossWeights, share: float
+    network: Network,
+    student: Student,
+    images: Tensor,
+    attacked: Tensor,
+    labels: Tensor,
+    weighing: LossWeights,
+    share: float,
 ) -> Outcome:
     """TRADES on two halves of the batch: the first through the frozen network, whose BatchNorm normalises by
     the statistics it was pre-trained with (its second set, with parameters of its own), the second through
     the adaptive one, which is deployed. A batch of one image is the adaptive network's.
 
     Args:
+        images, attacked: (n, 3, S, S) float in [0, 1].
+        labels: (n,) int64 in 0..K-1.
         share: weight of the frozen half's loss, the authors' lambda; the other half has 1.
     """
     half = len(images) // 2
@@ -162,12 +158,12 @@ def twins(
         beta = weighing.robust * len(labels[part]) / len(labels)
         found = robust_loss(clean[-1], moved[-1], labels[part], beta, weighing.natural)
         losses.append([weight * term for term in found])
-    total, natural, robust = (sum(terms) for terms in zip(*losses, strict=True))
+    total, natural, robust = (functools.reduce(torch.add, terms) for terms in zip(*losses, strict=True))
     return Outcome(RobustLoss(total, natural, robust), torch.cat(clean), torch.cat(moved))
 
 
 def linear(network: Network, student: Student, images: Tensor, labels: Tensor) -> Outcome:
-    """Cross-entropy in eval mode: BatchNorm stays as it is."""
+    """Cross-entropy of images (n, 3, S, S) with labels (n,) in eval mode: BatchNorm stays as it is."""
     found = logits(network, student.weights, images)
     loss = F.cross_entropy(found, labels)
     return Outcome(RobustLoss(loss, loss, torch.zeros_like(loss)), found, found)
@@ -180,9 +176,14 @@ def objective_gradients(
     attacked: Tensor,
     labels: Tensor,
     weighing: LossWeights,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What the natural and the adversarial objective would each do to the deployed network: the gradients of
-    CE(nat) and of (1 - l1) CE(adv) + l2 KL(nat || adv) for all but its classifier, by name, in eval mode."""
+) -> tuple[Weights, Weights]:
+    """Gradients of the natural and of the adversarial objective, CE(nat) and (1 - l1) CE(adv) +
+    l2 KL(nat || adv), for the deployed network in eval mode without its classifier, by name.
+
+    Args:
+        images, attacked: (n, 3, S, S) float in [0, 1].
+        labels: (n,) int64 in 0..K-1.
+    """
     own = f"{network.classifier}."
     shared = {name: student.weights[name] for name in network.parameters if not name.startswith(own)}
     shared = {name: weight.detach().requires_grad_() for name, weight in shared.items()}
@@ -191,7 +192,9 @@ def objective_gradients(
     natural = F.cross_entropy(clean, labels)
     whole = robust_loss(clean, moved, labels, weighing.robust, weighing.natural)
     adversarial = whole.total - weighing.natural * natural
-    return tuple(
-        dict(zip(shared, torch.autograd.grad(loss, list(shared.values()), retain_graph=True), strict=True))
-        for loss in (natural, adversarial)
-    )
+
+    def gradients(loss: Tensor) -> Weights:
+        found = torch.autograd.grad(loss, list(shared.values()), retain_graph=True)
+        return dict(zip(shared, found, strict=True))
+
+    return gradients(natural), gradients(adversarial)

@@ -1,4 +1,4 @@
-"""What every tuner shares: the state of SGD by the names of parameters, and the refusal of what is no number.
+"""The state of SGD by names of parameters, and checks for values that are not finite; for every tuner.
 
 Knows no method and no files.
 """
@@ -22,15 +22,18 @@ def check_loss(loss: Tensor, where: str) -> None:
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise `NonFiniteLoss` if the last step left a tensor that is not finite: its own loss still was, and
-    nothing of the kind may be saved."""
+    """Raise `NonFiniteLoss` if a tensor, of any shape, is not finite after the last step.
+
+    The loss of that step may still have been finite; such weights must not be saved.
+    """
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise NonFiniteLoss(f"{name} is no longer finite at {where}")
 
 
 def momentum(optimiser: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> Weights:
-    """The momentum buffers of SGD by the names of their parameters; none before a parameter's first step."""
+    """The momentum buffers of SGD by the names of their parameters, which have any shape; none before a
+    parameter's first step."""
     states = {name: optimiser.state.get(parameter, {}) for name, parameter in parameters.items()}
     return {
         name: state["momentum_buffer"]
@@ -42,10 +45,10 @@ def momentum(optimiser: torch.optim.Optimizer, parameters: Mapping[str, Tensor])
 def restore_momentum(
     optimiser: torch.optim.Optimizer, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
 ) -> None:
-    """Take over what `momentum` gave; the buffers are copied.
+    """Continue from what `momentum` gave, tensors of any shape; the buffers are copied.
 
     Raises:
-        KeyError: a buffer belongs to no parameter.
+        KeyError: there is no parameter of that name.
         ValueError: a buffer has another shape than its parameter.
     """
     for name, buffer in buffers.items():

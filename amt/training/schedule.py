@@ -32,7 +32,7 @@ class LossWeights(NamedTuple):
 
 
 def loss_weights(accuracy: float, scale: float = 6.0) -> LossWeights:
-    """The weights that follow from the accuracy in [0, 1] of the natural branch on the training data.
+    """The weights for an accuracy in [0, 1] of the natural branch on the training data.
 
     Args:
         scale: the largest lambda_2.
@@ -41,8 +41,8 @@ def loss_weights(accuracy: float, scale: float = 6.0) -> LossWeights:
 
 
 def update_batches(n_batches: int) -> range:
-    """The batches of an epoch after which the weights of the loss are set anew: the first, and from there
-    one in every quarter of the epoch; every batch where there are fewer than eight."""
+    """The batches of an epoch after which the weights of the loss are updated: the first, and then one in
+    every quarter of the epoch; every batch of an epoch of fewer than eight."""
     return range(0, n_batches, max(n_batches // 4, 1))
 
 
@@ -69,12 +69,12 @@ def windows(mode: str, epochs: int, high_resolution: bool = False, published: bo
 
 
 class Verdict(NamedTuple):
-    """What follows from the validation accuracies of all epochs so far.
+    """The schedule's decision after the validation accuracies of all epochs so far.
 
     Args:
         rate: the learning rate of the next epoch.
         condition: why the rate was just reduced and the best weights come back: 1, the accuracy rose in
-            fewer than 75% of the window's epochs; 2, the window brought no new best; 0, it was not.
+            fewer than 75% of the window's epochs; 2, the window brought no new best; 0, no reduction.
         best: the first of the epochs (from 1) with the highest accuracy; 0 before the first.
     """
 
@@ -86,7 +86,7 @@ class Verdict(NamedTuple):
 def verdict(accuracies: Sequence[float], windows: Sequence[int], rate: float, divide: float = 2.0) -> Verdict:
     """Apply the schedule to a history (method section 4.2 of the paper).
 
-    A window (W_w, W_w+1] is looked at after epoch W_w+1 + 1. The rises counted are those of epochs
+    A window (W_w, W_w+1] is judged after epoch W_w+1 + 1. The rises counted are those of epochs
     W_w + 2 ... W_w+1 + 1, each over the one before it.
 
     Args:

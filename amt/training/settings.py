@@ -1,4 +1,4 @@
-"""How long, how fast and by which method a pool is meta-tuned. Knows no tensors."""
+"""Settings of meta-tuning: its length, learning rate and method. Knows no tensors."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""How far the natural and the adversarial objective pull a network the same way, layer by layer.
+"""The cosine between the gradients of the natural and the adversarial objective, layer by layer.
 
 AutoLoRa (Xu et al. 2024) measures the conflict of the two objectives on a shared feature extractor by the
 cosine between their gradients, as Yu et al. 2020 (gradient surgery, arxiv.org/abs/2001.06782) do for tasks:
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-# The last parts of the names of what belongs to one layer.
+# Parameters of one layer: the last part of their names.
 _PARAMETERS = ("weight", "bias")
 
 
@@ -48,6 +48,6 @@ def _flat(gradients: Mapping[str, Tensor], names: list[str]) -> Tensor:
 
 
 def _cosine(one: Tensor, other: Tensor) -> float:
-    """Of directions rather than of vectors: products of small gradients would vanish."""
+    """The cosine of unit vectors, as products of small gradients would vanish."""
     lengths = one.norm(), other.norm()
     return float((one / lengths[0]) @ (other / lengths[1]))

@@ -16,8 +16,7 @@ from amt.cli.options.published_settings import PublishedSettings, published_sett
 from amt.data.datasets import known
 from amt.files.robust_weights import PRETRAININGS
 from amt.models.architectures import LARGE
-from amt.training.autolora import Settings
-from amt.training.objectives import METHODS, MODES, Adversary
+from amt.training.autolora_settings import METHODS, MODES, Adversary, Settings
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.settings import add_flags, as_path, from_args, positive_int
 

@@ -34,9 +34,9 @@ from amt.files.export.programs import exported_program, onnx_model, torch_progra
 from amt.files.export.published_layout import published_state
 from amt.files.export.readme import export_readme, loading_lines, published_readme
 from amt.files.export.timm_model import timm_call, timm_state
-from amt.files.writing import replace_file
 from amt.models.pool import Pool
 from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.files import replace_file
 
 __all__ = [
     "FORMATS",
@@ -101,9 +101,9 @@ def save_published(path: Path, pool: Pool, adapter: int | None = None) -> list[P
     check_place(path, "published")
     buffer = io.BytesIO()
     torch.save({"model": published_state(pool, adapter)}, buffer)
-    replace_file(path, lambda part: part.write_bytes(buffer.getvalue()))
+    replace_file(path, buffer.getvalue())
     readme = path.with_name(f"{path.name}.README.txt")
-    replace_file(readme, lambda part: part.write_text(published_readme(path, pool, adapter)))
+    replace_file(readme, published_readme(path, pool, adapter))
     return [path, readme]
 
 
@@ -131,7 +131,7 @@ def _save_beside(path: Path, content: bytes, merged: MergedNetwork, about: dict)
     if merged.prototypes is not None:
         files[beside] = prototypes_file(merged, about)
     for file, data in files.items():
-        replace_file(file, lambda part, data=data: part.write_bytes(data))
+        replace_file(file, data)
     if beside not in files:
         beside.unlink(missing_ok=True)  # of an earlier export to this name: another network's
     return list(files)

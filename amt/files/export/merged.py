@@ -90,7 +90,7 @@ def merged_network(
     if support is not None:
         classes = support.classes
         with torch.no_grad():
-            centres = prototypes(features(network, weights, support.images), support.labels, len(classes))
+            centres = prototypes(features(network, weights, support.images), support.labels)
     shares = tuple(float(c) for c in coefficients)
     return MergedNetwork(network, weights, shares, tuple(trims), scale, bias, classes, centres)
 

@@ -1,47 +1,23 @@
-"""Data sets as they lie on disk, their splits, transforms and batches. Every file is written here, in the
-format its data set is distributed in; a few small pictures of each."""
+"""Data sets as they lie on disk. Every file is written here, in the format its data set is distributed in;
+a few small pictures of each."""
 
 import codecs
 import json
 import os
 import pickle
-import signal
 
 import numpy as np
 import pytest
 import scipy.io
 import torch
 import torchvision
-from conftest import by_pil, fails, write_classes, write_picture
-from PIL import Image
+from conftest import by_pil, fails, write_picture
+from toy_labelled import noise, origins, write_cifar, write_folders
 
 from amt.data.datasets import DATASETS, known, open_dataset
-from amt.data.labelled import ArrayImages, choose_per_class
 from amt.data.loading import batches, open_splits, transforms
-from meta_dataset_readers.errors import InputError
 
 # --- the formats -----------------------------------------------------------------------------------------
-
-
-def noise(n, *shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (n, *shape), dtype=np.uint8)
-
-
-def write_cifar(root, n_classes=10, n=12, protocol=2, labels=None):
-    """The pickled form; batch b has rows noise(n, 3072, seed=b). Returns its folder."""
-    ten = n_classes == 10
-    folder = root / ("cifar-10-batches-py" if ten else "cifar-100-python")
-    folder.mkdir(parents=True)
-    train = [f"data_batch_{i}" for i in range(1, 6)] if ten else ["train"]
-    for b, name in enumerate([*train, "test_batch" if ten else "test"]):
-        found = [i % n_classes for i in range(n)] if labels is None else labels
-        batch = {"data": noise(n, 3072, seed=b), "filenames": [f"{i}.png" for i in range(n)]}
-        batch |= {"labels": found} if ten else {"fine_labels": found, "coarse_labels": [0] * n}
-        (folder / name).write_bytes(pickle.dumps(batch, protocol))
-    names = [f"class {i}" for i in range(n_classes)]
-    meta = {"label_names": names} if ten else {"fine_label_names": names, "coarse_label_names": []}
-    (folder / ("batches.meta" if ten else "meta")).write_bytes(pickle.dumps(meta, protocol))
-    return folder
 
 
 def write_cifar_binary(root, n_classes=10, n=12):
@@ -115,10 +91,6 @@ def write_cub(root):
     return folder
 
 
-def write_caltech(root, place="caltech101/101_ObjectCategories", **images):
-    return write_classes(root / place, **images)
-
-
 def car_annotations(names, labels, **more):
     fields = {"bbox_x1": [1] * len(names), "class": labels, **more}
     key = "relative_im_path" if "test" in more else "fname"
@@ -189,14 +161,6 @@ def write_food(root):
     return folder
 
 
-def write_folders(root, **more):
-    write_classes(root / "train", cat=4, dog=3)
-    write_classes(root / "test", cat=2, dog=1)
-    for split, classes in more.items():
-        write_classes(root / split, **classes)
-    return root
-
-
 # name: what writes it, class names, labels of train and test
 FORMATS = {
     "dtd": (write_dtd, ("banded", "zigzagged"), [1, 0, 1, 0], [1, 0]),
@@ -213,10 +177,6 @@ FORMATS = {
     "food101": (write_food, ("apple_pie", "waffles"), [0, 0, 1, 1], [0, 0, 1, 1]),
     "imagefolder": (write_folders, ("cat", "dog"), [0] * 4 + [1] * 3, [0, 0, 1]),
 }
-
-
-def origins(*parts):
-    return [part.origin(i) for part in parts for i in range(len(part))]
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -495,289 +455,3 @@ def test_published_names_are_known():
     for name in (*published, "stanford-cars", "flowers102", "food-101", "CUB-200-2011", "caltech101"):
         assert known(name).name in DATASETS
     assert known("dog") is known("dogs") and known("stl-10").image_size == 32
-
-
-# --- splits ----------------------------------------------------------------------------------------------
-
-
-def of_classes(*sizes):
-    labels = np.repeat(np.arange(len(sizes)), sizes)
-    return ArrayImages(np.zeros((len(labels), 2, 2, 3), np.uint8), labels, "memory")
-
-
-@pytest.mark.parametrize("share", [0.05, 0.1, 0.5, 0.99])
-def test_validation_is_a_part_of_every_class(tmp_path, share):
-    """At least one of two pictures or more, never all; nothing of the test set; disjoint from training."""
-    write_classes(tmp_path / "train", a=1, b=2, c=3, d=25)
-    write_classes(tmp_path / "test", a=1, b=1, c=1, d=1)
-    splits = open_splits("imagefolder", tmp_path, validation=share)
-    counts = np.bincount(splits.validation.labels, minlength=4).tolist()
-    assert counts == [0, *(min(max(1, round(share * n)), n - 1) for n in (2, 3, 25))]
-    paths = origins(splits.train, splits.validation, splits.test)
-    assert len(set(paths)) == len(paths) == 35
-    assert len(splits.test) == 4 and all("/test/" in path for path in origins(splits.test))
-
-
-def test_the_split_is_a_function_of_the_seed(tmp_path):
-    write_cifar(tmp_path, n=40)
-    first, again, other = (open_splits("cifar10", tmp_path, seed=seed) for seed in (0, 0, 1))
-    assert origins(first.validation) == origins(again.validation) != origins(other.validation)
-    assert origins(first.test) == origins(other.test)
-    assert np.bincount(other.validation.labels).tolist() == [2] * 10
-    assert not set(origins(first.train)) & set(origins(first.validation))
-
-
-def test_no_validation(tmp_path):
-    write_folders(tmp_path, val={"cat": 1})
-    splits = open_splits("imagefolder", tmp_path, validation=0)
-    assert (len(splits.train), len(splits.validation), len(splits.test)) == (7, 0, 3)
-    assert list(batches(splits.validation, transforms(8, False)[1], 2, seed=0)) == []
-    for share in (1, -0.1, float("nan")):
-        fails("expected a share", lambda: open_splits("imagefolder", tmp_path, validation=share))  # noqa: B023
-
-
-@pytest.mark.parametrize("name", ["val", "valid", "validation"])
-def test_a_folder_of_validation_pictures_is_used(tmp_path, name):
-    write_folders(tmp_path, **{name: {"dog": 2}})
-    splits = open_splits("imagefolder", tmp_path)
-    assert len(splits.train) == 7 and splits.validation.labels.tolist() == [1, 1]
-
-
-def test_folders_that_do_not_match(tmp_path):
-    write_classes(tmp_path / "train", cat=2, dog=1)
-    fails("test: no such folder", lambda: open_dataset("imagefolder", tmp_path))
-    write_classes(tmp_path / "test", cat=1, dgo=1)
-    fails("test: unknown class 'dgo', did you mean 'dog'", lambda: open_dataset("imagefolder", tmp_path))
-    (tmp_path / "test" / "dgo").rename(tmp_path / "test" / "dog")
-    (tmp_path / "train" / "empty").mkdir()
-    fails("train/empty: no picture", lambda: open_dataset("imagefolder", tmp_path))
-
-
-@pytest.mark.parametrize(
-    "name, most, place",
-    [
-        ("caltech101", 60, "caltech101/101_ObjectCategories"),
-        ("caltech256", 150, "caltech256/256_ObjectCategories"),
-        ("caltech256", 150, "256_ObjectCategories"),
-    ],
-)
-def test_caltech_is_split_class_by_class(tmp_path, name, most, place):
-    """Defect 14: most classes are smaller than the published count of training pictures."""
-    sizes = {"a.two": 2, "b.few": 9, "c.some": 75, "d.many": 200}
-    for class_name, n in sizes.items():
-        folder = tmp_path / place / class_name
-        folder.mkdir(parents=True)
-        for i in range(n):
-            (folder / f"{i:04d}.jpg").touch()
-    (tmp_path / place / "b.few" / "RENAME2").touch()  # as in the archive
-    if name == "caltech101":
-        write_classes(tmp_path / place, BACKGROUND_Google=2)
-    first, again, other = (open_dataset(name, tmp_path, seed) for seed in (0, 0, 1))
-    assert first.class_names == tuple(sizes)
-    train = np.bincount(first.train.labels).tolist()
-    assert train == [min(most, 4 * n // 5) for n in sizes.values()]
-    assert np.bincount(first.test.labels).tolist() == [
-        n - t for n, t in zip(sizes.values(), train, strict=True)
-    ]
-    paths = origins(first.train, first.test)
-    assert len(set(paths)) == len(paths) == sum(sizes.values())
-    assert origins(first.train) == origins(again.train) != origins(other.train)
-    splits = open_splits(name, tmp_path)
-    paths = origins(splits.train, splits.validation, splits.test)
-    assert len(set(paths)) == len(paths) == sum(sizes.values())
-
-
-def test_a_class_that_cannot_be_split(tmp_path):
-    write_caltech(tmp_path, ant=1, bee=3)
-    fails("ant: 1 pictures of the class, expected 2", lambda: open_dataset("caltech101", tmp_path))
-
-
-def test_class_folders_alone_are_split(tmp_path):
-    write_classes(tmp_path, cat=10, dog=2)
-    opened = open_dataset("imagefolder", tmp_path, seed=3)
-    assert np.bincount(opened.train.labels).tolist() == [8, 1]
-    assert np.bincount(opened.test.labels).tolist() == [2, 1]
-
-
-def test_the_choice_in_a_class_does_not_depend_on_other_classes():
-    few, _ = choose_per_class(of_classes(10).labels, lambda n: 4, (0,))
-    more, others = choose_per_class(of_classes(10, 7, 1).labels, lambda n: min(4, n), (0,))
-    assert more[:4].tolist() == few.tolist()
-    assert sorted([*more, *others]) == list(range(18))
-
-
-# --- transforms ------------------------------------------------------------------------------------------
-
-
-def photo(width, height, seed=0):
-    small = noise(6, 8, 3, seed=seed)
-    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.mark.parametrize("size", [(500, 375), (333, 501), (224, 224), (40, 61)])
-def test_test_transforms_are_torchvisions(size):
-    """Published: Resize and ToTensor at low resolution; Resize 256, CenterCrop 224, ToTensor at high."""
-    t = torchvision.transforms
-    image = photo(*size)
-    low = t.Compose([t.Resize((32, 32)), t.ToTensor()])
-    high = t.Compose([t.Resize(256), t.CenterCrop(224), t.ToTensor()])
-    assert torch.equal(transforms(32, False)[1](image, generator()), low(image))
-    assert torch.equal(transforms(224, True)[1](image, generator()), high(image))
-
-
-def test_low_resolution_training_is_a_padded_crop_and_a_flip():
-    """Every one of 9 x 9 crops of the picture with a black border of 4, flipped or not, and nothing else."""
-    image = photo(32, 32)
-    padded = np.pad(np.asarray(image), ((4, 4), (4, 4), (0, 0))).transpose(2, 0, 1)
-    crops = {}
-    for top in range(9):
-        for left in range(9):
-            crop = padded[:, top : top + 32, left : left + 32]
-            crops[crop.tobytes()], crops[crop[:, :, ::-1].tobytes()] = (top, left, 0), (top, left, 1)
-    train = transforms(32, False)[0]
-    seen = [crops[(train(image, generator(s)) * 255).round().byte().numpy().tobytes()] for s in range(400)]
-    for values, most in zip(zip(*seen, strict=True), (8, 8, 1), strict=True):
-        assert set(values) == set(range(most + 1))
-    assert 150 < sum(flip for _, _, flip in seen) < 250
-
-
-@pytest.mark.parametrize("size", [(500, 375), (60, 2000), (256, 256)])
-def test_high_resolution_training_crops_are_torchvisions(size):
-    """Areas and shapes are distributed as torchvision's: means of many draws, on a picture of gradients."""
-    x, y = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
-    image = Image.fromarray(np.stack([x, y, x], -1).astype(np.uint8))
-    t = torchvision.transforms
-    theirs = t.Compose([t.Resize(256), t.RandomResizedCrop(224), t.RandomHorizontalFlip(), t.ToTensor()])
-    ours = transforms(224, True)[0]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        n = 60
-        a = torch.stack([spread(theirs(image)) for _ in range(n)])
-    b = torch.stack([spread(ours(image, generator(s))) for s in range(n)])
-    error = ((a.var(0) + b.var(0)) / n).sqrt()
-    assert ((a.mean(0) - b.mean(0)).abs() <= 4 * error + 1e-6).all()
-
-
-def spread(image):
-    """The left and upper edge of a crop, and its extent in both directions, as a gradient tells them."""
-    assert image.shape == (3, 224, 224)
-    across, down = image[0, 112], image[1, :, 112]
-    return torch.stack([across.min(), down.min(), across.max() - across.min(), down.max() - down.min()])
-
-
-@pytest.mark.parametrize("image_size, high", [(32, False), (96, False), (224, True), (64, True)])
-def test_transforms_draw_from_their_generator_alone(image_size, high):
-    state = torch.get_rng_state()
-    for transform in transforms(image_size, high):
-        first, again = (transform(photo(70, 50), generator(5)) for _ in range(2))
-        assert torch.equal(first, again)
-        assert first.shape == (3, image_size, image_size) and first.dtype == torch.float32
-        assert first.min() >= 0 and first.max() <= 1
-    assert torch.equal(state, torch.get_rng_state())
-    fails("image size 0", lambda: transforms(0, high))
-
-
-# --- batches ---------------------------------------------------------------------------------------------
-
-
-def in_memory(n=23):
-    return ArrayImages(noise(n, 32, 32, 3), [i % 4 for i in range(n)], "memory")
-
-
-def same(first, second):
-    first, second = list(first), list(second)
-    return len(first) == len(second) and all(
-        torch.equal(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True)
-    )
-
-
-def test_an_epoch_is_every_picture_once():
-    every = batches(in_memory(), transforms(32, False)[1], 5, seed=0, shuffle=True)
-    assert len(every) == 5
-    images, labels, indices = map(torch.cat, zip(*every, strict=True))
-    assert [len(batch[0]) for batch in every] == [5, 5, 5, 5, 3]
-    assert sorted(indices.tolist()) == list(range(23)) != indices.tolist()
-    assert (labels == indices % 4).all() and labels.dtype == indices.dtype == torch.int64
-    pixels = torch.from_numpy(in_memory().pixels)[indices].permute(0, 3, 1, 2)
-    assert torch.equal(images, pixels / 255) and images.is_contiguous()
-
-
-def test_workers_change_nothing():
-    """The batches of 0 and of 2 processes are equal, augmented and shuffled; the global generator stays."""
-    state = torch.get_rng_state()
-    train = transforms(32, False)[0]
-    alone, together = (
-        batches(in_memory(), train, 4, seed=1, epoch=2, shuffle=True, workers=workers) for workers in (0, 2)
-    )
-    assert same(alone, together)
-    assert torch.equal(state, torch.get_rng_state())
-
-
-@pytest.mark.parametrize("start", range(7))
-def test_a_start_gives_the_rest_of_the_same_epoch(start):
-    def epoch(start):
-        return batches(in_memory(), transforms(32, False)[0], 4, seed=3, epoch=1, shuffle=True, start=start)
-
-    assert len(epoch(start)) == max(0, 6 - start)
-    assert same(epoch(start), list(epoch(0))[start:])
-
-
-def test_epochs_and_seeds_differ_and_repeat():
-    def epoch(seed, number, shuffle=True):
-        return batches(in_memory(), transforms(32, False)[0], 23, seed=seed, epoch=number, shuffle=shuffle)
-
-    assert same(epoch(0, 0), epoch(0, 0))
-    for other in (epoch(0, 1), epoch(1, 0)):
-        assert next(iter(other))[2].tolist() != next(iter(epoch(0, 0)))[2].tolist()
-    assert next(iter(epoch(0, 0, False)))[2].tolist() == list(range(23))
-
-
-def test_augmentation_belongs_to_the_picture():
-    """What is drawn for picture i depends on (seed, epoch, i), not on its place in the epoch or the batch."""
-
-    def by_index(**options):
-        every = batches(in_memory(), transforms(32, False)[0], **options)
-        return {
-            int(i): image for images, _, indices in every for i, image in zip(indices, images, strict=True)
-        }
-
-    first = by_index(batch_size=4, seed=0, shuffle=True)
-    other = by_index(batch_size=7, seed=0)
-    assert all(torch.equal(first[i], other[i]) for i in range(23))
-    assert any(
-        not torch.equal(first[i], image) for i, image in by_index(batch_size=4, seed=0, epoch=1).items()
-    )
-
-
-def test_any_transform_can_be_used():
-    """A plain function of picture and generator that gives a tensor of its own."""
-
-    def mean(image, drawn_from):
-        return torch.tensor(np.asarray(image).mean()) + torch.rand((), generator=drawn_from)
-
-    images, _, _ = next(iter(batches(in_memory(), mean, 4, seed=0)))
-    assert images.shape == (4,) and images.dtype == torch.float64
-
-
-def test_workers_leave_signals_to_their_parent():
-    """Ctrl-C reaches the whole process group: the batch that its parent wants to finish with still comes."""
-    parent = os.getpid()
-
-    def interrupted(image, _generator):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if os.getpid() != parent:
-                os.kill(os.getpid(), number)
-        return torch.zeros(())
-
-    assert len(list(batches(in_memory(), interrupted, 4, seed=0, workers=1))) == 6
-
-
-def test_numbers_out_of_range():
-    for wrong in ({"batch_size": 0}, {"seed": -1}, {"epoch": -1}, {"workers": -1}, {"start": -1}):
-        options = {"batch_size": 2, "seed": 0, **wrong}
-        with pytest.raises(InputError, match="expected"):
-            batches(in_memory(), transforms(32, False)[1], **options)

@@ -1,0 +1,34 @@
+"""Small class files in HDF5."""
+
+import h5py
+import numpy as np
+
+from meta_dataset_readers.hdf5 import Hdf5Store
+
+CLASS_ID = 2
+SHAPE = (6, 7, 3)
+
+
+def pixels(class_id, index, shape=SHAPE):
+    return np.random.default_rng([class_id, index]).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_class(path, class_id=CLASS_ID, n_images=12, **storage):
+    """A class file as PMF's converter writes it, or with the datasets stored in another way."""
+    path.parent.mkdir(exist_ok=True, parents=True)
+    with h5py.File(path, "w") as file:
+        for index in range(n_images):
+            group = file.create_group(str(index))
+            group.create_dataset("id", data=1000 * index)
+            group.create_dataset("image", data=pixels(class_id, index), **storage)
+            group.create_dataset("label", data=np.array([class_id], np.int32))
+    return path
+
+
+def store_of(path):
+    return Hdf5Store(path.parent, "tiny")
+
+
+def replace(record, name, value, **options):
+    del record[name]
+    return record.create_dataset(name, data=value, **options)

@@ -1,0 +1,74 @@
+"""A small random vision transformer, pools on it, and an episode."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from conftest import moved_apart, patterned_episode, random_backbone
+from hypothesis import settings
+from torch import Tensor
+
+from amt.attacks.levels import Perturbation
+from amt.models.architectures import Arch
+from amt.models.network import Network
+from amt.models.pool import LoRAPool, principal_pool
+from amt.training.meta_tune import query_outcome
+from amt.training.settings import TuneSettings
+from meta_dataset_readers.episode import Episode
+
+few = settings(max_examples=20, deadline=None)
+
+ARCH = Arch(patch_size=4, dim=24, depth=2, heads=2, pretrained_size=16, image_size=16, mlp_ratio=2.0)
+RANK = 3
+LEVELS = (
+    Perturbation(8, 2, steps=2, gamma=0.01, grids=(2, 4, 0)),
+    Perturbation(6, 1.5, steps=2, gamma=0.005, grids=(2, 4, 0), start="random1"),
+    Perturbation(0.1, 0.025, steps=2, gamma=0.0, grids=(2, 4, 0)),
+)
+
+make_network = functools.partial(random_backbone, ARCH)
+make_episode = functools.partial(patterned_episode, side=16)
+
+
+@pytest.fixture(scope="session")
+def network() -> Network:
+    return make_network()
+
+
+@pytest.fixture(scope="session")
+def untrained(network) -> LoRAPool:
+    return principal_pool(network.weights, RANK, LEVELS)
+
+
+@pytest.fixture(scope="session")
+def pool(untrained) -> LoRAPool:
+    return moved_apart(untrained)
+
+
+@pytest.fixture(scope="session")
+def episode() -> Episode:
+    return make_episode(0)
+
+
+def tensors(pool: LoRAPool) -> dict[str, Tensor]:
+    return pool.factors | {"scale": pool.scale, "bias": pool.bias}
+
+
+def assert_identical(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+def trainable(pool: LoRAPool) -> LoRAPool:
+    factors = {name: factor.detach().clone().requires_grad_() for name, factor in pool.factors.items()}
+    return dataclasses.replace(pool.with_factors(factors), scale=pool.scale.clone().requires_grad_())
+
+
+def quick(**changes) -> TuneSettings:
+    return TuneSettings(**{"epochs": 4, "episodes_per_epoch": 2, "lr": 0.05, "warmup_epochs": 0} | changes)
+
+
+def outcome_of(network: Network, pool: LoRAPool, episode: Episode, level: Perturbation, **keywords):
+    start = level.pyramid.start(episode.query, torch.Generator().manual_seed(3))
+    return query_outcome(network, pool, episode, level, start, **keywords)
