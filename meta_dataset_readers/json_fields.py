@@ -1,13 +1,29 @@
 """Values out of JSON that are not believed: keys and types are checked, and a fault names file and field.
 
-Does not know what any file means.
+`conform` checks a whole file against a declared shape, `Fields` takes entries one by one where what is
+expected depends on others. Does not know what any file means.
 """
 
+import functools
 from typing import Any
 
 from meta_dataset_readers.errors import InputError, nearest
 
+MOST = 2**53  # of a count: whatever is larger is no number of anything on a disk
+
 _JSON_NAMES = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
+
+_EXPECTED = {  # pydantic's words, in ours
+    f"Input should be a valid {theirs}": ours
+    for theirs, ours in (
+        ("dictionary", "an object"),
+        ("list", "a list"),
+        ("string", "a string"),
+        ("integer", "an integer"),
+        ("number", "a number"),
+        ("boolean", "a boolean"),
+    )
+}
 
 
 class Fields:
@@ -32,8 +48,8 @@ class Fields:
         if isinstance(self._value.get(key), dict):
             raise InputError(f"{self.where}: field {key!r}: images counted by pool are not supported")
         value = self.get(key, int)
-        if value < 0:
-            raise InputError(f"{self.where}: field {key!r}: expected a count, found {value}")
+        if not 0 <= value <= MOST:
+            raise InputError(f"{self.where}: field {key!r}: expected a count, found {_brief(value)}")
         return value
 
     def strings(self, key: str) -> tuple[str, ...]:
@@ -66,3 +82,40 @@ def typed(where: str, value: Any, kind: type) -> Any:
         found = "a boolean" if isinstance(value, bool) else _JSON_NAMES.get(type(value), type(value).__name__)
         raise InputError(f"{where}: expected {_JSON_NAMES[kind]}, found {found}")
     return value
+
+
+def conform(where: str, value: Any, shape: Any) -> Any:
+    """`value` as it is, if it has the `shape`: a type as pydantic knows it, such as a TypedDict.
+
+    Nothing is converted: "5" is no number, a boolean no integer. Raises InputError for the first fault, which
+    names field, what was expected and what was found; `where` begins it.
+    """
+    from pydantic import ValidationError  # here: whoever reads a list does not wait for it
+
+    try:
+        _adapter(shape).validate_python(value, strict=True)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        names = [str(name) for name in fault["loc"] if name != "[key]"]
+        field = f"{where}: field {'.'.join(names)!r}" if names else where
+        if fault["type"] == "missing":
+            raise InputError(f"{field} is missing") from None
+        expected = _EXPECTED.get(fault["msg"], fault["msg"].removeprefix("Input should be "))
+        raise InputError(f"{field}: expected {expected[:120]}, found {_brief(fault['input'])}") from None
+    return value
+
+
+@functools.cache
+def _adapter(shape: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(shape)
+
+
+def _brief(value: Any) -> str:
+    """A value for a message: its kind where it is none of a few letters."""
+    if isinstance(value, dict | list):
+        return f"{_JSON_NAMES[type(value)]} of {len(value)}"
+    if isinstance(value, int) and abs(value) > 10**30:
+        return "an integer of more than 30 digits"
+    return repr(value)[:80]

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from toy_pools import ARCH, RANK, assert_identical, few, tensors
 
 from amt.files import checkpoint as checkpoints
 from amt.files.checkpoint import Checkpoint
+from meta_dataset_readers import files
 from meta_dataset_readers.errors import InputError
 
 
@@ -190,9 +192,8 @@ def test_weights_that_are_no_numbers_are_said_in_one_line(saved, pool, name, val
     assert_one_line(saved, name, "finite")
 
 
-def disk_full_half_way(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content[: len(content) // 2])
+def disk_full_half_way(file: BinaryIO) -> None:
+    file.truncate(file.tell() // 2)
     raise OSError(28, "No space left on device")
 
 
@@ -201,7 +202,7 @@ def no_replacing(source, target) -> None:
 
 
 @pytest.mark.parametrize(
-    "owner, name, broken", [(Path, "write_bytes", disk_full_half_way), (os, "replace", no_replacing)]
+    "owner, name, broken", [(files, "to_disk", disk_full_half_way), (os, "replace", no_replacing)]
 )
 def test_a_failed_write_leaves_the_old_file(saved, pool, monkeypatch, owner, name, broken):
     """And nothing beside it."""

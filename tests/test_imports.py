@@ -25,7 +25,7 @@ READERS = "meta_dataset_readers"
 # is declared.
 OF_THE_READERS = {
     f"{READERS}.{name}"
-    for name in ("episode", "errors", "files", "loader", "pictures", "settings", "transforms")
+    for name in ("episode", "errors", "files", "json_fields", "loader", "pictures", "settings", "transforms")
 }
 SCRIPTS = {"main", "test_meta_dataset", "studies", "benchmarks", "tools", "tests"}
 

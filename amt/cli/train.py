@@ -257,6 +257,6 @@ def restored(args: argparse.Namespace, network: Network, path: Path) -> tuple[Tu
         history, size = saved.about["history"], tuner.settings.episodes_per_epoch
         if not len(history) * size <= tuner.episodes_done <= (len(history) + 1) * size:
             raise ValueError(f"{tuner.episodes_done} episodes done, {len(history)} epochs noted")
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path}: damaged optimiser state ({error!r})") from error
     return tuner, history

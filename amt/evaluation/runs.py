@@ -17,30 +17,82 @@ Knows rows, not how they are computed.
 
 import dataclasses
 import functools
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated, NotRequired
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from amt.attacks.kinds import Attack
 from amt.evaluation.samples import Sample, read_samples
 from amt.evaluation.sanity import Finding, judge
 from amt.evaluation.statistics import Summary, summarise, with_averages
 from meta_dataset_readers.errors import InputError
-from meta_dataset_readers.files import read_json
+from meta_dataset_readers.files import parse_json, read_bytes, read_json
+from meta_dataset_readers.json_fields import MOST, conform
 
 FORMAT = 1
-_ABOUT = {
-    "settings": dict,
-    "deployments": dict,
-    "attacks": list,
-    "columns": list,
-    "sources": list,
-    "averages": dict,
-    "episodes": int,
-    "seed": int,
-}
-_COUNTS = ("ways", "support", "queries")
+_ROWS_LARGEST = 2**30  # bytes of a file of rows; a million rows are half of that
+
+Accuracy = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0, le=MOST)]
+Duration = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+Names = list[str]
+
+
+class _About(TypedDict):
+    """run.json, and what results.json adds."""
+
+    settings: dict
+    deployments: dict[str, dict]
+    attacks: list[dict]
+    columns: Annotated[Names, Field(min_length=1)]
+    sources: Annotated[Names, Field(min_length=1)]
+    averages: dict[str, Names]
+    episodes: Annotated[int, Field(ge=1, le=10**9)]
+    seed: int
+    corruptions: NotRequired[Names]
+    unit: NotRequired[str]
+    split: NotRequired[str]
+    stamp: NotRequired[str]
+    episode_seconds: NotRequired[Duration]
+    peak_memory_mb: NotRequired[Duration]
+    skipped_records: NotRequired[Count]
+    versions: NotRequired[dict[str, str]]
+
+
+class _Merging(TypedDict):
+    how: str
+    stamp: NotRequired[str]
+
+
+class _Checks(TypedDict):
+    images: Count
+    changed: Count
+    zero_gradients: NotRequired[Count]
+    norms: NotRequired[dict[str, dict[str, float]]]  # counts, and losses
+    from_scratch: NotRequired[dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)]]]
+
+
+class _Row(TypedDict):
+    """A row, without its accuracies."""
+
+    source: str
+    index: Count
+    ways: Count
+    support: Count
+    queries: Count
+    seconds: Duration
+    coefficients: list[Annotated[float, Field(ge=0, le=1 + 1e-3)]]
+    variants: NotRequired[dict[str, str]]
+    checks: NotRequired[_Checks]
+    skipped: NotRequired[Count]
+
+
+_Accuracies = dict[str, Accuracy]
+_Corruptions = dict[str, Annotated[list[Accuracy], Field(min_length=5, max_length=5)]]
 UNITS = ("episode", "image")
 SEVERITIES = 5
 
@@ -178,7 +230,8 @@ def peek(folder: Path) -> Run:
     """Read a run directory as `load` does; it may have no row yet."""
     about = read_about(folder)
     if (folder / "results.json").exists():
-        about = _read_object(folder / "results.json") | about
+        path = folder / "results.json"
+        about = conform(str(path), conform(str(path), read_json(path), dict) | about, _About)
     merging = read_merging(folder)
     rows: dict[str, dict[int, dict]] = {source: {} for source in about["sources"]}
     for path in sorted(folder.glob("rows*.jsonl")):
@@ -229,31 +282,17 @@ def read_about(folder: Path) -> dict:
     path = folder / "run.json"
     if not path.is_file():
         raise InputError(f"{folder}: no run directory: it has no run.json")
-    about = _read_object(path)
-    for name, kind in _ABOUT.items():
-        if not isinstance(about.get(name), kind):
-            found = type(about.get(name)).__name__
-            raise InputError(f"{path}: expected a {kind.__name__} under {name}, got {found}")
+    about = conform(str(path), read_json(path), _About)
     if about.get("format") != FORMAT:
         raise InputError(f"{path}: format is {about.get('format')!r}, expected {FORMAT}")
     if about.get("unit", UNITS[0]) not in UNITS:
         raise InputError(f"{path}: unit is {about['unit']!r}, expected one of {', '.join(UNITS)}")
-    names = [about["sources"], *about["averages"].values(), about["columns"], about.get("corruptions", [])]
-    if not all(isinstance(each, list) and all(isinstance(name, str) for name in each) for each in names):
-        raise InputError(f"{path}: expected lists of names under sources, averages, columns and corruptions")
     try:
         for values in about["attacks"]:
             attack_from(values)
     except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: expected a list of attacks under attacks ({error})") from error
+        raise InputError(f"{path}: field 'attacks': expected a list of attacks ({error})") from error
     return about
-
-
-def _read_object(path: Path) -> dict:
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: holds a {type(found).__name__}, expected a dict")
-    return found
 
 
 def read_merging(folder: Path) -> dict[str, dict]:
@@ -263,11 +302,7 @@ def read_merging(folder: Path) -> dict[str, dict]:
         InputError: merging.json is damaged.
     """
     path = folder / "merging.json"
-    found = _read_object(path) if path.exists() else {}
-    for source, about in found.items():
-        if not isinstance(about, dict) or not isinstance(about.get("how"), str):
-            raise InputError(f"{path}: {source} does not say how it was merged")
-    return found
+    return conform(str(path), read_json(path), dict[str, _Merging]) if path.exists() else {}
 
 
 def read_corruptions(folder: Path) -> dict[str, list[float]]:
@@ -277,38 +312,14 @@ def read_corruptions(folder: Path) -> dict[str, list[float]]:
         InputError: corruptions.json is damaged.
     """
     path = folder / "corruptions.json"
-    found = _read_object(path) if path.exists() else {}
-    for name, values in found.items():
-        good = isinstance(values, list) and len(values) == SEVERITIES
-        if not good or not all(isinstance(each, int | float) and 0 <= each <= 1 for each in values):
-            raise InputError(f"{path}: expected {SEVERITIES} accuracies from 0 to 1 under {name}")
-    return found
+    return conform(str(path), read_json(path), _Corruptions) if path.exists() else {}
 
 
-def _read_rows(path: Path, columns: Sequence[str]) -> Iterable[dict]:
+def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[dict]:
     """The complete lines of a file of rows."""
-    lines = path.read_bytes().split(b"\n")[:-1]
+    lines = read_bytes(path, _ROWS_LARGEST).split(b"\n")[:-1]
     for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            good = _in_range(row, columns)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{path}, line {number}: not a row of results ({error!r})") from error
-        if not good:
-            raise InputError(f"{path}, line {number}: a value is out of range, such as an accuracy above 1")
+        where = f"{path}, line {number}"
+        row = conform(where, parse_json(where, line), _Row)
+        conform(where, {column: row.get(column) for column in columns}, _Accuracies)
         yield row
-
-
-def _in_range(row: dict, columns: Sequence[str]) -> bool:
-    """Whether the values of a row are in range; raises a TypeError or a KeyError if it is not a row."""
-    checks, variants = row.get("checks", {"images": 0, "changed": 0}), row.get("variants", {})
-    return (
-        isinstance(row["source"], str)
-        and isinstance(row["index"], int)
-        and all(0 <= row[column] <= 1 for column in columns)
-        and all(row[name] >= 0 for name in ("seconds", *_COUNTS))
-        and all(0 <= share <= 1 + 1e-3 for share in row["coefficients"])
-        and isinstance(variants, dict)
-        and isinstance(checks, dict)
-        and {"images", "changed"} <= checks.keys()
-    )

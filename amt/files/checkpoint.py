@@ -14,12 +14,15 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 import numpy
 import timm
 import torch
+from pydantic import Field
 from safetensors.torch import save as serialise
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from amt.attacks.levels import Perturbation
 from amt.files import published, weight_files
@@ -28,11 +31,13 @@ from amt.models.pool import FullPool, LoRAPool, Pool
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError, printable
 from meta_dataset_readers.files import folder_to_disk, parse_json, replace_file
+from meta_dataset_readers.json_fields import MOST, conform
 
 FORMAT = 1
 HEADER = "amt"  # the field of a safetensors header that makes a file ours
 
 Levels = tuple[Perturbation, ...]
+Count = Annotated[int, Field(ge=0, le=MOST)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +156,44 @@ def parse(path: Path, content: weight_files.Content) -> Checkpoint:
     return Checkpoint(*published.read_pool(path, content.data))
 
 
+class _About(TypedDict, total=False):
+    """What headers of ours say, as far as it is looked at."""
+
+    kind: str
+    arch: str | None
+    epoch: int | None
+    notes: list[str] | str
+    levels: list[dict]
+    tune: str
+    protocol: dict
+    settings: dict
+    history: list[dict]
+    tuner: "_Tuner"
+    published: str
+    levels_from: str
+    finished: bool
+
+
+class _Tuner(TypedDict, total=False):
+    """The state of meta-tuning, and of fine-tuning."""
+
+    episodes_done: Count
+    scalers: list[dict]
+    seen: list[list]
+    epoch: Count
+    batch: Count
+    accuracy: float | None
+    history: list[dict]
+
+
+def parse_header(path: Path, text: str) -> dict:
+    """The JSON in our field of a file's header. Raises InputError for what is none, or of another shape."""
+    where = f"{path}: damaged header field {HEADER!r}"
+    return conform(where, parse_json(where, text), _About)
+
+
 def _parse_own(path: Path, tensors: dict[str, Tensor], text: str) -> Checkpoint:
-    about = parse_json(f"{path}: damaged header field 'amt'", text)
+    about = parse_header(path, text)
     try:
         if about["format"] != FORMAT:
             raise ValueError(f"format {about['format']!r}, expected {FORMAT}")

@@ -10,7 +10,6 @@ Every tensor of a file is accounted for: it is a weight of the network or by its
 section 8.) Files are read by `weight_files`, which runs nothing of them. Knows no training.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 from amt.files import state_dicts, weight_files
-from amt.files.checkpoint import HEADER
+from amt.files.checkpoint import HEADER, parse_header
 from amt.files.pretrainings import PRETRAININGS, published_name
 from amt.files.state_dicts import StateDict
 from amt.models.architectures import Triple
@@ -102,14 +101,16 @@ def _about(path: Path, header: Mapping[str, str]) -> dict:
     if HEADER not in header:
         return {}
     try:
-        found = json.loads(header[HEADER])
+        found = parse_header(path, header[HEADER])
         kind = found["kind"]
         if kind == CLASSIFIER:
             mean, std = (tuple(float(value) for value in found[name]) for name in ("mean", "std"))
             if len(mean) != 3 or len(std) != 3 or not min(std) > 0:
                 raise ValueError(f"mean {mean}, std {std}")
             return {**found, "mean": mean, "std": std}
-    except (KeyError, TypeError, ValueError) as error:
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: no classifier, damaged header field {HEADER!r} ({error!r})") from error
     raise InputError(f"{path}: holds a {kind}, expected a classifier, such as the best.safetensors beside it")
 

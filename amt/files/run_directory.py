@@ -11,16 +11,27 @@ import contextlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NotRequired
+
+from typing_extensions import TypedDict
 
 from amt.files.locks import Lock
 from meta_dataset_readers.errors import InputError
-from meta_dataset_readers.files import replace_file
+from meta_dataset_readers.files import LARGEST_LIST, parse_json, read_bytes, replace_file
+from meta_dataset_readers.json_fields import conform
 
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
 _MUTEX_FILE = ".settings.lock"
 
 Renew = Callable[[Path, dict, dict], dict]
+
+
+class _About(TypedDict):
+    """What all runs say."""
+
+    settings: dict
+    kind: NotRequired[str]
 
 
 class RunDirectory:
@@ -117,12 +128,8 @@ class RunDirectory:
             replace_file(path, text)
 
     def _read(self, path: Path) -> dict:
-        try:
-            found = json.loads(path.read_text())
-            if not isinstance(found["settings"], dict):
-                raise TypeError("settings is no dict")
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise InputError(f"{path}: damaged, no settings of a run can be read ({error!r})") from error
+        where = f"{path}: damaged, no settings of a run can be read"
+        found = conform(where, parse_json(where, read_bytes(path, LARGEST_LIST)), _About)
         before, now = (about.get("kind", "an evaluation") for about in (found, self._about))
         if before != now:
             raise InputError(f"{path}: this directory holds {before}, not {now}; name another {self.flag}")

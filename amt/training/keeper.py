@@ -10,7 +10,6 @@ loops in amt/cli decide what is trained, how an epoch is validated and what the 
 """
 
 import contextlib
-import json
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -176,11 +175,10 @@ def fine_tuning_state(path: Path) -> tuple[Weights, dict]:
     """
     content = weight_files.read(path, "state of a fine-tuning")
     try:
-        about = json.loads(content.header[checkpoint.HEADER])
+        about = checkpoint.parse_header(path, content.header[checkpoint.HEADER])
         kind = about["kind"]
-        if not isinstance(about["protocol"], dict) or not isinstance(about["tuner"], dict):
-            raise TypeError("protocol or tuner is no dict")
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        about["protocol"], about["tuner"]
+    except KeyError as error:
         raise InputError(f"{path}: no state of a fine-tuning ({error!r})") from error
     if kind != FINE_TUNING:
         raise InputError(f"{path}: a {kind}, expected the state of a fine-tuning")
