@@ -116,6 +116,6 @@ def _brief(value: Any) -> str:
     """A value for a message: its kind where it is none of a few letters."""
     if isinstance(value, dict | list):
         return f"{_JSON_NAMES[type(value)]} of {len(value)}"
-    if isinstance(value, int) and abs(value) > 10**30:
+    if isinstance(value, int) and abs(value) >= 10**30:
         return "an integer of more than 30 digits"
     return repr(value)[:80]

@@ -228,7 +228,7 @@ def test_what_cannot_be_continued_is_not_resumed(world, trained, tmp_path, name,
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("settings", None, ["settings", "dict"]),
+        ("settings", None, ["settings", "object"]),
         ("history", {}, ["history", "list"]),
         ("tuner", {}, ["damaged optimiser state", "episodes_done"]),
         ("tuner", {"episodes_done": 1, "scalers": []}, ["damaged optimiser state"]),
