@@ -176,10 +176,12 @@ def fine_tuning_state(path: Path) -> tuple[Weights, dict]:
     content = weight_files.read(path, "state of a fine-tuning")
     try:
         about = checkpoint.parse_header(path, content.header[checkpoint.HEADER])
-        kind = about["kind"]
-        about["protocol"], about["tuner"]
     except KeyError as error:
         raise InputError(f"{path}: no state of a fine-tuning ({error!r})") from error
+    for name in ("kind", "protocol", "tuner"):
+        if name not in about:
+            raise InputError(f"{path}: no state of a fine-tuning ({name} is missing)")
+    kind = about["kind"]
     if kind != FINE_TUNING:
         raise InputError(f"{path}: a {kind}, expected the state of a fine-tuning")
     return content.data, about
