@@ -55,6 +55,9 @@ def test_text_and_attributes_come_out_of_a_parser_as_they_went_in(text):
 
 @hypothesis.settings(max_examples=10)
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
+@hypothesis.example("00000@GUW" + "\x1f" * 9 + "｡00%˯")  # letters wider than most: no room for the axes
+@hypothesis.example("W" * 24)
+@hypothesis.example("\U0001242b" * 24)  # not in the font
 def test_a_drawing_says_any_name_and_is_nothing_but_a_drawing(name):
     """Text is cut where there is no room for it; what appears under the pointer is the whole name."""
     point = charts.Point(1, 0, None, None, name, name, suspect=True)

@@ -4,6 +4,7 @@ One drawing serves all. Nothing here depends on pyplot's state.
 """
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from unicodedata import east_asian_width
@@ -13,8 +14,10 @@ import textalloc
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
+from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Affine2D
 
@@ -63,6 +66,7 @@ SETTINGS = {
     "savefig.dpi": 200,
     "text.parse_math": False,  # a name from a file may hold a dollar sign
 }
+WIDTH = 5.2  # points, of a rather wide letter of text of 8 points
 WIDE, NARROW = (4.9, 3.7), (3.0, 3.1)  # inches, of a panel whose points carry names
 
 
@@ -82,7 +86,7 @@ def write(figures: Sequence[Figure | HeatMap], folder: Path) -> list[Path]:
                 drawing = _heat_map(figure)
             else:
                 drawing = compose(figure.panels, min(len(figure.panels), 3), entries=legend(figure.panels))
-            drawing.supxlabel(figure.caption, fontsize=6.5, color=MUTED, wrap=True)
+            drawing.supxlabel(_printable(figure.caption), fontsize=6.5, color=MUTED, wrap=True)
             # A PDF says when it was made, unless told not to: the same runs give the same bytes.
             for kind, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
                 path = folder / f"{figure.slug}.{kind}"
@@ -114,9 +118,9 @@ def accuracy_picture(
                 yerr=[summaries[k].interval for _, summaries in rows],
                 color=colours(0.15 + 0.7 * k / max(len(columns) - 1, 1)),
                 error_kw={"elinewidth": 1, "ecolor": MUTED, "capsize": 2},
-                label=column,
+                label=short(column, 40),
             )
-        axes.set_xticks(range(len(rows)), [name for name, _ in rows])
+        axes.set_xticks(range(len(rows)), [short(name) for name, _ in rows])
         axes.set_ylabel("accuracy, per cent")
         axes.set_ylim(0, 100)
         axes.grid(False, axis="x")
@@ -359,12 +363,27 @@ def _label(axes: Axes, panel: Panel) -> None:
 
 
 def short(name: str, most: int = 24) -> str:
-    """A name as it is drawn: on one line, cut to about a width, with nothing that XML does not know."""
-    name = "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in name)
-    widths = [2 if east_asian_width(each) in "WF" else 1 for each in name]
-    if sum(widths) <= most:
+    """A name as it is drawn: on one line, of printable characters, cut where `most` of usual width end."""
+    name = _printable(name)
+    if _fits(name, most):
         return name
-    return name[: sum(sum(widths[: k + 1]) < most for k in range(len(name)))] + "…"
+    return next(cut for k in range(most, -1, -1) if _fits(cut := f"{name[:k]}…", most))
+
+
+def _printable(text: str) -> str:
+    """Without line breaks and control characters, which XML does not know."""
+    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
+
+
+def _fits(name: str, most: int) -> bool:
+    """Whether a name is no wider than `most` characters: in cells of a terminal, which tell how wide
+    letters are that the font lacks, and as the font draws them, where a W takes the room of two."""
+    if sum(2 if east_asian_width(each) in "WF" else 1 for each in name) > most:
+        return False
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        points, _, _ = text_to_path.get_text_width_height_descent(name, FontProperties(size=8), ismath=False)
+    return points <= WIDTH * most
 
 
 def _heat_map(heat: HeatMap) -> Drawing:

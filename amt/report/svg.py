@@ -77,9 +77,7 @@ def _clean(element: ElementTree.Element, kept: set[str]) -> None:
         given["id"] = identifier
     for name, value in given.items():
         if name in ("d", "x", "y", "transform", "style"):
-            given[name] = re.sub(
-                r"-?\d+\.\d+", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), value
-            )
+            given[name] = re.sub(r"-?\d+\.\d+", _rounded, value)
     if "style" in given:
         style = re.sub(r"font-family:[^;]*;|stroke-dashoffset: 0;", "", given["style"])
         given["style"] = re.sub("#[0-9a-f]{6}", lambda found: VARIABLES.get(found[0], found[0]), style)
