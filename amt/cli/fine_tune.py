@@ -190,26 +190,8 @@ def tuned(
     tuner = FineTuner(network, student, settings, len(training(0, 0)), training_accuracy)
     described_by = {**data_protocol(args), **dataclasses.asdict(settings)}
     protocol = json.loads(json.dumps(described_by, sort_keys=True))
-    run = Keeper(
-        args.output / settings.mode,
-        "a fine-tuning",
-        protocol,
-        flag="--output",
-        overwrite=args.overwrite,
-        minutes=args.save_every_minutes,
-        results=[f"test/{pattern}" for pattern in (*WROTE, RUN_FILE)],
-    )
-    about = {
-        "format": checkpoint.FORMAT,
-        "arch": network.arch,
-        "class_names": splits.class_names,
-        "image_size": network.image_size,
-        "resize": network.resize,
-        "mean": network.mean,
-        "std": network.std,
-        "protocol": protocol,
-        **checkpoint.provenance(),
-    }
+    run = keeper(args, settings.mode, protocol)
+    about = described_network(network, splits.class_names, protocol)
     with run:
         if run.last.exists():
             restore(tuner, run.last, protocol)
@@ -225,6 +207,34 @@ def tuned(
     if tuner.best is None:
         raise InputError(f"--lr {settings.lr:g}: at high resolution training ends below {LOWEST_RATE:g}")
     return 0, tuner.best.weights
+
+
+def keeper(args: argparse.Namespace, mode: str, protocol: dict) -> Keeper:
+    """Of the run of one mode, in a folder of its own below --output."""
+    return Keeper(
+        args.output / mode,
+        "a fine-tuning",
+        protocol,
+        flag="--output",
+        overwrite=args.overwrite,
+        minutes=args.save_every_minutes,
+        results=[f"test/{pattern}" for pattern in (*WROTE, RUN_FILE)],
+    )
+
+
+def described_network(network: Network, class_names: Sequence[str], protocol: dict) -> dict:
+    """What both files of a run say of its network, and of how it is trained."""
+    return {
+        "format": checkpoint.FORMAT,
+        "arch": network.arch,
+        "class_names": class_names,
+        "image_size": network.image_size,
+        "resize": network.resize,
+        "mean": network.mean,
+        "std": network.std,
+        "protocol": protocol,
+        **checkpoint.provenance(),
+    }
 
 
 def fine_tune(

@@ -59,6 +59,28 @@ def testing_parser() -> Parser:
     """The flags of test_meta_dataset.py."""
     parser = Parser("Evaluate a pool per domain: route, merge, trim, classify; clean and under attack.")
     add_common(parser, "test_sources", TEST_SOURCES, "domains to evaluate on, one after another")
+    _add_evaluation(parser)
+    _add_attacks(parser)
+    _add_running(parser)
+    merging = parser.add_argument_group("merging")
+    add_merging(merging)
+    add_flags(merging, Deployment)
+    merging.add_argument(
+        "--domain_config",
+        type=as_path,
+        metavar="FILE.yaml",
+        help="settings per domain, over these flags: beta, gamma, top_k, route_epsilon, trim, search_scale, "
+        "search_step, candidate_pool (amt/cli/options/domain_config.py)",
+    )
+    add_flags(parser.add_argument_group("test-time fine-tuning, with --deploy finetune"), Finetuning)
+    precision = "evaluation is in float32, as the attacks need it"
+    parser.add_without_effect({"fp16": (0, precision), "bf16": (0, precision)})
+    parser.add_published()
+    return parser
+
+
+def _add_evaluation(parser: Parser) -> None:
+    """What is evaluated, on which episodes, and where the results go."""
     parser.add_argument(
         "--cdfsl_domains",
         nargs="+",
@@ -88,6 +110,8 @@ def testing_parser() -> Parser:
         "--dump", type=as_path, metavar="DIR", help="also write every episode there, in Meta-Dataset's format"
     )
 
+
+def _add_attacks(parser: Parser) -> None:
     attack = parser.add_argument_group("attack")
     attack.add_argument(
         "--attack",
@@ -117,6 +141,8 @@ def testing_parser() -> Parser:
         help="episodes per domain on which the attacks themselves are checked; 0: none",
     )
 
+
+def _add_running(parser: Parser) -> None:
     running = parser.add_argument_group("run")
     running.add_argument(
         "--samples",
@@ -131,22 +157,6 @@ def testing_parser() -> Parser:
         help="do only part I (from 0) of N parts, in processes that share --output_dir "
         "(default: what torchrun says, else everything)",
     )
-
-    merging = parser.add_argument_group("merging")
-    add_merging(merging)
-    add_flags(merging, Deployment)
-    merging.add_argument(
-        "--domain_config",
-        type=as_path,
-        metavar="FILE.yaml",
-        help="settings per domain, over these flags: beta, gamma, top_k, route_epsilon, trim, search_scale, "
-        "search_step, candidate_pool (amt/cli/options/domain_config.py)",
-    )
-    add_flags(parser.add_argument_group("test-time fine-tuning, with --deploy finetune"), Finetuning)
-    precision = "evaluation is in float32, as the attacks need it"
-    parser.add_without_effect({"fp16": (0, precision), "bf16": (0, precision)})
-    parser.add_published()
-    return parser
 
 
 def check_testing(args: argparse.Namespace) -> None:
