@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Affine2D
 
 from amt.evaluation.statistics import Summary
-from amt.report.charts import (
+from amt.report.panels import (
     Axis,
     Figure,
     HeatMap,
@@ -252,6 +252,16 @@ def _draw(axes: Axes, panel: Panel) -> None:
     points = [point for series in panel.series for point in series.points]
     axes.set_xlim(limits(panel.x, [end for p in points for end in (p.x_span or (p.x, p.x))]))
     axes.set_ylim(limits(panel.y, [end for p in points for end in (p.y_span or (p.y, p.y))]))
+    _draw_axes(axes, panel)
+    if panel.labelled:
+        for start, end in links(panel):
+            axes.plot([start.x, end.x], [start.y, end.y], color=MUTED, linewidth=0.5, alpha=0.7, zorder=1)
+    for series in panel.series:
+        _draw_series(axes, series, *_aside(axes, panel, series))
+
+
+def _draw_axes(axes: Axes, panel: Panel) -> None:
+    """Ticks or names, labels and rules."""
     for axis, described in ((axes.xaxis, panel.x), (axes.yaxis, panel.y)):
         if described.ticks:
             axis.set_ticks(described.ticks, [number(tick) for tick in described.ticks])
@@ -267,11 +277,6 @@ def _draw(axes: Axes, panel: Panel) -> None:
         axes.axhline(value, color=TEXT, linewidth=0.8, linestyle=(0, (4, 3)))
     if panel.y.names:
         _name_rows(axes, panel.y.names)
-    if panel.labelled:
-        for start, end in links(panel):
-            axes.plot([start.x, end.x], [start.y, end.y], color=MUTED, linewidth=0.5, alpha=0.7, zorder=1)
-    for series in panel.series:
-        _draw_series(axes, series, *_aside(axes, panel, series))
 
 
 def limits(axis: Axis, values: Sequence[float]) -> tuple[float, float]:
@@ -312,12 +317,7 @@ def _draw_series(axes: Axes, series: Series, dx: float, dy: float) -> None:
     colour = COLOURS[series.style.colour % len(COLOURS)]
     look = {"color": colour, "marker": MARKERS[series.style.marker % len(MARKERS)], "clip_on": False}
     look |= {"markersize": 3.6 if series.joined else 4.6, "markeredgewidth": 0.9}
-    upright = [(p.x + dx, p.y_span[0] + dy, p.y_span[1] + dy) for p in series.points if p.y_span]
-    level = [(p.y + dy, p.x_span[0] + dx, p.x_span[1] + dx) for p in series.points if p.x_span]
-    if upright:
-        axes.vlines(*zip(*upright, strict=True), color=colour, linewidth=0.9)
-    if level:
-        axes.hlines(*zip(*level, strict=True), color=colour, linewidth=0.9)
+    _draw_intervals(axes, series.points, dx, dy, colour)
     (line,) = axes.plot(
         [p.x + dx for p in series.points],
         [p.y + dy for p in series.points],
@@ -330,6 +330,15 @@ def _draw_series(axes: Axes, series: Series, dx: float, dy: float) -> None:
         xs, ys = [p.x + dx for p in doubted], [p.y + dy for p in doubted]
         (hollow,) = axes.plot(xs, ys, linestyle="none", markerfacecolor=PAGE, **look)
         mark(hollow, "hollow", [p.says for p in doubted])
+
+
+def _draw_intervals(axes: Axes, points: Sequence[Point], dx: float, dy: float, colour: str) -> None:
+    upright = [(p.x + dx, p.y_span[0] + dy, p.y_span[1] + dy) for p in points if p.y_span]
+    level = [(p.y + dy, p.x_span[0] + dx, p.x_span[1] + dx) for p in points if p.x_span]
+    if upright:
+        axes.vlines(*zip(*upright, strict=True), color=colour, linewidth=0.9)
+    if level:
+        axes.hlines(*zip(*level, strict=True), color=colour, linewidth=0.9)
 
 
 def _label(axes: Axes, panel: Panel) -> None:
