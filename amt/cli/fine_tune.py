@@ -130,17 +130,9 @@ def open_network(args: argparse.Namespace, network: Network) -> tuple[Network, P
     found = pretrained.read(args.checkpoint, network, start, args.pretraining)
     if found.normalise is None:
         say("note: nothing tells whether its pre-training normalised images: they are; see --pretraining")
-    if args.eval_only and not found.head:
-        raise InputError(
-            f"{args.checkpoint}: holds no classifier of {network.n_classes} classes to be tested"
-        )
-    for name in ("image_size", "resize"):
-        if args.eval_only and found.about and found.about.get(name) != getattr(network, name):
-            raise InputError(
-                f"{args.checkpoint}: was trained with {name} {found.about.get(name)}, not "
-                f"{getattr(network, name)}; see --resize and --resolution"
-            )
-    if not args.eval_only:  # a head that fits in shape is another data set's
+    if args.eval_only:
+        check_classifier(args.checkpoint, found, network)
+    else:  # a head that fits in shape is another data set's
         head = {name: tensor for name, tensor in start.items() if network.is_head(name)}
         found = found._replace(weights=found.weights | head)
     if found.normalise is False:
@@ -149,6 +141,18 @@ def open_network(args: argparse.Namespace, network: Network) -> tuple[Network, P
         mean, std = found.statistics
         network = dataclasses.replace(network, mean=mean, std=std)
     return network, found
+
+
+def check_classifier(file: Path, found: Pretrained, network: Network) -> None:
+    """Raise an `InputError` if what `file` holds cannot be tested as it is."""
+    if not found.head:
+        raise InputError(f"{file}: holds no classifier of {network.n_classes} classes to be tested")
+    for name in ("image_size", "resize"):
+        if found.about and found.about.get(name) != getattr(network, name):
+            raise InputError(
+                f"{file}: was trained with {name} {found.about.get(name)}, not "
+                f"{getattr(network, name)}; see --resize and --resolution"
+            )
 
 
 def tuned(
