@@ -44,9 +44,7 @@ def svg_element(drawing: Figure, classes: str, label: str | None, salt: str) -> 
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the page's font may have it
         drawing.savefig(file, format="svg", metadata=nothing)
     root = ElementTree.fromstring(file.getvalue())
-    kept = {
-        use.get("{http://www.w3.org/1999/xlink}href", "")[1:] for use in root.iter() if _tag(use) == "use"
-    }
+    kept = {use.get(f"{XLINK}href", "")[1:] for use in root.iter() if _tag(use) == "use"}
     for element in list(root.iter()):
         _clean(element, kept)
     described = {"aria-hidden": "true"}
