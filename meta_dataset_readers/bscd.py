@@ -49,7 +49,7 @@ _Labelled = tuple[int, str, int]
 
 
 def open_crop_disease(directory: Path, name: str) -> Source:
-    """The class folders in dataset/train, by sorted name; dataset/test is no part of the benchmark.
+    """The class folders in dataset/train, by sorted name; the benchmark does not use dataset/test.
 
     Raises InputError for a folder that is not there, cannot be read, or holds no class or no picture.
     """

@@ -59,7 +59,7 @@ class _Examined(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was found out about one source. It is sound if there are no faults; notes are none."""
+    """The findings about one source, which is sound without faults; a note is no fault."""
 
     name: str
     contents: str  # what there is: classes, images, layout

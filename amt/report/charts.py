@@ -139,7 +139,7 @@ def _lines(
 
 
 def _epsilon_ticks(radii: Iterable[float]) -> tuple[float, ...]:
-    """The radii themselves, as far as their labels do not touch."""
+    """The radii themselves, without those whose labels would touch."""
     values, ticks = sorted(set(radii), reverse=True), []
     for epsilon in (values[0], 0.0, *values[1:]):
         if all(abs(epsilon - tick) > 0.12 * values[0] for tick in ticks):

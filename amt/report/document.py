@@ -255,7 +255,7 @@ def corruptions(shown: Sequence[Shown]) -> Table | None:
 
 
 def cost(shown: Sequence[Shown]) -> Table:
-    """Time and memory that the runs took, as far as they are complete."""
+    """Time and memory that the complete runs took."""
     rows = []
     for each in shown:
         run, known = each.run, each.run.about
