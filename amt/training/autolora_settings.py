@@ -18,7 +18,7 @@ METHODS = ("autolora", "vanilla", "twins")
 
 def _epochs(text: str) -> tuple[int, ...]:
     """Increasing epochs, separated by commas."""
-    numbers = tuple(positive_int(part) for part in text.split(","))
+    numbers = tuple(int(positive_int(part)) for part in text.split(","))
     if list(numbers) != sorted(set(numbers)):
         raise argparse.ArgumentTypeError(f"{text} is not increasing")
     return numbers
