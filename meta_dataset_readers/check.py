@@ -59,7 +59,7 @@ class _Examined(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was found out about one source. It is sound if there are no faults; notes are none."""
+    """The findings about one source, which is sound without faults; a note is no fault."""
 
     name: str
     contents: str  # what there is: classes, images, layout
@@ -221,14 +221,9 @@ def check(
     if not fast:
         elsewhere = {f"{name}/{file}" for file in absent}
         wanted = {class_id: _present(store, class_id, count, elsewhere) for class_id, count in counts.items()}
-        with tqdm(
-            total=sum(counts.values()), desc=printable(name), unit="image", leave=False, disable=None
-        ) as bar:
-            for number, lines, alike in _examined(store, (str(root), name, image_prefix), wanted, pool):
-                for line in lines:
-                    faults.add(line)
-                constant.add(alike)
-                bar.update(number)
+        constant = _decode_all(
+            store, (str(root), name, image_prefix), wanted, sum(counts.values()), pool, faults
+        )
     if sums is not None:
         try:
             for line in sums.faults(spec.directory):
@@ -241,6 +236,25 @@ def check(
         contents += f", {layout}"
     notes = (*_notes(name, source, sums is not None), *constant.lines())
     return Report(name, contents, faults.number, tuple(faults.kept), notes)
+
+
+def _decode_all(
+    store: ImageStore,
+    address: _Address,
+    wanted: Mapping[int, Sequence[int]],
+    total: int,
+    pool: Executor | None,
+    faults: "_Faults",
+) -> "_Constant":
+    """Decode the `wanted` pictures, add what is wrong to `faults`, and return those that are constant."""
+    constant = _Constant()
+    with tqdm(total=total, desc=printable(address[1]), unit="image", leave=False, disable=None) as bar:
+        for number, lines, alike in _examined(store, address, wanted, pool):
+            for line in lines:
+                faults.add(line)
+            constant.add(alike)
+            bar.update(number)
+    return constant
 
 
 class _Constant:
@@ -330,6 +344,11 @@ def _notes(name: str, source: Source, with_sums: bool) -> Iterator[str]:
     if left_out:
         counts = ", ".join(f"{count} {ending}" for ending, count in left_out.most_common())
         yield f"{left_out.total()} files are left out because of their endings: {counts}"
+    yield from _published_sizes(name, spec)
+
+
+def _published_sizes(name: str, spec: DatasetSpec) -> Iterator[str]:
+    """How a source differs from the published one of its name."""
     domain = next((one for key, one in DOMAINS.items() if name == key or name in one.directories), None)
     classes, images = _sizes(spec), sum(spec.images_per_class)
     if domain and domain.classes != classes:

@@ -130,17 +130,9 @@ def open_network(args: argparse.Namespace, network: Network) -> tuple[Network, P
     found = pretrained.read(args.checkpoint, network, start, args.pretraining)
     if found.normalise is None:
         say("note: nothing tells whether its pre-training normalised images: they are; see --pretraining")
-    if args.eval_only and not found.head:
-        raise InputError(
-            f"{args.checkpoint}: holds no classifier of {network.n_classes} classes to be tested"
-        )
-    for name in ("image_size", "resize"):
-        if args.eval_only and found.about and found.about.get(name) != getattr(network, name):
-            raise InputError(
-                f"{args.checkpoint}: was trained with {name} {found.about.get(name)}, not "
-                f"{getattr(network, name)}; see --resize and --resolution"
-            )
-    if not args.eval_only:  # a head that fits in shape is another data set's
+    if args.eval_only:
+        check_classifier(args.checkpoint, found, network)
+    else:  # a head that fits in shape is another data set's
         head = {name: tensor for name, tensor in start.items() if network.is_head(name)}
         found = found._replace(weights=found.weights | head)
     if found.normalise is False:
@@ -149,6 +141,18 @@ def open_network(args: argparse.Namespace, network: Network) -> tuple[Network, P
         mean, std = found.statistics
         network = dataclasses.replace(network, mean=mean, std=std)
     return network, found
+
+
+def check_classifier(file: Path, found: Pretrained, network: Network) -> None:
+    """Raise an `InputError` if what `file` holds cannot be tested as it is."""
+    if not found.head:
+        raise InputError(f"{file}: holds no classifier of {network.n_classes} classes to be tested")
+    for name in ("image_size", "resize"):
+        if found.about and found.about.get(name) != getattr(network, name):
+            raise InputError(
+                f"{file}: was trained with {name} {found.about.get(name)}, not "
+                f"{getattr(network, name)}; see --resize and --resolution"
+            )
 
 
 def tuned(
@@ -190,26 +194,8 @@ def tuned(
     tuner = FineTuner(network, student, settings, len(training(0, 0)), training_accuracy)
     described_by = {**data_protocol(args), **dataclasses.asdict(settings)}
     protocol = json.loads(json.dumps(described_by, sort_keys=True))
-    run = Keeper(
-        args.output / settings.mode,
-        "a fine-tuning",
-        protocol,
-        flag="--output",
-        overwrite=args.overwrite,
-        minutes=args.save_every_minutes,
-        results=[f"test/{pattern}" for pattern in (*WROTE, RUN_FILE)],
-    )
-    about = {
-        "format": checkpoint.FORMAT,
-        "arch": network.arch,
-        "class_names": splits.class_names,
-        "image_size": network.image_size,
-        "resize": network.resize,
-        "mean": network.mean,
-        "std": network.std,
-        "protocol": protocol,
-        **checkpoint.provenance(),
-    }
+    run = keeper(args, settings.mode, protocol)
+    about = described_network(network, splits.class_names, protocol)
     with run:
         if run.last.exists():
             restore(tuner, run.last, protocol)
@@ -225,6 +211,34 @@ def tuned(
     if tuner.best is None:
         raise InputError(f"--lr {settings.lr:g}: at high resolution training ends below {LOWEST_RATE:g}")
     return 0, tuner.best.weights
+
+
+def keeper(args: argparse.Namespace, mode: str, protocol: dict) -> Keeper:
+    """Of the run of one mode, in a folder of its own below --output."""
+    return Keeper(
+        args.output / mode,
+        "a fine-tuning",
+        protocol,
+        flag="--output",
+        overwrite=args.overwrite,
+        minutes=args.save_every_minutes,
+        results=[f"test/{pattern}" for pattern in (*WROTE, RUN_FILE)],
+    )
+
+
+def described_network(network: Network, class_names: Sequence[str], protocol: dict) -> dict:
+    """What both files of a run say of its network, and of how it is trained."""
+    return {
+        "format": checkpoint.FORMAT,
+        "arch": network.arch,
+        "class_names": class_names,
+        "image_size": network.image_size,
+        "resize": network.resize,
+        "mean": network.mean,
+        "std": network.std,
+        "protocol": protocol,
+        **checkpoint.provenance(),
+    }
 
 
 def fine_tune(

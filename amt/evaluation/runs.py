@@ -149,7 +149,7 @@ class Run:
         return found
 
     def summary(self, name: str, column: str) -> Summary | None:
-        """Of a domain or an average; None where there is no result."""
+        """The summary of a domain or an average; None where there is no result."""
         return self._summaries.get((name, column))
 
     @functools.cached_property

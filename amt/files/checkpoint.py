@@ -157,7 +157,7 @@ def parse(path: Path, content: weight_files.Content) -> Checkpoint:
 
 
 class _About(TypedDict, total=False):
-    """What headers of ours say, as far as it is looked at."""
+    """The fields of our headers that are read."""
 
     kind: str
     arch: str | None

@@ -37,9 +37,6 @@ RELEASED = {
 }
 
 _FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>\d+))?")
-_COPY = (
-    ".ori_weight"  # a slip of the published code: once run, a merged model also saves copies of its weights
-)
 
 
 def find_state(data: Mapping[str, Any]) -> Mapping[str, Tensor] | None:

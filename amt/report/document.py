@@ -19,7 +19,7 @@ from amt.attacks.kinds import KINDS
 from amt.evaluation.comparison import in_words
 from amt.evaluation.runs import SEVERITIES, Run, Sample, attack_from
 from amt.evaluation.statistics import Summary
-from amt.report import charts, figures
+from amt.report import charts, figures, panels
 from amt.report.charts import Differences
 from amt.report.pictures import amplify, data_uri
 from amt.report.shown import (
@@ -42,7 +42,7 @@ SAMPLE_BUDGET = 2_000_000  # characters of images in a page
 MOST_IMAGES = 4  # of one episode
 MISSING = Cell("–", missing=True)
 ENVIRONMENT = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-ENVIRONMENT.globals |= {"drawings": figures.drawings, "legend": charts.legend, "swatch": figures.swatch}
+ENVIRONMENT.globals |= {"drawings": figures.drawings, "legend": panels.legend, "swatch": figures.swatch}
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -181,7 +181,7 @@ def card(each: Shown, shown: Sequence[Shown], compared: Differences | None) -> d
     over = f"{over}, {each.summary(name, 'clean').n} {each.run.unit}s, per cent"
     about = each.run.about
     known = [f"seed {about['seed']}", *(f"{k} {about[k]}" for k in ("split", "commit") if about.get(k))]
-    style = charts.distinct(each.place)
+    style = panels.distinct(each.place)
     return {"label": each.label, "style": style, "over": over, "tiles": tiles, "known": ", ".join(known)}
 
 
@@ -255,7 +255,7 @@ def corruptions(shown: Sequence[Shown]) -> Table | None:
 
 
 def cost(shown: Sequence[Shown]) -> Table:
-    """Time and memory that the runs took, as far as they are complete."""
+    """Time and memory that the complete runs took."""
     rows = []
     for each in shown:
         run, known = each.run, each.run.about

@@ -11,7 +11,7 @@ import torch
 from amt.evaluation import runs
 from amt.evaluation.runs import Run
 from amt.report.tables import corruption_table, table
-from amt.report.tensorboard import write_board
+from amt.report.tensorboard import write_events
 from meta_dataset_readers.errors import say
 from meta_dataset_readers.files import replace_file
 
@@ -33,7 +33,7 @@ def finish(run: Run, device: torch.device) -> None:
     out = run.folder / "results.json"
     text = json.dumps(runs.summarise_run(run, more), indent=1)
     replace_file(out, text + "\n")
-    write_board(run, run.folder / "tensorboard")
+    write_events(run, run.folder / "tensorboard")
     names = [*run.sources, *run.averages]
     lines = [(name, [run.summary(name, column) for column in run.columns]) for name in names]
     accuracy_picture(run.folder / "accuracy.png", run.columns, lines)

@@ -59,6 +59,28 @@ def testing_parser() -> Parser:
     """The flags of test_meta_dataset.py."""
     parser = Parser("Evaluate a pool per domain: route, merge, trim, classify; clean and under attack.")
     add_common(parser, "test_sources", TEST_SOURCES, "domains to evaluate on, one after another")
+    _add_evaluation(parser)
+    _add_attacks(parser)
+    _add_running(parser)
+    merging = parser.add_argument_group("merging")
+    add_merging(merging)
+    add_flags(merging, Deployment)
+    merging.add_argument(
+        "--domain_config",
+        type=as_path,
+        metavar="FILE.yaml",
+        help="settings per domain, over these flags: beta, gamma, top_k, route_epsilon, trim, search_scale, "
+        "search_step, candidate_pool (amt/cli/options/domain_config.py)",
+    )
+    add_flags(parser.add_argument_group("test-time fine-tuning, with --deploy finetune"), Finetuning)
+    precision = "evaluation is in float32, as the attacks need it"
+    parser.add_without_effect({"fp16": (0, precision), "bf16": (0, precision)})
+    parser.add_published()
+    return parser
+
+
+def _add_evaluation(parser: Parser) -> None:
+    """What is evaluated, on which episodes, and where the results go."""
     parser.add_argument(
         "--cdfsl_domains",
         nargs="+",
@@ -88,6 +110,8 @@ def testing_parser() -> Parser:
         "--dump", type=as_path, metavar="DIR", help="also write every episode there, in Meta-Dataset's format"
     )
 
+
+def _add_attacks(parser: Parser) -> None:
     attack = parser.add_argument_group("attack")
     attack.add_argument(
         "--attack",
@@ -117,6 +141,8 @@ def testing_parser() -> Parser:
         help="episodes per domain on which the attacks themselves are checked; 0: none",
     )
 
+
+def _add_running(parser: Parser) -> None:
     running = parser.add_argument_group("run")
     running.add_argument(
         "--samples",
@@ -132,22 +158,6 @@ def testing_parser() -> Parser:
         "(default: what torchrun says, else everything)",
     )
 
-    merging = parser.add_argument_group("merging")
-    add_merging(merging)
-    add_flags(merging, Deployment)
-    merging.add_argument(
-        "--domain_config",
-        type=as_path,
-        metavar="FILE.yaml",
-        help="settings per domain, over these flags: beta, gamma, top_k, route_epsilon, trim, search_scale, "
-        "search_step, candidate_pool (amt/cli/options/domain_config.py)",
-    )
-    add_flags(parser.add_argument_group("test-time fine-tuning, with --deploy finetune"), Finetuning)
-    precision = "evaluation is in float32, as the attacks need it"
-    parser.add_without_effect({"fp16": (0, precision), "bf16": (0, precision)})
-    parser.add_published()
-    return parser
-
 
 def check_testing(args: argparse.Namespace) -> None:
     """The same for the flags of test_meta_dataset.py."""
@@ -157,14 +167,8 @@ def check_testing(args: argparse.Namespace) -> None:
     given = [flag for flag in ("specified_expert", "coefficients") if getattr(args, flag) is not None]
     if len(given) > 1:
         raise InputError("--specified_expert and --coefficients exclude each other")
-    needy = [*given, *(flag for flag in _NEEDING_A_POOL if getattr(args, flag))]
-    needy += ["select"] if args.select != "none" else []
-    needy += ["routing"] if args.routing != "amt" else []
-    needy += ["route_epsilon"] if any(args.route_epsilon or ()) else []
-    if args.resume is None and needy:
+    if args.resume is None and (needy := _needing_a_pool(args, given)):
         raise InputError(f"--{needy[0]} needs a pool; name its checkpoint with --resume")
-    if args.deploy == "merge-vanilla" and args.resume is None:
-        raise InputError("--deploy merge-vanilla needs a pool; name its checkpoint with --resume")
     _check_selection(args, given)
     if args.cdfsl_domains and args.test_sources:
         raise InputError("--cdfsl_domains and --test_sources exclude each other")
@@ -175,6 +179,16 @@ def check_testing(args: argparse.Namespace) -> None:
         raise InputError(f"--epsilon {' '.join(f'{e:g}' for e in args.epsilon)}: expected increasing values")
     check_distinct("test_sources", sources)
     check_episodes(args)
+
+
+def _needing_a_pool(args: argparse.Namespace, given: Sequence[str]) -> list[str]:
+    """The flags that were given and mean something for a pool alone."""
+    needy = [*given, *(flag for flag in _NEEDING_A_POOL if getattr(args, flag))]
+    needy += ["select"] if args.select != "none" else []
+    needy += ["routing"] if args.routing != "amt" else []
+    needy += ["route_epsilon"] if any(args.route_epsilon or ()) else []
+    needy += ["deploy merge-vanilla"] if args.deploy == "merge-vanilla" else []
+    return needy
 
 
 def _check_selection(args: argparse.Namespace, given: Sequence[str]) -> None:
@@ -188,14 +202,19 @@ def _check_selection(args: argparse.Namespace, given: Sequence[str]) -> None:
         raise InputError(f"--{given[0]} and --routing {args.routing} exclude each other")
     if args.routing == "best" and way == "none":
         raise InputError("--routing best: which adapter is best has to be chosen, say by --select valid")
+    if any(args.route_epsilon or ()) and way != "support" and (given or args.routing != "amt"):
+        raise InputError("--route_epsilon is for the scores of --routing amt, or for --select support")
+    _check_unseen(args, way)
+    for flag in ("blend_beta", "blend_gamma", "top_k", "route_epsilon"):
+        check_distinct(flag, getattr(args, flag) or ())
+
+
+def _check_unseen(args: argparse.Namespace, way: str) -> None:
+    """Raise an `InputError` where settings would be chosen on the episodes that they are scored on."""
     scored = test_sources(args)
     if args.split == "VALID" and way == "valid" and (args.select_on is None or args.select_on in scored):
         on = f"--select_on {args.select_on}" if args.select_on else "--select valid"
         raise InputError(f"{on} would choose on the very VALID episodes it then scores")
-    if any(args.route_epsilon or ()) and way != "support" and (given or args.routing != "amt"):
-        raise InputError("--route_epsilon is for the scores of --routing amt, or for --select support")
-    for flag in ("blend_beta", "blend_gamma", "top_k", "route_epsilon"):
-        check_distinct(flag, getattr(args, flag) or ())
 
 
 def test_sources(args: argparse.Namespace) -> tuple[str, ...]:

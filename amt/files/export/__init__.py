@@ -108,7 +108,7 @@ def save_published(path: Path, pool: Pool, adapter: int | None = None) -> list[P
 
 
 def check_place(path: Path, to: str) -> None:
-    """Raise an `InputError` if `path` is no place for an export in this format."""
+    """Raise an `InputError` if an export in this format cannot be written to `path`."""
     if to == "peft":
         try:
             taken = os.path.lexists(path) and (not path.is_dir() or any(path.iterdir()))
