@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from safetensors.torch import save as serialise
 from torch import Tensor
 
 from amt.cli.options import Parser
 from amt.files import checkpoint, pretrained, published, version, weight_files
 from amt.files.checkpoint import Checkpoint
+from amt.files.digests import serialise
 from amt.files.pretrained import pretraining_only
 from amt.files.weight_files import Content
 from amt.models.architectures import matching_archs
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
         convert(args.file, found, args.convert)
         say(f"wrote {args.convert}")
         return 0
-    for name, value in [("file", str(args.file)), *about, *hashes(args.file)]:
+    for name, value in [("file", str(args.file)), *about, *trust_in(args.file, content), *hashes(args.file)]:
         say(f"{name:12} {value}")
     return 0
 
@@ -143,6 +143,21 @@ def count(tensors: Iterable[Tensor]) -> str:
     return f"{len(tensors)}, {sum(tensor.numel() for tensor in tensors):,} numbers, {' and '.join(kinds)}"
 
 
+def trust_in(path: Path, content: Content) -> Lines:
+    """What guards the file's numbers against a changed byte, and whether the .json beside it fits."""
+    found = f"{content.verified} of every tensor, compared" if content.verified else _NO_CHECKSUMS
+    lines = [("checksums", found)]
+    if checkpoint.contradicted(path, content):
+        beside = path.with_suffix(".json").name
+        lines.append(("note", f"{beside} beside it says something else than the file, which alone is read"))
+    return lines
+
+
+_NO_CHECKSUMS = (
+    "none in a file of this kind, so a changed number goes unnoticed; --convert writes one that has them"
+)
+
+
 def hashes(path: Path) -> Lines:
     """A file's digests, and whether it is one of those that the authors released."""
     released = published.released_file(path)
@@ -162,4 +177,4 @@ def convert(path: Path, found: Checkpoint | Weights, out: Path) -> None:
         checkpoint.require_levels(path, found)
         checkpoint.save(out, found)
     else:
-        replace_file(out, serialise(found, metadata={"format": "pt"}))
+        replace_file(out, serialise(found, {"format": "pt"}))

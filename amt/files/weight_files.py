@@ -24,7 +24,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from amt.files import pickles
+from amt.files import digests, pickles
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError, first_line, printable
 from meta_dataset_readers.files import reading, size_of
@@ -49,11 +49,13 @@ class Content:
         container: "safetensors", or "torch" for a file of torch.save.
         data: its tensors by name; of a torch file the dictionary that was saved, nested as it was.
         header: the texts in the header of a safetensors file.
+        verified: the checksums that were compared with all of the file's tensors; "" where it has none.
     """
 
     container: str
     data: dict[str, Any]
     header: dict[str, str]
+    verified: str = ""
 
 
 def read(path: Path, what: str = "file", trust: bool = False) -> Content:
@@ -78,14 +80,16 @@ def read(path: Path, what: str = "file", trust: bool = False) -> Content:
             return _read_safetensors(path)
         if trust:
             return Content("torch", _as_dictionary(path, _unpickle_anything(path)), {})
+        verified = ""
         if kind == "zip":
             _check_archive(path)
+            verified = "CRC-32"
         elif start.startswith(_OLD_TORCH):
             _check_old(path)
         else:
             with path.open("rb") as file:
                 _refuse(path, "a bare pickle", _names(path, file))
-        return Content("torch", _as_dictionary(path, _read_torch(path)), {})
+        return Content("torch", _as_dictionary(path, _read_torch(path)), {}, verified)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -112,9 +116,10 @@ def _read_safetensors(path: Path) -> Content:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             data = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return Content("safetensors", data, file.metadata() or {})
+            header = file.metadata() or {}
     except (safetensors.SafetensorError, AttributeError, TypeError, ValueError) as error:  # types it lacks
         raise InputError(f"{path}: truncated or damaged safetensors file ({first_line(error)})") from error
+    return Content("safetensors", data, header, "SHA-256" if digests.check(path, data, header) else "")
 
 
 def _check_archive(path: Path) -> None:
