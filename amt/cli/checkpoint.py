@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from amt.cli.options import Parser
+from amt.cli.options import Parser, add_weights_key
 from amt.files import checkpoint, pretrained, published, version, weight_files
 from amt.files.checkpoint import Checkpoint
 from amt.files.digests import serialise
@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--trust", action="store_true", help="with --convert: let FILE run any code it brings"
     )
+    add_weights_key(parser)
     args = parser.parse(argv)
     if args.trust and args.convert is None:
         raise InputError("--trust is for --convert: nothing needs to be run to describe a file")
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         found = checkpoint.parse(args.file, content)
         about = describe_pool(found, content)
     else:
-        found, about = describe_weights(args.file, content)
+        found, about = describe_weights(args.file, content, args.weights_key)
     if args.convert is not None:
         convert(args.file, found, args.convert)
         say(f"wrote {args.convert}")
@@ -93,13 +94,13 @@ def describe_pool(found: Checkpoint, content: Content) -> Lines:
     return lines + [("note", str(note)) for note in (notes if isinstance(notes, list) else [notes])]
 
 
-def describe_weights(path: Path, content: Content) -> tuple[Weights, Lines]:
+def describe_weights(path: Path, content: Content, key: str | None = None) -> tuple[Weights, Lines]:
     """The weights of a backbone without what served its pretraining only, and what is known about them.
 
     Raises:
         InputError: there are no weights of a vision transformer, or they are not sound.
     """
-    found = pretrained.unwrap(path, content.data)
+    found = pretrained.unwrap(path, content.data, key=key)
     state = found.weights
     weights = {name: tensor for name, tensor in state.items() if not pretraining_only(name)}
     if not {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= weights.keys():
@@ -120,7 +121,7 @@ def describe_weights(path: Path, content: Content) -> tuple[Weights, Lines]:
         ("arch", possible_archs(weights)),
         ("tensors", count(weights.values())),
         *(("left out", f"{number} tensors: {part}") for part, number in left_out.items()),
-        *(("left out", f"the network under {key!r}") for key in found.others),
+        *(("note", note) for note in found.notes()),
     ]
 
 
