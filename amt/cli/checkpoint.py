@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from amt.cli.options import Parser, add_weights_key
@@ -95,27 +96,34 @@ def describe_pool(found: Checkpoint, content: Content) -> Lines:
 
 
 def describe_weights(path: Path, content: Content, key: str | None = None) -> tuple[Weights, Lines]:
-    """The weights of a backbone without what served its pretraining only, and what is known about them.
+    """The weights of a network, of a ViT without what served its pretraining only, and what is known of them.
 
     Raises:
-        InputError: there are no weights of a vision transformer, or they are not sound.
+        InputError: there are no weights of a network, or they are not sound.
     """
     found = pretrained.unwrap(path, content.data, key=key)
     state = found.weights
+    is_vit = {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= state.keys()
+    if not is_vit:  # of which every tensor is kept: AutoLoRa's readers know what to leave out
+        if not any(tensor.ndim > 1 for tensor in state.values()):
+            raise InputError(
+                f"{path}: neither a pool of LoRAs nor the weights of a network; "
+                f"it holds {', '.join(map(printable, list(state)[:3]))} and the like"
+            )
+        return _sound(path, state), [
+            ("kind", "weights of a network that is no vision transformer"),
+            ("container", content.container),
+            ("tensors", count(state.values())),
+            *(("note", note) for note in found.notes()),
+        ]
     weights = {name: tensor for name, tensor in state.items() if not pretraining_only(name)}
-    if not {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= weights.keys():
-        raise InputError(
-            f"{path}: neither a pool of LoRAs nor the weights of a vision transformer; "
-            f"it holds {', '.join(map(printable, list(state)[:3]))} and the like"
-        )
-    sound = weight_files.check_fit(path, weights, {name: tuple(t.shape) for name, t in weights.items()})
     left_out = Counter(part for name in state if (part := pretraining_only(name)))
     layout = {
         "": "a plain state dict",
         "teacher": "the teacher of a DINO or iBOT checkpoint",
         "student": "the student of a DINO or iBOT checkpoint",
     }.get(found.container, f"a checkpoint that keeps them as {found.container!r}, as DeiT does")
-    return sound, [
+    return _sound(path, weights), [
         ("kind", f"weights of a vision transformer, {layout}"),
         ("container", content.container),
         ("arch", possible_archs(weights)),
@@ -123,6 +131,14 @@ def describe_weights(path: Path, content: Content, key: str | None = None) -> tu
         *(("left out", f"{number} tensors: {part}") for part, number in left_out.items()),
         *(("note", note) for note in found.notes()),
     ]
+
+
+def _sound(path: Path, weights: Weights) -> Weights:
+    """The weights, checked and as float32; counters stay as they are."""
+    counters = {name: tensor.clone() for name, tensor in weights.items() if tensor.dtype == torch.int64}
+    numbers = {name: tensor for name, tensor in weights.items() if name not in counters}
+    shapes = {name: tuple(tensor.shape) for name, tensor in numbers.items()}
+    return weight_files.check_fit(path, numbers, shapes) | counters
 
 
 def possible_archs(weights: Mapping[str, Tensor]) -> str:
