@@ -300,5 +300,5 @@ def require_levels(path: Path, found: Checkpoint) -> None:
         values = " ".join(f"E{p}" for p in range(len(found.pool)))
         raise InputError(
             f"{path}: does not say the levels of its LoRAs; give them, one for each: "
-            f"python -m amt pool {path} --epsilon {values} --out POOL.safetensors"
+            f"python -m amt pool {shlex.quote(str(path))} --epsilon {values} --out POOL.safetensors"
         )
