@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test demo autolora-demo results bench learn2learn clean distclean always
+.PHONY: help setup test torture demo autolora-demo results bench learn2learn clean distclean always
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,13 @@ test: $(STAMP) ## ruff, pyright, then the test suite
 	@$(PY) -m pyright
 	@$(PY) -m tools.install_learn2learn || echo "learn2learn could not be built here: its tests are skipped"
 	@$(PY) -m pytest tests -q -n 2
+
+# Kills of each program, and damages of each kind of file.
+KILLS := 50
+FUZZ := 1000
+
+torture: $(STAMP) ## kill the programs and damage files at random (KILLS=5 FUZZ=50 for a short try)
+	$(PY) tests/torture.py --kills $(KILLS) --fuzz $(FUZZ)
 
 demo: $(STAMP) ## make small data sets, meta-train on them, evaluate
 	@echo "demo: data sets, training, evaluation; about four minutes on two cores"

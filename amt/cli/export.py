@@ -52,6 +52,7 @@ def parser() -> Parser:
         type=as_path,
         help="weights the pool was trained from, which only peft needs (default: shipped, or timm's hub)",
     )
+    options.add_weights_key(parser)
     parser.add_argument(
         "--image_size",
         type=positive_int,
@@ -138,7 +139,13 @@ def backbone_of(args: argparse.Namespace, about: dict) -> Network:
     if not isinstance(arch, str):
         raise InputError(f"{args.pool}: does not say its architecture; name it by --arch")
     if args.to == "peft":
-        return load_network(arch, args.pretrained_checkpoint, image_size=args.image_size)
+        return load_network(
+            arch,
+            args.pretrained_checkpoint,
+            image_size=args.image_size,
+            key=args.weights_key,
+            tell=say,
+        )
     network, _ = untrained(base_arch(arch))
     network = dataclasses.replace(network, image_size=args.image_size or network.image_size)
     if network.image_size < network.patch_size:

@@ -127,7 +127,7 @@ def open_network(args: argparse.Namespace, network: Network) -> tuple[Network, P
         start |= {name: torch.zeros_like(start[name]) for name in start if network.is_head(name)}
     if args.checkpoint is None:
         return network, Pretrained(start, {}, False, None, f"{args.arch}, untrained")
-    found = pretrained.read(args.checkpoint, network, start, args.pretraining)
+    found = pretrained.read(args.checkpoint, network, start, args.pretraining, args.weights_key)
     if found.normalise is None:
         say("note: nothing tells whether its pre-training normalised images: they are; see --pretraining")
     if args.eval_only:
@@ -345,6 +345,7 @@ def data_protocol(args: argparse.Namespace) -> dict:
         "pretraining": args.pretraining,
         "validation_steps": options.examiner(args).steps,
         "start": version.digest(args.checkpoint),
+        "weights_key": args.weights_key,
     }
 
 

@@ -102,6 +102,8 @@ def open_network(args: argparse.Namespace, attacks: Sequence[Attack]) -> Network
         find_device(args.device),
         image_size=args.image_size,
         pretrained=not args.no_pretrain and (args.resume is None or transfer),
+        key=args.weights_key,
+        tell=say,
     )
 
 

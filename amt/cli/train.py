@@ -46,6 +46,8 @@ def main(args: argparse.Namespace) -> int:
         options.autocast(args),
         args.image_size,
         pretrained=not args.no_pretrain,
+        key=args.weights_key,
+        tell=say,
     )
     total = settings.epochs * settings.episodes_per_epoch
     open_source = partial(EpisodeReader, **options.reading(args, network.image_size))

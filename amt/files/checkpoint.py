@@ -1,8 +1,8 @@
 """Checkpoints on disk: our own format; those of the published code are read through amt/files/published.py.
 
 Ours is a single safetensors file, replaced atomically, whose header carries one JSON text: how the pool was
-tuned, arch, levels, settings, command, versions, seed, scores. The same JSON is written beside it for people
-to read. Knows no model definitions.
+tuned, arch, levels, settings, command, versions, seed, scores; and a digest of this text and of each tensor.
+The same JSON is written beside it for people to read. Knows no model definitions.
 """
 
 import contextlib
@@ -20,17 +20,17 @@ import numpy
 import timm
 import torch
 from pydantic import Field
-from safetensors.torch import save as serialise
 from torch import Tensor
 from typing_extensions import TypedDict
 
 from amt.attacks.levels import Perturbation
 from amt.files import published, weight_files
+from amt.files.digests import serialise
 from amt.files.version import commit
 from amt.models.pool import FullPool, LoRAPool, Pool
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError, printable
-from meta_dataset_readers.files import folder_to_disk, parse_json, replace_file
+from meta_dataset_readers.files import folder_to_disk, parse_json, read_json, replace_file
 from meta_dataset_readers.json_fields import MOST, conform
 
 FORMAT = 1
@@ -96,15 +96,15 @@ def packed(checkpoint: Checkpoint) -> tuple[Weights, dict]:
 
 
 def write(path: Path, tensors: Weights, about: dict) -> None:
-    """Write tensors as `path` (ending in .safetensors) with `about` in its header, and a readable .json of it
-    beside it, each replaced atomically.
+    """Write tensors as `path` (ending in .safetensors) with `about` and digests in its header, and a readable
+    .json of `about` beside it, each replaced atomically.
 
     Raises:
         InputError: the place cannot be written to; what was there stays as it was.
     """
     text = json.dumps(about, indent=1)
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    replace_described(path, serialise(held, metadata={HEADER: text}), text + "\n")
+    replace_described(path, serialise(held, {HEADER: text}), text + "\n")
 
 
 def replace_described(path: Path, content: bytes, text: str) -> None:
@@ -133,6 +133,17 @@ def replace_described(path: Path, content: bytes, text: str) -> None:
         raise
     replace_file(readable, text)
     aside.unlink(missing_ok=True)
+
+
+def contradicted(path: Path, content: weight_files.Content) -> bool:
+    """Whether a .json beside `path` says something else than the header, or nothing that can be read."""
+    readable = path.with_suffix(".json")
+    if HEADER not in content.header or not readable.exists():
+        return False
+    try:
+        return read_json(readable) != parse_json(str(path), content.header[HEADER])
+    except InputError:
+        return True
 
 
 def load(path: Path) -> Checkpoint:
@@ -289,5 +300,5 @@ def require_levels(path: Path, found: Checkpoint) -> None:
         values = " ".join(f"E{p}" for p in range(len(found.pool)))
         raise InputError(
             f"{path}: does not say the levels of its LoRAs; give them, one for each: "
-            f"python -m amt pool {path} --epsilon {values} --out POOL.safetensors"
+            f"python -m amt pool {shlex.quote(str(path))} --epsilon {values} --out POOL.safetensors"
         )

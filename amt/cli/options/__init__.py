@@ -1,6 +1,6 @@
 """The command lines: every flag once, checked once, turned into typed settings."""
 
-from amt.cli.options.common import add_dry_run, reading, sampling, use_threads
+from amt.cli.options.common import add_dry_run, add_weights_key, reading, sampling, use_threads
 from amt.cli.options.parsing import Parser, check_output
 from amt.cli.options.testing import (
     TEST_SOURCES,
@@ -32,6 +32,7 @@ __all__ = [
     "Parser",
     "add_dry_run",
     "add_merging",
+    "add_weights_key",
     "attacks",
     "autocast",
     "check_output",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from amt.attacks.kinds import Attack, parse_attack
-from amt.cli.options.common import COUNT, PROCESSES, SIDE, add_machine, add_saving
+from amt.cli.options.common import COUNT, PROCESSES, SIDE, add_machine, add_saving, add_weights_key
 from amt.cli.options.parsing import Parser, check_distinct
 from amt.cli.options.published_settings import PublishedSettings, published_settings
 from amt.files.pretrainings import PRETRAININGS, published_name
@@ -103,6 +103,7 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--load_checkpoint", type=as_path, help="the published name for --checkpoint beside --todo test"
     )
+    add_weights_key(group)
     group.add_argument("--no_pretrain", action="store_true", help="start from random weights")
     group.add_argument(
         "--pretraining",

@@ -75,8 +75,19 @@ def add_common(parser: Parser, sources: str, default: Sequence[str], split_help:
         type=as_path,
         help="backbone weights, safetensors or an official .pth (default: shipped, or from timm's hub)",
     )
+    add_weights_key(model)
     model.add_argument("--no_pretrain", action="store_true", help="start from random weights")
     add_machine(parser, seed=0)
+
+
+def add_weights_key(parser: argparse._ActionsContainer) -> None:
+    """The flag --weights_key."""
+    parser.add_argument(
+        "--weights_key",
+        metavar="KEY",
+        help="which network to take of a weights file that holds several, such as student; a wrong one lists "
+        "those there are",
+    )
 
 
 def add_machine(parser: Parser, seed: int) -> argparse._ArgumentGroup:

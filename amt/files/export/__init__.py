@@ -17,8 +17,8 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save as serialise
 
+from amt.files.digests import serialise
 from amt.files.export.merged import (
     METADATA,
     MergedNetwork,
@@ -83,7 +83,7 @@ def save(path: Path, to: str, merged: MergedNetwork, pool: Pool) -> list[Path]:
     if to == "peft":
         return _save_adapter(path, merged, pool, about)
     if to == "timm":
-        content = serialise(timm_state(merged), metadata=as_metadata(about))
+        content = serialise(timm_state(merged), as_metadata(about))
     else:
         content = onnx_model(merged) if to == "onnx" else torch_program(merged)
     return _save_beside(path, content, merged, about)

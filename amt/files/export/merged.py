@@ -5,10 +5,10 @@ import json
 from collections.abc import Sequence
 
 import torch
-from safetensors.torch import save as serialise
 from torch import Tensor
 
 from amt.files.checkpoint import provenance
+from amt.files.digests import serialise
 from amt.models.heads import prototypes
 from amt.models.network import Network, features, resize_positions
 from amt.models.pool import LoRAPool, Pool
@@ -139,4 +139,4 @@ def prototypes_file(merged: MergedNetwork, about: dict) -> bytes:
         "scale": torch.tensor([merged.scale]),
         "bias": torch.tensor([merged.bias]),
     }
-    return serialise(tensors, metadata=as_metadata(about))
+    return serialise(tensors, as_metadata(about))

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save as serialise
 from torch import Tensor
 
+from amt.files.digests import serialise
 from amt.files.export.merged import (
     MergedNetwork,
     as_metadata,
@@ -124,11 +124,11 @@ def adapter_files(folder: Path, merged: MergedNetwork, pool: LoRAPool, about: di
     readme = export_readme(merged, about, loading, f"{folder.name}/prototypes.safetensors")
     files = {
         "adapter_config.json": (json.dumps(config, indent=2) + "\n").encode(),
-        "adapter_model.safetensors": serialise(tensors, metadata={"format": "pt", **as_metadata(about)}),
+        "adapter_model.safetensors": serialise(tensors, {"format": "pt", **as_metadata(about)}),
         "README.txt": readme.encode(),
     }
     if resized:
-        files["positions.safetensors"] = serialise({"pos_embed": positions.contiguous()})
+        files["positions.safetensors"] = serialise({"pos_embed": positions.contiguous()}, {})
     if merged.prototypes is not None:
         files["prototypes.safetensors"] = prototypes_file(merged, about)
     return files
