@@ -59,7 +59,7 @@ def attack_queries(
         images, labels: query images that it classifies correctly, (Q, 3, H, W) in [0, 1] and (Q,) int64.
         n_way: number of classes N; with one class no image can be taken for another.
         generators: a CPU generator for each image, so that its random starts do not depend on which others
-            are attacked.
+            are attacked; the library's attacks use none.
         others: the networks that images are made on, for "transfer" only the first.
         seed: in 0..2**31 - 1, decides the random numbers of the library's attacks: the same for every image,
             so that they do not depend on the others either.
@@ -80,11 +80,14 @@ def attack_queries(
             left = (~fooled).nonzero().squeeze(1)
             if len(left) == 0:
                 break
-            own = [_rewound(generators[k], states[k]) for k in left.tolist()]
+            own = [_rewound(generators[k], states[k]) for k in left.tolist()] if part.kind in _OURS else []
             task = _Task(part, epsilon, logits, images[left], labels[left], n_way)
             moved, wrong = _attacked(task, surrogate, own, seed)
             found[left], fooled[left] = moved, wrong
     return Attacked(found, fooled, attack.variant(n_way, len(others)))
+
+
+_OURS = ("pgd", "pyramid", "transfer")  # not the library's
 
 
 class _Task(NamedTuple):
