@@ -43,7 +43,7 @@ torture: $(STAMP) ## kill the programs and damage files at random (KILLS=5 FUZZ=
 	$(PY) tests/torture.py --kills $(KILLS) --fuzz $(FUZZ)
 
 demo: $(STAMP) ## make small data sets, meta-train on them, evaluate
-	@echo "demo: data sets, training, evaluation; about four minutes on two cores"
+	@echo "demo: data sets, training, evaluation; about five minutes on two cores"
 	$(PY) -m meta_dataset_readers.mini --out data/mini
 	$(PY) main.py @recipes/mini_demo.args
 	@rm -rf results/mini_demo*  # of another pool they would not be continued

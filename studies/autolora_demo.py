@@ -39,7 +39,7 @@ from meta_dataset_readers.errors import exit_on_bad_input
 from meta_dataset_readers.mini.sources import Source, build
 
 SURFACES = 10  # of the 25, those that Mini-Meta-Dataset trains on
-COLUMNS = ("standard", "PGD-20")
+COLUMNS = ("standard", "PGD-20, ce+dlr")
 
 # Three steps of half of epsilon reach every corner of the ball; five are enough to compare epochs by.
 COMMON = """

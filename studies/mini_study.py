@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from amt.attacks.kinds import WORST_CASE, Attack
 from amt.evaluation import runs
 from amt.evaluation.statistics import Summary, average_summary, summarise
 from amt.files import checkpoint
@@ -184,13 +185,14 @@ def support_compactness(study: Study, seed: int) -> dict[str, list[float]]:
 def columns_of(domain: str, steps: int) -> list[str]:
     """The columns of a domain: clean, and its two attacks."""
     epsilons = next(pair for pair, domains in DOMAINS.items() if domain in domains)
-    return ["clean", *(f"pgd{steps}@{epsilon}" for epsilon in epsilons)]
+    return ["clean", *Attack("pgd", epsilons, steps=steps, loss=WORST_CASE).columns]
 
 
 def markdown(study: Study, shots: int, results: dict[str, list[dict[str, list[dict]]]]) -> str:
     """The table of one number of shots: rows of the study by domains, and their average."""
     domains = list(next(iter(results.values()))[0])
-    heads = [f"{d} {'/'.join(c.removeprefix('pgd20') for c in columns_of(d, study.steps))}" for d in domains]
+    radii = {d: "/".join(c[c.rfind("@") :] for c in columns_of(d, study.steps)[1:]) for d in domains}
+    heads = [f"{d} clean/{radii[d]}" for d in domains]
     lines = [f"| {shots}-shot | {' | '.join(heads)} | average clean/weak/strong |"]
     lines.append("|---" * (len(domains) + 2) + "|")
     for name, seeds in results.items():

@@ -13,7 +13,7 @@ from amt.cli import autolora
 from amt.evaluation import runs
 from amt.files.checkpoint import HEADER
 from meta_dataset_readers.mini.sources import build
-from studies.autolora_demo import ROWS, Demo, Finished, demonstrate, markdown, write_folders
+from studies.autolora_demo import COLUMNS, ROWS, Demo, Finished, demonstrate, markdown, write_folders
 
 ROW = "AutoLoRa"
 
@@ -93,10 +93,10 @@ def test_the_table_says_what_was_measured_and_chosen(tmp_path):
     ]
     fixed = [{"epoch": 1, "lr": 0.1, "best": 1}, {"epoch": 2, "lr": 0.01, "best": 2}]
     ours = [
-        finished(tmp_path / str(seed), {"standard": 80.0 + seed, "PGD-20": 50.0}, scheduled)
+        finished(tmp_path / str(seed), {"standard": 80.0 + seed, COLUMNS[1]: 50.0}, scheduled)
         for seed in (1, 2, 3)
     ]
-    theirs = finished(tmp_path / "theirs", {"standard": 70.0, "PGD-20": 40.0}, fixed)
+    theirs = finished(tmp_path / "theirs", {"standard": 70.0, COLUMNS[1]: 40.0}, fixed)
     assert markdown({"ours": ours, "theirs": [theirs]}).splitlines()[2:] == [
         "| ours | 82.0 ± 1.0 | 50.0 ± 0.0 | 0.1 to 0.05 | 0.9 to 0.1 | 0.6 to 5.4 | 3 | 3 |",
         "| theirs | 70.0 | 40.0 | 0.1 to 0.01 | 1 | 6 | 2 | 1 |",

@@ -132,7 +132,8 @@ def test_fine_tuning_per_task_from_the_command_line(world, trained, tmp_path):
         ended = command("test_meta_dataset", *world.test(tmp_path / out, *resume, *flags))
         assert ended.code == 0, ended.err
         lines = (tmp_path / out / "rows.jsonl").read_text().splitlines()
-        return [{k: v for k, v in json.loads(line).items() if k in ("clean", "pgd2@2")} for line in lines]
+        kept = ("clean", "pgd2-ce+dlr@2")
+        return [{k: v for k, v in json.loads(line).items() if k in kept} for line in lines]
 
     vanilla = rows("vanilla", "--deploy", "vanilla")
     finetune_it = ("--deploy", "finetune", "--ada_steps", 3)

@@ -224,7 +224,7 @@ def test_the_papers_values_arrive(name, tmp_path, capsys):
         args = parsed(words)
         assert (args.arch, args.nTestEpisode) == ("dino_small_patch16", 600), words
         (attack,) = options.attacks(args)
-        assert attack.columns == ("pgd20@8",) and attack.step_at(8) == 2, words
+        assert attack.columns == ("pgd20-ce+dlr@8",) and attack.step_at(8) == 2, words
     for words in of(calls, "main.py"):
         args = parsed(words)
         settings = options.tune_settings(args)

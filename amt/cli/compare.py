@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from amt.cli.options import Parser
 from amt.evaluation import runs
+from amt.evaluation.chance import chance_notes
 from amt.evaluation.comparison import compare
 from amt.evaluation.runs import Run
 from amt.evaluation.statistics import Summary
@@ -39,6 +40,8 @@ def main(argv: Sequence[str]) -> int:
             say(f"{path}: {stamp}")
         for line in doubts(run, columns):
             say(f"suspect: {path}: {line}")
+        for line in chance_notes(run, columns):
+            say(f"{path}: {line}")
     return 0
 
 

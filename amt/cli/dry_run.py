@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from amt.attacks.kinds import ON_OTHERS
 from amt.cli import options
 from meta_dataset_readers.errors import InputError, say
 
@@ -94,8 +95,8 @@ def _training_needs(args: argparse.Namespace) -> Iterator[Need]:
 
 def _testing_needs(args: argparse.Namespace) -> Iterator[Need]:
     yield from _places(args)
-    transfer = any(attack.kind == "transfer" for attack in options.attacks(args))
-    if not args.no_pretrain and (args.resume is None or transfer):
+    shown = any(attack.kind in ON_OTHERS for attack in options.attacks(args))
+    if not args.no_pretrain and (args.resume is None or shown):
         yield _weights(args)
     if args.resume is not None:
         yield _checked(f"checkpoint {args.resume}", args.resume, args, lambda: _fitting(args))

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from amt.attacks.kinds import Attack
+from amt.attacks.kinds import ON_OTHERS, Attack
 from amt.cli import options
 from amt.evaluation import runs
 from amt.evaluation.deploy import check_deployment, deploy, earlier_note
@@ -20,8 +20,10 @@ from amt.files import checkpoint, version
 from amt.files.pretrained import load_network
 from amt.files.signals import Interrupts
 from amt.models.network import Network, find_device
+from amt.models.pool import Pool
 from amt.report.finish import finish
-from amt.tasks.classifier import Predictor, pretrained_predictor
+from amt.tasks.classifier import Predictor, fixed_predictor, pretrained_predictor
+from amt.tasks.merge import average_of
 from meta_dataset_readers.domains import DOMAINS
 from meta_dataset_readers.dump import dump_episode
 from meta_dataset_readers.episode import Episode
@@ -43,6 +45,7 @@ def main(args: argparse.Namespace) -> int:
     network = open_network(args, attacks)
     saved = load_pool(args, network) if args.resume else None
     pool = saved.pool.to(network.device) if saved else None
+    others = other_networks(args, network, pool, attacks)
     unknown_levels = saved is not None and saved.about.get("levels_from") == "nowhere"
 
     open_source = partial(EpisodeReader, **options.reading(args, network.image_size))
@@ -81,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
                 )
                 out.note_merging(source, note | ({"epsilons": "unknown"} if unknown_levels else {}))
                 episodes = read(args, reader, left[source], network.device)
-                rows = ([score(args, network, predict, each, attacks, out)] for each in episodes)
+                rows = ([score(args, predict, each, attacks, out, others)] for each in episodes)
                 record(out, rows, progress, interrupts)
 
     run = runs.peek(args.output_dir)
@@ -93,18 +96,29 @@ def main(args: argparse.Namespace) -> int:
 
 def open_network(args: argparse.Namespace, attacks: Sequence[Attack]) -> Network:
     """The network, with pretrained weights where they are needed."""
-    transfer = any(attack.kind == "transfer" for attack in attacks)
-    if transfer and args.no_pretrain:
+    shown = any(attack.kind in ON_OTHERS for attack in attacks)
+    if args.no_pretrain and any(attack.kind == "transfer" for attack in attacks):
         raise InputError("--attack transfer attacks the pretrained network: it excludes --no_pretrain")
     return load_network(
         args.arch,
         args.pretrained_checkpoint,
         find_device(args.device),
         image_size=args.image_size,
-        pretrained=not args.no_pretrain and (args.resume is None or transfer),
+        pretrained=not args.no_pretrain and (args.resume is None or shown),
         key=args.weights_key,
         tell=say,
     )
+
+
+def other_networks(
+    args: argparse.Namespace, network: Network, pool: Pool | None, attacks: Sequence[Attack]
+) -> tuple[Predictor, ...]:
+    """The networks that attacks make images on: the pretrained one, and for "strong" every adapter alone."""
+    found = [] if args.no_pretrain else [pretrained_predictor(network)]
+    if pool is not None and any(attack.kind == "strong" for attack in attacks):
+        alone = [average_of(pool, [p]) for p in range(len(pool))]
+        found += [fixed_predictor(network, pool.merged(each), each) for each in alone]
+    return tuple(found)
 
 
 def load_pool(args: argparse.Namespace, network: Network) -> checkpoint.Checkpoint:
@@ -146,11 +160,12 @@ def read(args, reader: EpisodeReader, numbers: Sequence[int], device: torch.devi
         yield episode.to(device)
 
 
-def score(args, network: Network, predict: Predictor, episode: Episode, attacks, out: Writer) -> dict:
+def score(
+    args, predict: Predictor, episode: Episode, attacks, out: Writer, others: Sequence[Predictor]
+) -> dict:
     """The row of one episode; on the first ones the attacks are checked, and images kept."""
     check, keep = episode.index < args.probe_episodes, episode.index < args.samples
-    surrogate = pretrained_predictor(network)
-    measured = examine(out, predict, episode, attacks, args.seed, check=check, keep=keep, surrogate=surrogate)
+    measured = examine(out, predict, episode, attacks, args.seed, check=check, keep=keep, others=others)
     return measured.row | ({"skipped": len(episode.skipped)} if episode.skipped else {})
 
 

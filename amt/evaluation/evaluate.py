@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from amt.attacks.evaluation import Attacked, attack_queries, attack_support
-from amt.attacks.kinds import NORMS, Attack, on_queries
+from amt.attacks.kinds import NORMS, ON_OTHERS, Attack, on_queries
 from amt.evaluation.statistics import summarise
 from amt.models.network import CHUNK, Network
 from amt.models.pool import Pool
@@ -47,7 +47,7 @@ def measure(
     episode: Episode,
     attacks: Sequence[Attack] = (),
     seed: int = 0,
-    surrogate: Predictor | None = None,
+    others: Sequence[Predictor] = (),
     numbers: Sequence[int] | None = None,
     chunk: int = CHUNK,
 ) -> Measurement:
@@ -65,7 +65,7 @@ def measure(
         attacks: any number, of different names.
         seed: decides, with the episode's index and the queries' numbers, the attacks' random starts, image by
             image.
-        surrogate: makes the network that "transfer" attacks.
+        others: give the networks that "transfer" and "strong" make images on, see `attack_queries`.
         numbers: of the queries, see `query_generators`; None for 0..Q-1.
         chunk: images in one pass, which changes nothing but time and memory.
     """
@@ -77,14 +77,14 @@ def measure(
     clean = predicted == episode.query_labels
     fitted = time.perf_counter()
     correct, attacked, variants = {"clean": clean}, {}, {}
-    transfer = any(attack.kind == "transfer" for attack in attacks)
-    other = surrogate(episode).logits if transfer else None
+    shown = any(attack.kind in ON_OTHERS for attack in attacks)
+    surrogates = [each(episode).logits for each in others] if shown else []
     for attack in attacks:
         if attack.kind == "support":
             correct |= _under_support_attack(predict, episode, attack, clean, seed)
             continue
         left, images, ran = _under_query_attack(
-            classifier.logits, episode, attack, clean, other, seed, numbers, chunk
+            classifier.logits, episode, attack, clean, surrogates, seed, numbers, chunk
         )
         correct, variants = correct | left, variants | ran
         attacked[attack.columns[-1]] = images
@@ -112,7 +112,7 @@ def attack_some(
     which: Tensor,
     generators: Sequence[torch.Generator],
     seed: int,
-    surrogate: Logits | None = None,
+    surrogates: Sequence[Logits] = (),
 ) -> Attacked:
     """`attack_queries` on some queries of an episode.
 
@@ -129,7 +129,7 @@ def attack_some(
         episode.query_labels[which],
         episode.n_way,
         [generators[k] for k in which.tolist()],
-        surrogate,
+        surrogates,
         library_seed(episode, seed),
     )
 
@@ -159,7 +159,7 @@ def _under_query_attack(
     episode: Episode,
     attack: Attack,
     clean: Tensor,
-    surrogate: Logits | None,
+    surrogates: Sequence[Logits],
     seed: int,
     numbers: Sequence[int] | None,
     chunk: int,
@@ -171,7 +171,7 @@ def _under_query_attack(
         left, images = left.clone(), images.clone()
         generators = query_generators(episode, seed, numbers)
         for which in left.nonzero().squeeze(1).split(chunk):
-            found = attack_some(attack, epsilon, logits, episode, which, generators, seed, surrogate)
+            found = attack_some(attack, epsilon, logits, episode, which, generators, seed, surrogates)
             left[which], images[which] = ~found.fooled, found.images
             variants |= {column: found.variant} if found.variant else {}
         correct[column] = left
@@ -238,11 +238,11 @@ def evaluate(
     episodes: Iterable[Episode],
     attacks: Sequence[Attack] = (),
     seed: int = 0,
-    surrogate: Predictor | None = None,
+    others: Sequence[Predictor] = (),
 ) -> Iterator[dict]:
     """Yield the row of every episode, see `measure`."""
     for episode in episodes:
-        yield measure(predict, episode, attacks, seed, surrogate).row
+        yield measure(predict, episode, attacks, seed, others).row
 
 
 def validate(

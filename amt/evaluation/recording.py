@@ -61,7 +61,7 @@ def examine(
     *,
     check: bool,
     keep: bool,
-    surrogate: Predictor | None = None,
+    others: Sequence[Predictor] = (),
     numbers: Sequence[int] | None = None,
     chunk: int = CHUNK,
 ) -> Measurement:
@@ -71,7 +71,7 @@ def examine(
         check: check the attacks on this episode: their counts are "checks" of the row, see `sanity.probe`.
         keep: keep some of its images, if its queries were attacked.
     """
-    measured = measure(predict, episode, attacks, seed, surrogate, numbers, chunk)
+    measured = measure(predict, episode, attacks, seed, others, numbers, chunk)
     if attacks and check:
         measured.row["checks"] = probe(predict, episode, measured, attacks, seed)
     if measured.attacked and keep:

@@ -71,9 +71,12 @@ class _Merging(TypedDict):
 class _Checks(TypedDict):
     images: Count
     changed: Count
+    queries: NotRequired[Count]
     zero_gradients: NotRequired[Count]
     norms: NotRequired[dict[str, dict[str, float]]]  # counts, and losses
     from_scratch: NotRequired[dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)]]]
+    no_gradient: NotRequired[dict[str, Count]]
+    missed: NotRequired[dict[str, dict[str, Count]]]
 
 
 class _Row(TypedDict):

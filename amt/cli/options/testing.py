@@ -118,10 +118,11 @@ def _add_attacks(parser: Parser) -> None:
         nargs="+",
         action="append",
         metavar=("NAME", "OPTION=VALUE"),
-        help="any number of times: pgd, apgd, autoattack, fab, square, pyramid, transfer (images made on the "
-        "pretrained network) or support (its images are attacked, not the queries), with any of norm=l2, "
-        "epsilon=1,2,4, steps=, restarts=, step_size=, loss=ce|kl|dlr, queries=, targets= "
-        "(default: pgd)",
+        help="any number of times: pgd, apgd, autoattack, fab, square, strong (APGD on both losses, images "
+        "made on the pretrained network and every adapter, FAB and Square, each on what is left), pyramid, "
+        "transfer (images made on the pretrained network) or support (its images are attacked, not the "
+        "queries), with any of norm=l2, epsilon=1,2,4, steps=, restarts=, step_size=, loss=ce|kl|dlr|margin "
+        "or several such as ce+dlr, queries=, targets= (default: pgd, loss=ce+dlr)",
     )
     attack.add_argument(
         "--epsilon",
