@@ -8,6 +8,7 @@ import pickle
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from meta_dataset_readers.endings import ENDING, held
 from meta_dataset_readers.errors import InputError
 
+_DYING = 5  # seconds between the last of a process that is heard of and its end, at most
 _WAY_OUT = "use --num_workers 0, or make /dev/shm larger (docker run --shm-size)"
 
 
@@ -74,6 +76,7 @@ class OrderedLoader(DataLoader):
             item = next(iterator, _END)
             found = pickle.loads(item) if isinstance(item, bytes) else item
         except (RuntimeError, OSError, EOFError) as error:
+            wait([each.sentinel for each in self._processes], timeout=_DYING)
             dead = [each.exitcode for each in self._processes if each.exitcode]
             if not dead:
                 raise

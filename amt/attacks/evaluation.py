@@ -16,7 +16,7 @@ from torch import Tensor
 from amt.attacks.kinds import Attack
 from amt.attacks.levels import Perturbation
 from amt.attacks.library import library_attack
-from amt.attacks.losses import dlr, kl_sum
+from amt.attacks.losses import dlr, kl_sum, misclassified
 from amt.attacks.perturb import Ball, ascend, end_of_ascent, input_gradient, pgd
 
 Logits = Callable[[Tensor], Tensor]
@@ -77,7 +77,7 @@ def attack_queries(
     else:
         found, variant = library_attack(attack, epsilon, logits, images, labels, n_way, seed)
     with torch.no_grad():
-        return Attacked(found, logits(found).argmax(1) != labels, variant)
+        return Attacked(found, misclassified(logits(found), labels), variant)
 
 
 def attack_support(
@@ -107,7 +107,7 @@ def attack_support(
     def look(points: Tensor) -> Tensor:
         nonlocal worst
         logits = fit(points)(query)
-        wrong = logits.argmax(1) != labels
+        wrong = misclassified(logits, labels)
         if wrong.sum() > worst.fooled.sum():
             worst = Attacked(points.detach(), wrong)
         return logits

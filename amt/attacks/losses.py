@@ -37,3 +37,9 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     others = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
     largest = logits.topk(3, dim=1).values
     return (others - own) / (largest[:, 0] - largest[:, 2] + 1e-12)
+
+
+def misclassified(logits: Tensor, labels: Tensor) -> Tensor:
+    """Which images (n,) bool are not classified as `labels` (n,) int64 by logits (n, N); a prediction from
+    logits that are not all numbers is wrong, whatever it is."""
+    return (logits.argmax(1) != labels) | logits.isnan().any(1)

@@ -150,7 +150,7 @@ def image_rows(
     """A row per image: its place in the test set, its label, the predicted class, and 1 or 0 per column.
 
     Times are equal shares. The rows of attacked images say what was run under the name of a column; the first
-    row holds the results of checking the attacks.
+    row holds the results of checking the attacks, and how many images of the batch have NaN logits.
     """
     n = len(numbers)
     shares = {name: round(measured.row[name] / n, 6) for name in ("fit_seconds", "seconds")}
@@ -160,7 +160,7 @@ def image_rows(
         before |= dict(zip(attack.columns, ("clean", *attack.columns), strict=False))
     variants = measured.row.get("variants", {})
     labels, predicted = episode.query_labels.tolist(), measured.predicted.tolist()
-    first = {"checks": measured.row["checks"]} if "checks" in measured.row else {}
+    first = {name: measured.row[name] for name in ("checks", "nan_images") if name in measured.row}
     rows = []
     for k, number in enumerate(numbers):
         ran = {column: text for column, text in variants.items() if correct[before[column]][k]}

@@ -21,9 +21,9 @@ from tqdm import tqdm
 from amt.files import checkpoint, weight_files
 from amt.files.run_directory import RunDirectory
 from amt.files.signals import Interrupts
+from amt.files.tensorboard import TensorBoard
 from amt.models.weights import Weights
 from amt.training.optimiser import NonFiniteLoss
-from amt.training.tensorboard import TensorBoard
 from meta_dataset_readers.errors import InputError, printable
 
 Item = TypeVar("Item")
