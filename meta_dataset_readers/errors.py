@@ -79,7 +79,7 @@ def one_line(error: InputError | OSError) -> str:
     """The line that tells of an error; empty for one that is no fault of an input."""
     if isinstance(error, InputError):
         return f"error: {printable(error)}"
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # the last by `ulimit -f`
         return f"error: {printable(error.filename)}: {error.strerror}" if error.filename else ""
     where = f"{printable(error.filename)}: " if error.filename else ""
     return f"error: {where}{error.strerror}; make room and run the same command again"
