@@ -37,7 +37,12 @@ def code_of(error: KeyboardInterrupt) -> int:
 
 
 def begin() -> None:
-    """End by the first signal, with one line. One that is ignored, as SIGHUP under nohup, stays so."""
+    """End by the first signal, with one line. One that is ignored, as SIGHUP under nohup, stays so.
+
+    Also has torch's threads sleep where they wait for each other, unless OMP_WAIT_POLICY says otherwise: on
+    cores that other programs use, too, threads that spin keep those they wait for from running.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for number in ENDING:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _leave)
