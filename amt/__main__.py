@@ -4,6 +4,11 @@ python -m amt                       list the commands
 python -m amt COMMAND --help        explain one
 """
 
+if __name__ == "__main__":
+    from meta_dataset_readers import endings
+
+    endings.begin()
+
 import ast
 import importlib
 import sys

@@ -42,8 +42,8 @@ def test_a_table_says_what_was_not_measured():
     assert lines[2].split() == ["digits", "-", "-", "0"]
 
 
-def test_a_single_episode_has_an_infinite_interval_in_the_table():
-    assert "100.0 +- inf" in table(["clean"], [("signs", [Summary(100, math.inf, 1, 100, 100)])])
+def test_a_single_episode_has_no_interval_in_the_table():
+    assert "100.0 +- n/a" in table(["clean"], [("signs", [Summary(100, math.inf, 1, 100, 100)])])
 
 
 def test_a_suspect_result_has_a_question_mark_and_a_reason_below():

@@ -16,7 +16,7 @@ from torch import Tensor
 from amt.attacks.kinds import Attack
 from amt.attacks.levels import Perturbation
 from amt.attacks.library import library_attack
-from amt.attacks.losses import kl_sum, loss_sum
+from amt.attacks.losses import kl_sum, loss_sum, misclassified
 from amt.attacks.perturb import Ball, ascend, end_of_ascent, input_gradient, pgd
 
 Logits = Callable[[Tensor], Tensor]
@@ -118,7 +118,7 @@ def _attacked(
     else:
         found = library_attack(*task, seed)
     with torch.no_grad():
-        return found, task.logits(found).argmax(1) != task.labels
+        return found, misclassified(task.logits(found), task.labels)
 
 
 def attack_support(
@@ -148,7 +148,7 @@ def attack_support(
     def look(points: Tensor) -> Tensor:
         nonlocal worst
         logits = fit(points)(query)
-        wrong = logits.argmax(1) != labels
+        wrong = misclassified(logits, labels)
         if wrong.sum() > worst.fooled.sum():
             worst = Attacked(points.detach(), wrong)
         return logits

@@ -64,3 +64,9 @@ def loss_sum(name: str, logits: Tensor, labels: Tensor) -> Tensor:
     if name == "ce":
         return F.cross_entropy(logits, labels, reduction="sum")
     return {"dlr": dlr, "margin": margin}[name](logits, labels).sum()
+
+
+def misclassified(logits: Tensor, labels: Tensor) -> Tensor:
+    """Which images (n,) bool are not classified as `labels` (n,) int64 by logits (n, N); a prediction from
+    logits that are not all numbers is wrong, whatever it is."""
+    return (logits.argmax(1) != labels) | logits.isnan().any(1)

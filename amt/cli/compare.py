@@ -7,6 +7,7 @@ same, and the difference is taken episode by episode. A star marks a difference 
 out zero.
 """
 
+import math
 from collections.abc import Sequence
 
 from amt.cli.options import Parser
@@ -65,6 +66,8 @@ def lines(differences: dict[tuple[str, str], Summary], columns: Sequence[str]) -
 def cell(difference: Summary) -> str:
     """For example `+3.1 +- 1.2 [+1.9, +4.2]*`."""
     sure = abs(difference.mean) > difference.interval and (difference.low > 0 or difference.high < 0)
+    if not math.isfinite(difference.interval):
+        return f"{difference.mean:+.1f} +- n/a "
     return (
         f"{difference.mean:+.1f} +- {difference.interval:.1f} "
         f"[{difference.low:+.1f}, {difference.high:+.1f}]{'*' if sure else ' '}"

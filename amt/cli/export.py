@@ -23,6 +23,7 @@ import torch
 from amt.cli import options
 from amt.cli.options import Parser
 from amt.evaluation.deploy import check_fit
+from amt.evaluation.dilution import dilution
 from amt.evaluation.settings import Deployment
 from amt.files import checkpoint, export
 from amt.files.export import FORMATS, Support
@@ -91,6 +92,8 @@ def main(argv: Sequence[str]) -> int:
         merged = export.merged_network(network, pool, coefficients, args.trim, support)
         written = export.save(args.out, args.to, merged, pool)
         say(f"coefficients {' '.join(f'{c:.4g}' for c in coefficients)}")
+        if warning := dilution([coefficients], [level.epsilon for level in pool.levels]):
+            say(f"warning: {warning}")
     for path in written:
         say(f"wrote {path}")
     return 0
@@ -120,7 +123,10 @@ def check_pool(args: argparse.Namespace, pool: Pool) -> None:
     export.check_kind(pool, args.to, str(args.pool))
     if args.adapter is not None and args.adapter >= len(pool):
         raise InputError(f"--adapter {args.adapter}: {args.pool} holds adapters 0 to {len(pool) - 1}")
-    check_fit(Deployment(coefficients=args.coefficients, trims=tuple(args.trim or ())), pool, str(args.pool))
+    asked = Deployment(
+        coefficients=args.coefficients, trims=tuple(args.trim or ()), routings=(options.routing(args),)
+    )
+    check_fit(asked, pool, str(args.pool))
     given = (args.adapter, args.coefficients, args.support)
     if args.to != "published" and len(pool) > 1 and given == (None,) * 3:
         raise InputError(

@@ -187,7 +187,7 @@ def tuned(
             epoch=tuner.epoch,
             workers=args.num_workers,
         )
-        return accuracy(tuner.network, weights, seen)
+        return accuracy(tuner.network, weights, run.whole(seen))
 
     weights = {name: weight.to(device) for name, weight in found.weights.items()}
     student = new_student(network, weights, settings, found.natural_norms)
@@ -262,7 +262,10 @@ def fine_tune(
     run.begin(tuner.settings.mode, "batch", tuner.settings.epochs * tuner.n_batches, tuner.steps)
     while not tuner.finished:
         for images, labels, _ in run.watch(training(tuner.epoch, tuner.batch)):
-            record = tuner.step(images.to(device), labels.to(device))
+            try:
+                record = tuner.step(images.to(device), labels.to(device))
+            except Interrupted:  # within a pass over the training set: the last checkpoint is gone on with
+                return
             run.log_step(tuner.steps, shown(record), brief(record))
             if run.is_due():
                 tuner.check_finite()
@@ -271,8 +274,9 @@ def fine_tune(
         if tuner.batch < tuner.n_batches:
             break
         try:
-            seen = run.whole(held_out)
-            found = validate(tuner.network, tuner.student.weights, seen, examiner, tuner.settings.seed)
+            with run.passes(tuner.network.module):
+                seen = run.whole(held_out)
+                found = validate(tuner.network, tuner.student.weights, seen, examiner, tuner.settings.seed)
         except Interrupted:
             break
         note = tuner.end_epoch(*found)

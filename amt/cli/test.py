@@ -13,7 +13,7 @@ from amt.attacks.kinds import ON_OTHERS, Attack
 from amt.cli import options
 from amt.evaluation import runs
 from amt.evaluation.deploy import check_deployment, deploy, earlier_note
-from amt.evaluation.recording import description, ended, examine, record
+from amt.evaluation.recording import description, ended, examine, interruptible, record
 from amt.evaluation.statistics import groups
 from amt.evaluation.writer import Writer
 from amt.files import checkpoint, version
@@ -62,14 +62,15 @@ def main(args: argparse.Namespace) -> int:
     todo = range(part, args.nTestEpisode, parts)
     about = describe(args, network, saved, deployments, attacks)
     writer = Writer(args.output_dir, about, (part, parts), args.overwrite)
-    with writer as out, Interrupts() as interrupts:
+    with writer as out, Interrupts() as interrupts, interruptible(network, interrupts):
         earlier = runs.peek(args.output_dir)
         left = {source: earlier.left(source, todo) for source in readers}
         total = len(readers) * len(todo)
         with tqdm(total=total, initial=total - sum(map(len, left.values())), unit="episode") as progress:
             for source, reader in readers.items():
-                if not left[source] or interrupts.pending():
+                if not left[source]:
                     continue
+                interrupts.check()
                 progress.set_description(source)
                 predict, note = deploy(
                     network,
@@ -83,9 +84,9 @@ def main(args: argparse.Namespace) -> int:
                     earlier_note(source, deployments, runs.read_merging(args.output_dir)),
                 )
                 out.note_merging(source, note | ({"epsilons": "unknown"} if unknown_levels else {}))
-                episodes = read(args, reader, left[source], network.device)
+                episodes = interrupts.whole(read(args, reader, left[source], network.device))
                 rows = ([score(args, predict, each, attacks, out, others)] for each in episodes)
-                record(out, rows, progress, interrupts)
+                record(out, rows, progress)
 
     run = runs.peek(args.output_dir)
     code = ended(run, interrupts)
@@ -144,12 +145,10 @@ def labelled_episodes(
 
 
 def watched(network: Network, interrupts: Interrupts, episodes, title: str) -> Iterator[Episode]:
-    """The episodes that settings are chosen on, on the network's device, with a progress line; a signal ends
-    the program, since half a choice is none."""
-    for episode in tqdm(episodes, desc=printable(title), unit="episode", leave=False):
+    """The episodes that settings are chosen on, on the network's device, with a progress line; after a signal
+    `Interrupted` is raised, since half a choice is none."""
+    for episode in interrupts.whole(tqdm(episodes, desc=printable(title), unit="episode", leave=False)):
         yield episode.to(network.device)
-        if interrupts.pending():
-            raise SystemExit(128 + interrupts.caught)
 
 
 def read(args, reader: EpisodeReader, numbers: Sequence[int], device: torch.device) -> Iterator[Episode]:

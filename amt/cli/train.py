@@ -172,7 +172,8 @@ def judged(
             skipped.update(episode.skipped)
             yield episode.to(tuner.network.device)
 
-    levels = validate(tuner.network, tuner.pool, fixed(), robust=tuner.settings.adversarial)
+    with run.passes(tuner.network.module):
+        levels = validate(tuner.network, tuner.pool, fixed(), robust=tuner.settings.adversarial)
     # One number to choose the best epoch by: the mean of every level's clean and robust accuracy.
     score = statistics.fmean(value for level in levels for value in level.values())
     for p, level in enumerate(levels):

@@ -92,8 +92,11 @@ def check_fit(deployment: Deployment, pool: Pool, where: str) -> None:
             f"--coefficients has {len(deployment.coefficients)} values, {where} holds {len(pool)} adapters"
         )
     check_trims((*deployment.trims, *deployment.trim_candidates), pool)
-    routed = any(isinstance(each, Routing) for each in candidates_of(deployment, pool))
-    if deployment.finetune is not None and (routed or deployment.select == "support"):
+    routings = [each for each in candidates_of(deployment, pool) if isinstance(each, Routing)]
+    for routing in routings:
+        if routing.top_k > len(pool):
+            raise InputError(f"--top_k {routing.top_k}: {where} holds {len(pool)} adapters")
+    if deployment.finetune is not None and (routings or deployment.select == "support"):
         raise InputError(
             "--deploy finetune starts every task from one network: choose it by --specified_expert, "
             "--coefficients, --routing uniform or soup, or --routing best with --select valid"

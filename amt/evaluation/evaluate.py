@@ -15,6 +15,7 @@ from torch import Tensor
 
 from amt.attacks.evaluation import Attacked, attack_queries, attack_support
 from amt.attacks.kinds import NORMS, ON_OTHERS, Attack, on_queries
+from amt.attacks.losses import misclassified
 from amt.evaluation.statistics import summarise
 from amt.models.network import CHUNK, Network
 from amt.models.pool import Pool
@@ -74,7 +75,8 @@ def measure(
     with torch.no_grad():
         logits = torch.cat([classifier.logits(part) for part in episode.query.split(chunk)])
     predicted = logits.argmax(1)
-    clean = predicted == episode.query_labels
+    clean = ~misclassified(logits, episode.query_labels)
+    without_number = int(logits.isnan().any(1).sum())
     fitted = time.perf_counter()
     correct, attacked, variants = {"clean": clean}, {}, {}
     shown = any(attack.kind in ON_OTHERS for attack in attacks)
@@ -99,6 +101,7 @@ def measure(
         "coefficients": [float(c) for c in classifier.coefficients],
         "fit_seconds": round(fitted - began, 4),
         "seconds": round(time.perf_counter() - began, 4),
+        **({"nan_images": without_number} if without_number else {}),
         **({"variants": variants} if variants else {}),
     }
     return Measurement(row, classifier, predicted, correct, attacked)

@@ -92,6 +92,7 @@ class _Row(TypedDict):
     variants: NotRequired[dict[str, str]]
     checks: NotRequired[_Checks]
     skipped: NotRequired[Count]
+    nan_images: NotRequired[Count]
 
 
 _Accuracies = dict[str, Accuracy]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from amt.attacks.kinds import BLACK_BOX, NORMS, WHITE_BOX, Attack, on_queries
-from amt.attacks.losses import loss_sum
+from amt.attacks.losses import loss_sum, misclassified
 from amt.attacks.perturb import Ball, ascend, input_gradient, pgd
 from amt.evaluation.evaluate import Measurement, attack_some, query_generators, union_column
 from amt.evaluation.other_losses import missed, missing, own_losses
@@ -64,7 +64,7 @@ def probe(
     images, own = episode.query[correct], labels[correct]
     again = predict(episode).logits
     with torch.no_grad():
-        right = again(episode.query[:CHUNK]).argmax(1) == labels[:CHUNK]
+        right = ~misclassified(again(episode.query[:CHUNK]), labels[:CHUNK])
     changed = int((right != measured.correct["clean"][:CHUNK]).sum())
     counts: dict = {"images": len(images), "queries": len(right), "changed": changed}
     if len(images) == 0 or episode.n_way == 1:
@@ -175,11 +175,11 @@ def _outdone_by_black_box(
 def judge(rows: Sequence[dict], attacks: Sequence[Attack]) -> list[Finding]:
     """The suspect results of one domain, in the order of its columns.
 
-    Suspect are: any image whose class changes with nothing perturbed; more than 1% of images with a zero
-    gradient; more than 5% that withstand a perturbation without limit, or that withstand an attack at a
-    radius above the one that broke them; a loss that does not rise; images that black-box attacks break and
-    white-box ones do not, in excess of twice the standard error; and more than 3 points that PGD on another
-    loss finds.
+    Suspect are: any image with NaN logits; any whose class changes with nothing perturbed; more than 1% of
+    images with a zero gradient; more than 5% that withstand a perturbation without limit, or that withstand
+    an attack at a radius above the one that broke them; a loss that does not rise; images that black-box
+    attacks break and white-box ones do not, in excess of twice the standard error; and more than 3 points
+    that PGD on another loss finds.
 
     Args:
         rows: of one domain; those of probed episodes hold the counts under "checks".
@@ -189,7 +189,8 @@ def judge(rows: Sequence[dict], attacks: Sequence[Attack]) -> list[Finding]:
         return []
     probes = [row["checks"] for row in rows if "checks" in row]
     images = sum(counts["images"] for counts in probes)
-    reasons = [*_random(probes, attacks), *_masked(probes, attacks, images), *_escaped(probes, attacks)]
+    reasons = [*_not_numbers(rows, attacks), *_random(probes, attacks)]
+    reasons += [*_masked(probes, attacks, images), *_escaped(probes, attacks)]
     for norm in NORMS:
         found = [counts["norms"][norm] for counts in probes if norm in counts.get("norms", {})]
         if found:
@@ -199,6 +200,12 @@ def judge(rows: Sequence[dict], attacks: Sequence[Attack]) -> list[Finding]:
     findings = _per_column(source, attacks, reasons)
     findings += [Finding(source, column, reason) for column, reason in missing(rows, attacks)]
     return [finding for finding in findings if finding.column in rows[0]]
+
+
+def _not_numbers(rows: Sequence[dict], attacks: Sequence[Attack]) -> Iterator[Reason]:
+    if images := sum(row.get("nan_images", 0) for row in rows):
+        text = f"{images} images with NaN logits, which count as wrong; the network is damaged or overflows"
+        yield ["clean", *_columns(attacks)], text
 
 
 def _random(probes: Sequence[dict], attacks: Sequence[Attack]) -> Iterator[Reason]:

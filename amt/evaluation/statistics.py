@@ -6,6 +6,7 @@ the skew of accuracies near them.
 """
 
 import functools
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -33,7 +34,7 @@ class Summary(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f} +- {self.interval:.1f}"
+        return f"{self.mean:.1f} +- {f'{self.interval:.1f}' if math.isfinite(self.interval) else 'n/a'}"
 
 
 def summarise(rows: Sequence[Mapping], column: str) -> Summary:

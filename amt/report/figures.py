@@ -115,7 +115,7 @@ def accuracy_picture(
                 [x - 0.4 + (k + 0.5) * width for x in range(len(rows))],
                 [summaries[k].mean for _, summaries in rows],
                 width * 0.92,
-                yerr=[summaries[k].interval for _, summaries in rows],
+                yerr=[s[k].interval if has_interval(s[k]) else 0 for _, s in rows],
                 color=colours(0.15 + 0.7 * k / max(len(columns) - 1, 1)),
                 error_kw={"elinewidth": 1, "ecolor": MUTED, "capsize": 2},
                 label=short(column, 40),

@@ -9,6 +9,7 @@ import resource
 import torch
 
 from amt.evaluation import runs
+from amt.evaluation.dilution import dilution
 from amt.evaluation.runs import Run
 from amt.report.tables import corruption_table, table
 from amt.report.tensorboard import write_events
@@ -43,6 +44,8 @@ def finish(run: Run, device: torch.device) -> None:
     for stamp in run.stamps:
         say(stamp)
     say(table(run.columns, lines, [[run.suspect(name, c) for c in run.columns] for name in names]))
+    for source, warning in dilutions(run).items():
+        say(f"warning: {source}: {warning}")
     for column, variants in run.variants.items():
         say(f"{column}: {'; or '.join(variants)}")
     if run.about["attacks"]:
@@ -55,6 +58,16 @@ def finish(run: Run, device: torch.device) -> None:
     if more["skipped_records"]:
         say(f"{more['skipped_records']} damaged records were passed over")
     say(f"wrote {out} and {run.folder / 'accuracy.png'}")
+
+
+def dilutions(run: Run) -> dict[str, str]:
+    """By attacked domain a warning about merges that lose most of their robustness, see `dilution`."""
+    found = {}
+    for source, about in run.merging.items():
+        levels, tasks = about.get("epsilons"), [row["coefficients"] for row in run.rows.get(source, ())]
+        if run.about["attacks"] and isinstance(levels, list) and all(len(t) == len(levels) for t in tasks):
+            found[source] = dilution(tasks, levels)
+    return {source: warning for source, warning in found.items() if warning}
 
 
 def cost(run: Run, device: torch.device) -> dict:

@@ -5,6 +5,7 @@ import dataclasses
 from meta_dataset_readers.settings import setting
 
 METHODS = ("adsv", "querying", "standard")
+MOST_RATE = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +24,11 @@ class TuneSettings:
 
     epochs: int = setting(30, "passes of nEpisode episodes per source", least=1, most=10**6)
     episodes_per_epoch: int = 2000
-    lr: float = setting(5e-4, "learning rate after the warm-up", least=0)
-    warmup_epochs: int = setting(5, "epochs of linear warm-up", least=0)
-    warmup_lr: float = setting(1e-6, "rate the warm-up starts from", least=0)
-    min_lr: float = setting(1e-6, "rate the cosine ends at", least=0)
-    momentum: float = setting(0.9, "momentum of SGD", least=0)
+    lr: float = setting(5e-4, "learning rate after the warm-up", least=0, most=MOST_RATE)
+    warmup_epochs: int = setting(5, "epochs of linear warm-up", least=0, most=10**6)
+    warmup_lr: float = setting(1e-6, "rate the warm-up starts from", least=0, most=MOST_RATE)
+    min_lr: float = setting(1e-6, "rate the cosine ends at", least=0, most=MOST_RATE)
+    momentum: float = setting(0.9, "momentum of SGD", least=0, most=1)
     method: str = setting(
         "adsv",
         "adsv: AMT's two perturbations; querying: adversarial querying, only the query images are attacked, "
@@ -37,8 +38,8 @@ class TuneSettings:
         flag="pgd_method",
         choices=METHODS,
     )
-    clip_grad: float | None = setting(None, "largest gradient norm of a level (ours)", above=0)
-    epsilon_warmup: int = setting(0, "episodes over which epsilon grows from 0 (ours)", least=0)
+    clip_grad: float | None = setting(None, "largest gradient norm of a level (ours)", above=0, most=10**6)
+    epsilon_warmup: int = setting(0, "episodes over which epsilon grows from 0 (ours)", least=0, most=10**9)
     seed: int = 0
 
     @property

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from amt.attacks.kinds import PGD_KINDS, TARGETED, Attack, parse_attack, target_count
-from amt.cli.options.common import COUNT, WAYS, add_common, check_episodes, folder_source, sampling
+from amt.cli.options.common import COUNT, EPSILON, WAYS, add_common, check_episodes, folder_source, sampling
 from amt.cli.options.domain_config import DomainSettings, read_domain_config
 from amt.cli.options.parsing import Parser, check_distinct
 from amt.evaluation.settings import Deployment, published_grid
@@ -23,9 +23,6 @@ from meta_dataset_readers.settings import (
     add_flags,
     as_path,
     from_args,
-    nonnegative,
-    nonnegative_int,
-    positive_int,
 )
 
 if TYPE_CHECKING:
@@ -39,6 +36,9 @@ TEST_SOURCES = (
 _NEEDING_A_POOL = ("trim", "trim_candidates", "select_on", "domain_config")
 _SEARCHED = ("beta", "gamma", "top_k", "epsilon")  # of Routing, what --select may choose
 _FLAGS = {"beta": "blend_beta", "gamma": "blend_gamma"}  # where a domain's setting is not called as its flag
+
+
+_EPISODES = Number(int, least=0, most=10**7)
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -126,18 +126,19 @@ def _add_attacks(parser: Parser) -> None:
     )
     attack.add_argument(
         "--epsilon",
-        type=nonnegative,
+        type=EPSILON,
         nargs="*",
         default=[8.0],
         help="in 1/255 of the pixel range, increasing, for attacks that name none; none: clean only",
     )
-    attack.add_argument("--attack_iters", type=positive_int, default=20, help="steps of PGD")
+    steps = Number(int, least=1, most=10**6)
+    attack.add_argument("--attack_iters", type=steps, default=20, help="steps of PGD")
     attack.add_argument(
-        "--alpha", type=nonnegative, help="step size of PGD in 1/255 (default: a quarter of each epsilon)"
+        "--alpha", type=EPSILON, help="step size of PGD in 1/255 (default: a quarter of each epsilon)"
     )
     attack.add_argument(
         "--probe_episodes",
-        type=nonnegative_int,
+        type=_EPISODES,
         default=2,
         help="episodes per domain on which the attacks themselves are checked; 0: none",
     )
@@ -147,7 +148,7 @@ def _add_running(parser: Parser) -> None:
     running = parser.add_argument_group("run")
     running.add_argument(
         "--samples",
-        type=nonnegative_int,
+        type=_EPISODES,
         default=1,
         help="episodes per domain whose images are kept for the report",
     )
