@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from amt.cli import options
+from amt.models.head_settings import PRETRAINED
 from meta_dataset_readers.errors import InputError, say
 
 
@@ -95,7 +96,8 @@ def _training_needs(args: argparse.Namespace) -> Iterator[Need]:
 def _testing_needs(args: argparse.Namespace) -> Iterator[Need]:
     yield from _places(args)
     transfer = any(attack.kind == "transfer" for attack in options.attacks(args))
-    if not args.no_pretrain and (args.resume is None or transfer):
+    mixed = any(head.other == PRETRAINED for head in options.heads(args) or ())
+    if not args.no_pretrain and (args.resume is None or transfer or mixed):
         yield _weights(args)
     if args.resume is not None:
         yield _checked(f"checkpoint {args.resume}", args.resume, args, lambda: _fitting(args))
