@@ -101,7 +101,8 @@ class Head:
 
 def default_head(kind: str) -> Head:
     """The head of this kind with its default options. Raises ValueError for an unknown kind."""
-    return Head(kind, **KINDS.get(kind, {}))
+    options: dict[str, Any] = dict(KINDS.get(kind, {}))
+    return Head(kind, **options)
 
 
 def parse_head(words: Sequence[str]) -> Head:

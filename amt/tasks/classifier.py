@@ -99,11 +99,9 @@ def head_classifier(
         found = [part.fitted(support, labels, moved, features_of) for part in parts]
         if len(found) == 1:
             return found[0].logits
-        shares = (head.share, 1 - head.share)
-        scaled = [
-            (SPREAD * s / spread(each.on_support), each.logits) for s, each in zip(shares, found, strict=True)
-        ]
-        return lambda images: sum(factor * logits(images) for factor, logits in scaled)
+        (own, a), (other, b) = ((each.logits, SPREAD / spread(each.on_support)) for each in found)
+        share = head.share
+        return lambda images: share * a * own(images) + (1 - share) * b * other(images)
 
     return Classifier(
         fitted_to(episode.support, fixed_features), lambda support: fitted_to(support, features), coefficients
@@ -124,9 +122,30 @@ def support_views(network: Network, support: Tensor, *, seed: int, index: int) -
     return torch.stack(seen)
 
 
-class _Found(NamedTuple):
-    """A fitted network: its logits function, and its logits of the support, or of its views."""
+def fitted_head(
+    network: Network,
+    merged: Merged,
+    support: Tensor,
+    labels: Tensor,
+    head: Head,
+    statistics: Statistics | None = None,
+    seed: int = 0,
+) -> Fitted:
+    """The head alone, of one network, as `head_classifier` fits it to the first episode of a run.
 
+    Args:
+        support, labels: (S, 3, H, W) in [0, 1], and (S,) int64 in 0..N-1.
+        statistics: of the merged network, for heads that need them.
+    """
+    seen = head.views > 0 and not has_two(labels)
+    views = support_views(network, support, seed=seed, index=0) if seen else None
+    return _Part(network, merged, head, statistics).fitted(support, labels, views, fixed_features).head
+
+
+class _Found(NamedTuple):
+    """A fitted network: its head, its logits function, and its logits of the support, or of its views."""
+
+    head: Fitted
     logits: Logits
     on_support: Tensor
 
@@ -149,12 +168,14 @@ class _Part(NamedTuple):
         weights, scale, bias = self.merged
         scale, bias = (scale, bias) if self.head.kind in COSINE else (SPREAD, 0.0)
         seen = features_of(self.network, weights, support)
-        moved = None if views is None else features_of(self.network, weights, views.flatten(0, 1))
-        by_view = None if moved is None else moved.unflatten(0, views.shape[:2])
-        found: Fitted = fit(self.head, seen, labels, self.statistics, scale, bias, by_view)
+        by_view = None
+        if views is not None:
+            moved = features_of(self.network, weights, views.flatten(0, 1))
+            by_view = moved.unflatten(0, views.shape[:2])
+        found = fit(self.head, seen, labels, self.statistics, scale, bias, by_view)
         # The only image of a class says little of how its logits spread, views of it say more.
-        on_support = found(seen if moved is None else moved)
-        return _Found(lambda images: found(features(self.network, weights, images)), on_support)
+        on_support = found(seen if by_view is None else by_view.flatten(0, 1))
+        return _Found(found, lambda images: found(features(self.network, weights, images)), on_support)
 
 
 def pretrained(network: Network) -> Merged:
