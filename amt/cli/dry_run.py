@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from amt.attacks.kinds import ON_OTHERS
 from amt.cli import options
+from amt.models.head_settings import PRETRAINED
 from meta_dataset_readers.errors import InputError, say
 
 
@@ -96,7 +97,8 @@ def _training_needs(args: argparse.Namespace) -> Iterator[Need]:
 def _testing_needs(args: argparse.Namespace) -> Iterator[Need]:
     yield from _places(args)
     shown = any(attack.kind in ON_OTHERS for attack in options.attacks(args))
-    if not args.no_pretrain and (args.resume is None or shown):
+    mixed = any(head.other == PRETRAINED for head in options.heads(args) or ())
+    if not args.no_pretrain and (args.resume is None or shown or mixed):
         yield _weights(args)
     if args.resume is not None:
         yield _checked(f"checkpoint {args.resume}", args.resume, args, lambda: _fitting(args))

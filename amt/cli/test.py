@@ -12,13 +12,14 @@ from tqdm import tqdm
 from amt.attacks.kinds import ON_OTHERS, Attack
 from amt.cli import options
 from amt.evaluation import runs
-from amt.evaluation.deploy import check_deployment, deploy, earlier_note
+from amt.evaluation.deploy import check_deployment, check_heads, deploy, earlier_note
 from amt.evaluation.recording import description, ended, examine, interruptible, record
 from amt.evaluation.statistics import groups
 from amt.evaluation.writer import Writer
 from amt.files import checkpoint, version
 from amt.files.pretrained import load_network
 from amt.files.signals import Interrupts
+from amt.models.head_settings import PRETRAINED
 from amt.models.network import Network, find_device
 from amt.models.pool import Pool
 from amt.report.finish import finish
@@ -46,6 +47,7 @@ def main(args: argparse.Namespace) -> int:
     saved = load_pool(args, network) if args.resume else None
     pool = saved.pool.to(network.device) if saved else None
     others = other_networks(args, network, pool, attacks)
+    statistics = saved.statistics.to(network.device) if saved and saved.statistics else None
     unknown_levels = saved is not None and saved.about.get("levels_from") == "nowhere"
 
     open_source = partial(EpisodeReader, **options.reading(args, network.image_size))
@@ -57,6 +59,9 @@ def main(args: argparse.Namespace) -> int:
     where = str(args.resume or "the pretrained network")
     for source, deployment in deployments.items():
         check_deployment(deployment, pool, source, open_episodes, where)
+        dim = network.module.num_features
+        check_heads(deployment.offered_heads, pool, statistics, where, dim)
+    say_fallbacks(args)
 
     part, parts = options.part(args)
     todo = range(part, args.nTestEpisode, parts)
@@ -82,6 +87,7 @@ def main(args: argparse.Namespace) -> int:
                     args.seed,
                     partial(watched, network, interrupts),
                     earlier_note(source, deployments, runs.read_merging(args.output_dir)),
+                    statistics,
                 )
                 out.note_merging(source, note | ({"epsilons": "unknown"} if unknown_levels else {}))
                 episodes = interrupts.whole(read(args, reader, left[source], network.device))
@@ -97,6 +103,11 @@ def main(args: argparse.Namespace) -> int:
 
 def open_network(args: argparse.Namespace, attacks: Sequence[Attack]) -> Network:
     """The network, with pretrained weights where they are needed."""
+    mixed = any(head.other == PRETRAINED for head in options.heads(args) or ())
+    if mixed and args.no_pretrain:
+        raise InputError(
+            "--head mix other=pretrained needs the pretrained network: it excludes --no_pretrain"
+        )
     shown = any(attack.kind in ON_OTHERS for attack in attacks)
     if args.no_pretrain and any(attack.kind == "transfer" for attack in attacks):
         raise InputError("--attack transfer attacks the pretrained network: it excludes --no_pretrain")
@@ -105,7 +116,7 @@ def open_network(args: argparse.Namespace, attacks: Sequence[Attack]) -> Network
         args.pretrained_checkpoint,
         find_device(args.device),
         image_size=args.image_size,
-        pretrained=not args.no_pretrain and (args.resume is None or shown),
+        pretrained=not args.no_pretrain and (args.resume is None or shown or mixed),
         key=args.weights_key,
         tell=say,
     )
@@ -120,6 +131,15 @@ def other_networks(
         alone = [average_of(pool, [p]) for p in range(len(pool))]
         found += [fixed_predictor(network, pool.merged(each), each) for each in alone]
     return tuple(found)
+
+
+def say_fallbacks(args: argparse.Namespace) -> None:
+    """Say what a head does without, if all support sets have one image per class."""
+    if options.sampling(args).num_support not in (1, (1, 1)):
+        return
+    for head in options.heads(args) or ():
+        if head.one_shot_note:
+            say(f"note: --head {head.name}: {head.one_shot_note}")
 
 
 def load_pool(args: argparse.Namespace, network: Network) -> checkpoint.Checkpoint:

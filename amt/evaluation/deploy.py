@@ -4,6 +4,7 @@
     weights              merged and trimmed (amt/models/pool.py), or the soup of the factors
     settings in between  as given, or chosen (amt/evaluation/select.py)
     test-time tuning     amt/tasks/finetune.py
+    head                 amt/models/heads.py, fitted to each task
 
 Knows no flags and no files; a function that opens episodes to choose on is an argument.
 """
@@ -25,15 +26,20 @@ from amt.evaluation.select import (
     trim_name,
 )
 from amt.evaluation.settings import Deployment
+from amt.models.head_settings import PRETRAINED, Head
+from amt.models.heads import PoolStatistics
 from amt.models.network import Network
 from amt.models.pool import Pool
 from amt.models.trim import Trim
 from amt.tasks.classifier import (
+    Fitter,
     Predictor,
     fixed_predictor,
+    head_classifier,
     merged_networks,
     merged_predictor,
     pretrained,
+    prototype_classifier,
 )
 from amt.tasks.finetune import finetuned_predictor
 from amt.tasks.merge import average_of, kept_members, route, soup, uniform
@@ -103,6 +109,32 @@ def check_fit(deployment: Deployment, pool: Pool, where: str) -> None:
         )
 
 
+def check_heads(
+    heads: Iterable[Head], pool: Pool | None, statistics: PoolStatistics | None, where: str, dim: int
+) -> None:
+    """Raise an `InputError` for a head that needs what is not there: statistics, or a member to mix in.
+
+    Args:
+        pool, statistics: that `where` holds; None: the pretrained network, or no statistics.
+        dim: D, the number of features.
+    """
+    for head in heads:
+        if pool is None and (head.needs_statistics or head.other is not None):
+            raise InputError(f"--head {head.name}: needs a pool; name its checkpoint with --resume")
+        if pool is not None and isinstance(head.other, int) and head.other >= len(pool):
+            raise InputError(
+                f"--head {head.name}: {where} holds adapters 0 to {len(pool) - 1}, expected one of them or "
+                f"{PRETRAINED}"
+            )
+        if head.needs_statistics and statistics is None:
+            raise InputError(
+                f"{where}: holds no statistics for --head {head.kind}; add them: python -m amt pool {where} "
+                "--statistics --data_path DIR --base_sources SOURCE --out POOL.safetensors"
+            )
+        if head.needs_statistics and (found := statistics.source.shape[-1]) != dim:
+            raise InputError(f"{where}: its statistics are of {found} features, the network has {dim}")
+
+
 def check_trims(trims: Iterable[Trim], pool: Pool) -> None:
     """Raise an `InputError` unless every trimming selects layers, and only layers that members differ in."""
     matrices = {name for name, shape in pool.shapes.items() if len(shape) == 2 and name in pool.adapted}
@@ -125,6 +157,7 @@ def deploy(
     seed: int = 0,
     progress: Progress = lambda episodes, title: episodes,
     note: Mapping | None = None,
+    statistics: PoolStatistics | None = None,
 ) -> tuple[Predictor, dict]:
     """The predictor for one domain, and the note of how its settings were decided, in plain values.
 
@@ -136,6 +169,7 @@ def deploy(
         attacks: of the evaluation; choosing on VALID episodes uses `select.selection_attacks` of them.
         seed: of the evaluation.
         note: of an earlier call, as read back from JSON: what it chose is not chosen again.
+        statistics: of the pool, for heads that need them, on the network's device.
 
     Returns:
         The predictor, and a dictionary of "how" in words, and where they apply "epsilons",
@@ -145,12 +179,36 @@ def deploy(
     Raises:
         InputError: `note` does not say what was chosen.
     """
+    fitters = _fitters(network, pool, deployment, statistics, seed)
     if note is None:
-        choose = partial(_choose, network, pool, deployment, source, open_episodes, attacks, seed, progress)
+        choose = partial(
+            _choose, network, pool, deployment, source, open_episodes, attacks, seed, progress, fitters
+        )
         note = _decide(pool, deployment, choose)
     if pool is not None and _chooses_once(deployment, pool):
         deployment = _settled(deployment, note)
-    return _predictor(network, pool, deployment, seed), dict(note)
+    (head,) = deployment.offered_heads
+    return _predictor(network, pool, deployment, seed, fitters[head.name]), dict(note)
+
+
+def _fitters(
+    network: Network, pool: Pool | None, deployment: Deployment, statistics: PoolStatistics | None, seed: int
+) -> dict[str, Fitter]:
+    """What fits each offered head, by the head's name."""
+    if statistics is not None and pool is not None and _averages_factors(deployment, pool):
+        statistics = statistics.averaged()
+
+    def fitter(head: Head) -> Fitter:
+        if head == Head():
+            return prototype_classifier
+        second = None
+        if head.other == PRETRAINED:
+            second = pretrained(network)
+        elif isinstance(head.other, int) and pool is not None:
+            second = pool[head.other].merged((1.0,))
+        return partial(head_classifier, head=head, statistics=statistics, second=second, seed=seed)
+
+    return {head.name: fitter(head) for head in deployment.offered_heads}
 
 
 def earlier_note(
@@ -194,6 +252,7 @@ def _averages_factors(deployment: Deployment, pool: Pool) -> bool:
 def _chooses(deployment: Deployment, pool: Pool) -> bool:
     """Whether there are several candidates, and a way to choose."""
     several = len(candidates_of(deployment, pool)) > 1 or deployment.trim_candidates
+    several = several or len(deployment.offered_heads) > 1
     return deployment.select != "none" and bool(several)
 
 
@@ -202,7 +261,9 @@ def _chooses_once(deployment: Deployment, pool: Pool) -> bool:
     return deployment.select != "support" and _chooses(deployment, pool)
 
 
-def _predictor(network: Network, pool: Pool | None, deployment: Deployment, seed: int) -> Predictor:
+def _predictor(
+    network: Network, pool: Pool | None, deployment: Deployment, seed: int, fitter: Fitter
+) -> Predictor:
     """The predictor when nothing is left to choose, or every task chooses."""
     merged, shares = pretrained(network), ()
     if pool is not None:
@@ -211,18 +272,18 @@ def _predictor(network: Network, pool: Pool | None, deployment: Deployment, seed
         members = soup(pool) if soup_shares else pool
         if deployment.select == "support" and _chooses(deployment, pool):
             offered, epsilon = deployment.trim_candidates, deployment.support_epsilon
-            predict = support_predictor(network, members, candidates, trims, offered, epsilon, seed)
+            predict = support_predictor(network, members, candidates, trims, offered, epsilon, seed, fitter)
             if soup_shares is None:
                 return predict
             return lambda episode: predict(episode)._replace(coefficients=soup_shares)
         (candidate,) = candidates
         if isinstance(candidate, Routing):
             choose = partial(route, network, pool, routing=candidate, members=kept_members(pool))
-            return merged_predictor(network, pool, choose, trims, seed)
+            return merged_predictor(network, pool, choose, trims, seed, fitter)
         merged, shares = merged_networks(members)(candidate, trims), soup_shares or candidate
     if deployment.finetune is not None:
-        return finetuned_predictor(network, merged, deployment.finetune, seed, shares)
-    return fixed_predictor(network, merged, shares)
+        return finetuned_predictor(network, merged, deployment.finetune, seed, shares, fitter)
+    return fixed_predictor(network, merged, shares, fitter)
 
 
 def _settled(deployment: Deployment, note: Mapping) -> Deployment:
@@ -230,6 +291,8 @@ def _settled(deployment: Deployment, note: Mapping) -> Deployment:
     try:
         trims = tuple(Trim(**trim) for trim in note["trims"])
         settled = dataclasses.replace(deployment, select="none", trims=trims, trim_candidates=())
+        if len(deployment.offered_heads) > 1:
+            settled = dataclasses.replace(settled, heads=(Head(**note["head"]),))
         if "routing" in note:
             return dataclasses.replace(settled, routings=(Routing(**note["routing"]),))
         if deployment.routing == "best":
@@ -242,14 +305,19 @@ def _settled(deployment: Deployment, note: Mapping) -> Deployment:
 def _decide(pool: Pool | None, deployment: Deployment, choose: Callable[[], tuple[Selection, str]]) -> dict:
     """Choose what there is to choose for a domain; the note that `deploy` returns."""
     if pool is None:
-        return {"how": f"none, the pretrained network{_tuning_words(deployment)}"}
+        (head,) = deployment.offered_heads
+        how = f"none, the pretrained network{_tuning_words(deployment)}"
+        return {"how": how + _head_words(head, "as given")} | _head_note(deployment, head)
     candidates, trims = candidates_of(deployment, pool), deployment.trims
     note: dict = {"epsilons": [level.epsilon for level in pool.levels]}
-    by = by_trim = "as given"
+    by = by_trim = by_head = "as given"
+    heads = {head.name: head for head in deployment.offered_heads}
+    head = next(iter(heads.values()))
     if _chooses_once(deployment, pool):
         found, by = choose()
         candidates, trims = candidates[found.candidate : found.candidate + 1], (*trims, *found.trims)
         by_trim = f"(the last one {by})" if found.trims else by_trim
+        head, by_head = heads[found.head], by if len(heads) > 1 else by_head
         note["candidates"] = [list(score) for score in found.scores]
         note |= {"stamp": STAMP} if deployment.select == "published" else {}
     note["trims"] = [dataclasses.asdict(trim) for trim in trims]
@@ -266,7 +334,23 @@ def _decide(pool: Pool | None, deployment: Deployment, choose: Callable[[], tupl
     if _averages_factors(deployment, pool):
         note["coefficients"] = list(uniform(pool))
     how += f"; trimmed {', '.join(map(trim_name, trims))} {by_trim}" if trims else ""
-    return {"how": how + _tuning_words(deployment), **note}
+    return {
+        "how": how + _tuning_words(deployment) + _head_words(head, by_head),
+        **note,
+        **_head_note(deployment, head),
+    }
+
+
+def _head_words(head: Head, by: str) -> str:
+    return "" if head == Head() else f"; head {head.name} {by}"
+
+
+def _head_note(deployment: Deployment, head: Head) -> dict:
+    """The head, if one was asked for, and what it does without at one shot."""
+    if deployment.heads is None:
+        return {}
+    at_one_shot = {"head_at_one_shot": head.one_shot_note} if head.one_shot_note else {}
+    return {"head": dataclasses.asdict(head), **at_one_shot}
 
 
 def _choose(
@@ -278,6 +362,7 @@ def _choose(
     attacks: Sequence[Attack],
     seed: int,
     progress: Progress,
+    fitters: Mapping[str, Fitter],
 ) -> tuple[Selection, str]:
     """What is best on labelled episodes, and in words how it was chosen."""
     if deployment.select == "published":
@@ -298,6 +383,7 @@ def _choose(
         deployment.trim_candidates,
         seed if own_seed is None else own_seed,
         halving=deployment.select == "valid",
+        heads=fitters,
     )
     return found, by
 

@@ -11,7 +11,7 @@ coefficients. Knows no file, and does not know where episodes come from.
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from amt.models.network import Network
 from amt.models.pool import Pool
 from amt.models.trim import Trim
 from amt.models.weights import Coefficients, Merged, stream
-from amt.tasks.classifier import Classifier, Predictor, merged_networks, prototype_classifier
+from amt.tasks.classifier import Classifier, Fitter, Predictor, merged_networks, prototype_classifier
 from amt.tasks.leave_one_out import lowest_loss, new_trial
 from amt.tasks.merge import Members, kept_members, route_each
 from amt.tasks.settings import Routing
@@ -37,7 +37,8 @@ PUBLISHED_SEED = 1234
 _SELECTION_STEPS = 10  # of PGD, half as many as usually score
 
 Candidate = Routing | Coefficients
-Setting = tuple[Coefficients, tuple[Trim, ...]]
+Setting = tuple[Coefficients, tuple[Trim, ...], Fitter]
+PROTOTYPES: Mapping[str, Fitter] = {"prototypes": prototype_classifier}
 
 
 class Selection(NamedTuple):
@@ -45,12 +46,14 @@ class Selection(NamedTuple):
 
     Args:
         candidate: its number.
+        head: the name of one of the offered heads.
         trims: one of the offered trimmings, or none.
         scores: every candidate's name and score in per cent, then those of the trimmings. The name says when
             a candidate was given up early; its score is then the mean until that episode.
     """
 
     candidate: int
+    head: str
     trims: tuple[Trim, ...]
     scores: tuple[tuple[str, float], ...]
 
@@ -118,8 +121,9 @@ def select(
     trim_candidates: Sequence[Trim] = (),
     seed: int = 0,
     halving: bool = True,
+    heads: Mapping[str, Fitter] = PROTOTYPES,
 ) -> Selection:
-    """Choose a candidate, then whether one of the trimmings improves on none.
+    """Choose a candidate with a head, then whether one of the trimmings improves on none.
 
     The criterion is the mean of clean accuracy and the accuracies under `attacks`, averaged over the
     episodes; of equally good candidates the first is taken. Shares that agree to a twentieth are evaluated
@@ -135,6 +139,7 @@ def select(
         trims: trimmings to apply in any case.
         trim_candidates: single trimmings to try, after `trims`, with the chosen candidate.
         seed: decides, with an episode's index, augmentation and the attacks' starts, as in evaluation.
+        heads: by name; each is tried with each candidate.
     """
     merged, members = _networks(pool, candidates, trim_candidates), kept_members(pool)
     columns = ["clean", *(column for attack in attacks for column in attack.columns)]
@@ -147,24 +152,25 @@ def select(
         generator = stream(seed, episode.index, 1)
         support, labels = episode.support, episode.support_labels
         found = candidate_coefficients(network, pool, candidates, support, labels, generator, members)
-        return [(coefficients, tuple(trims)) for coefficients in found]
+        return [(coefficients, tuple(trims), fitter) for coefficients in found for fitter in heads.values()]
 
     tried = _try(episodes(), routed, score, halving)
     best = _best(tried)
-    scores = _named_scores(candidate_names(candidates), tried)
+    candidate, head = best // len(heads), [*heads][best % len(heads)]
+    scores = _named_scores(_with_heads(candidate_names(candidates), heads), tried)
     if not trim_candidates:
-        return Selection(best, (), scores)
+        return Selection(candidate, head, (), scores)
     untrimmed = dict(zip(tried[best].episodes, tried[best].settings, strict=True))
 
     def trimmed(episode: Episode) -> list[Setting]:
-        coefficients, always = untrimmed[episode.index]
-        return [(coefficients, (*always, trim)) for trim in trim_candidates]
+        coefficients, always, fitter = untrimmed[episode.index]
+        return [(coefficients, (*always, trim), fitter) for trim in trim_candidates]
 
     tried_trims = _try(episodes(), trimmed, score, halving)
     scores += _named_scores([f"trim {trim_name(trim)}" for trim in trim_candidates], tried_trims)
     best_trim = _best(tried_trims)
     improves = tried_trims[best_trim].mean > tried[best].mean
-    return Selection(best, (trim_candidates[best_trim],) if improves else (), scores)
+    return Selection(candidate, head, (trim_candidates[best_trim],) if improves else (), scores)
 
 
 def support_predictor(
@@ -175,6 +181,7 @@ def support_predictor(
     trim_candidates: Sequence[Trim] = (),
     epsilon: float = 0.0,
     seed: int = 0,
+    fitter: Fitter = prototype_classifier,
 ) -> Predictor:
     """For every task: the candidate, then the trimming if it improves on none, of the least leave-one-out
     loss on the support set (amt/tasks/leave_one_out.py); merge, trim, prototypes.
@@ -184,6 +191,7 @@ def support_predictor(
     Args:
         trims, trim_candidates, seed: as for `select`.
         epsilon: bound, in 1/255, of an attack on the images left out; 0: they are clean.
+        fitter: classifies under the chosen weights; they are compared by prototypes whatever it is.
     """
     merged, members = _networks(pool, candidates, trim_candidates), kept_members(pool)
 
@@ -194,16 +202,17 @@ def support_predictor(
         def best(settings: Sequence[Setting]) -> Setting:
             if len(settings) == 1:
                 return settings[0]
-            return settings[lowest_loss(network, [partial(merged, *each) for each in settings], trial)[0]]
+            return settings[lowest_loss(network, [partial(merged, *each[:2]) for each in settings], trial)[0]]
 
         generator = stream(seed, episode.index, 1)
         found = candidate_coefficients(network, pool, candidates, support, labels, generator, members)
         distinct: dict[Coefficients, Setting] = {}
         for coefficients in found:
-            distinct.setdefault(_rounded(coefficients), (coefficients, tuple(trims)))
-        coefficients, always = best(list(distinct.values()))
-        options = [(coefficients, (*always, trim)) for trim in trim_candidates]
-        return _classifier(network, merged, episode, best([(coefficients, always), *options]))
+            distinct.setdefault(_rounded(coefficients), (coefficients, tuple(trims), fitter))
+        coefficients, always, _ = best(list(distinct.values()))
+        offered = [always, *((*always, trim) for trim in trim_candidates)]
+        chosen = best([(coefficients, each, fitter) for each in offered])
+        return _classifier(network, merged, episode, chosen)
 
     return predict
 
@@ -220,7 +229,15 @@ def _networks(
 def _classifier(
     network: Network, merged: Callable[..., Merged], episode: Episode, setting: Setting
 ) -> Classifier:
-    return prototype_classifier(network, merged(*setting), episode, setting[0])
+    coefficients, trims, fitter = setting
+    return fitter(network, merged(coefficients, trims), episode, coefficients)
+
+
+def _with_heads(names: Sequence[str], heads: Mapping[str, Fitter]) -> list[str]:
+    """A name for each candidate with each head, as short as their differences allow."""
+    if len(heads) == 1:
+        return list(names)
+    return [f"{name}, {head}" if len(names) > 1 else head for name in names for head in heads]
 
 
 def _rounded(coefficients: Coefficients) -> Coefficients:
@@ -243,7 +260,7 @@ class _Tried:
     @property
     def history(self) -> tuple:
         """Candidates of the same history cannot be told apart so far."""
-        return tuple((_rounded(coefficients), trims) for coefficients, trims in self.settings)
+        return tuple((_rounded(coefficients), *rest) for coefficients, *rest in self.settings)
 
 
 def _try(
@@ -262,7 +279,7 @@ def _try(
             running = list(range(len(settings)))
         known: dict[tuple, float] = {}
         for k in running:
-            key = _rounded(settings[k][0]), settings[k][1]
+            key = _rounded(settings[k][0]), *settings[k][1:]
             if key not in known:
                 known[key] = score(episode, settings[k])
             tried[k].episodes.append(episode.index)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from amt.models.head_settings import Head
 from amt.models.trim import Trim, read_trim
 from amt.tasks.settings import Finetuning, Routing
 from meta_dataset_readers.settings import setting
@@ -30,6 +31,7 @@ class Deployment:
         split: the split that is scored.
         single: refuse a pool of several adapters.
         finetune: test-time fine-tuning of the one network that the settings above lead to.
+        heads: what classifies, or several to choose from; None: prototypes.
     """
 
     routing: str = setting(
@@ -72,6 +74,12 @@ class Deployment:
     split: str = setting("TEST", "classes to evaluate on", choices=("TRAIN", "VALID", "TEST"))
     single: bool = False
     finetune: Finetuning | None = None
+    heads: tuple[Head, ...] | None = None
+
+    @property
+    def offered_heads(self) -> tuple[Head, ...]:
+        """The heads to choose from; only one if there is no choice."""
+        return self.heads or (Head(),)
 
 
 def published_grid(

@@ -27,6 +27,7 @@ from amt.attacks.levels import Perturbation
 from amt.files import published, weight_files
 from amt.files.digests import serialise
 from amt.files.version import commit
+from amt.models.heads import PoolStatistics
 from amt.models.pool import FullPool, LoRAPool, Pool
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError, printable
@@ -48,11 +49,13 @@ class Checkpoint:
         pool: on the CPU.
         about: arch, settings, command, versions, seed, scores, ...: plain JSON values.
         momentum: the optimisers' buffers of an unfinished training, else empty.
+        statistics: of the members' features, for heads that need them; None: not measured.
     """
 
     pool: Pool
     about: dict
     momentum: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    statistics: PoolStatistics | None = None
 
 
 def provenance() -> dict:
@@ -86,6 +89,8 @@ def packed(checkpoint: Checkpoint) -> tuple[Weights, dict]:
         tensors |= {f"residual/{name}": tensor for name, tensor in pool.residual.items()}
     tensors |= {"head/scale": pool.scale, "head/bias": pool.bias}
     tensors |= {f"momentum/{name}": tensor for name, tensor in checkpoint.momentum.items()}
+    if checkpoint.statistics is not None:
+        tensors |= {f"statistics/{name}": each for name, each in checkpoint.statistics.tensors.items()}
     about = {
         "format": FORMAT,
         "tune": pool.tune,
@@ -228,12 +233,21 @@ def _parse_own(path: Path, tensors: dict[str, Tensor], text: str) -> Checkpoint:
             raise InputError(f"{path}: tensor head/{name} is missing or not of shape ({len(levels)},)")
     read_pool = _full_pool if tune == FullPool.tune else _lora_pool
     pool = read_pool(path, groups["residual"], groups["factors"], groups["head"], levels)
-    return Checkpoint(pool, about, groups["momentum"])
+    return Checkpoint(pool, about, groups["momentum"], _statistics(path, groups["statistics"], len(pool)))
+
+
+def _statistics(path: Path, tensors: Weights, members: int) -> PoolStatistics | None:
+    try:
+        return PoolStatistics.of_tensors(tensors, members) if tensors else None
+    except ValueError as error:
+        raise InputError(f"{path}: damaged statistics: {error}") from error
 
 
 def _grouped(path: Path, tensors: Weights) -> dict[str, Weights]:
     """Tensors by the word before the first "/" of their names, all of them finite floating-point numbers."""
-    groups: dict[str, Weights] = {"residual": {}, "factors": {}, "head": {}, "momentum": {}}
+    groups: dict[str, Weights] = {
+        name: {} for name in ("residual", "factors", "head", "momentum", "statistics")
+    }
     for name, tensor in tensors.items():
         group, _, rest = name.partition("/")
         if group not in groups:

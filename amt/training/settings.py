@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from amt.models.head_settings import TRAINED
 from meta_dataset_readers.settings import setting
 
 METHODS = ("adsv", "querying", "standard")
@@ -19,6 +20,7 @@ class TuneSettings:
         method: one of `METHODS`; see amt/training/meta_tune.py.
         clip_grad: largest norm of one level's gradient, or None.
         epsilon_warmup: episodes over which epsilon and step size grow linearly to their level; 0 for none.
+        head: what classifies the queries, one of `TRAINED` with its default options; None: prototypes.
         seed: decides the attacks' random starts, together with the episode's number and the level.
     """
 
@@ -40,6 +42,11 @@ class TuneSettings:
     )
     clip_grad: float | None = setting(None, "largest gradient norm of a level (ours)", above=0, most=10**6)
     epsilon_warmup: int = setting(0, "episodes over which epsilon grows from 0 (ours)", least=0, most=10**9)
+    head: str | None = setting(
+        None,
+        "what classifies the queries in training, fitted to the support with gradients (default: prototypes)",
+        choices=TRAINED,
+    )
     seed: int = 0
 
     @property

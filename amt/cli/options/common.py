@@ -139,7 +139,7 @@ def folder_source(args: argparse.Namespace) -> list[str]:
 def sampling(args: argparse.Namespace) -> EpisodeSampling:
     """How episodes are drawn."""
     fixed = {}
-    if args.dataset in FOLDER_DATASETS:
+    if vars(args).get("dataset") in FOLDER_DATASETS:
         fixed = {"num_ways": args.nClsEpisode, "num_support": args.nSupport, "num_query": args.nQuery}
     elif vars(args).get("cdfsl_domains"):
         fixed = {"num_ways": args.test_n_way, "num_support": args.n_shot, "num_query": CDFSL_QUERIES}

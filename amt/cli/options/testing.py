@@ -16,6 +16,7 @@ from amt.cli.options.common import COUNT, EPSILON, WAYS, add_common, check_episo
 from amt.cli.options.domain_config import DomainSettings, read_domain_config
 from amt.cli.options.parsing import Parser, check_distinct
 from amt.evaluation.settings import Deployment, published_grid
+from amt.models.head_settings import Head, parse_head
 from amt.tasks.settings import BETAS, GAMMAS, Finetuning, Routing
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.settings import (
@@ -55,6 +56,32 @@ def add_merging(group: argparse._ArgumentGroup) -> None:
     add_flags(group, Routing, several=_SEARCHED)
 
 
+def add_head(group: argparse._ArgumentGroup, several: str) -> None:
+    """The flag of what classifies the features; `several` says what giving it more than once does."""
+    group.add_argument(
+        "--head",
+        nargs="+",
+        action="append",
+        metavar=("NAME", "OPTION=VALUE"),
+        help="what classifies the features: prototypes, centred, lda, ridge, robust-lda, or mix of two "
+        "networks, with shares such as support=0.3 attack=0.3 identity=0.4, and for mix of=robust-lda "
+        f"share=0.8 other=pretrained{several} (default: prototypes; docs/robust-lda.md)",
+    )
+
+
+def heads(args: argparse.Namespace) -> tuple[Head, ...] | None:
+    """The heads that --head names, in order; None for the default.
+
+    Raises:
+        InputError: one of them makes no sense, or two are the same.
+    """
+    if args.head is None:
+        return None
+    found = tuple(parse_head(words) for words in args.head)
+    check_distinct("head", [head.name for head in found])
+    return found
+
+
 def testing_parser() -> Parser:
     """The flags of test_meta_dataset.py."""
     parser = Parser("Evaluate a pool per domain: route, merge, trim, classify; clean and under attack.")
@@ -64,6 +91,7 @@ def testing_parser() -> Parser:
     _add_running(parser)
     merging = parser.add_argument_group("merging")
     add_merging(merging)
+    add_head(merging, "; given several times --select chooses")
     add_flags(merging, Deployment)
     merging.add_argument(
         "--domain_config",
@@ -172,6 +200,7 @@ def check_testing(args: argparse.Namespace) -> None:
     if args.resume is None and (needy := _needing_a_pool(args, given)):
         raise InputError(f"--{needy[0]} needs a pool; name its checkpoint with --resume")
     _check_selection(args, given)
+    _check_heads(args)
     if args.cdfsl_domains and args.test_sources:
         raise InputError("--cdfsl_domains and --test_sources exclude each other")
     sources = test_sources(args)
@@ -217,6 +246,15 @@ def _check_unseen(args: argparse.Namespace, way: str) -> None:
     if args.split == "VALID" and way == "valid" and (args.select_on is None or args.select_on in scored):
         on = f"--select_on {args.select_on}" if args.select_on else "--select valid"
         raise InputError(f"{on} would choose on the very VALID episodes it then scores")
+
+
+def _check_heads(args: argparse.Namespace) -> None:
+    """Raise an `InputError` for several heads and nothing that chooses."""
+    found, way = heads(args) or (), selection(args)
+    if len(found) > 1 and way not in ("valid", "published"):
+        raise InputError(
+            f"--head is given {len(found)} times; --select valid chooses among them, found --select {way}"
+        )
 
 
 def test_sources(args: argparse.Namespace) -> tuple[str, ...]:
@@ -296,12 +334,16 @@ def deployments(args: argparse.Namespace) -> dict[str, Deployment]:
         own = read_domain_config(args.domain_config, sources)
     found = {source: _deployment(args, own[source], source) for source in sources}
     open_to = [
-        len(each.routings) > 1 or each.trim_candidates or each.routing == "best" for each in found.values()
+        len(each.routings) > 1
+        or each.trim_candidates
+        or each.routing == "best"
+        or len(each.offered_heads) > 1
+        for each in found.values()
     ]
     if way != "none" and not any(open_to):
         raise InputError(
             "--select or --select_on has nothing to choose from: expected --routing amt or best, several "
-            "values of a flag, or --trim_candidates"
+            "values of a flag, --trim_candidates, or --head several times"
         )
     return found
 
@@ -330,6 +372,7 @@ def _deployment(args: argparse.Namespace, domain: DomainSettings, source: str) -
         support_epsilon=max(epsilons) if way == "support" else 0.0,
         single=args.deploy == "vanilla",
         finetune=finetuning(args) if args.deploy == "finetune" else None,
+        heads=heads(args),
     )
 
 

@@ -84,8 +84,21 @@ def training_parser() -> Parser:
     )
     fixed = Number(int, least=0, most=10**7)
     training.add_argument("--nValEpisode", type=fixed, default=120, help="fixed episodes per source; 0: none")
+    add_statistics(training, default=20)
     parser.add_published()
     return parser
+
+
+def add_statistics(group: argparse._ArgumentGroup, default: int) -> None:
+    """The flag of how many episodes the statistics for heads are measured on."""
+    group.add_argument(
+        "--statistics_episodes",
+        type=Number(int, least=0, most=10**6),
+        default=default,
+        metavar="N",
+        help="TRAIN episodes on which the covariances for test-time heads such as robust-lda are measured, "
+        f"once after meta-training; 0: none (default: {default})",
+    )
 
 
 def check_training(args: argparse.Namespace) -> None:

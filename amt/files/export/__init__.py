@@ -20,14 +20,15 @@ import torch
 
 from amt.files.digests import serialise
 from amt.files.export.merged import (
+    HEAD_FILES,
     METADATA,
     MergedNetwork,
     Support,
     as_metadata,
     check_kind,
     describe,
+    head_file,
     merged_network,
-    prototypes_file,
 )
 from amt.files.export.peft import adapter_files, peft_adapter
 from amt.files.export.programs import exported_program, onnx_model, torch_program
@@ -64,9 +65,9 @@ _ENDINGS = {"timm": ".safetensors", "torch": ".pt2"}  # by which timm and torch 
 def save(path: Path, to: str, merged: MergedNetwork, pool: Pool) -> list[Path]:
     """Write `network` in the format `to` ("timm", "peft", "onnx" or "torch") with all that belongs to it.
 
-    Beside a file PATH lie PATH.README.txt and, if the network has prototypes, PATH.prototypes.safetensors; a
-    PEFT adapter is a folder that holds both. Every file, and the folder as a whole, appears at once or not
-    at all.
+    Beside a file PATH lie PATH.README.txt and, if the network has a task's head, PATH.prototypes.safetensors
+    or PATH.head.safetensors; a PEFT adapter is a folder that holds both. Every file, and the folder as a
+    whole, appears at once or not at all.
 
     Args:
         path: a file, which is replaced if it is there; for "peft" a folder that is empty or not there.
@@ -123,17 +124,18 @@ def check_place(path: Path, to: str) -> None:
 
 
 def _save_beside(path: Path, content: bytes, merged: MergedNetwork, about: dict) -> list[Path]:
-    readme, beside = (
-        path.with_name(f"{path.name}.{kind}") for kind in ("README.txt", "prototypes.safetensors")
-    )
-    text = export_readme(merged, about, loading_lines(about["format"], merged, path), beside.name)
+    readme = path.with_name(f"{path.name}.README.txt")
+    text = export_readme(merged, about, loading_lines(about["format"], merged, path), f"{path.name}.")
     files = {path: content, readme: text.encode()}
-    if merged.prototypes is not None:
-        files[beside] = prototypes_file(merged, about)
+    if merged.head is not None:
+        name, head = head_file(merged, about)
+        files[path.with_name(f"{path.name}.{name}")] = head
     for file, data in files.items():
         replace_file(file, data)
-    if beside not in files:
-        beside.unlink(missing_ok=True)  # of an earlier export to this name: another network's
+    for name in HEAD_FILES:
+        beside = path.with_name(f"{path.name}.{name}")
+        if beside not in files:
+            beside.unlink(missing_ok=True)  # of an earlier export to this name: another network's
     return list(files)
 
 

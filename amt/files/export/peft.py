@@ -20,7 +20,7 @@ from amt.files.export.merged import (
     as_metadata,
     at_image_size,
     check_kind,
-    prototypes_file,
+    head_file,
     whole_patches,
 )
 from amt.files.export.readme import export_readme
@@ -121,7 +121,7 @@ def adapter_files(folder: Path, merged: MergedNetwork, pool: LoRAPool, about: di
     resized = positions is not table
     tokens_per_side = math.isqrt(table.shape[1] - 1) if resized else network.image_size // network.patch_size
     loading = _loading_lines(merged, folder, tokens_per_side * network.patch_size, resized)
-    readme = export_readme(merged, about, loading, f"{folder.name}/prototypes.safetensors")
+    readme = export_readme(merged, about, loading, f"{folder.name}/")
     files = {
         "adapter_config.json": (json.dumps(config, indent=2) + "\n").encode(),
         "adapter_model.safetensors": serialise(tensors, {"format": "pt", **as_metadata(about)}),
@@ -129,8 +129,9 @@ def adapter_files(folder: Path, merged: MergedNetwork, pool: LoRAPool, about: di
     }
     if resized:
         files["positions.safetensors"] = serialise({"pos_embed": positions.contiguous()}, {})
-    if merged.prototypes is not None:
-        files["prototypes.safetensors"] = prototypes_file(merged, about)
+    if merged.head is not None:
+        name, content = head_file(merged, about)
+        files[name] = content
     return files
 
 
