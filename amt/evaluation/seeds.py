@@ -22,13 +22,21 @@ def read_row(word: str) -> Run:
     Raises:
         InputError: a folder holds no run, or the runs cannot be one row.
     """
-    if Path(word).expanduser().exists() or not {"=", ","} & set(word):
-        return load(Path(word).expanduser())
+    name, folders = named(word)
+    found = [load(folder) for folder in folders]
+    return found[0] if len(found) == 1 and not name else joined(found, name or folders[0].name)
+
+
+def named(word: str) -> tuple[str, list[Path]]:
+    """The name in such a word, or "", and the folders. Raises InputError if there is no folder."""
+    whole = Path(word).expanduser()
+    if whole.exists() or not {"=", ","} & set(word):
+        return "", [whole]
     name, _, folders = word.rpartition("=")
-    found = [load(Path(folder).expanduser()) for folder in folders.split(",") if folder]
+    found = [Path(folder).expanduser() for folder in folders.split(",") if folder]
     if not found:
         raise InputError(f"{word}: expected RUN, or NAME=RUN,RUN,... with a run for each training seed")
-    return joined(found, name or found[0].folder.name)
+    return name, found
 
 
 def joined(parts: Sequence[Run], name: str) -> Run:
