@@ -72,10 +72,14 @@ def ranking(shown: Sequence[Shown]) -> Table:
     return Table(("row", "place", *heads, "seeds", "candidates", "tuned on", "stamps"), rows)
 
 
-def plane(shown: Sequence[Shown]) -> Figure | None:
+def plane(shown: Sequence[Shown], joined: Sequence[str] = ()) -> Figure | None:
     """The clean-robust plane: a point per row, its averages over domains and over the columns under attack;
-    None if nothing was attacked."""
-    series, rows = [], []
+    None if nothing was attacked.
+
+    Args:
+        joined: labels of the rows that are settings of one knob, joined by a line in this order.
+    """
+    points, rows = {}, []
     for each in shown:
         clean = each.summary(each.whole, "clean")
         robust = [found for c in each.run.columns if c != "clean" and (found := each.summary(each.whole, c))]
@@ -83,23 +87,25 @@ def plane(shown: Sequence[Shown]) -> Figure | None:
             continue
         mean = sum(found.mean for found in robust) / len(robust)
         says = f"{each.label}: clean {spoken(clean)}, mean under attack {mean:.1f}, n = {clean.n}"
-        point = Point(clean.mean, mean, span(clean), None, each.label, says)
-        series.append(Series(each.label, distinct(each.place), (point,)))
-        rows.append(
-            (Cell(each.label), *numbers(clean)[:-1], Cell(f"{mean:.1f}", mean), Cell(str(clean.n), clean.n))
-        )
-    if not series:
+        points[each.label] = Point(clean.mean, mean, span(clean), None, each.label, says)
+        cells = (Cell(f"{mean:.1f}", mean), Cell(str(clean.n), clean.n))
+        rows.append((Cell(each.label), *numbers(clean)[:-1], *cells))
+    if not points:
         return None
-    axes = [
-        Axis(f"{name}, per cent", 0, 100, 10, rules=chances(shown, shown[0].whole))
+    alone = [name for name in points if name not in joined]
+    series = [Series(name, distinct(k), (points[name],)) for k, name in enumerate(alone)]
+    if knob := tuple(points[name] for name in joined if name in points):
+        series.append(Series("the knob", distinct(len(alone)), knob, joined=True))
+    rules = chances(shown, shown[0].whole)
+    x, y = (
+        Axis(f"{name}, per cent", 0, 100, 10, rules=rules)
         for name in ("clean accuracy", "mean accuracy under attack")
-    ]
+    )
     under = ", ".join(column for column in shown[0].run.columns if column != "clean")
     caption = (
         f"One point per row, averages over domains; under attack the mean over {under}; bars: 95% bootstrap "
         f"intervals. {CHANCE}"
     )
     table = Table(("row", "clean", *INTERVAL, "under attack", "n"), rows)
-    return Figure(
-        "plane", "Clean and robust accuracy", caption, (Panel("", "", *axes, tuple(series)),), table
-    )
+    panel = Panel("", "", x, y, tuple(series))
+    return Figure("plane", "Clean and robust accuracy", caption, (panel,), table)
