@@ -12,7 +12,7 @@ CANDIDATES := python3 python3.13 python3.12 python3.11 python
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 # Only what the demo, the study and the benchmark write: data/ and runs/ also hold the user's own work.
-MADE_HERE := data/mini data/autolora_demo runs/mini_demo* results/mini_* results/autolora_demo
+MADE_HERE := data/mini data/autolora_demo runs/mini_demo* results/mini_demo* results/mini_study results/autolora_demo
 
 # Another environment's settings would leak its packages in here, or send ours elsewhere.
 unexport VIRTUAL_ENV CONDA_PREFIX PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX
@@ -55,8 +55,9 @@ autolora-demo: $(STAMP) ## fine-tune a small ResNet by AutoLoRa and what it is c
 	@echo "autolora-demo: data, pre-training, twelve fine-tunings; under five minutes on two idle cores"
 	$(PY) -m studies.autolora_demo
 
-results: $(STAMP) ## run the small study
+results: $(STAMP) ## run the small study: in four hours on two cores, or what is left of it
 	$(PY) -m studies.mini_study
+	$(PY) -m studies.mini_results
 
 bench: $(STAMP) ## time meta-tuning, evaluation and AutoLoRa
 	$(PY) benchmarks/meta_tuning.py

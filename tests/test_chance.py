@@ -10,8 +10,9 @@ from test_runs import ABOUT, fill, row
 from amt.attacks.kinds import Attack
 from amt.cli.compare import main
 from amt.evaluation import runs
-from amt.evaluation.chance import chance, chance_notes, chance_of, is_below_chance
+from amt.evaluation.chance import chance_notes, is_below_chance
 from amt.evaluation.evaluate import columns, evaluate
+from amt.evaluation.statistics import chance
 from amt.tasks.classifier import Classifier
 
 
@@ -28,9 +29,9 @@ def test_chance_is_the_mean_of_one_in_n_and_domains_count_alike(tmp_path):
     rows = [row("a", 0, ways=4), row("a", 1, ways=2), row("a", 2, ways=4), row("b", 0), row("b", 1)]
     fill(tmp_path, rows)
     run = runs.load(tmp_path)
-    assert chance(rows[:3]) == pytest.approx(100 / 3) and chance_of(run, "b") == pytest.approx(20)
-    assert chance_of(run, "average") == pytest.approx((100 / 3 + 20) / 2)
-    assert chance_of(run, "c") is None and not is_below_chance(run, "c", "clean")
+    assert chance(rows[:3]) == pytest.approx(100 / 3) and run.chance("b") == pytest.approx(20)
+    assert run.chance("average") == pytest.approx((100 / 3 + 20) / 2)
+    assert not is_below_chance(run, "c", "pgd3@2")
 
 
 def test_what_is_not_above_chance_is_marked(tmp_path):

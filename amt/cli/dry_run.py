@@ -64,13 +64,19 @@ def fine_tuning(args: argparse.Namespace) -> int:
 
 def page(args: argparse.Namespace) -> int:
     """What `amt report` would do, said; 0, or 2 if something is missing."""
-    from amt.evaluation import runs
+    from amt.evaluation import leaderboard, runs, seeds
 
     say(f"would write {args.out}, of {len(args.runs)} runs")
     needs = [_output(args.out.parent, "--out")]
-    for run in args.runs:
-        needs.append(_checked(f"run {run}", run, args, lambda run=run: f"{len(runs.load(run).rows)} domains"))
+    for folder in (folder for word in args.runs for folder in seeds.named(word)[1]):
+        load = leaderboard.read if folder.suffix == ".json" else runs.load
+        look = functools.partial(_domains, load, folder)
+        needs.append(_checked(f"run {folder}", folder, args, look))
     return _say(needs)
+
+
+def _domains(load: Callable, folder: Path) -> str:
+    return f"{len(load(folder).rows)} domains"
 
 
 def _say(needs: Iterator[Need] | Sequence[Need]) -> int:

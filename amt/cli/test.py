@@ -13,6 +13,8 @@ from amt.attacks.kinds import ON_OTHERS, Attack
 from amt.cli import options
 from amt.evaluation import runs
 from amt.evaluation.deploy import check_deployment, check_heads, deploy, earlier_note
+from amt.evaluation.evaluate import columns, measure
+from amt.evaluation.oracle import Oracle, best_row
 from amt.evaluation.recording import description, ended, examine, interruptible, record
 from amt.evaluation.statistics import groups
 from amt.evaluation.writer import Writer
@@ -180,10 +182,13 @@ def read(args, reader: EpisodeReader, numbers: Sequence[int], device: torch.devi
 
 
 def score(
-    args, predict: Predictor, episode: Episode, attacks, out: Writer, others: Sequence[Predictor]
+    args, predict: Predictor | Oracle, episode: Episode, attacks, out: Writer, others: Sequence[Predictor]
 ) -> dict:
     """The row of one episode; on the first ones the attacks are checked, and images kept."""
     check, keep = episode.index < args.probe_episodes, episode.index < args.samples
+    if isinstance(predict, Oracle):
+        rows = [measure(each, episode, attacks, args.seed, others).row for each in predict.predictors]
+        return best_row(rows, columns(attacks))
     measured = examine(out, predict, episode, attacks, args.seed, check=check, keep=keep, others=others)
     return measured.row | ({"skipped": len(episode.skipped)} if episode.skipped else {})
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from amt.attacks.kinds import Attack
+from amt.evaluation.oracle import STAMP as ORACLE_STAMP
+from amt.evaluation.oracle import Oracle, simplex_grid
 from amt.evaluation.select import (
     PUBLISHED_EPISODES,
     PUBLISHED_SEED,
@@ -31,6 +33,7 @@ from amt.models.heads import PoolStatistics
 from amt.models.network import Network
 from amt.models.pool import Pool
 from amt.models.trim import Trim
+from amt.models.weights import Coefficients
 from amt.tasks.classifier import (
     Fitter,
     Predictor,
@@ -158,7 +161,7 @@ def deploy(
     progress: Progress = lambda episodes, title: episodes,
     note: Mapping | None = None,
     statistics: PoolStatistics | None = None,
-) -> tuple[Predictor, dict]:
+) -> tuple[Predictor | Oracle, dict]:
     """The predictor for one domain, and the note of how its settings were decided, in plain values.
 
     `check_deployment` has passed. Without `note` this may read and attack episodes to choose settings.
@@ -172,9 +175,10 @@ def deploy(
         statistics: of the pool, for heads that need them, on the network's device.
 
     Returns:
-        The predictor, and a dictionary of "how" in words, and where they apply "epsilons",
-        "coefficients", "routing", "trims", "candidates" with their scores, and "stamp": a warning to print
-        beside every result.
+        The predictor, or for routing "oracle" one for each mixture, and a dictionary of "how" in words, and
+        where they apply "epsilons", "coefficients", "routing", "trims", "candidates" with their scores,
+        "curve" with their clean and robust accuracies, "tuned_on", and "stamp": a warning to print beside
+        every result.
 
     Raises:
         InputError: `note` does not say what was chosen.
@@ -188,6 +192,8 @@ def deploy(
     if pool is not None and _chooses_once(deployment, pool):
         deployment = _settled(deployment, note)
     (head,) = deployment.offered_heads
+    if pool is not None and deployment.routing == "oracle":
+        return _oracle(network, pool, deployment, fitters[head.name]), dict(note)
     return _predictor(network, pool, deployment, seed, fitters[head.name]), dict(note)
 
 
@@ -239,9 +245,21 @@ def candidates_of(deployment: Deployment, pool: Pool) -> tuple[Candidate, ...]:
         return ((1.0,),)
     if deployment.routing == "uniform":
         return (uniform(pool),)
+    if deployment.routing == "oracle":
+        return simplex_grid(len(pool), deployment.oracle_parts)
     if deployment.routing == "best":
         return tuple(average_of(pool, [p]) for p in range(len(pool)))
     return deployment.routings
+
+
+def _oracle(network: Network, pool: Pool, deployment: Deployment, fitter: Fitter) -> Oracle:
+    """A predictor for each mixture of the grid; the merged networks are not kept."""
+    merged = merged_networks(pool)
+
+    def predictor(coefficients: Coefficients) -> Predictor:
+        return lambda episode: fitter(network, merged(coefficients, deployment.trims), episode, coefficients)
+
+    return Oracle(tuple(map(predictor, candidates_of(deployment, pool))))
 
 
 def _averages_factors(deployment: Deployment, pool: Pool) -> bool:
@@ -319,10 +337,15 @@ def _decide(pool: Pool | None, deployment: Deployment, choose: Callable[[], tupl
         by_trim = f"(the last one {by})" if found.trims else by_trim
         head, by_head = heads[found.head], by if len(heads) > 1 else by_head
         note["candidates"] = [list(score) for score in found.scores]
+        note |= {"curve": [list(point) for point in found.curve], "tuned_on": by.removeprefix("chosen on ")}
         note |= {"stamp": STAMP} if deployment.select == "published" else {}
     note["trims"] = [dataclasses.asdict(trim) for trim in trims]
     if _chooses(deployment, pool) and deployment.select == "support":
         how = _support_words(deployment, candidates)
+        note["candidates"] = [[name, None] for name in candidate_names(candidates)]
+    elif deployment.routing == "oracle" and len(candidates) > 1:
+        how = f"oracle, the best of {len(candidates)} mixtures for every task and column by its query labels"
+        note |= {"stamp": ORACLE_STAMP, "tuned_on": "the query labels of every scored task"}
         note["candidates"] = [[name, None] for name in candidate_names(candidates)]
     else:
         (candidate,) = candidates
@@ -373,6 +396,7 @@ def _choose(
         tried = selection_attacks(attacks)
         columns = [column for attack in tried for column in attack.columns]
         by = f"chosen on {n} VALID episodes of {on}" + (f" under {', '.join(columns)}" if columns else "")
+        by += f" by {deployment.select_by} accuracy" if deployment.select_by != "mean" else ""
     found = select(
         network,
         soup(pool) if _averages_factors(deployment, pool) else pool,
@@ -384,6 +408,7 @@ def _choose(
         seed if own_seed is None else own_seed,
         halving=deployment.select == "valid",
         heads=fitters,
+        by=deployment.select_by,
     )
     return found, by
 

@@ -34,6 +34,7 @@ from meta_dataset_readers.episode import Episode
 PUBLISHED_EPISODES = 6
 PUBLISHED_SEED = 1234
 
+LEAST_EPISODES = 30  # that every candidate has seen before one is given up
 _SELECTION_STEPS = 10  # of PGD, half as many as usually score
 
 Candidate = Routing | Coefficients
@@ -50,12 +51,47 @@ class Selection(NamedTuple):
         trims: one of the offered trimmings, or none.
         scores: every candidate's name and score in per cent, then those of the trimmings. The name says when
             a candidate was given up early; its score is then the mean until that episode.
+        curve: of every candidate its name, clean and robust accuracy in per cent (the latter None where
+            nothing was attacked) and the number of episodes: what each criterion would have chosen from.
     """
 
     candidate: int
     head: str
     trims: tuple[Trim, ...]
     scores: tuple[tuple[str, float], ...]
+    curve: tuple[tuple[str, float, float | None, int], ...] = ()
+
+
+class Score(NamedTuple):
+    """What a candidate reached on one episode, in per cent.
+
+    Args:
+        value: by the criterion that chooses.
+        clean: accuracy.
+        robust: the mean over the columns under attack; None without one.
+    """
+
+    value: float
+    clean: float
+    robust: float | None
+
+
+def score_of(row: Mapping, columns: Sequence[str], by: str = "mean") -> Score:
+    """The score of an episode's row.
+
+    Args:
+        columns: accuracies of the row, clean the first.
+        by: the criterion: "mean" of all columns, "clean" accuracy, or "robust", the mean of the others.
+
+    Raises:
+        ValueError: robust, and nothing was attacked.
+    """
+    clean, *attacked = (100 * row[column] for column in columns)
+    robust = statistics.fmean(attacked) if attacked else None
+    value = {"mean": statistics.fmean([clean, *attacked]), "clean": clean, "robust": robust}[by]
+    if value is None:
+        raise ValueError("the robust criterion needs an attack")
+    return Score(value, clean, robust)
 
 
 def candidate_names(candidates: Sequence[Candidate]) -> list[str]:
@@ -122,15 +158,15 @@ def select(
     seed: int = 0,
     halving: bool = True,
     heads: Mapping[str, Fitter] = PROTOTYPES,
+    by: str = "mean",
 ) -> Selection:
     """Choose a candidate with a head, then whether one of the trimmings improves on none.
 
-    The criterion is the mean of clean accuracy and the accuracies under `attacks`, averaged over the
-    episodes; of equally good candidates the first is taken. Shares that agree to a twentieth are evaluated
-    once. With `halving`, those that lag behind are given up early (successive halving, Jamieson & Talwalkar
-    2016): after 2, 4, 8, ... episodes the better half of the distinct ones goes on, at least two to the end.
-    So ten distinct mixtures cost as much as 2.6 on each of 40 episodes, and all that are compared have seen
-    the same episodes.
+    The criterion is averaged over the episodes; of equally good candidates the first is taken. Shares that
+    agree to a twentieth are evaluated once. With `halving`, those that lag behind are given up early
+    (successive halving, Jamieson & Talwalkar 2016): after 30, 60, 120, ... episodes the better half of the
+    distinct ones goes on, at least two to the end. Fewer than 30 would drop a good candidate for a few hard
+    tasks. All that are compared have seen the same episodes.
 
     Args:
         episodes: gives labelled episodes on the network's device, the same at every call; none is kept, and
@@ -140,13 +176,14 @@ def select(
         trim_candidates: single trimmings to try, after `trims`, with the chosen candidate.
         seed: decides, with an episode's index, augmentation and the attacks' starts, as in evaluation.
         heads: by name; each is tried with each candidate.
+        by: the criterion, see `score_of`.
     """
     merged, members = _networks(pool, candidates, trim_candidates), kept_members(pool)
     columns = ["clean", *(column for attack in attacks for column in attack.columns)]
 
-    def score(episode: Episode, setting: Setting) -> float:
+    def score(episode: Episode, setting: Setting) -> Score:
         row = measure(lambda _: _classifier(network, merged, episode, setting), episode, attacks, seed).row
-        return 100 * statistics.fmean(row[column] for column in columns)
+        return score_of(row, columns, by)
 
     def routed(episode: Episode) -> list[Setting]:
         generator = stream(seed, episode.index, 1)
@@ -157,9 +194,10 @@ def select(
     tried = _try(episodes(), routed, score, halving)
     best = _best(tried)
     candidate, head = best // len(heads), [*heads][best % len(heads)]
-    scores = _named_scores(_with_heads(candidate_names(candidates), heads), tried)
+    names = _with_heads(candidate_names(candidates), heads)
+    scores, curve = _named_scores(names, tried), _curve(names, tried)
     if not trim_candidates:
-        return Selection(candidate, head, (), scores)
+        return Selection(candidate, head, (), scores, curve)
     untrimmed = dict(zip(tried[best].episodes, tried[best].settings, strict=True))
 
     def trimmed(episode: Episode) -> list[Setting]:
@@ -170,7 +208,7 @@ def select(
     scores += _named_scores([f"trim {trim_name(trim)}" for trim in trim_candidates], tried_trims)
     best_trim = _best(tried_trims)
     improves = tried_trims[best_trim].mean > tried[best].mean
-    return Selection(candidate, head, (trim_candidates[best_trim],) if improves else (), scores)
+    return Selection(candidate, head, (trim_candidates[best_trim],) if improves else (), scores, curve)
 
 
 def support_predictor(
@@ -251,11 +289,11 @@ class _Tried:
 
     episodes: list[int] = dataclasses.field(default_factory=list)
     settings: list[Setting] = dataclasses.field(default_factory=list)
-    scores: list[float] = dataclasses.field(default_factory=list)
+    scores: list[Score] = dataclasses.field(default_factory=list)
 
     @property
     def mean(self) -> float:
-        return statistics.fmean(self.scores)
+        return statistics.fmean(score.value for score in self.scores)
 
     @property
     def history(self) -> tuple:
@@ -266,7 +304,7 @@ class _Tried:
 def _try(
     episodes: Iterable[Episode],
     settings_of: Callable[[Episode], list[Setting]],
-    score: Callable[[Episode, Setting], float],
+    score: Callable[[Episode, Setting], Score],
     halving: bool,
 ) -> list[_Tried]:
     """Every candidate's settings and scores, until the last episode or until it is given up."""
@@ -277,7 +315,7 @@ def _try(
         if number == 1:
             tried = [_Tried() for _ in settings]
             running = list(range(len(settings)))
-        known: dict[tuple, float] = {}
+        known: dict[tuple, Score] = {}
         for k in running:
             key = _rounded(settings[k][0]), *settings[k][1:]
             if key not in known:
@@ -285,7 +323,8 @@ def _try(
             tried[k].episodes.append(episode.index)
             tried[k].settings.append(settings[k])
             tried[k].scores.append(known[key])
-        if halving and number > 1 and number & (number - 1) == 0:
+        rounds, between = divmod(number, LEAST_EPISODES)
+        if halving and between == 0 and rounds & (rounds - 1) == 0:
             running = _better_half(tried, running)
     return tried
 
@@ -313,4 +352,14 @@ def _named_scores(names: Sequence[str], tried: Sequence[_Tried]) -> tuple[tuple[
         seen = len(each.scores)
         given_up = "" if seen == most else f" (given up after {seen} episodes)"
         found.append((name + given_up, each.mean))
+    return tuple(found)
+
+
+def _curve(names: Sequence[str], tried: Sequence[_Tried]) -> tuple[tuple[str, float, float | None, int], ...]:
+    """Clean and robust accuracy of every candidate on the episodes that it has seen."""
+    found = []
+    for name, each in zip(names, tried, strict=True):
+        robust = [score.robust for score in each.scores if score.robust is not None]
+        clean = statistics.fmean(score.clean for score in each.scores)
+        found.append((name, clean, statistics.fmean(robust) if robust else None, len(each.scores)))
     return tuple(found)

@@ -16,6 +16,7 @@ from amt.report.shown import (
     NORMS,
     Shown,
     attack_of,
+    chances,
     columns,
     domains,
     n_note,
@@ -32,6 +33,7 @@ from amt.report.shown import (
 from amt.report.tables import Cell, Table
 
 INTERVAL = ("±", "from", "to")
+CHANCE = "Dashed: chance, the accuracy of guessing."
 
 
 def figures(shown: Sequence[Shown]) -> list[Figure | HeatMap]:
@@ -70,7 +72,10 @@ def scatter(shown: Sequence[Shown]) -> Figure | None:
     caption = f"One point per domain and run over {row_counts(shown)}; bars: 95% bootstrap intervals. {which}"
     if len(series) > 1:
         caption += f" Lines lead from {series[0].name} to the others."
-    axes = (Axis(f"{name}, per cent", 0, 100, least=10) for name in ("clean accuracy", under))
+    rules = [round(each.run.chance(name), 6) for each in shown for name in each.run.rows]
+    rules = tuple(dict.fromkeys(rules)) if len(set(rules)) == 1 else ()
+    caption += f" {CHANCE}" * bool(rules)
+    axes = (Axis(f"{name}, per cent", 0, 100, least=10, rules=rules) for name in ("clean accuracy", under))
     panel = Panel("", "", *axes, tuple(series), labelled=True)
     table = Table(("domain", "run", "robust column", "clean", *INTERVAL, "robust", *INTERVAL, "n"), rows)
     return Figure("clean_robust", "Clean and robust accuracy", caption, (panel,), table)
@@ -83,16 +88,17 @@ def curves(shown: Sequence[Shown]) -> list[Figure]:
     for norm, attacks in attacks_by_norm(shown).items():
         radii = [epsilon for radii in attacks.values() for epsilon in radii]
         x = Axis(f"epsilon in 1/255, {NORMS[norm]}", 0, max(radii), max(radii), _epsilon_ticks(radii))
-        y = Axis("accuracy, per cent", 0, 100, 100, (0, 25, 50, 75, 100))
         panels, rows = [], []
         for name in names:
+            y = Axis("accuracy, per cent", 0, 100, 100, (0, 25, 50, 75, 100), rules=chances(shown, name))
             if series := _lines(shown, name, attacks, rows):
                 counts = [clean.n for each in shown if (clean := each.summary(name, "clean")) is not None]
                 panels.append(Panel(name, n_note(counts), x, y, tuple(series)))
         if panels:
             caption = (
                 f"Accuracy under {', '.join(attacks)} against the size of the perturbation in the "
-                f"{NORMS[norm]} norm, clean at 0; bars: 95% bootstrap intervals, n {units(shown)} as noted."
+                f"{NORMS[norm]} norm, clean at 0; bars: 95% bootstrap intervals, "
+                f"n {units(shown)} as noted. {CHANCE}"
             )
             table = Table(("domain", "run", "attack", "epsilon", "accuracy", *INTERVAL, "n"), rows)
             title = f"Robustness curves, {NORMS[norm]}"

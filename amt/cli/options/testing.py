@@ -227,6 +227,12 @@ def _check_selection(args: argparse.Namespace, given: Sequence[str]) -> None:
     way = selection(args)
     if args.select_on and way != "valid":
         raise InputError(f"--select_on {args.select_on} is for --select valid, found --select {way}")
+    if args.select_by != "mean" and way != "valid":
+        raise InputError(f"--select_by {args.select_by} is for --select valid, found --select {way}")
+    if args.select_by == "robust" and not (args.attack or any(args.epsilon)):
+        raise InputError("--select_by robust needs an attack, found --epsilon without a value")
+    if args.routing == "oracle" and (way != "none" or args.deploy == "finetune"):
+        raise InputError("--routing oracle chooses by the query labels: it excludes --select and finetune")
     if args.trim_candidates and way == "none":
         raise InputError("--trim_candidates are for --select to choose from, for example --select support")
     if given and args.routing != "amt":
