@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from conftest import fails
 from PIL import Image
+from toy_runs import write_run
 
 from amt.cli.options.domain_config import read_domain_config
 from amt.data.corruptions import open_corrupted
 from amt.data.datasets import open_dataset
+from amt.evaluation.runs import read_about
 from amt.evaluation.writer import Writer
 from amt.files import checkpoint, weight_files
 from meta_dataset_readers.bscd import open_chestx
@@ -157,3 +159,10 @@ def test_rows_to_be_continued_are_a_regular_file(tmp_path, make):
     """An evaluation reads what it goes on from; a pipe or device would keep it for ever."""
     make(tmp_path / "rows.jsonl")
     fails(KINDS[make], lambda: Writer(tmp_path, {"settings": {}}).__enter__())
+
+
+@pytest.mark.parametrize("field", ["commit", "started", "arch", "checkpoint", "command"])
+@pytest.mark.parametrize("value", [5, 1e999, [1]])
+def test_a_run_says_what_it_is_in_texts(tmp_path, field, value):
+    run = write_run(tmp_path / "run", **{field: value})
+    fails(f"run.json: field '{field}'.*: expected a string", lambda: read_about(run))

@@ -161,6 +161,8 @@ def torture(program: Program, place: Path, kills: int, draw: random.Random) -> K
             phases[program.phase(out)] += 1
             continue
         compared += 1
+        if code != 0:
+            print(f"  exit code {code}: {log.read_text(errors='replace')[-500:]}", file=sys.stderr)
         equal += code == 0 and program.same(reference, out)
         run, before = run + 1, 0
         if done >= kills:

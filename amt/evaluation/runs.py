@@ -62,6 +62,11 @@ class _About(TypedDict):
     peak_memory_mb: NotRequired[Duration]
     skipped_records: NotRequired[Count]
     versions: NotRequired[dict[str, str]]
+    command: NotRequired[str | None]
+    commit: NotRequired[str | None]
+    started: NotRequired[str | None]
+    arch: NotRequired[str | None]
+    checkpoint: NotRequired[str | None]
 
 
 class _Merging(TypedDict):
