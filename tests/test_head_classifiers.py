@@ -112,8 +112,8 @@ def test_attacks_see_the_whole_head(network, pool, known, head, shots, request):
 
 
 def test_an_attack_on_the_covariance_goes_through_the_fit(network, pool, known, five_shot):
-    """The support attack refits the head at every step: it finds more harm than one that holds the covariance
-    of the clean support, judged on the head that is fitted to the moved support."""
+    """The support attack refits the head at every step with gradients, and the harm it reports is that of the
+    head fitted to the moved support."""
     found = classifier(network, pool, known, five_shot, ROBUST)
     fitted_to = []
 
