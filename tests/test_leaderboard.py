@@ -115,10 +115,7 @@ def test_a_page_shows_a_row_of_seeds_chance_and_what_is_below_it(make):
     low = rows[1].summary("digits", "pgd20@8").mean
     assert low < 20 == rows[1].chance("digits")
     text = page(rows)
-    assert (
-        f"{low:.1f}&lt;" in text
-        and text.count("marks an accuracy under attack that is not above chance") == 1
-    )
+    assert f"{low:.1f}&lt;" in text and text.count("marks an accuracy that is not above chance") == 1
     assert ">chance</button>" in text and "Dashed: chance" in text and "seed 0, 1, 2" in text
     assert "not above chance" not in page([seeds.read_row(make("strong", 1.0))])
 

@@ -12,8 +12,8 @@ ROUNDING = 1e-9  # points: a constant classifier is at chance, give or take floa
 
 
 def is_below_chance(run: Run, name: str, column: str) -> bool:
-    """Whether a robust accuracy of a domain or an average is not above chance."""
-    summary = run.summary(name, column) if column != "clean" else None
+    """Whether an accuracy of a domain or an average is not above chance."""
+    summary = run.summary(name, column)
     return summary is not None and summary.mean <= run.chance(name) + ROUNDING
 
 

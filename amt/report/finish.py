@@ -9,6 +9,7 @@ import resource
 import torch
 
 from amt.evaluation import runs
+from amt.evaluation.chance import chance_notes, is_below_chance
 from amt.evaluation.dilution import dilution
 from amt.evaluation.runs import Run
 from amt.report.tables import corruption_table, table
@@ -43,7 +44,11 @@ def finish(run: Run, device: torch.device) -> None:
     say(f"accuracy on {run.about.get('split')} {run.unit}s in per cent, 95% intervals{merging}")
     for stamp in run.stamps:
         say(stamp)
-    say(table(run.columns, lines, [[run.suspect(name, c) for c in run.columns] for name in names]))
+    suspects = [[run.suspect(name, c) for c in run.columns] for name in names]
+    low = [[is_below_chance(run, name, c) for c in run.columns] for name in names]
+    say(table(run.columns, lines, suspects, low))
+    for line in chance_notes(run):
+        say(line)
     for source, warning in dilutions(run).items():
         say(f"warning: {source}: {warning}")
     for column, variants in run.variants.items():
