@@ -106,7 +106,7 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, list[str]]]:
     for name, content, words in (
         ("runs", {"model": Runs(folder / "ran")}, ["mkdir", convert]),
         ("foreign", {"model": Legacy()}, ["test_bad_checkpoints.Legacy", convert]),
-        ("path", {"out": Path("x")}, ["LoRAs"]),
+        ("path", {"out": Path("x")}, []),
         ("network", torch.nn.Linear(1, 1), ["torch.nn.modules.linear.Linear", convert]),
         ("list", [torch.ones(1)], ["holds a list", "dictionary"]),
         ("nothing", {}, ["LoRAs"]),

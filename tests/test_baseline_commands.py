@@ -138,7 +138,7 @@ def test_fine_tuning_per_task_from_the_command_line(world, trained, tmp_path):
     vanilla = rows("vanilla", "--deploy", "vanilla")
     finetune_it = ("--deploy", "finetune", "--ada_steps", 3)
     assert rows("still", *finetune_it, "--ada_lr", 0) == vanilla
-    assert rows("tuned", *finetune_it, "--ada_lr", 0.003) != vanilla
+    assert rows("tuned", *finetune_it, "--ada_lr", 0.03) != vanilla
 
 
 def test_fine_tuning_starts_from_one_network(world, trained, tmp_path):
