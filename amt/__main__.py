@@ -11,7 +11,7 @@ from pathlib import Path
 
 from meta_dataset_readers.errors import InputError, exit_on_bad_input, nearest, say
 
-COMMANDS = ("autolora", "checkpoint", "compare", "export", "pool", "report")
+COMMANDS = ("autolora", "checkpoint", "compare", "export", "pool", "predict", "report")
 
 
 def main() -> int:

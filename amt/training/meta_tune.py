@@ -26,7 +26,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -347,6 +347,40 @@ class Tuner:
                 self._scalers[p].load_state_dict(numbers["scalers"][p])
             if "seen" in numbers:  # not in older files
                 self._sums[p] = EpochSums(*numbers["seen"][p])
+
+
+def meta_tune(
+    network: Network, pool: Pool, episodes: Iterable[Episode], settings: TuneSettings | None = None
+) -> Pool:
+    """The pool after a step of every member on each episode, until the episodes or the settings' epochs end.
+
+    main.py does the same step, and keeps a run beside it: checkpoints, validation, a log.
+
+    Args:
+        network: the structure, on the device to train on.
+        pool: on that device, for example a `principal_pool`; it is not written to.
+        episodes: support (S, 3, H, W) and query (Q, 3, H, W) in [0, 1].
+        settings: length and rate; None for the published ones, whose first epochs warm up.
+
+    Raises:
+        NonFiniteLoss: a loss or a weight is not finite.
+
+    >>> import amt
+    >>> network = amt.load_network("vit_mini")
+    >>> pool = amt.principal_pool(network.weights, rank=2, levels=[amt.Perturbation(8, 2, steps=2)])
+    >>> sampling = amt.EpisodeSampling(num_ways=2, num_support=1, num_query=1)
+    >>> reader = amt.EpisodeReader(".", "photos", "TEST", sampling, network.image_size, n_episodes=2)
+    >>> short = amt.TuneSettings(epochs=1, episodes_per_epoch=2, warmup_epochs=0)
+    >>> len(amt.meta_tune(network, pool, reader, short))
+    1
+    """
+    tuner = Tuner(network, pool, settings or TuneSettings())
+    for episode in episodes:
+        if tuner.finished:
+            break
+        tuner.step(episode.to(network.device))
+    tuner.check_finite()
+    return tuner.pool
 
 
 @functools.cache  # builds a scheduler, and the rate is the same for a whole epoch
