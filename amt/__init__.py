@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from amt.few_shot.classifier import FewShotClassifier
     from amt.files.pretrained import load_network
     from amt.models.network import Network, features
-    from amt.models.pool import FullPool, LoRAPool, principal_pool
+    from amt.models.pool import LoRAPool, principal_pool
     from amt.models.trim import Trim
     from amt.tasks.merge import route
     from amt.tasks.settings import Routing
@@ -43,7 +43,6 @@ _HOMES = {
     "EpisodeReader": "meta_dataset_readers.reader",
     "EpisodeSampling": "meta_dataset_readers.protocol",
     "FewShotClassifier": "amt.few_shot.classifier",
-    "FullPool": "amt.models.pool",
     "LoRAPool": "amt.models.pool",
     "Network": "amt.models.network",
     "Perturbation": "amt.attacks.levels",
@@ -69,7 +68,6 @@ __all__ = [
     "EpisodeReader",
     "EpisodeSampling",
     "FewShotClassifier",
-    "FullPool",
     "LoRAPool",
     "Network",
     "Perturbation",

@@ -30,6 +30,9 @@ class Deployment:
         split: the split that is scored.
         single: refuse a pool of several adapters.
         finetune: test-time fine-tuning of the one network that the settings above lead to.
+
+    >>> Deployment(trims=(Trim("qkv", block=-1, keep=0.5),)).routing
+    'amt'
     """
 
     routing: str = setting(

@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import Tensor
 
 from amt.attacks.kinds import parse_attack
@@ -133,11 +133,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         found = cls(file, device=device, image_size=task.image_size, arch=task.merged.network.arch)
         return found._fitted(task.to(find_device(device)))
 
-    def fit(self, x: Any, y: Any = None) -> Self:
+    def fit(self, X: Any, y: Any = None) -> Self:
         """Fit the classes of a support set.
 
         Args:
-            x: images (see the class), or without `y` a folder with one folder of image files per class.
+            X: images (see the class), or without `y` a folder with one folder of image files per class.
             y: (N,) labels, texts or numbers.
 
         Raises:
@@ -148,7 +148,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         >>> FewShotClassifier("vit_mini_pool").fit(images, [0, 0, 1, 1]).classes_
         array([0, 1])
         """
-        items, labels = pictures.labelled(x, y)
+        items, labels = pictures.labelled(X, None if y is None else column_or_1d(y, warn=True))
         task, classes = fit_pictures(
             self.pool,
             items,
@@ -160,11 +160,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         )
         return self._fitted(task, classes)
 
-    def predict(self, x: Any) -> np.ndarray:
+    def predict(self, X: Any) -> np.ndarray:
         """The class of each image: (N,), of the labels' kind.
 
         Args:
-            x: images (see the class).
+            X: images (see the class).
 
         Raises:
             InputError: an image cannot be read.
@@ -174,10 +174,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         >>> set(clf.predict("photos/new")) <= {"cat", "dog"}
         True
         """
-        found = self.logits(x)
+        found = self.logits(X)
         return self.classes_[found.argmax(1)]
 
-    def predict_proba(self, x: Any) -> np.ndarray:
+    def predict_proba(self, X: Any) -> np.ndarray:
         """The probability of each class: (N, classes) float64 in [0, 1], each row of sum 1; errors as of
         `predict`.
 
@@ -185,9 +185,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         >>> clf.predict_proba("photos/new").sum(1).round(6)
         array([1., 1.])
         """
-        return torch.from_numpy(self.logits(x)).double().softmax(1).numpy()
+        return torch.from_numpy(self.logits(X)).double().softmax(1).numpy()
 
-    def logits(self, x: Any) -> np.ndarray:
+    def logits(self, X: Any) -> np.ndarray:
         """What the largest of which decides, as test_meta_dataset.py computes it: (N, classes) float32;
         errors as of `predict`.
 
@@ -195,17 +195,17 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         (2, 2)
         """
         check_is_fitted(self, "task_")
-        task, items = self.task_, pictures.listed(x)
+        task, items = self.task_, pictures.listed(X)
         if not items:
             pictures.images(items, task.image_size)  # raises
         parts = pictures.batches(items, task.image_size, CHUNK)
         return torch.cat([logits_of(task, part) for part in parts]).numpy()
 
-    def score(self, x: Any, y: Any = None, sample_weight: Any = None) -> float:
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """The share of images that are classified correctly, in [0, 1].
 
         Args:
-            x, y: as of `fit`.
+            X, y: as of `fit`.
             sample_weight: (N,) of the images; None for equal ones.
 
         Raises:
@@ -214,11 +214,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         >>> FewShotClassifier("vit_mini_pool").fit("photos/support").score("photos/support") > 0.5
         True
         """
-        items, labels = pictures.labelled(x, y)
+        items, labels = pictures.labelled(X, y)
         return float(super().score(items, labels, sample_weight))
 
     def robustness(
-        self, x: Any, epsilon: Sequence[float] = (2, 4, 8), y: Any = None, attack: str = "pgd"
+        self, X: Any, epsilon: Sequence[float] = (2, 4, 8), y: Any = None, attack: str = "pgd"
     ) -> np.ndarray:
         """Until which epsilon each answer stands under a white-box attack on the image: (N,) float64.
 
@@ -226,7 +226,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         what it finds: another one may find more, so the number is an upper bound.
 
         Args:
-            x: images (see the class); the attack moves what the network sees, after resizing.
+            X: images (see the class); the attack moves what the network sees, after resizing.
             epsilon: increasing radii in 1/255 of the pixel range, L-infinity unless the attack says another.
             y: (N,) true labels; None: the attack wants to change the answers, whatever they are.
             attack: an attack of evaluation with its options, such as "pgd restarts=5" or "autoattack".
@@ -239,8 +239,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         (2,)
         """
         check_is_fitted(self, "task_")
-        items, labels = (pictures.listed(x), None) if y is None else pictures.labelled(x, y)
-        found = parse_attack(attack.split(), epsilons=tuple(float(e) for e in epsilon))
+        items, labels = (pictures.listed(X), None) if y is None else pictures.labelled(X, y)
+        found = parse_attack(attack.split(), epsilon=[float(radius) for radius in epsilon])
         answers = None if labels is None else self._numbers(labels)
         until, done = [], 0
         for part in pictures.batches(items, self.task_.image_size, CHUNK):

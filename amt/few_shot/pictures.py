@@ -175,7 +175,7 @@ def labelled(x: Any, y: Any = None) -> tuple[list[Any], np.ndarray]:
     if y is None:
         if not (isinstance(x, str | Path) and Path(x).is_dir()):
             raise InputError(
-                "requires y to be passed, but the target y is None; expected labels, or as x a folder of "
+                "requires y to be passed, but the target y is None; expected labels, or as X a folder of "
                 "class folders"
             )
         return in_class_folders(Path(x))

@@ -225,6 +225,10 @@ class Tuner:
 
     Only `step` changes it. `state` and `restore` give and take its state; a restored tuner continues exactly
     as the saved one would have.
+
+    >>> tuner = Tuner(network, pool, TuneSettings(method="standard"))
+    >>> [round(record.clean_accuracy) <= 1 for record in tuner.step(episode)]
+    [True, True]
     """
 
     def __init__(self, network: Network, pool: Pool, settings: TuneSettings):
@@ -365,14 +369,9 @@ def meta_tune(
     Raises:
         NonFiniteLoss: a loss or a weight is not finite.
 
-    >>> import amt
-    >>> network = amt.load_network("vit_mini")
-    >>> pool = amt.principal_pool(network.weights, rank=2, levels=[amt.Perturbation(8, 2, steps=2)])
-    >>> sampling = amt.EpisodeSampling(num_ways=2, num_support=1, num_query=1)
-    >>> reader = amt.EpisodeReader(".", "photos", "TEST", sampling, network.image_size, n_episodes=2)
-    >>> short = amt.TuneSettings(epochs=1, episodes_per_epoch=2, warmup_epochs=0)
-    >>> len(amt.meta_tune(network, pool, reader, short))
-    1
+    >>> short = TuneSettings(epochs=1, episodes_per_epoch=2, method="standard")
+    >>> len(meta_tune(network, pool, [episode, episode], short))
+    2
     """
     tuner = Tuner(network, pool, settings or TuneSettings())
     for episode in episodes:
