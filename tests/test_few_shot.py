@@ -294,6 +294,15 @@ def test_pools_that_are_not_there_are_one_line(name, message, tmp_path, monkeypa
     fails(message, lambda: FewShotClassifier.from_pretrained(name))
 
 
+def test_a_pool_that_was_replaced_is_read_anew(photos, tmp_path):
+    saved, file = checkpoint.load(photos / "vit_mini_pool.safetensors"), tmp_path / "pool.safetensors"
+    for pool in (saved.pool, saved.pool[0]):
+        checkpoint.save(file, checkpoint.Checkpoint(pool, {"arch": "vit_mini"}))
+        clf = FewShotClassifier(file).fit(photos / "support")
+        assert len(clf.coefficients_) == len(pool)
+    assert clf.coefficients_.tolist() == [1.0]
+
+
 def test_a_pool_that_does_not_name_its_network_asks_for_it(photos, tmp_path):
     saved = checkpoint.load(photos / "vit_mini_pool.safetensors")
     checkpoint.save(tmp_path / "pool.safetensors", checkpoint.Checkpoint(saved.pool, {}))

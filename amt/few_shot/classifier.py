@@ -278,7 +278,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         path, formats = Path(file), {".onnx": "onnx", ".pt2": "torch", ".safetensors": "timm"}
         if path.suffix not in formats:
             raise InputError(f"{path}: expected a name that ends in {', '.join(formats)}")
-        return export.save(path, formats[path.suffix], self.task_.merged.to("cpu"))
+        return export.save(path, formats[path.suffix], self.task_.to("cpu").merged)
 
     def _merging(self) -> Merging:
         routing = Routing(self.beta, self.gamma, self.top_k, self.augment_probability, self.route_epsilon)

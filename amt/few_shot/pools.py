@@ -1,6 +1,8 @@
 """Find a pool by its name, and open it with its network."""
 
+import copy
 import dataclasses
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from amt.models.architectures import base_arch
 from amt.models.network import Network, untrained
 from amt.models.pool import Pool
 from meta_dataset_readers.errors import InputError, nearest
+from meta_dataset_readers.files import size_of
 
 # Where the pools in the box are: in a checkout, and in an installed package.
 BOXES = (CHECKPOINTS, Path(__file__).resolve().parents[1] / "weights")
@@ -37,8 +40,10 @@ class OpenPool:
     about: dict[str, Any]
 
     def to(self, device: torch.device | str) -> "OpenPool":
-        """The same on another device; the network's module is moved."""
-        network = dataclasses.replace(self.network, module=self.network.module.to(device))
+        """The same on another device, itself if it is there."""
+        if self.network.device == torch.device(device):
+            return self
+        network = dataclasses.replace(self.network, module=copy.deepcopy(self.network.module).to(device))
         return dataclasses.replace(self, network=network, pool=self.pool.to(device))
 
 
@@ -98,6 +103,13 @@ def open_pool(name: str | os.PathLike, arch: str | None = None, image_size: int 
         InputError: there is no such pool, nothing says which network it is of, or it does not fit that one.
     """
     file = find_pool(name)
+    size = size_of(file, what="pool")
+    return _opened(file, (size, file.stat().st_mtime_ns), arch, image_size)
+
+
+@functools.lru_cache(maxsize=1)  # cross-validation fits one pool again and again
+def _opened(file: Path, _state: tuple[int, int], arch: str | None, image_size: int | None) -> OpenPool:
+    """`open_pool` of a file in a state of its contents."""
     saved = checkpoint.load(file)
     network = network_of(file, saved.about, arch, image_size)
     checkpoint.check_architecture(file, saved.pool, network.weights, network.arch)

@@ -8,6 +8,7 @@ Coefficients, weights and logits are those of test_meta_dataset.py for the first
 same seed. Knows no folder and no picture; `task_file` reads and writes tasks.
 """
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from amt.evaluation.evaluate import measure
 from amt.few_shot.pools import OpenPool
 from amt.files.export.merged import MergedNetwork, Support, merged_network
 from amt.models.heads import cosine_logits
-from amt.models.network import CHUNK, fixed_features
+from amt.models.network import CHUNK, features, fixed_features
 from amt.models.trim import Trim
 from amt.models.weights import Coefficients, stream
 from amt.tasks.classifier import Classifier
@@ -60,9 +61,28 @@ class Task:
         """Where it answers."""
         return self.merged.network.device
 
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits of images on the device: (n, 3, S, S) in [0, 1] -> (n, N), differentiable."""
+        return self.classified(features(self.merged.network, self.merged.weights, images))
+
+    def classified(self, found: Tensor) -> Tensor:
+        """Logits (n, N) of features (n, D): the head."""
+        merged = self.merged
+        assert merged.prototypes is not None, "a task has prototypes"
+        return cosine_logits(found, merged.prototypes, merged.scale, merged.bias)
+
     def to(self, device: torch.device | str) -> "Task":
         """The same on another device."""
-        return dataclasses.replace(self, merged=self.merged.to(device))
+        merged = self.merged
+        assert merged.prototypes is not None, "a task has prototypes"
+        module = copy.deepcopy(merged.network.module).to(device)
+        moved = dataclasses.replace(
+            merged,
+            network=dataclasses.replace(merged.network, module=module),
+            weights={name: tensor.to(device) for name, tensor in merged.weights.items()},
+            prototypes=merged.prototypes.to(device),
+        )
+        return dataclasses.replace(self, merged=moved)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +116,7 @@ def fit(opened: OpenPool, images: Tensor, labels: Tensor, classes: Sequence[Labe
     """
     network, pool = opened.network, opened.pool
     support = Support(images.to(network.device), labels.to(network.device), tuple(map(str, classes)))
-    shares = merging.coefficients
+    shares = (1.0,) if merging.coefficients is None and len(pool) == 1 else merging.coefficients
     if shares is None:
         draws = stream(merging.seed, 0, 1)  # as of the first episode of a run
         shares = route(network, pool, support.images, support.labels, draws, merging.routing)
@@ -111,12 +131,9 @@ def fit(opened: OpenPool, images: Tensor, labels: Tensor, classes: Sequence[Labe
 
 def logits_of(task: Task, images: Tensor) -> Tensor:
     """Logits of any number of images, without graph: (n, 3, S, S) in [0, 1] -> (n, N), on the CPU."""
-    merged = task.merged
-    assert merged.prototypes is not None
-    parts = [
-        fixed_features(merged.network, merged.weights, part.to(task.device)) for part in images.split(CHUNK)
-    ]
-    return cosine_logits(torch.cat(parts), merged.prototypes, merged.scale, merged.bias).cpu()
+    network, weights = task.merged.network, task.merged.weights
+    parts = [fixed_features(network, weights, part.to(task.device)) for part in images.split(CHUNK)]
+    return task.classified(torch.cat(parts)).cpu()
 
 
 class Standing(NamedTuple):
@@ -158,7 +175,7 @@ def standing(
         query_labels=answers,
         class_names=tuple(map(str, task.classes)),
     ).to(task.device)
-    classifier = Classifier(task.merged.logits, lambda _: task.merged.logits, task.merged.coefficients)
+    classifier = Classifier(task.logits, lambda _: task.logits, task.merged.coefficients)
     found = measure(lambda _: classifier, episode, [attack], seed, numbers=numbers)
     until = torch.zeros(len(images), dtype=torch.float64)
     until[~found.correct["clean"].cpu()] = torch.nan

@@ -1,6 +1,5 @@
 """The merged network of one task, which every format but the published one holds, and its description."""
 
-import copy
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -10,8 +9,8 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from amt.files.checkpoint import provenance
-from amt.models.heads import cosine_logits, prototypes
-from amt.models.network import Network, features, fixed_features, resize_positions
+from amt.models.heads import prototypes
+from amt.models.network import Network, features, resize_positions
 from amt.models.pool import LoRAPool, Pool
 from amt.models.trim import Trim
 from amt.models.weights import Coefficients, Weights, trim_singular_values
@@ -49,7 +48,7 @@ class MergedNetwork:
     """The network of one task; `merged_network` makes it.
 
     Args:
-        network: its image size is the one the export is made for; exports are made on the CPU.
+        network: on the CPU; its image size is the one the export is made for.
         weights: complete weights by timm's names, the position table as pretrained.
         coefficients: one per adapter of the pool, summing to 1.
         trims: what was trimmed after merging.
@@ -66,21 +65,6 @@ class MergedNetwork:
     bias: float
     classes: tuple[str, ...] = ()
     prototypes: Tensor | None = None
-
-    def logits(self, images: Tensor) -> Tensor:
-        """Logits of a network with a task: (n, 3, H, W) in [0, 1] -> (n, N), differentiable."""
-        assert self.prototypes is not None, "a network without a task has no classes"
-        return cosine_logits(
-            features(self.network, self.weights, images), self.prototypes, self.scale, self.bias
-        )
-
-    def to(self, device: torch.device | str) -> "MergedNetwork":
-        """The same on another device."""
-        module = copy.deepcopy(self.network.module).to(device)
-        network = dataclasses.replace(self.network, module=module)
-        weights = {name: tensor.to(device) for name, tensor in self.weights.items()}
-        centres = None if self.prototypes is None else self.prototypes.to(device)
-        return dataclasses.replace(self, network=network, weights=weights, prototypes=centres)
 
 
 def merged_network(
@@ -105,7 +89,8 @@ def merged_network(
     classes, centres = (), None
     if support is not None:
         classes = support.classes
-        centres = prototypes(fixed_features(network, weights, support.images), support.labels)
+        with torch.no_grad():
+            centres = prototypes(features(network, weights, support.images), support.labels)
     shares = tuple(float(c) for c in coefficients)
     return MergedNetwork(network, weights, shares, tuple(trims), scale, bias, classes, centres)
 
