@@ -17,6 +17,8 @@ of the process. Weights are random; the rate of one large product says how fast 
 """
 
 import argparse
+import copy
+import dataclasses
 import json
 import resource
 import statistics
@@ -26,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +41,7 @@ from torch import Tensor
 from amt.cli.options import Parser
 from amt.few_shot.classifier import FewShotClassifier
 from amt.files import checkpoint
-from amt.models.network import CHUNK, Network
+from amt.models.network import CHUNK, Network, resize_positions
 from amt.models.weights import stream
 from meta_dataset_readers.errors import exit_on_bad_input
 from meta_dataset_readers.settings import positive_int
@@ -92,10 +95,18 @@ def by_hand(network: Network, support: Images, labels: np.ndarray, queries: Imag
 
 
 def chunked(network: Network, images: Images) -> Tensor:
-    """Features (n, D) by timm's own forward pass, in chunks."""
+    """Features (n, D) by timm's own forward pass, in chunks; the module is `of_one_size`."""
     normal = network.normalise(torch.from_numpy(images))
     with torch.no_grad():
         return torch.cat([network.module(part) for part in normal.split(CHUNK)])
+
+
+def of_one_size(network: Network) -> Network:
+    """The network with the position table of its image size: timm's own forward pass resizes none."""
+    module: Any = copy.deepcopy(network.module)
+    grid = network.image_size // network.patch_size
+    module.pos_embed = torch.nn.Parameter(resize_positions(module.pos_embed, (grid, grid)))
+    return dataclasses.replace(network, module=module)
 
 
 def sides(arch: str, folder: Path) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
@@ -106,6 +117,7 @@ def sides(arch: str, folder: Path) -> tuple[dict[str, Callable[[], object]], dic
         FewShotClassifier(write_pool(folder / f"{arch}-{n}.safetensors", network, n), augment_probability=1.0)
         for n in (1, POOL)
     )
+    network = of_one_size(network)
     check_alike(one.fit(support, labels).predict(queries), by_hand(network, support, labels, queries))
     routed = len(support) * 2 * POOL
 

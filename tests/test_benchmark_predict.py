@@ -10,6 +10,8 @@ import pytest
 import torch
 from commands import called
 
+from amt.models.architectures import ARCHS, Arch
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 bench = importlib.import_module("predict")
@@ -25,8 +27,10 @@ def test_sides_that_answer_differently_are_not_timed():
         bench.check_alike(answers, torch.zeros(100))
 
 
-def test_as_many_images_go_through_as_the_table_says(tmp_path):
-    """Counted at the first layer: 125 of one adapter, and 25 twice for each of four when routed."""
+def test_as_many_images_go_through_as_the_table_says(tmp_path, monkeypatch):
+    """Counted at the first layer: 125 of one adapter, and 25 twice for each of four when routed. The network
+    is used at another size than it was pretrained at, as the ViT-S is."""
+    monkeypatch.setitem(ARCHS, "vit_mini", Arch(4, 24, 2, 2, pretrained_size=16, image_size=24))
     runs, images = bench.sides("vit_mini", tmp_path)
     for name, run in runs.items():
         assert side_by_side.counted(run).images == images[name], name

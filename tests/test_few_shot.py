@@ -21,15 +21,17 @@ from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import estimator_checks_generator
-from toy_photos import photo, write_photos
+from toy_photos import photo, toy_pool, write_photos
 
 import amt
+from amt.cli.predict import adapters
 from amt.evaluation.deploy import deploy
 from amt.evaluation.settings import Deployment
 from amt.few_shot import pictures, task_file
 from amt.few_shot.classifier import FewShotClassifier
 from amt.few_shot.pools import find_pool, open_pool
 from amt.files import checkpoint
+from amt.models.pool import pretrained_pool
 from meta_dataset_readers.protocol import EpisodeSampling
 from meta_dataset_readers.reader import EpisodeReader
 
@@ -301,6 +303,16 @@ def test_a_pool_that_was_replaced_is_read_anew(photos, tmp_path):
         clf = FewShotClassifier(file).fit(photos / "support")
         assert len(clf.coefficients_) == len(pool)
     assert clf.coefficients_.tolist() == [1.0]
+
+
+def test_a_pool_of_complete_networks_and_one_whose_levels_nobody_knows(photos, tmp_path):
+    network = amt.load_network("vit_mini")
+    full = pretrained_pool(network.weights, toy_pool().levels)
+    plain = checkpoint.Checkpoint(full, {"arch": "vit_mini", "levels_from": "nowhere"})
+    checkpoint.save(tmp_path / "pool.safetensors", plain)
+    clf = FewShotClassifier(tmp_path / "pool.safetensors").fit(photos / "support")
+    assert clf.score(photos / "support") == 1 and clf.task_.epsilons == ()
+    assert adapters(clf.task_) == "0.50 of number 0, 0.50 of number 1"
 
 
 def test_a_pool_that_does_not_name_its_network_asks_for_it(photos, tmp_path):

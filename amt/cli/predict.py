@@ -217,9 +217,11 @@ def describe(task: "Task") -> None:
 
 
 def adapters(task: "Task") -> str:
-    """For example `0.62 for 8/255, 0.38 for 0.1/255`."""
-    shares = zip(task.merged.coefficients, task.epsilons, strict=True)
-    return ", ".join(f"{share:.2f} for {epsilon:g}/255" for share, epsilon in shares if share)
+    """For example `0.62 for 8/255, 0.38 for 0.1/255`; `0.62 of number 0` where the levels are not known."""
+    shares = [(p, share) for p, share in enumerate(task.merged.coefficients) if share]
+    if not task.epsilons:
+        return ", ".join(f"{share:.2f} of number {p}" for p, share in shares)
+    return ", ".join(f"{share:.2f} for {task.epsilons[p]:g}/255" for p, share in shares)
 
 
 def answered(

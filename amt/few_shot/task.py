@@ -41,7 +41,7 @@ class Task:
         merged: weights, prototypes and head, on the device that answers.
         classes: the N labels, as they are given and returned.
         shots: how many support images each class had.
-        epsilons: what each adapter was trained for, in 1/255 of the pixel range.
+        epsilons: what each adapter was trained for, in 1/255 of the pixel range; empty where nobody knows.
         about: where it comes from, plain JSON values.
     """
 
@@ -126,7 +126,9 @@ def fit(opened: OpenPool, images: Tensor, labels: Tensor, classes: Sequence[Labe
         raise InputError(f"coefficients {' '.join(f'{c:g}' for c in shares)}: {error}") from error
     shots = tuple(labels.bincount(minlength=len(classes)).tolist())
     about = {"pool": opened.file.name, "seed": merging.seed}
-    return Task(merged, tuple(classes), shots, tuple(level.epsilon for level in pool.levels), about)
+    unknown = opened.about.get("levels_from") == "nowhere"  # of a published pool
+    epsilons = () if unknown else tuple(level.epsilon for level in pool.levels)
+    return Task(merged, tuple(classes), shots, epsilons, about)
 
 
 def logits_of(task: Task, images: Tensor) -> Tensor:

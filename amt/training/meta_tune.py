@@ -24,6 +24,7 @@ Knows no files, no validation and no command line.
 
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -374,9 +375,7 @@ def meta_tune(
     2
     """
     tuner = Tuner(network, pool, settings or TuneSettings())
-    for episode in episodes:
-        if tuner.finished:
-            break
+    for episode in itertools.islice(episodes, tuner.settings.epochs * tuner.settings.episodes_per_epoch):
         tuner.step(episode.to(network.device))
     tuner.check_finite()
     return tuner.pool
