@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from commands import Ended, called, process
 from PIL import Image
+from test_lazy_imports import HEAVY, loaded
 from toy_photos import photo, write_photos
 
 from amt.__main__ import main as amt
@@ -172,6 +173,14 @@ FAULTS = {
     "two betas": (("vit_mini_pool", "--support", "support", "new", "--blend_beta", 1, 2), "2 values"),
     "no device": (("vit_mini_pool", "--support", "support", "new", "--device", "cuda:77"), "cuda:77"),
     "shares": (("vit_mini_pool", "--support", "support", "new", "--coefficients", 1, 1), "coefficients"),
+    "share too many": (
+        ("vit_mini_pool", "--support", "support", "new", "--coefficients", 1, 0, 0),
+        "--coefficients has 3 values",
+    ),
+    "trimmed nothing": (
+        ("vit_mini_pool", "--support", "support", "new", "--trim", "nonsense:-1:0.5"),
+        "--trim nonsense:-1:0.5: no such layer",
+    ),
     "too small": (("vit_mini_pool", "--support", "support", "new", "--image_size", 2), "at least a patch"),
 }
 
@@ -190,6 +199,16 @@ def test_a_picture_alone_that_cannot_be_read_is_bad_input(faulty):
     ended = predict("vit_mini_pool", "--support", "support", "damaged/cat/0.png", "nowhere.png", *QUICK)
     assert ended.code == 2
     assert ended.err.count("error: ") == 2 and "nowhere.png: no such file" in ended.err
+
+
+@pytest.mark.parametrize(
+    "flags", [["--help"], ["pool", "--epsilon", "much"], ["pool"], ["pool", "x", "--out", "a.txt"]]
+)
+def test_help_and_mistyped_flags_do_not_wait_for_torch(flags):
+    ending = "except SystemExit: pass"
+    run = "runpy.run_module('amt', run_name='__main__')"
+    found = loaded(f"import runpy\nsys.argv = {['amt', 'predict', *flags]!r}\ntry: {run}\n{ending}")
+    assert not found & HEAVY
 
 
 def test_a_saved_task_takes_no_support(photos, tmp_path):

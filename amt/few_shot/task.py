@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from amt.attacks.kinds import Attack
+from amt.evaluation.deploy import check_fit
 from amt.evaluation.evaluate import measure
+from amt.evaluation.settings import Deployment
 from amt.few_shot.pools import OpenPool
 from amt.files.export.merged import MergedNetwork, Support, merged_network
 from amt.models.heads import cosine_logits
@@ -112,9 +114,11 @@ def fit(opened: OpenPool, images: Tensor, labels: Tensor, classes: Sequence[Labe
         classes: the N labels.
 
     Raises:
-        InputError: coefficients of another number or sum than the pool takes.
+        InputError: coefficients of another number or sum than the pool takes, or trimmings of no layer of it.
     """
     network, pool = opened.network, opened.pool
+    asked = Deployment(coefficients=merging.coefficients, trims=merging.trims, routings=(merging.routing,))
+    check_fit(asked, pool, str(opened.file))
     support = Support(images.to(network.device), labels.to(network.device), tuple(map(str, classes)))
     shares = (1.0,) if merging.coefficients is None and len(pool) == 1 else merging.coefficients
     if shares is None:
