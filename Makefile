@@ -12,7 +12,7 @@ CANDIDATES := python3 python3.13 python3.12 python3.11 python
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 # Only what the demo, the study and the benchmark write: data/ and runs/ also hold the user's own work.
-MADE_HERE := data/mini data/autolora_demo runs/mini_demo* results/mini_* results/autolora_demo
+MADE_HERE := data/mini data/autolora_demo runs/mini_demo* results/mini_demo* results/mini_study results/autolora_demo
 
 # Another environment's settings would leak its packages in here, or send ours elsewhere.
 unexport VIRTUAL_ENV CONDA_PREFIX PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX
@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test demo autolora-demo results bench learn2learn clean distclean always
+.PHONY: help setup test torture demo autolora-demo results bench learn2learn clean distclean always
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -35,8 +35,15 @@ test: $(STAMP) ## ruff, pyright, then the test suite
 	@$(PY) -m tools.install_learn2learn || echo "learn2learn could not be built here: its tests are skipped"
 	@$(PY) -m pytest tests -q -n 2
 
+# Kills of each program, and damages of each kind of file.
+KILLS := 50
+FUZZ := 1000
+
+torture: $(STAMP) ## kill the programs and damage files at random (KILLS=5 FUZZ=50 for a short try)
+	$(PY) tests/torture.py --kills $(KILLS) --fuzz $(FUZZ)
+
 demo: $(STAMP) ## make small data sets, meta-train on them, evaluate
-	@echo "demo: data sets, training, evaluation; about four minutes on two cores"
+	@echo "demo: data sets, training, evaluation; about five minutes on two cores"
 	$(PY) -m meta_dataset_readers.mini --out data/mini
 	$(PY) main.py @recipes/mini_demo.args
 	@rm -rf results/mini_demo*  # of another pool they would not be continued
@@ -48,8 +55,9 @@ autolora-demo: $(STAMP) ## fine-tune a small ResNet by AutoLoRa and what it is c
 	@echo "autolora-demo: data, pre-training, twelve fine-tunings; under five minutes on two idle cores"
 	$(PY) -m studies.autolora_demo
 
-results: $(STAMP) ## run the small study
+results: $(STAMP) ## run the small study: in four hours on two cores, or what is left of it
 	$(PY) -m studies.mini_study
+	$(PY) -m studies.mini_results
 
 bench: $(STAMP) ## time meta-tuning, evaluation and AutoLoRa
 	$(PY) benchmarks/meta_tuning.py

@@ -14,6 +14,11 @@ every task. A member is a LoRA, or with --tune full a complete network; baseline
 is the other path, robust fine-tuning on an ordinary data set: amt/cli/autolora.py.
 """
 
+if __name__ == "__main__":
+    from meta_dataset_readers import endings
+
+    endings.begin()
+
 import sys
 
 from amt.cli import options

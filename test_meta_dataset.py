@@ -11,6 +11,11 @@ Every episode's row is on the disk as soon as it is known: the same command cont
 and processes with --shard I/N, or under torchrun, share one --output_dir.
 """
 
+if __name__ == "__main__":
+    from meta_dataset_readers import endings
+
+    endings.begin()
+
 import sys
 
 from amt.cli import options

@@ -4,6 +4,11 @@ python -m amt                       list the commands
 python -m amt COMMAND --help        explain one
 """
 
+if __name__ == "__main__":
+    from meta_dataset_readers import endings
+
+    endings.begin()
+
 import ast
 import importlib
 import sys
@@ -11,7 +16,7 @@ from pathlib import Path
 
 from meta_dataset_readers.errors import InputError, exit_on_bad_input, nearest, say
 
-COMMANDS = ("autolora", "checkpoint", "compare", "export", "pool", "predict", "report")
+COMMANDS = ("autolora", "checkpoint", "compare", "export", "pool", "predict", "report", "row")
 
 
 def main() -> int:

@@ -49,7 +49,7 @@ _Labelled = tuple[int, str, int]
 
 
 def open_crop_disease(directory: Path, name: str) -> Source:
-    """The class folders in dataset/train, by sorted name; dataset/test is no part of the benchmark.
+    """The class folders in dataset/train, by sorted name; the benchmark does not use dataset/test.
 
     Raises InputError for a folder that is not there, cannot be read, or holds no class or no picture.
     """
@@ -141,11 +141,8 @@ def _listed(
     if not folders:
         expected = f"expected all pictures that {file.name} names"
         raise InputError(f"{directory / places[0]}: no such folder, {expected}")
-    folder_of: dict[str, str] = {}
-    if len(folders) > 1:  # a single one need not be listed
-        for folder in folders:
-            for picture in picture_names(directory / folder):
-                folder_of.setdefault(picture, folder)
+    # A single folder need not be listed.
+    folder_of = _folder_of_each(directory, folders) if len(folders) > 1 else {}
     images: list[list[str]] = [[] for _ in classes]
     first_line: dict[str, int] = {}
     for line, image, label in labelled:
@@ -157,6 +154,15 @@ def _listed(
     if not first_line:
         raise InputError(f"{file}: no picture of any class in it")
     return [ClassFiles(name, tuple(found)) for name, found in zip(classes, images, strict=True)]
+
+
+def _folder_of_each(directory: Path, folders: Sequence[str]) -> dict[str, str]:
+    """By the name of a picture the first of `folders` that has it."""
+    found: dict[str, str] = {}
+    for folder in folders:
+        for picture in picture_names(directory / folder):
+            found.setdefault(picture, folder)
+    return found
 
 
 def _folders(directory: Path, places: Sequence[str]) -> list[str]:

@@ -10,19 +10,19 @@ where all sources are sound, 1 where one is not, 2 for a wrong command line.
 Works on any layout: knows of pictures only what an `ImageStore` promises.
 """
 
+if __name__ == "__main__":
+    from meta_dataset_readers import endings
+
+    endings.begin()
+
 import argparse
-import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import itertools
-import multiprocessing
-import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ from meta_dataset_readers.files import SPLIT_FOLDERS, leads_nowhere, listing, re
 from meta_dataset_readers.folders import FileStore
 from meta_dataset_readers.layouts import as_source, open_source, sources, without_layout
 from meta_dataset_readers.pictures import other_endings
+from meta_dataset_readers.processes import mapped, processes
 from meta_dataset_readers.settings import as_path, positive_int
 from meta_dataset_readers.spec import SPLITS, DatasetSpec
 from meta_dataset_readers.store import ImageStore, Source
@@ -59,7 +60,7 @@ class _Examined(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was found out about one source. It is sound if there are no faults; notes are none."""
+    """The findings about one source, which is sound without faults; a note is no fault."""
 
     name: str
     contents: str  # what there is: classes, images, layout
@@ -136,7 +137,7 @@ def main() -> int:
     }
     sums = SumsFile(options.sums, options.data_path, options.jobs) if options.sums else None
     sound = True
-    with _processes(options.jobs) as pool:
+    with processes(options.jobs) as pool:
         for name in _names(options.data_path, options.sources):
             report = check(options.data_path, name, pool=pool, sums=sums, **how)
             say(*report.lines(options.fast))
@@ -160,26 +161,6 @@ def _names(root: Path, wanted: Sequence[str]) -> list[str]:
         expected = "expected a directory with one directory per source"
         raise InputError(f"{root}: no source below it, {expected}{as_source(root)}")
     return list(dict.fromkeys(wanted or known))
-
-
-@contextlib.contextmanager
-def _processes(jobs: int) -> Iterator[Executor | None]:
-    """Where pictures are decoded: in other processes, started at the first use, or (None) in this one."""
-    if jobs == 1:
-        yield None
-        return
-    # Fresh interpreters: forking a program that already runs threads (torch does) can hang.
-    context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, initializer=_leave_ctrl_c)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _leave_ctrl_c() -> None:
-    """Ctrl-C reaches every process of the group; that the command ends is for its parent to say."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # --- one source ------------------------------------------------------------------------------------------
@@ -221,14 +202,9 @@ def check(
     if not fast:
         elsewhere = {f"{name}/{file}" for file in absent}
         wanted = {class_id: _present(store, class_id, count, elsewhere) for class_id, count in counts.items()}
-        with tqdm(
-            total=sum(counts.values()), desc=printable(name), unit="image", leave=False, disable=None
-        ) as bar:
-            for number, lines, alike in _examined(store, (str(root), name, image_prefix), wanted, pool):
-                for line in lines:
-                    faults.add(line)
-                constant.add(alike)
-                bar.update(number)
+        constant = _decode_all(
+            store, (str(root), name, image_prefix), wanted, sum(counts.values()), pool, faults
+        )
     if sums is not None:
         try:
             for line in sums.faults(spec.directory):
@@ -241,6 +217,25 @@ def check(
         contents += f", {layout}"
     notes = (*_notes(name, source, sums is not None), *constant.lines())
     return Report(name, contents, faults.number, tuple(faults.kept), notes)
+
+
+def _decode_all(
+    store: ImageStore,
+    address: _Address,
+    wanted: Mapping[int, Sequence[int]],
+    total: int,
+    pool: Executor | None,
+    faults: "_Faults",
+) -> "_Constant":
+    """Decode the `wanted` pictures, add what is wrong to `faults`, and return those that are constant."""
+    constant = _Constant()
+    with tqdm(total=total, desc=printable(address[1]), unit="image", leave=False, disable=None) as bar:
+        for number, lines, alike in _examined(store, address, wanted, pool):
+            for line in lines:
+                faults.add(line)
+            constant.add(alike)
+            bar.update(number)
+    return constant
 
 
 class _Constant:
@@ -330,6 +325,11 @@ def _notes(name: str, source: Source, with_sums: bool) -> Iterator[str]:
     if left_out:
         counts = ", ".join(f"{count} {ending}" for ending, count in left_out.most_common())
         yield f"{left_out.total()} files are left out because of their endings: {counts}"
+    yield from _published_sizes(name, spec)
+
+
+def _published_sizes(name: str, spec: DatasetSpec) -> Iterator[str]:
+    """How a source differs from the published one of its name."""
     domain = next((one for key, one in DOMAINS.items() if name == key or name in one.directories), None)
     classes, images = _sizes(spec), sum(spec.images_per_class)
     if domain and domain.classes != classes:
@@ -373,11 +373,13 @@ def _examined(
     if pool is None or sum(len(indices) for indices in wanted.values()) < _WORTH_PROCESSES:
         yield from map(functools.partial(_examine, store), _batches(wanted))
         return
-    try:
-        yield from pool.map(functools.partial(_examine_there, address), _batches(wanted))
-    except BrokenProcessPool as error:
-        died = "a process died while it decoded pictures, of too little memory or of a file that crashes it"
-        raise InputError(f"{address[1]}: {died}; --jobs 1 shows how far it gets") from error
+    died = "a process died while it decoded pictures, of too little memory or of a file that crashes it"
+    yield from mapped(
+        pool,
+        functools.partial(_examine_there, address),
+        _batches(wanted),
+        f"{address[1]}: {died}; --jobs 1 shows how far it gets",
+    )
 
 
 def _batches(wanted: Mapping[int, Sequence[int]]) -> Iterator[_Batch]:

@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _expanded(words: Sequence[str], folder: Path = Path(), opened: tuple[Path, ...] = ()) -> Iterator[str]:
-    """The words with flags in underscores, and in place of each @FILE what it holds."""
+    """The words, flags spelt with underscores, each @FILE replaced by its contents."""
     for word in words:
         if not word.startswith("@"):
             yield spelling(word)

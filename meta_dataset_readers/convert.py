@@ -11,6 +11,11 @@ first that is not whole, cuts off the rest and goes on, and so ends with the sam
 Knows how packed files come to be; how they are laid out and read is known to `packed`.
 """
 
+if __name__ == "__main__":
+    from meta_dataset_readers import endings
+
+    endings.begin()
+
 import argparse
 import array
 import collections

@@ -10,10 +10,11 @@ Whatever is shown goes through `say` or `printable`: names of files and texts in
 
 import difflib
 import errno
-import signal
 import sys
 from collections.abc import Callable, Iterable
 from typing import TextIO
+
+from meta_dataset_readers.endings import INTERRUPTED, code_of, raised
 
 
 class InputError(ValueError):
@@ -58,25 +59,27 @@ def exit_on_bad_input(main: Callable[[], int | None]) -> None:
     """Run a command's `main`; an `InputError` becomes one line on stderr and exit code 2, and so does what
     the system says about a file: that it cannot be read, or that the disk is full.
 
-    Ctrl-C ends it with the shell's exit code for that, 130, and no traceback.
+    Ctrl-C ends it with the shell's exit code for that, 130, and no traceback; SIGTERM and SIGHUP likewise.
     """
     try:
-        sys.exit(main())
+        with raised():
+            code = main()
+        sys.exit(code)
     except (InputError, OSError) as error:
         if not (line := one_line(error)):
             raise
         say(line, file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        say("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    except KeyboardInterrupt as error:
+        say(INTERRUPTED, file=sys.stderr)
+        sys.exit(code_of(error))
 
 
 def one_line(error: InputError | OSError) -> str:
     """The line that tells of an error; empty for one that is no fault of an input."""
     if isinstance(error, InputError):
         return f"error: {printable(error)}"
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # the last by `ulimit -f`
         return f"error: {printable(error.filename)}: {error.strerror}" if error.filename else ""
     where = f"{printable(error.filename)}: " if error.filename else ""
     return f"error: {where}{error.strerror}; make room and run the same command again"

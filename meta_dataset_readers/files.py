@@ -282,7 +282,7 @@ def missing_files(root: Path, files: list[str]) -> list[str]:
 
 
 def _file_names(directory: Path) -> frozenset[str]:
-    """The files in `directory`, none if there is no such folder."""
+    """The files in `directory`; none if the folder is missing."""
     try:
         with os.scandir(directory) as entries:
             return frozenset(entry.name for entry in entries if entry.is_file())

@@ -259,18 +259,14 @@ def _check_chunks(dataset: DatasetID, n_bytes: int, file_size: int) -> None:
     HDF5 takes an absent chunk for zeros, inflates one for as long as its stream goes on, and has been seen to
     crash on one that is too short.
     """
-    properties = dataset.get_create_plist()
-    filters = [properties.get_filter(position)[0] for position in range(properties.get_nfilters())]
-    if len(set(filters)) < len(filters) or not set(filters) <= _FILTERS:
-        remedy = "only gzip is read; h5repack -f GZIP=4 changes that"
-        raise MalformedHdf5(f"dataset {_name(dataset)} is stored by HDF5's filters {filters}, {remedy}")
-    shape, chunk_shape = dataset.shape, properties.get_chunk()
+    filters = _known_filters(dataset)
+    chunk_shape = dataset.get_create_plist().get_chunk()
     chunk_bytes = math.prod(chunk_shape) * dataset.dtype.itemsize
     if chunk_bytes > max(n_bytes, _SMALL_CHUNK):
         raise MalformedHdf5(f"dataset {_name(dataset)} of {n_bytes} bytes has chunks of {chunk_bytes}")
     chunks = []
     dataset.chunk_iter(chunks.append)
-    expected = math.prod(-(-length // side) for length, side in zip(shape, chunk_shape, strict=True))
+    expected = math.prod(-(-length // side) for length, side in zip(dataset.shape, chunk_shape, strict=True))
     inside = all(chunk.byte_offset + chunk.size <= file_size for chunk in chunks)
     if len(chunks) != expected or not inside:
         raise MalformedHdf5(f"dataset {_name(dataset)} has {expected} chunks, which are not all in the file")
@@ -282,6 +278,16 @@ def _check_chunks(dataset: DatasetID, n_bytes: int, file_size: int) -> None:
         if found != chunk_bytes:
             wrong = f"more than {chunk_bytes}" if found > chunk_bytes else f"{found} of {chunk_bytes}"
             raise MalformedHdf5(f"dataset {_name(dataset)}: a chunk holds {wrong} bytes")
+
+
+def _known_filters(dataset: DatasetID) -> list[int]:
+    """The filters that chunks pass, in their order, each known and used once."""
+    properties = dataset.get_create_plist()
+    filters = [properties.get_filter(position)[0] for position in range(properties.get_nfilters())]
+    if len(set(filters)) < len(filters) or not set(filters) <= _FILTERS:
+        remedy = "only gzip is read; h5repack -f GZIP=4 changes that"
+        raise MalformedHdf5(f"dataset {_name(dataset)} is stored by HDF5's filters {filters}, {remedy}")
+    return filters
 
 
 def _name(dataset: DatasetID) -> str:

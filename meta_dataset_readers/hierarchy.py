@@ -39,11 +39,11 @@ def leaves_below(nodes: Sequence[Node]) -> dict[str, tuple[str, ...]]:
     Raises GraphError for a node given twice, a child or parent that no node describes, a link that only
     one of its two ends knows, and a cycle.
     """
-    by_id = {node.wn_id: node for node in nodes}
-    if len(by_id) < len(nodes):
-        seen: set[str] = set()
-        twice = next(node.wn_id for node in nodes if node.wn_id in seen or seen.add(node.wn_id))
-        raise GraphError(f"node {twice!r} occurs twice")
+    by_id: dict[str, Node] = {}
+    for node in nodes:
+        if node.wn_id in by_id:
+            raise GraphError(f"node {node.wn_id!r} occurs twice")
+        by_id[node.wn_id] = node
     _check_links(nodes, by_id)
 
     waiting = {node.wn_id: len(set(node.children)) for node in nodes}

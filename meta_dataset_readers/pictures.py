@@ -151,7 +151,7 @@ def read_picture(path: Path, prepare: Prepare | None = None) -> Image.Image:
 def decoded(
     data: bytes, where: str, formats: tuple[str, ...] = RECORD_FORMATS, prepare: Prepare | None = None
 ) -> Image.Image:
-    """As `decode_image`, but a DamagedRecord that begins with `where` for what is no such picture."""
+    """`decode_image`, raising a DamagedRecord that begins with `where` for any other content."""
     try:
         return decode_image(data, formats, prepare)
     except UnreadableImage as error:

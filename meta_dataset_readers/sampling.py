@@ -133,19 +133,23 @@ def _groups_in_use(
             )
         return groups
     if spec.ontology == BILEVEL and not settings.ignore_bilevel_ontology:
-        if settings.min_examples_in_class > 0:
-            raise InputError(
-                f"{where}: min_examples_in_class cannot be combined with superclasses; "
-                "ignore_bilevel_ontology draws from all classes"
-            )
-        for group in spec.groups[split]:
-            if len(group.class_ids) < settings.min_ways:
-                raise InputError(
-                    f"{where}: superclass {group.name!r} has {len(group.class_ids)} classes, "
-                    f"fewer than min_ways {settings.min_ways}"
-                )
+        _check_superclasses(where, spec.groups[split], settings)
         return spec.groups[split]
     return ()
+
+
+def _check_superclasses(where: str, groups: Sequence[ClassGroup], settings: EpisodeSampling) -> None:
+    if settings.min_examples_in_class > 0:
+        raise InputError(
+            f"{where}: min_examples_in_class cannot be combined with superclasses; "
+            "ignore_bilevel_ontology draws from all classes"
+        )
+    for group in groups:
+        if len(group.class_ids) < settings.min_ways:
+            raise InputError(
+                f"{where}: superclass {group.name!r} has {len(group.class_ids)} classes, "
+                f"fewer than min_ways {settings.min_ways}"
+            )
 
 
 def _draw_classes(

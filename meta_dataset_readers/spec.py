@@ -102,14 +102,7 @@ def _hierarchical(spec: "Fields") -> dict[str, Any]:
     subgraphs = spec.object("split_subgraphs")
     subgraphs.expect_keys(SPLITS)
     nodes = {split: _nodes(subgraphs, split) for split in SPLITS}
-    home: dict[str, str] = {}
-    for split in SPLITS:
-        for node in nodes[split]:
-            if home.setdefault(node.wn_id, split) != split:
-                raise InputError(
-                    f"{subgraphs.where}: node {node.wn_id!r} occurs in both {home[node.wn_id]} and {split}"
-                )
-
+    _check_disjoint(nodes, subgraphs.where)
     leaves = {split: [node for node in nodes[split] if not node.children] for split in SPLITS}
     split_classes = dict(zip(SPLITS, _blocks([len(leaves[split]) for split in SPLITS]), strict=True))
     n_classes = split_classes["TEST"].stop
@@ -140,6 +133,16 @@ def _hierarchical(spec: "Fields") -> dict[str, Any]:
         "ontology": DAG,
         "groups": groups,
     }
+
+
+def _check_disjoint(nodes: dict[str, tuple[Node, ...]], where: str) -> None:
+    home: dict[str, str] = {}
+    for split, found in nodes.items():
+        for node in found:
+            if home.setdefault(node.wn_id, split) != split:
+                raise InputError(
+                    f"{where}: node {node.wn_id!r} occurs in both {home[node.wn_id]} and {split}"
+                )
 
 
 def _nodes(subgraphs: "Fields", split: str) -> tuple[Node, ...]:

@@ -6,6 +6,11 @@ FOLDER has a folder of image files per class. Its classes are shuffled by the se
 VALID and TEST by these shares, in `splits.json` beside them; where there are enough, each gets N.
 """
 
+if __name__ == "__main__":
+    from meta_dataset_readers import endings
+
+    endings.begin()
+
 import argparse
 import json
 import os

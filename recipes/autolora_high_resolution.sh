@@ -22,7 +22,8 @@ for arch in ${ARCHS:-resnet50 resnet18}; do
         for method in vanilla twins autolora; do
             fine_tune "${arch}_$dataset.$method" AFF --dataset "$dataset" --method "$method" \
                 --arch "$arch" --checkpoint "$checkpoints/${arch}_linf_eps4.0.ckpt" \
-                --resolution high --epsilon 8 --step_size 2 --val 0.05 --eval_AA
+                --resolution high --epsilon 8 --step_size 2 --val 0.05 \
+                --attack pgd steps=10 loss=ce --eval_AA
         done
         page "${arch}_$dataset.html"
     done

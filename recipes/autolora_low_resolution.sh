@@ -23,7 +23,8 @@ for pretraining in ${PRETRAININGS:-$all}; do
         for target in ${TARGETS:-cifar10 cifar100 stl10}; do
             pair=${pretraining}_${source}_$target
             flags=(
-                --arch resnet18 --resize 32 --epsilon 8 --step_size 2 --eval_AA --dataset "$target"
+                --arch resnet18 --resize 32 --epsilon 8 --step_size 2 --dataset "$target"
+                --attack pgd steps=20 loss=ce --eval_AA
                 --checkpoint "$checkpoints/${pretraining}_$source.pth" --pretraining "$pretraining"
             )
             fine_tune "$pair.vanilla" ALL "${flags[@]}" --method vanilla

@@ -5,7 +5,7 @@
 # of rank 8 for each epsilon, of which two are merged; learning rate 5e-4, 30 epochs with 5 of warm-up, beta 6,
 # 10 attack steps; 2000 episodes an epoch.
 # From other papers: adversarial querying with 7 attack steps (Goldblum et al. 2020).
-# Ours, since nothing is published: the levels 8, 6, 0.1 and 0.01, the radius of the weight perturbation and
+# Ours, since nothing is published: the loss of PGD-20 in the tables, cross-entropy and margin; the levels 8, 6, 0.1 and 0.01, the radius of the weight perturbation and
 # the start of the attack (the defaults of main.py), and of the two baselines learning rate and epochs.
 # Time: not measured; the pool alone is 240,000 steps, each of which takes 23 s on two idle CPU cores.
 
@@ -27,7 +27,7 @@ networks() {
 rows() {
     local end=$1 trained=$out/train pool=$out/train/amt_$2/best.safetensors
     local released=$checkpoints/metadataset_imagenet_advmetatuned_$2.pth
-    local flags=(--arch dino_small_patch16 --nTestEpisode 600 --attack pgd steps=20 epsilon=8 "${@:3}")
+    local flags=(--arch dino_small_patch16 --nTestEpisode 600 --epsilon 8 "${@:3}")
     local merging=(--deploy merge-vanilla --top_k 2)
     evaluate "pretrained$end" "${flags[@]}"
     evaluate "pmf$end" "${flags[@]}" --resume "$trained/pmf_$2/best.safetensors" \

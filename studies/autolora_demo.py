@@ -39,7 +39,7 @@ from meta_dataset_readers.errors import exit_on_bad_input
 from meta_dataset_readers.mini.sources import Source, build
 
 SURFACES = 10  # of the 25, those that Mini-Meta-Dataset trains on
-COLUMNS = ("standard", "PGD-20")
+COLUMNS = ("standard", "PGD-20, ce+dlr")
 
 # Three steps of half of epsilon reach every corner of the ball; five are enough to compare epochs by.
 COMMON = """
@@ -53,6 +53,7 @@ PRETRAINING = """
 TUNING = "--resize 16 --epsilon 8 --step_size 4 --batch_size 32 --val 0.2"
 
 START = "{pretrained}"  # in the flags of a row: the file of the pre-training
+TWINS = f"--method twins --epochs 60 --decreasing_lr 30,50 --checkpoint {START}"  # its authors' schedule
 ROWS = {
     "vanilla": f"--method vanilla --checkpoint {START}",
     "TWINS": f"--method twins --checkpoint {START}",
@@ -64,6 +65,19 @@ MORE_ROWS = {  # how much of the difference is the schedules', and that of the e
     "vanilla + LR": f"--method vanilla --autoLR 1 --checkpoint {START}",
     "vanilla + LR + scalars": f"--method vanilla --autoLR 1 --auto_scalars 1 --checkpoint {START}",
     "TWINS + LR + scalars": f"--method twins --autoLR 1 --auto_scalars 1 --checkpoint {START}",
+    # As published by AutoLoRa, "TWINS" has AutoLoRa's rate of 0.1. Here are its own authors' settings and a
+    # small grid of rates with the same schedule, from which the validation part chooses.
+    **{f"TWINS at {rate}": f"{TWINS} --lr {rate}" for rate in ("0.03", "0.01", "0.003", "0.001")},
+}
+AS_PUBLISHED = "TWINS"  # by AutoLoRa
+CHOICES = {
+    "TWINS, rate chosen on validation": (
+        *(AS_PUBLISHED, "TWINS at 0.03", "TWINS at 0.01", "TWINS at 0.003", "TWINS at 0.001"),
+    )
+}
+NOTES = {
+    AS_PUBLISHED: "as published by AutoLoRa: its own rates for a competitor",
+    "TWINS at 0.003": "its authors' own settings: rate 0.003, 60 epochs, divided by ten at 30 and 50",
 }
 
 
@@ -166,8 +180,14 @@ class Demo:
         return Finished(self.out / name / "AFF")
 
     def found(self) -> dict[str, list["Finished"]]:
-        """By row the fine-tunings of all seeds."""
-        return {row: [self.finished(name_of(row, seed)) for seed in self.seeds] for row in self.rows}
+        """By row the fine-tunings of all seeds; after them, by choice, those of the best robust accuracy on
+        the validation part, for every seed its own."""
+        found = {row: [self.finished(name_of(row, seed)) for seed in self.seeds] for row in self.rows}
+        for choice, rows in CHOICES.items():
+            if all(row in found for row in rows):
+                by_seed = zip(*(found[row] for row in rows), strict=True)
+                found[choice] = [max(tunings, key=Finished.validation) for tunings in by_seed]
+        return found
 
 
 def name_of(row: str, seed: int) -> str:
@@ -226,6 +246,10 @@ class Finished(NamedTuple):
         means = (run.summary(run.sources[0], column).mean for column in run.columns)
         return dict(zip(COLUMNS, means, strict=True))
 
+    def validation(self) -> float:
+        """The best robust accuracy on the validation part in per cent: that of the weights that were kept."""
+        return max(note["robust"] for note in self.history)
+
     def rates(self) -> dict[float, int]:
         """The learning rates, with the first epoch of each."""
         return {note["lr"]: note["epoch"] for note in reversed(self.history)}
@@ -282,8 +306,14 @@ def demonstrate(demo: Demo) -> None:
     for row, tunings in found.items():
         for seed, each in zip(demo.seeds, tunings, strict=True):
             print(f"{row}, seed {seed}: {each.chosen()}")
+    for row, note in NOTES.items():
+        if row in found:
+            print(f"{row}: {note}")
+    for choice, rows in CHOICES.items():
+        if choice in found:
+            print(f"{choice}: one of {len(rows)} for every seed, {', '.join(rows)}")
     print(flush=True)
-    folders = [str(each.test) for tunings in found.values() for each in tunings]
+    folders = [str(each.test) for row in demo.rows for each in found[row]]
     report.main([*folders, "--out", str(demo.out / "report.html")])
 
 
@@ -291,7 +321,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, default=Demo.data)
     parser.add_argument("--out", type=Path, default=Demo.out)
-    parser.add_argument("--more_rows", action="store_true", help=f"also {', '.join(MORE_ROWS)}")
+    more = ", ".join((*MORE_ROWS, *CHOICES))
+    parser.add_argument("--more_rows", action="store_true", help=f"also {more}")
     args = parser.parse_args()
     demonstrate(Demo(args.data, args.out, rows=ROWS | (MORE_ROWS if args.more_rows else {})))
 

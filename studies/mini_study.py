@@ -1,11 +1,17 @@
-"""The mini study: what each part of the method adds, on domains that no part of it has seen.
+"""The mini study: robustness and its price, against every baseline, on domains that no part of it has seen.
 
     make results                                   (python -m studies.mini_study)
+    python -m studies.mini_study --rows oracle uniform --seeds 0 --shots 5      only a part of it
 
 Meta-tunes on mini_objects TRAIN, chooses every setting on mini_objects VALID, and scores the five other
-domains of Mini-Meta-Dataset, 5-way 1-shot and 5-way 5-shot, clean and under PGD-20. Every number comes from
-main.py and test_meta_dataset.py, run as commands, `--jobs` at a time with one thread each. Killed, it
-continues where it was: a finished command is known by its checkpoint or its results.json.
+domains of Mini-Meta-Dataset, 5-way 1-shot and 5-way 5-shot, clean and under the default attack at 1, 2, 4 and
+8 of 255, with three training seeds. Every number comes from main.py and test_meta_dataset.py, called as a
+user would: the commands are printed. Each part is a folder of its own under --out; killed, the study goes on
+where it was, by the same command. When all seeds of a row are done it becomes a file of the leaderboard under
+--results, from which `python -m studies.mini_results` makes docs/results.md and its figures.
+
+The size is for two cores in four hours: an episode under the default attack takes about 1.8 seconds of one
+core with vit_mini, a training 1 to 16 minutes. Every part says its seconds.
 """
 
 import argparse
@@ -13,78 +19,144 @@ import dataclasses
 import itertools
 import json
 import os
+import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 from amt.evaluation import runs
-from amt.evaluation.statistics import Summary, average_summary, summarise
-from amt.files import checkpoint
-from amt.files.pretrained import load_network
-from amt.models.weights import stream
-from amt.report.figures import mixing_picture
-from amt.tasks.merge import compactness, support_cosines
-from amt.tasks.settings import Routing
-from meta_dataset_readers import EpisodeReader, EpisodeSampling, episode_loader
-from meta_dataset_readers.files import replace_file
+from meta_dataset_readers.errors import InputError, exit_on_bad_input, nearest
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = "mini_objects"
+DOMAINS = ("mini_signs", "mini_textures", "mini_sketches", "mini_glyphs", "digits")
+EPSILONS = (1, 2, 4, 8)  # of all domains alike: none is picked for what it shows
 SEEDS = (0, 1, 2)
 SHOTS = (1, 5)
-# Each domain at the pair of epsilons that tells something: elsewhere everything stands, or everything falls.
-DOMAINS = {(4, 8): ("mini_signs", "mini_textures"), (1, 2): ("mini_sketches", "mini_glyphs", "digits")}
-POOL = (8, 6, 0.1, 0.01)
-SWEEP = (1.0, 0.9, 0.75, 0.5, 0.25, 0.0)  # share of the adapter for 8/255; the one for 0.1/255 has the rest
-MIXED = {(4, 8): DOMAINS[4, 8]}  # where the sweep looks
+GAMMAS = (0.0, 0.005, 0.02, 0.05)
+SHARES = (0.2, 0.4, 0.6, 0.8)  # of the robust network's logits: the knob from clean to robust
+POOL = ("--epsilon", "8", "6", "0.1", "0.01")
 
 TRAININGS = {
-    "plain": ["--pgd_method", "standard", "--epsilon", "0"],
-    "input": ["--awp_gamma", "0", "--epsilon", "8"],
-    "pool": ["--epsilon", *map(str, POOL)],
+    "pool": POOL,
+    **{f"gamma {gamma:g}": ("--epsilon", "8", "--awp_gamma", f"{gamma:g}") for gamma in GAMMAS},
+    **{
+        f"plain {rate}": ("--pgd_method", "standard", "--epsilon", "0", "--lr", rate)
+        for rate in ("0.02", "0.005", "0.002")
+    },
+    "querying": ("--pgd_method", "querying", "--epsilon", "8"),
+    **{f"full {rate}": ("--tune", "full", "--epsilon", "0", "--lr", rate) for rate in ("0.00005", "0.0005")},
 }
+FIRST = ("--specified_expert", "0")  # the adapter for 8/255
+ON_VALID = ("--select_on", SOURCE, "--nSelectEpisode", "{choosing}")
+ROBUST = tuple(
+    ("--head", "robust-lda", f"support={s}", f"attack={a}", "identity=0.4")
+    for s, a in itertools.product((0.15, 0.3, 0.6), (0.15, 0.3, 0.6))
+)
+MIXES = tuple(
+    ("--head", "mix", "of=robust-lda", f"share={share:g}", "other=pretrained") for share in (*SHARES, 0.9)
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A line of the table: whose checkpoint, with which flags, and what is left to choose on VALID."""
+    """A line of the table.
+
+    Args:
+        name: of the row.
+        trainings: whose checkpoints; several are candidates, none is the pretrained network.
+        flags: of test_meta_dataset.py.
+        variants: further flags of which one is a candidate.
+        episodes: share of the scored episodes; the first of them, so that pairs remain.
+        shots: numbers of shots that it is scored at.
+    """
 
     name: str
-    training: str | None
+    trainings: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
-    choose: str | None = None  # None, "expert" (the best single adapter) or "routing" (beta and gamma)
+    variants: tuple[tuple[str, ...], ...] = ((),)
+    episodes: float = 1.0
+    shots: tuple[int, ...] = SHOTS
+
+    @property
+    def slug(self) -> str:
+        """The name as part of a path."""
+        words = "".join(each if each.isalnum() or each in "." else " " for each in self.name).split()
+        return "-".join(words)
+
+    @property
+    def candidates(self) -> list[tuple[str | None, tuple[str, ...]]]:
+        """Pairs of a training and further flags to choose from by clean accuracy on VALID."""
+        return list(itertools.product(self.trainings or (None,), self.variants))
 
 
+def _tuned(*heads: Sequence[str]) -> tuple[str, ...]:
+    return (*FIRST, *ON_VALID, *itertools.chain.from_iterable(heads))
+
+
+REFERENCE = "pretrained + prototypes"
+KNOB = tuple(f"ours, mix at share {share:g}" for share in SHARES)
+ORACLE = "oracle"
 ROWS = (
-    Row("pretrained + prototypes", None),
-    Row("plain meta-tuning, one LoRA", "plain", ("--specified_expert", "0")),
-    Row("input perturbation only, one LoRA", "input", ("--specified_expert", "0")),
-    Row("dual perturbation, one LoRA", "pool", ("--specified_expert", "0")),
-    Row("pool, uniform merging", "pool", ("--routing", "uniform")),
-    Row("pool, best single adapter", "pool", (), "expert"),
-    Row("pool, published merging (AMT)", "pool", ("--routing", "amt"), "routing"),
+    Row(REFERENCE),
+    *(Row(f"pretrained + {head}", (), ("--head", head)) for head in ("centred", "lda", "ridge")),
+    Row("plain meta-tuning", ("plain 0.02", "plain 0.005", "plain 0.002")),
+    Row(
+        "P>M>F",
+        ("full 0.00005", "full 0.0005"),
+        ("--deploy", "finetune", "--ada_steps", "50"),
+        tuple(("--ada_lr", rate) for rate in ("0", "0.0001", "0.001")),
+        0.5,
+    ),
+    Row("adversarial querying", ("querying",)),
+    Row("one LoRA", ("pool",), FIRST),
+    Row("uniform", ("pool",), ("--routing", "uniform")),
+    Row("soup", ("pool",), ("--routing", "soup")),
+    Row("best single", ("pool",), ("--routing", "best", *ON_VALID)),
+    Row("published merging", ("pool",), ("--routing", "amt", *ON_VALID)),
+    Row("ours, robust-lda", ("pool",), _tuned(*ROBUST)),
+    Row("ours, mix", ("pool",), _tuned(*MIXES)),
+    *(
+        Row(name, ("pool",), (*FIRST, "--head", "mix", "of=robust-lda", f"share={share:g}"), episodes=0.5)
+        for name, share in zip(KNOB, SHARES, strict=True)
+    ),
+    Row(ORACLE, ("pool",), ("--routing", "oracle", "--oracle_parts", "2"), episodes=0.25),
+    *(Row(f"weight perturbation, gamma {g:g}", (f"gamma {g:g}",), shots=(5,)) for g in GAMMAS),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Where everything lies and how large it is."""
+    """Where everything lies and how large it is.
+
+    Args:
+        folder: of runs and trainings.
+        results: of the files of the leaderboard.
+        data: Mini-Meta-Dataset.
+        recipe: of all trainings.
+        episodes: scored ones per domain, seed and row.
+        choosing: VALID episodes that settings are chosen on.
+        seeds: all training seeds of a row.
+        training: further flags of all trainings.
+        device: of torch.
+    """
 
     folder: Path
+    results: Path
     data: Path
     recipe: Path
-    episodes: int  # scored episodes per domain, seed and row
-    choosing: int  # VALID episodes that settings are chosen on
-    steps: int  # PGD steps of the scored attacks
-    device: str
+    episodes: int
+    choosing: int
+    seeds: tuple[int, ...]
+    training: tuple[str, ...] = ()
+    device: str = "cpu"
 
     def checkpoint(self, training: str, seed: int) -> Path:
-        return self.folder / "training" / f"{training}-{seed}" / "last.safetensors"
+        """Where a training leaves its network."""
+        return self.folder / "training" / f"{training.replace(' ', '-')}-{seed}" / "last.safetensors"
 
     def train(self, training: str, seed: int) -> None:
         """Run main.py, or what is left of it."""
@@ -92,209 +164,155 @@ class Study:
         about = json.loads(last.with_suffix(".json").read_text()) if last.exists() else {}
         if about.get("finished"):
             return
-        flags = [*TRAININGS[training], "--seed", seed, "--output_dir", last.parent]
-        if about:
-            flags += ["--resume", last]
-        self._run(last.parent, ["main.py", f"@{self.recipe}", *flags])
-
-    def measure(
-        self, row: Row, seed: int, shots: int, domains: Sequence[str], flags: Sequence, kind: str = "scored"
-    ) -> runs.Run:
-        """The run of test_meta_dataset.py with `flags`, which is made unless it is there already.
-
-        Rows that come to the same flags share one folder, and so one run.
-        """
-        words = [row.training or "pretrained", *flags, *domains]
-        name = "-".join(str(word).lstrip("-") for word in words)
-        out = self.folder / kind / f"{shots}-shot" / f"seed-{seed}" / name
-        if not (out / "results.json").exists():
-            command = ["test_meta_dataset.py", "--arch", "vit_mini_amt_merge", "--test_sources", *domains]
-            command += ["--num_ways", 5, "--num_support", shots, "--num_query", 3, "--seed", seed]
-            command += ["--output_dir", out, *flags]
-            if row.training:
-                command += ["--resume", self.checkpoint(row.training, seed)]
-            self._run(out, command)
-        return runs.load(out)
-
-    def _run(self, out: Path, command: Sequence) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        words = [*command, "--data_path", self.data, "--device", self.device]
-        one_thread = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        with open(out / "log.txt", "w") as log:
-            run = subprocess.run(
-                [sys.executable, *map(str, words)], stdout=log, stderr=log, env=one_thread, cwd=ROOT
-            )
-        if run.returncode != 0:
-            raise RuntimeError(f"{command[0]} ended with code {run.returncode}; see {out / 'log.txt'}")
-
-    def chosen_flags(self, row: Row, seed: int, shots: int) -> tuple[str, ...]:
-        """The row's flags, completed by what scores best on the source's VALID classes."""
-        attack = ["--epsilon", 2, 4, 8, "--attack_iters", 10]
-        if row.choose == "expert":
-            candidates = [("--specified_expert", str(p)) for p in range(len(POOL))]
-            quality = []
-            for candidate in candidates:
-                flags = [*attack, *candidate, "--split", "VALID", "--nTestEpisode", self.choosing]
-                run = self.measure(row, seed, shots, [SOURCE], flags, "choosing")
-                quality.append(sum(run.summary(SOURCE, column).mean for column in run.columns))
-            return candidates[quality.index(max(quality))]
-        if row.choose == "routing":
-            flags = [*attack, *row.flags, "--select_on", SOURCE, "--nSelectEpisode", self.choosing]
-            run = self.measure(row, seed, shots, [SOURCE], [*flags, "--nTestEpisode", 1], "choosing")
-            routing = run.merging[SOURCE]["routing"]
-            return (*row.flags, "--blend_beta", str(routing["beta"]), "--blend_gamma", str(routing["gamma"]))
-        return row.flags
-
-    def scored(
-        self, row: Row, seed: int, shots: int, flags: Sequence[str], groups: dict = DOMAINS
-    ) -> dict[str, list[dict]]:
-        """The rows of every episode, by domain."""
-        found = {}
-        for epsilons, domains in groups.items():
-            attack = ["--epsilon", *epsilons, "--attack_iters", self.steps, "--nTestEpisode", self.episodes]
-            found |= self.measure(row, seed, shots, domains, [*attack, *flags]).rows
-        return found
-
-
-def in_parallel(jobs: int, title: str, work: Callable, cases: Iterable[tuple]) -> list:
-    """`work(*case)` for every case, `jobs` at a time, with a progress bar; results in the cases' order."""
-    cases = list(cases)
-    with ThreadPoolExecutor(jobs) as executor:
-        return list(tqdm(executor.map(lambda case: work(*case), cases), total=len(cases), desc=title))
-
-
-def support_compactness(study: Study, seed: int) -> dict[str, list[float]]:
-    """Mean intra- and inter-class cosine of every adapter on VALID support sets: what the router sees."""
-    network = load_network("vit_mini")
-    pool = checkpoint.load(study.checkpoint("pool", seed)).pool
-    sampling = EpisodeSampling(num_ways=5, num_support=5, num_query=1)
-    reader = EpisodeReader(
-        study.data, SOURCE, "VALID", sampling, network.image_size, n_episodes=study.choosing, seed=seed
-    )
-    routing = Routing(augment_probability=0)
-    totals = torch.zeros(2, len(pool))
-    for episode in episode_loader(reader):
-        cosines = support_cosines(
-            network, pool, episode.support, episode.support_labels, stream(seed, episode.index), routing
+        self._call(
+            last.parent,
+            *("main.py", f"@{self.recipe}", *TRAININGS[training], *self.training),
+            *("--seed", seed, "--output_dir", last.parent),
         )
-        totals += torch.stack(compactness(cosines, episode.support_labels))
-    return dict(zip(("intra", "inter"), (totals / len(reader)).tolist(), strict=True))
+
+    def run(self, row: Row, seed: int, shots: int) -> None:
+        """Score a row, after what is left to choose."""
+        training, flags = self.chosen(row, seed, shots)
+        count = max(1, round(row.episodes * self.episodes))
+        scored = ("--test_sources", *DOMAINS, "--epsilon", *EPSILONS, "--nTestEpisode", count)
+        self._evaluate(self.scored(row, seed, shots), training, seed, shots, (*scored, *flags))
+
+    def scored(self, row: Row, seed: int, shots: int) -> Path:
+        """The folder of a scored run."""
+        return self.folder / "scored" / f"{shots}-shot" / row.slug / f"seed-{seed}"
+
+    def chosen(self, row: Row, seed: int, shots: int) -> tuple[str | None, tuple[str, ...]]:
+        """The candidate of the best clean accuracy on VALID, of equals the first: its training and flags."""
+        own = tuple(word.format(choosing=self.choosing) for word in row.flags)
+        if len(row.candidates) == 1:
+            ((training, more),) = row.candidates
+            return training, (*own, *more)
+        clean = []
+        for number, (training, more) in enumerate(row.candidates):
+            out = self.folder / "choosing" / f"{shots}-shot" / row.slug / f"seed-{seed}-{number}"
+            valid = ("--test_sources", SOURCE, "--split", "VALID", "--nTestEpisode", self.choosing)
+            self._evaluate(out, training, seed, shots, (*valid, *own, *more, "--epsilon"))
+            found = runs.load(out).summary(SOURCE, "clean")
+            clean.append(found.mean if found is not None else 0.0)
+        training, more = row.candidates[clean.index(max(clean))]
+        return training, (*own, *more)
+
+    def publish(self, row: Row, shots: int) -> Path | None:
+        """Write the row's file of the leaderboard; None while a seed is missing."""
+        folders = [self.scored(row, seed, shots) for seed in self.seeds]
+        if not all((folder / "results.json").exists() for folder in folders):
+            return None
+        out = self.results / f"{shots}-shot" / f"{row.slug}.json"
+        words = ["-m", "amt", "row", ",".join(map(str, folders)), "--name", row.name, "--out", out]
+        if len(row.candidates) > 1:
+            on = f"{self.choosing} VALID episodes of {SOURCE} by clean accuracy"
+            words += ["--tuned_on", on, "--candidates", len(row.candidates)]
+        self._call(folders[0].parent, *words)
+        return out
+
+    def _evaluate(self, out: Path, training: str | None, seed: int, shots: int, flags: Iterable) -> None:
+        if (out / "results.json").exists():
+            return
+        words = ["test_meta_dataset.py", "--arch", "vit_mini_amt_merge", "--num_ways", 5]
+        words += ["--num_support", shots, "--num_query", 3, "--seed", seed, "--samples", 0]
+        words += ["--resume", self.checkpoint(training, seed)] if training is not None else []
+        self._call(out, *words, "--output_dir", out, *flags)
+
+    def _call(self, out: Path, *words) -> None:
+        """Run a Python program in a process with one thread, its output in a log beside `out`.
+
+        Raises:
+            InputError: it failed; with its last line.
+        """
+        command = [str(word) for word in words]
+        if command[0] != "-m":
+            more = ["--data_path", str(self.data), "--device", self.device, "--threads", "1"]
+            command[1:1] = [command.pop(1), *more] if command[1].startswith("@") else more
+        out.parent.mkdir(parents=True, exist_ok=True)
+        log, began = out.with_name(f"{out.name}.log"), time.monotonic()
+        print(f"python {shlex.join(command)}", flush=True)
+        with open(log, "a", encoding="utf-8") as file:
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+            ended = subprocess.run(
+                [sys.executable, *command], stdout=file, stderr=file, env=environment, cwd=ROOT
+            )
+        if ended.returncode != 0:
+            last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            raise InputError(f"{command[0]} ended with code {ended.returncode}: {' '.join(last)} ({log})")
+        print(f"{time.monotonic() - began:.0f} s: {out}", flush=True)
 
 
-def columns_of(domain: str, steps: int) -> list[str]:
-    """The columns of a domain: clean, and its two attacks."""
-    epsilons = next(pair for pair, domains in DOMAINS.items() if domain in domains)
-    return ["clean", *(f"pgd{steps}@{epsilon}" for epsilon in epsilons)]
+def in_parallel(jobs: int, work: Callable, cases: Iterable[tuple]) -> None:
+    """`work(*case)` for every case, `jobs` at a time; after a failure no further one is begun."""
+    with ThreadPoolExecutor(jobs) as executor:
+        waiting = [executor.submit(work, *case) for case in cases]
+        try:
+            for each in waiting:
+                each.result()
+        except BaseException:
+            executor.shutdown(cancel_futures=True)
+            raise
 
 
-def markdown(study: Study, shots: int, results: dict[str, list[dict[str, list[dict]]]]) -> str:
-    """The table of one number of shots: rows of the study by domains, and their average."""
-    domains = list(next(iter(results.values()))[0])
-    heads = [f"{d} {'/'.join(c.removeprefix('pgd20') for c in columns_of(d, study.steps))}" for d in domains]
-    lines = [f"| {shots}-shot | {' | '.join(heads)} | average clean/weak/strong |"]
-    lines.append("|---" * (len(domains) + 2) + "|")
-    for name, seeds in results.items():
-        cells, by_column = [], []
-        for domain in domains:
-            pooled = [episode for rows in seeds for episode in rows[domain]]
-            summaries = [summarise(pooled, column) for column in columns_of(domain, study.steps)]
-            cells.append(" / ".join(map(shown, summaries)))
-            by_column.append(summaries)
-        averages = [average_summary(column) for column in zip(*by_column, strict=True)]
-        cells.append(" / ".join(map(shown, averages)))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def named(names: Sequence[str]) -> list[Row]:
+    """The rows of these names or slugs, in the order of the table; all of them without a name.
+
+    Raises:
+        InputError: there is none of a name.
+    """
+    known = {key: row for row in ROWS for key in (row.name, row.slug)}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise InputError(f"--rows {unknown[0]}: {nearest(unknown[0], known)}")
+    wanted = [known[name] for name in names]
+    return [row for row in ROWS if row in wanted or not names]
 
 
-def shown(summary: Summary) -> str:
-    return f"{summary.mean:.1f}±{summary.interval:.1f}"
-
-
-def mean_coefficients(seeds: list[dict[str, list[dict]]]) -> dict[str, list[float]]:
-    """Mean share of every adapter, by domain."""
-    found = {}
-    for domain in seeds[0]:
-        shares = [episode["coefficients"] for rows in seeds for episode in rows[domain]]
-        found[domain] = [round(sum(column) / len(shares), 3) for column in zip(*shares, strict=True)]
-    return found
+def study_of(args: argparse.Namespace) -> Study:
+    """The study that the flags describe, with absolute paths, as its commands run elsewhere."""
+    paths = [path.absolute() for path in (args.out, args.results, args.data_path, args.recipe)]
+    return Study(
+        *(*paths, args.episodes, args.choosing, SEEDS),
+        training=tuple(shlex.split(args.training)),
+        device=args.device,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/mini_study"))
+    parser.add_argument("--out", type=Path, default=Path("results/mini_study"), help="of runs and trainings")
+    parser.add_argument("--results", type=Path, default=Path("results/mini"), help="of the rows' files")
     parser.add_argument("--data_path", type=Path, default=Path("data/mini"))
-    parser.add_argument("--recipe", type=Path, default=Path("recipes/mini_train.args"))
-    parser.add_argument("--jobs", type=int, default=2, help="commands at a time")
-    parser.add_argument("--episodes", type=int, default=64, help="scored episodes per domain, seed and row")
-    parser.add_argument("--choosing", type=int, default=12, help="VALID episodes that settings are chosen on")
-    parser.add_argument("--steps", type=int, default=20, help="PGD steps of the scored attacks")
+    parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "mini_train.args")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="only these")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, choices=SEEDS, help="only these")
+    parser.add_argument("--shots", type=int, nargs="+", default=SHOTS, choices=SHOTS, help="only these")
+    parser.add_argument("--jobs", type=int, default=2, help="commands at a time, of one thread each")
+    parser.add_argument("--episodes", type=int, default=16, help="scored ones per domain, seed and row")
+    parser.add_argument("--choosing", type=int, default=40, help="VALID episodes to choose settings on")
+    parser.add_argument("--training", default="", metavar="FLAGS", help="further flags of every training")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    study = Study(
-        args.out, args.data_path, args.recipe, args.episodes, args.choosing, args.steps, args.device
+    rows, study = named(args.rows), study_of(args)
+
+    subprocess.run(
+        [sys.executable, "-m", "meta_dataset_readers.mini", "--out", study.data], check=True, cwd=ROOT
     )
-
-    subprocess.run([sys.executable, "-m", "meta_dataset_readers.mini", "--out", args.data_path], check=True)
-    trainings = itertools.product(sorted(TRAININGS, key=lambda name: name != "pool"), SEEDS)
-    in_parallel(args.jobs, "training", study.train, trainings)
-
-    cases = list(itertools.product(ROWS, SEEDS, SHOTS))
-    flags = in_parallel(args.jobs, "choosing on VALID", study.chosen_flags, cases)
-    chosen = dict(zip(cases, flags, strict=True))
-    distinct = {}  # rows that come to the same flags are one run
-    for (row, seed, shots), words in chosen.items():
-        distinct.setdefault((row.training, seed, shots, words), (row, seed, shots, words))
-    in_parallel(args.jobs, "scoring", study.scored, distinct.values())
-
-    mixer = Row("mixing", "pool")
-    mixes = [
-        (mixer, seed, 5, ("--coefficients", str(c), "0", f"{1 - c:g}", "0"), MIXED)
-        for seed in SEEDS
-        for c in SWEEP
+    needed = {training: None for row in rows for training in row.trainings}
+    in_parallel(args.jobs, study.train, itertools.product(needed, args.seeds))
+    # Seed by seed, so that a study cut short has whole tables of fewer seeds.
+    cases = [
+        (row, seed, shots)
+        for seed in args.seeds
+        for row in rows
+        for shots in args.shots
+        if shots in row.shots
     ]
-    third = dataclasses.replace(study, episodes=study.episodes // 3)
-    mixed = in_parallel(args.jobs, "mixing sweep", third.scored, mixes)
-
-    report = {"coefficients": {}, "chosen": {}, "tables": {}}
-    for shots in SHOTS:
-        results = {
-            row.name: [study.scored(row, seed, shots, chosen[row, seed, shots]) for seed in SEEDS]
-            for row in ROWS
-        }
-        report["tables"][shots] = markdown(study, shots, results)
-        for row in ROWS:
-            report["coefficients"][f"{row.name}, {shots}-shot"] = mean_coefficients(results[row.name])
-            report["chosen"][f"{row.name}, {shots}-shot"] = [chosen[row, seed, shots] for seed in SEEDS]
-        print(f"\n{report['tables'][shots]}")
-    sweep = {c: [rows for mix, rows in zip(mixes, mixed, strict=True) if mix[3][1] == str(c)] for c in SWEEP}
-    report["tables"]["sweep"] = markdown(
-        study, 5, {f"share {c:g} of 8/255": rows for c, rows in sweep.items()}
-    )
-    print(f"\n{report['tables']['sweep']}")
-    report["compactness"] = [support_compactness(study, seed) for seed in SEEDS]
-    for seed, found in zip(SEEDS, report["compactness"], strict=True):
-        print(
-            f"seed {seed}: "
-            + "; ".join(f"{k} {[round(v, 3) for v in values]}" for k, values in found.items())
-        )
-    mixing_picture(args.out / "mixing.png", curves(study, sweep))
-    replace_file(args.out / "report.json", json.dumps(report, indent=1))
-    print(f"\nwrote {args.out / 'report.json'} and {args.out / 'mixing.png'}")
-
-
-def curves(study: Study, sweep: dict[float, list]) -> dict[str, dict[str, list[tuple[float, Summary]]]]:
-    """Per domain and column, accuracy against the share of the robust adapter."""
-    return {
-        domain: {
-            column: [
-                (share, summarise([episode for rows in seeds for episode in rows[domain]], column))
-                for share, seeds in sweep.items()
-            ]
-            for column in columns_of(domain, study.steps)
-        }
-        for domain in next(iter(sweep.values()))[0]
-    }
+    in_parallel(args.jobs, study.run, cases)
+    for row, shots in itertools.product(rows, args.shots):
+        if shots in row.shots and study.publish(row, shots) is None:
+            print(f"{row.name}, {shots}-shot: other seeds are to follow")
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_bad_input(main)

@@ -57,10 +57,15 @@ def generators(images: torch.Tensor, seed: int = 0) -> list[torch.Generator]:
 @pytest.mark.parametrize(
     ("words", "found"),
     [
-        ("pgd", ("pgd20@2", "pgd20@8")),
+        ("pgd", ("pgd20-ce+dlr@2", "pgd20-ce+dlr@8")),
+        ("pgd loss=ce", ("pgd20@2", "pgd20@8")),
+        ("pgd loss=margin+kl", ("pgd20-margin+kl@2", "pgd20-margin+kl@8")),
         ("pgd steps=50 restarts=5 loss=dlr", ("pgd50x5-dlr@2", "pgd50x5-dlr@8")),
-        ("pgd norm=l2 epsilon=64,128.5", ("pgd20-l2@64", "pgd20-l2@128.5")),
-        ("apgd", ("apgd100-ce@2", "apgd100-ce@8")),
+        ("pgd norm=l2 epsilon=64,128.5", ("pgd20-ce+dlr-l2@64", "pgd20-ce+dlr-l2@128.5")),
+        ("apgd", ("apgd100-ce+dlr@2", "apgd100-ce+dlr@8")),
+        ("apgd loss=ce epsilon=8", ("apgd100-ce@8",)),
+        ("strong epsilon=8", ("strong100x2@8",)),
+        ("strong epsilon=8 steps=5 restarts=1 queries=50 norm=l2", ("strong5-q50-l2@8",)),
         ("autoattack epsilon=8", ("autoattack@8",)),
         ("autoattack targets=3 norm=l2", ("autoattack-t3-l2@2", "autoattack-t3-l2@8")),
         ("square queries=1000 epsilon=0.5", ("square1000@0.5",)),
@@ -82,7 +87,11 @@ def test_a_column_says_what_was_run(words, found):
         ("pgd steps=0", "expected a positive integer, got '0'"),
         ("pgd steps=many", "expected a positive integer, got 'many'"),
         ("pgd step_size=-1", "expected a positive number, got '-1'"),
-        ("pgd loss=cw", "loss 'cw', expected one of ce, kl, dlr"),
+        ("pgd loss=cw", "loss 'cw', expected one of ce, kl, dlr, margin, or several such as ce+dlr"),
+        ("pgd loss=ce+cw", "loss 'ce+cw', expected one of"),
+        ("pgd loss=ce+ce", "loss 'ce+ce', expected one of"),
+        ("pgd loss=", "loss '', expected one of"),
+        ("strong loss=ce", "expected norm=..., epsilon=..., steps=..., restarts=..., queries=..."),
         ("apgd loss=kl", "loss 'kl', expected one of ce, dlr"),
         ("pgd norm=l1", "norm 'l1', expected linf or l2"),
         ("pyramid norm=l2", "norm 'l2', expected linf"),
@@ -113,6 +122,7 @@ QUICK = {
     "autoattack": {},
     "fab": {"steps": 6},
     "square": {"queries": 20},
+    "strong": {"steps": 4, "queries": 10},
     "pyramid": {"steps": 2},
     "transfer": {"steps": 4},
 }
@@ -165,7 +175,7 @@ def test_every_attack_stays_in_its_ball_and_tells_the_truth(network, classifier,
     assert len(images) > 1
 
     def run(seed: int):
-        return attack_queries(attack, epsilon, logits, images, own, 5, generators(images, seed), surrogate)
+        return attack_queries(attack, epsilon, logits, images, own, 5, generators(images, seed), [surrogate])
 
     found, again = run(1), run(1)
     assert torch.equal(found.images, again.images) and torch.equal(found.fooled, again.fooled)
@@ -209,15 +219,15 @@ class Plane:
         return torch.cat([torch.stack([height, -height], dim=1), low], dim=1)
 
 
-@pytest.mark.parametrize("kind", ["pgd", "apgd", "autoattack"])
+@pytest.mark.parametrize("words", ["pgd steps=20", "pgd loss=dlr", "apgd steps=20", "autoattack"])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("ways", [2, 3, 4, 6])
-def test_an_image_falls_exactly_when_epsilon_exceeds_its_distance(kind, norm, ways):
+def test_an_image_falls_exactly_when_epsilon_exceeds_its_distance(words, norm, ways):
     """In both norms, with any number of ways; the targets and losses that so many ways allow are found."""
     plane = Plane(ways)
     distances = [0.5, 1.9, 2.1, 6.0]
     images, labels = plane.images(distances, norm), torch.zeros(4, dtype=torch.int64)
-    attack = Attack(kind, (2.0,), norm, **({"steps": 20} if kind != "autoattack" else {}))
+    attack = parse_attack(words.split(), epsilon=(2.0,), norm=norm)
     found = attack_queries(attack, 2.0, plane, images, labels, ways, generators(images))
     assert found.fooled.tolist() == [True, True, False, False]
 
@@ -251,13 +261,24 @@ def test_autoattack_names_its_variant_and_refuses_too_many_targets():
     fails("targets=5: an episode of 5 ways has 4 other classes", lambda: run(targets=5))
 
 
-def test_dlr_needs_four_ways_and_says_what_was_done_instead():
-    plane = Plane(3)
+@pytest.mark.parametrize(
+    ("words", "ways", "variant"),
+    [
+        ("pgd", 2, "ce+margin, having 2 ways"),
+        ("pgd loss=dlr", 2, "margin, having 2 ways"),
+        ("pgd loss=dlr+margin", 2, "margin, having 2 ways"),
+        ("apgd", 2, "ce+margin, having 2 ways"),
+        ("pgd", 3, ""),
+        ("apgd loss=dlr", 3, ""),
+        ("pgd loss=ce", 2, ""),
+    ],
+)
+def test_dlr_needs_three_ways_and_says_what_was_done_instead(words, ways, variant):
+    plane = Plane(ways)
     images, labels = plane.images([1.0], "linf"), torch.zeros(1, dtype=torch.int64)
-    for kind in ("pgd", "apgd"):
-        attack = Attack(kind, (2.0,), loss="dlr", steps=5)
-        found = attack_queries(attack, 2.0, plane, images, labels, 3, generators(images))
-        assert found.variant == "ce, having 3 ways" and found.fooled.all()
+    attack = parse_attack([*words.split(), "steps=5"], epsilon=(2.0,))
+    found = attack_queries(attack, 2.0, plane, images, labels, ways, generators(images))
+    assert found.variant == variant and found.fooled.all()
 
 
 def test_the_dlr_loss_by_hand():
@@ -309,7 +330,7 @@ def test_transfer_attacks_the_surrogate_and_is_judged_on_the_target():
     images, labels = plane.images([3.0], "l2"), torch.zeros(1, dtype=torch.int64)
     attack = Attack("transfer", (4.0,), "l2", steps=10)
     for surrogate, expected in ((plane, True), (other, False)):
-        found = attack_queries(attack, 4.0, plane, images, labels, 2, generators(images), surrogate)
+        found = attack_queries(attack, 4.0, plane, images, labels, 2, generators(images), [surrogate])
         assert found.fooled.item() is expected
 
 

@@ -45,7 +45,7 @@ def test_all_modes_in_a_process_of_its_own(cifar, tmp_path):
         assert about(folder / "last.safetensors")["finished"]
         assert len(rows(folder / "test")) == 20
         found[mode] = accuracies(folder / "test")
-        assert set(found[mode]) >= {"clean", "pgd2@8"}
+        assert set(found[mode]) >= {"clean", "pgd2-ce+dlr@8"}
     for column in found["AFF"]:
         (line,) = [line for line in ended.out.splitlines() if line.startswith(f"{column}: ")]
         mean = sum(found[mode][column] for mode in found) / 3

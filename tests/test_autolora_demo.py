@@ -13,7 +13,18 @@ from amt.cli import autolora
 from amt.evaluation import runs
 from amt.files.checkpoint import HEADER
 from meta_dataset_readers.mini.sources import build
-from studies.autolora_demo import ROWS, Demo, Finished, demonstrate, markdown, write_folders
+from studies import autolora_demo
+from studies.autolora_demo import (
+    CHOICES,
+    COLUMNS,
+    MORE_ROWS,
+    ROWS,
+    Demo,
+    Finished,
+    demonstrate,
+    markdown,
+    write_folders,
+)
 
 ROW = "AutoLoRa"
 
@@ -93,10 +104,10 @@ def test_the_table_says_what_was_measured_and_chosen(tmp_path):
     ]
     fixed = [{"epoch": 1, "lr": 0.1, "best": 1}, {"epoch": 2, "lr": 0.01, "best": 2}]
     ours = [
-        finished(tmp_path / str(seed), {"standard": 80.0 + seed, "PGD-20": 50.0}, scheduled)
+        finished(tmp_path / str(seed), {"standard": 80.0 + seed, COLUMNS[1]: 50.0}, scheduled)
         for seed in (1, 2, 3)
     ]
-    theirs = finished(tmp_path / "theirs", {"standard": 70.0, "PGD-20": 40.0}, fixed)
+    theirs = finished(tmp_path / "theirs", {"standard": 70.0, COLUMNS[1]: 40.0}, fixed)
     assert markdown({"ours": ours, "theirs": [theirs]}).splitlines()[2:] == [
         "| ours | 82.0 ± 1.0 | 50.0 ± 0.0 | 0.1 to 0.05 | 0.9 to 0.1 | 0.6 to 5.4 | 3 | 3 |",
         "| theirs | 70.0 | 40.0 | 0.1 to 0.01 | 1 | 6 | 2 | 1 |",
@@ -105,3 +116,25 @@ def test_the_table_says_what_was_measured_and_chosen(tmp_path):
         "rate 0.1, 0.05 from epoch 3; weights of epoch 2 of 3; lambda1 0.90 to 0.10; lambda2 0.60 to 5.40"
     )
     assert theirs.chosen() == "rate 0.1, 0.01 from epoch 2; weights of epoch 2 of 2"
+
+
+def test_a_rate_is_chosen_on_the_validation_part_for_every_seed(tmp_path):
+    """Not on the test pictures; AutoLoRa's rate and the authors' own settings are among the candidates."""
+    ((choice, rows),) = CHOICES.items()
+    assert set(rows) <= ROWS.keys() | MORE_ROWS.keys() and {"TWINS", "TWINS at 0.003"} <= set(rows)
+    assert (
+        "--lr 0.003" in MORE_ROWS["TWINS at 0.003"] and "--decreasing_lr 30,50" in MORE_ROWS["TWINS at 0.003"]
+    )
+    demo = Demo(tmp_path / "data", tmp_path / "out", seeds=(1, 2), rows=dict.fromkeys(rows, ""))
+    best = {1: rows[2], 2: rows[0]}
+    for row in rows:
+        for seed in demo.seeds:
+            folder = demo.finished(autolora_demo.name_of(row, seed)).folder
+            folder.parent.mkdir(parents=True)
+            robust = 30.0 + 5 * (best[seed] == row)
+            notes = [{"epoch": 1, "lr": 0.1, "robust": robust, "best": 1}, {"robust": 10.0}]
+            finished(folder, {}, notes)
+    chosen = demo.found()[choice]
+    assert [each.folder.parent.name for each in chosen] == [
+        autolora_demo.name_of(best[seed], seed) for seed in demo.seeds
+    ]

@@ -364,7 +364,7 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, mini, name, value):
 
 def test_a_tensor_under_two_names_is_refused(tmp_path, mini):
     net, start, weights = mini
-    state = weights | {"module.conv1.weight": weights["conv1.weight"]}
+    state = weights | {"module.conv1.weight": weights["conv1.weight"] + 1}
     fails("conv1.weight under two names", lambda: read(saved(tmp_path, state), net, start))
 
 

@@ -179,3 +179,21 @@ def test_the_mode_of_the_published_script():
         ("--experiment e --mode SLF", "SLF"),
     ):
         assert options.parse(["--checkpoint", "f", *flags.split()]).mode == mode
+
+
+@pytest.mark.parametrize(
+    ("line", "loss"),
+    [
+        ("--output O --checkpoint F", "ce+dlr"),
+        ("--output O --checkpoint F --arch vit_small --resolution high", "ce+dlr"),
+        ("--output O --checkpoint F --published", "ce"),
+        ("--experiment E --checkpoint F", "ce"),
+        ("--model_path F --model-arch deit_small --model_root O", "ce"),
+        ("--experiment E --checkpoint F --attack pgd", "ce+dlr"),
+        ("--output O --checkpoint F --attack pgd loss=ce", "ce"),
+    ],
+)
+def test_the_worst_case_is_the_default_and_published_commands_keep_their_attack(line, loss):
+    """PGD on the cross-entropy alone is the published test, which those who ask for it get."""
+    (attack,) = options.attacks(options.parse(line.split()))
+    assert (attack.kind, attack.loss) == ("pgd", loss)

@@ -18,7 +18,9 @@ ATTACKS = (
     *("--attack", "pgd", "epsilon=2,8", "--attack", "square", "queries=5", "epsilon=8"),
     *("--attack", "pgd", "norm=l2", "epsilon=60", "--attack", "support", "steps=2", "epsilon=4"),
     *("--attack", "transfer", "epsilon=8"),
+    *("--attack", "strong", "epsilon=8", "steps=2", "restarts=1", "queries=5"),
 )
+WORST = "pgd2-ce+dlr"
 
 
 def untimed(folder) -> dict:
@@ -50,15 +52,21 @@ def whole(flags, tmp_path_factory):
 def test_every_attack_gets_its_column_and_their_union(whole):
     run = runs.load(whole)
     assert run.columns == (
-        *("clean", "pgd2@2", "pgd2@8", "square5@8", "pgd2-l2@60", "support-pgd2@4", "transfer-pgd2@8"),
+        *("clean", f"{WORST}@2", f"{WORST}@8", "square5@8", f"{WORST}-l2@60", "support-pgd2@4"),
+        *("transfer-pgd2@8", "strong2-q5@8"),
         *("union@2", "union@8", "union"),
     )
     for row in run.rows["tiny"]:
-        assert row["union"] <= row["union@8"] <= min(row["pgd2@8"], row["square5@8"], row["transfer-pgd2@8"])
+        assert (
+            row["union"] <= row["union@8"] <= min(row[f"{WORST}@8"], row["square5@8"], row["transfer-pgd2@8"])
+        )
+        assert row["strong2-q5@8"] <= row["clean"]
+        # Made on the pretrained network and on each of the pool's two adapters.
+        assert "transfer x3" in row["variants"]["strong2-q5@8"]
     assert [("checks" in row) for row in run.rows["tiny"]] == [True, True, False]
     assert run.findings == [tuple(found) for found in strict_json(whole / "results.json")["suspect"]]
     (sample,) = run.samples()
-    assert sample.column == "transfer-pgd2@8" and sample.index == 0
+    assert sample.column == "strong2-q5@8" and sample.index == 0
     assert list((whole / "tensorboard").glob("*"))
 
 
@@ -195,7 +203,7 @@ def test_a_run_of_other_code_is_refused_and_one_with_other_settings_of_a_domain(
         (("--attack", "autoattack", "targets=5"), ["targets=5", "5 ways has 4 other classes"]),
         (("--attack", "pgd", "norm=l2"), ["norm=l2", "epsilon=..."]),
         (("--attack", "pgd", "epsilon=8,2"), ["epsilon 8,2", "increasing"]),
-        (("--attack", "pgd", "--attack", "pgd"), ["--attack", "pgd2 pgd2"]),
+        (("--attack", "pgd", "--attack", "pgd"), ["--attack", "pgd2-ce+dlr pgd2-ce+dlr"]),
         (("--attack", "pgd", "--epsilon"), ["epsilon", "no value"]),
         (("--epsilon", 8, 2), ["--epsilon 8 2", "increasing"]),
         (("--epsilon", 2, 2), ["--epsilon 2 2", "increasing"]),
@@ -230,7 +238,7 @@ def test_two_runs_are_compared_on_the_same_episodes(flags, whole, tmp_path, caps
     code, out, _ = compared(capsys, tmp_path, whole)
     assert code == 0 and "square5@8" not in out
     ours, theirs = (runs.load(folder).rows["tiny"] for folder in (tmp_path, whole))
-    for column in ("clean", "pgd2@8"):
+    for column in ("clean", "pgd2-ce+dlr@8"):
         mean = 100 * sum(a[column] - b[column] for a, b in zip(ours, theirs, strict=True)) / 3
         assert f"{mean:+.1f} +- " in out and column in out
     (line,) = [line for line in out.splitlines() if line.startswith("tiny")]

@@ -14,7 +14,7 @@ from toy_runs import ATTACKS, DOMAINS, write_run
 from amt.cli import report
 from amt.evaluation import runs
 from amt.evaluation.statistics import paired_difference
-from amt.report import charts, figures
+from amt.report import charts, figures, panels
 from amt.report.document import page
 from amt.report.shown import label
 
@@ -34,7 +34,7 @@ def test_every_point_of_a_figure_is_in_its_table(load):
         assert re.search(r"n = |episodes", figure.caption), figure.slug
         assert "n" in figure.table.columns
         assert all(len(row) == len(figure.table.columns) for row in figure.table.rows)
-        if isinstance(figure, charts.HeatMap):
+        if isinstance(figure, panels.HeatMap):
             count = sum(share is not None for line in figure.cells for share in line)
         else:
             count = sum(len(one.points) for panel in figure.panels for one in panel.series)
@@ -62,7 +62,7 @@ def test_runs_differ_by_marker_and_attacks_by_dashes(load):
         "a": 1,
         "b": 1,
     }
-    assert [(name, dash) for name, _, dash in charts.legend(figure.panels)] == [
+    assert [(name, dash) for name, _, dash in panels.legend(figure.panels)] == [
         *(("a", None), ("b", None)),
         *(("pgd20", 0), ("square500", 1), ("union", 2)),
     ]
@@ -92,7 +92,7 @@ def test_a_difference_of_suspect_results_is_suspect(load):
 
 
 def test_a_dozen_runs_look_different_each(load):
-    styles = [charts.distinct(k) for k in range(12)]
+    styles = [panels.distinct(k) for k in range(12)]
     looks = {(s.colour % len(figures.COLOURS), s.marker % len(figures.MARKERS)) for s in styles}
     assert len(looks) == 12
 
@@ -131,11 +131,11 @@ def test_adapters_of_unknown_levels_have_numbers():
 @given(st.floats(-1e3, 1e3), st.just(0.0) | st.floats(1e-6, 1e3), st.floats(0, 20))
 def test_an_axis_holds_its_points_and_little_else(low, reach, least):
     """Its ends are the points' but for a margin; it is never shorter than asked, nor beyond its limits."""
-    left, right = figures.limits(charts.Axis("", least=least), [low, low + reach])
+    left, right = figures.limits(panels.Axis("", least=least), [low, low + reach])
     assert left < low and right > low + reach
     assert right - left <= 1.081 * max(reach, least, 0.2 * abs(low), 0.2)
     value = min(max(low, 0), 100)
-    left, right = figures.limits(charts.Axis("", 0, 100, least=25), [value])
+    left, right = figures.limits(panels.Axis("", 0, 100, least=25), [value])
     assert -1 <= left < value < right <= 101 and right - left == pytest.approx(27)
 
 

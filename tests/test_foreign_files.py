@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from conftest import fails
 from PIL import Image
+from toy_runs import write_run
 
 from amt.cli.options.domain_config import read_domain_config
 from amt.data.corruptions import open_corrupted
 from amt.data.datasets import open_dataset
+from amt.evaluation.runs import read_about
+from amt.evaluation.writer import Writer
 from amt.files import checkpoint, weight_files
 from meta_dataset_readers.bscd import open_chestx
 from meta_dataset_readers.check import check
@@ -149,3 +152,17 @@ def test_arrays_of_objects_and_cut_arrays_are_refused(tmp_path):
     fails("x.npy: not an array that can be mapped", lambda: map_array(file))
     file.write_bytes(whole + b"x")
     fails("x.npy: .* bytes, expected", lambda: map_array(file))
+
+
+@pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
+def test_rows_to_be_continued_are_a_regular_file(tmp_path, make):
+    """An evaluation reads what it goes on from; a pipe or device would keep it for ever."""
+    make(tmp_path / "rows.jsonl")
+    fails(KINDS[make], lambda: Writer(tmp_path, {"settings": {}}).__enter__())
+
+
+@pytest.mark.parametrize("field", ["commit", "started", "arch", "checkpoint", "command"])
+@pytest.mark.parametrize("value", [5, 1e999, [1]])
+def test_a_run_says_what_it_is_in_texts(tmp_path, field, value):
+    run = write_run(tmp_path / "run", **{field: value})
+    fails(f"run.json: field '{field}'.*: expected a string", lambda: read_about(run))

@@ -176,7 +176,7 @@ def test_optimiser_with_momentum(single, monkeypatch):
     all_steps = steps()
     waiting = iter(all_steps)
 
-    def injected(network, pool, episode, level, start, loss_scale):
+    def injected(network, pool, episode, level, start, loss_scale, head):
         level, start = next(waiting).injection
         return query_outcome(network, pool, episode, level, start, loss_scale)
 

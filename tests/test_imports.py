@@ -26,7 +26,17 @@ READERS = "meta_dataset_readers"
 # is declared.
 OF_THE_READERS = {
     f"{READERS}.{name}"
-    for name in ("episode", "errors", "files", "json_fields", "loader", "pictures", "settings", "transforms")
+    for name in (
+        "endings",
+        "episode",
+        "errors",
+        "files",
+        "json_fields",
+        "loader",
+        "pictures",
+        "settings",
+        "transforms",
+    )
 }
 OPENING_FOLDERS = ("cli", "few_shot")  # packages that people hand their folders to
 SCRIPTS = {"main", "test_meta_dataset", "studies", "benchmarks", "tools", "tests"}

@@ -1,5 +1,6 @@
 """Imports cost what they need: help, errors and names come without torch."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,3 +66,14 @@ def test_every_public_name_is_there(package):
         assert getattr(package, name) is not None and name in dir(package)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = package.nonsense
+
+
+def test_a_program_lets_waiting_threads_sleep_before_torch_is_there():
+    """Spinning ones made a step on shared cores twenty times slower; what the user has set stays."""
+    begun = "import os\nfrom meta_dataset_readers import endings\nendings.begin()"
+    ask = f"{begun}\nprint(os.environ['OMP_WAIT_POLICY'])"
+    for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        run = [sys.executable, "-c", ask]
+        ended = subprocess.run(run, cwd=ROOT, env=environment | given, capture_output=True, text=True)
+        assert ended.stdout.strip() == expected

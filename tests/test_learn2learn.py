@@ -384,7 +384,7 @@ def test_labels_must_be_whole_numbers_one_for_each_image(l2l):
     ):
         taskset = make_taskset(l2l)
         taskset.task_collate = collate
-        fails("whole number as label", lambda: TasksetEpisodes(taskset, 1, n_episodes=1)[0])  # noqa: B023
+        fails("integer as label", lambda: TasksetEpisodes(taskset, 1, n_episodes=1)[0])  # noqa: B023
 
 
 def test_bad_settings_are_refused(l2l):

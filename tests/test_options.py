@@ -121,9 +121,9 @@ def test_the_step_is_a_quarter_of_each_epsilon_unless_given():
     assert [level.step_size for level in options.levels(training("--epsilon", "8", "0.1"))] == [2.0, 0.025]
     given_step = options.levels(training("--epsilon", "8", "0.1", "--alpha", "1"))
     assert [level.step_size for level in given_step] == [1.0, 1.0]
-    assert options.attacks(evaluation("--epsilon", "4", "8")) == (Attack("pgd", (4, 8)),)
+    assert options.attacks(evaluation("--epsilon", "4", "8")) == (Attack("pgd", (4, 8), loss="ce+dlr"),)
     assert options.attacks(evaluation("--epsilon", "4", "--alpha", "0.5")) == (
-        Attack("pgd", (4,), step_size=0.5),
+        Attack("pgd", (4,), step_size=0.5, loss="ce+dlr"),
     )
 
 
@@ -142,9 +142,13 @@ def test_no_attack_where_epsilon_is_zero_or_absent():
         "1",
     )
     pgd, l2, apgd = options.attacks(evaluation("--epsilon", "4", *words, "--attack_iters", "7"))
-    assert pgd == Attack("pgd", (4,), steps=7, step_size=1.0) and apgd == Attack("apgd", (4,))
-    assert l2 == Attack("pgd", (64,), "l2", steps=7)  # --alpha is meant in the other norm
-    assert options.attacks(evaluation("--epsilon", "0", "2")) == (Attack("pgd", (2,)),)
+    assert pgd == Attack("pgd", (4,), steps=7, step_size=1.0, loss="ce+dlr")
+    assert apgd == Attack("apgd", (4,), loss="ce+dlr")
+    # --alpha is meant in the other norm
+    assert l2 == Attack("pgd", (64,), "l2", steps=7, loss="ce+dlr")
+    assert options.attacks(evaluation("--epsilon", "0", "2")) == (Attack("pgd", (2,), loss="ce+dlr"),)
+    alone = evaluation("--attack", "pgd", "loss=ce")
+    assert options.attacks(alone) == (Attack("pgd", (8,)),)  # as in the records of old runs
 
 
 def test_random_is_another_name_of_random2():

@@ -21,7 +21,7 @@ from toy_runs import ATTACKS, DOMAINS, write_run
 
 from amt.attacks.kinds import Attack
 from amt.evaluation import runs
-from amt.report import charts, figures
+from amt.report import charts, figures, panels
 from amt.report.document import ENVIRONMENT, SAMPLE_SIDE, page
 from amt.report.pictures import amplify, data_uri
 from amt.report.shown import label, robust_columns
@@ -55,12 +55,15 @@ def test_text_and_attributes_come_out_of_a_parser_as_they_went_in(text):
 
 @hypothesis.settings(max_examples=10)
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
+@hypothesis.example("00000@GUW" + "\x1f" * 9 + "｡00%˯")  # letters wider than most: no room for the axes
+@hypothesis.example("W" * 24)
+@hypothesis.example("\U0001242b" * 24)  # not in the font
 def test_a_drawing_says_any_name_and_is_nothing_but_a_drawing(name):
     """Text is cut where there is no room for it; what appears under the pointer is the whole name."""
-    point = charts.Point(1, 0, None, None, name, name, suspect=True)
-    series = charts.Series(name, charts.distinct(0), (point,))
-    panel = charts.Panel(name, name, charts.Axis(name), charts.Axis("", names=(name,)), (series,))
-    (written,) = figures.drawings(charts.Figure("slug", name, "", (panel,), None))
+    point = panels.Point(1, 0, None, None, name, name, suspect=True)
+    series = panels.Series(name, panels.distinct(0), (point,))
+    panel = panels.Panel(name, name, panels.Axis(name), panels.Axis("", names=(name,)), (series,))
+    (written,) = figures.drawings(panels.Figure("slug", name, "", (panel,), None))
     reader = Reader(written)
     known = {"svg", "g", "defs", "path", "use", "text", "title"}
     assert {tag for tag, _ in reader.tags} <= known
@@ -195,7 +198,7 @@ def test_suspect_points_are_hollow(load):
         assert "fill: var(--c0)" in groups["series"][0].get("style")
 
 
-def panel_points(figure: charts.Figure) -> list[charts.Point]:
+def panel_points(figure: panels.Figure) -> list[panels.Point]:
     return [point for panel in figure.panels for one in panel.series for point in one.points]
 
 
@@ -203,7 +206,7 @@ def test_a_single_episode_has_no_interval_anywhere(load):
     run = load(episodes=1)
     shown = label([run, load("other", episodes=1, strength=0.2)])
     for figure in (*charts.figures(shown),):
-        if isinstance(figure, charts.Figure):
+        if isinstance(figure, panels.Figure):
             points = panel_points(figure)
             assert points and not [p for p in points if p.x_span or p.y_span]
     reader = Reader(page([run]))

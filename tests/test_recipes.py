@@ -108,6 +108,7 @@ class World(NamedTuple):
         """What makes the commands of a recipe small."""
         size = f"--arch vit_mini --pretrained_checkpoint {self.weights} --threads 1 --num_workers 0"
         small = "--epochs 1 --warmup_epochs 0 --nEpisode 1 --nValEpisode 1 --attack_iters 1 --max_num_query 1"
+        small += " --statistics_episodes 1"
         few = "--nTestEpisode 1 --nSelectEpisode 1 --ada_steps 1 --probe_episodes 0 --num_query 1"
         return {"TRAIN_FLAGS": f"{size} {small} {train}", "TEST_FLAGS": f"{size} {few} {test}"}
 
@@ -224,7 +225,7 @@ def test_the_papers_values_arrive(name, tmp_path, capsys):
         args = parsed(words)
         assert (args.arch, args.nTestEpisode) == ("dino_small_patch16", 600), words
         (attack,) = options.attacks(args)
-        assert attack.columns == ("pgd20@8",) and attack.step_at(8) == 2, words
+        assert attack.columns == ("pgd20-ce+dlr@8",) and attack.step_at(8) == 2, words
     for words in of(calls, "main.py"):
         args = parsed(words)
         settings = options.tune_settings(args)

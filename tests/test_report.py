@@ -12,7 +12,7 @@ from amt.evaluation import runs
 from amt.evaluation.statistics import Summary
 from amt.report.figures import accuracy_picture, mixing_picture
 from amt.report.tables import table
-from amt.report.tensorboard import write_board
+from amt.report.tensorboard import write_events
 from meta_dataset_readers.errors import InputError
 
 COLUMNS = ["clean", "pgd20@8"]
@@ -42,8 +42,8 @@ def test_a_table_says_what_was_not_measured():
     assert lines[2].split() == ["digits", "-", "-", "0"]
 
 
-def test_a_single_episode_has_an_infinite_interval_in_the_table():
-    assert "100.0 +- inf" in table(["clean"], [("signs", [Summary(100, math.inf, 1, 100, 100)])])
+def test_a_single_episode_has_no_interval_in_the_table():
+    assert "100.0 +- n/a" in table(["clean"], [("signs", [Summary(100, math.inf, 1, 100, 100)])])
 
 
 def test_a_suspect_result_has_a_question_mark_and_a_reason_below():
@@ -109,7 +109,7 @@ def events(folder) -> EventAccumulator:
 
 def test_tensorboard_gets_scalars_images_and_an_hparams_row(tmp_path):
     run = runs.load(write_run(tmp_path / "run", samples=2))
-    write_board(run, tmp_path / "board")
+    write_events(run, tmp_path / "board")
     found = events(tmp_path / "board")
     for name in (*DOMAINS, "average"):
         for column in run.columns:
@@ -141,9 +141,9 @@ def test_a_board_is_written_anew_and_leaves_other_events_alone(tmp_path):
     """A run that was resumed writes its board again: the numbers do not double."""
     run = runs.load(write_run(tmp_path / "run", samples=1))
     board = tmp_path / "board"
-    write_board(run, board)
+    write_events(run, board)
     (board / "events.out.tfevents.1.other").write_bytes(b"")
-    write_board(run, board)
+    write_events(run, board)
     assert len(list(board.iterdir())) == 2
     (board / "events.out.tfevents.1.other").unlink()
     assert len(events(board).Scalars("clean/digits")) == 1
@@ -151,7 +151,7 @@ def test_a_board_is_written_anew_and_leaves_other_events_alone(tmp_path):
 
 def test_a_board_of_one_domain_and_no_samples(tmp_path):
     run = runs.load(write_run(tmp_path / "run", domains=("digits",), episodes=1, samples=0, attacks=()))
-    write_board(run, tmp_path / "board")
+    write_events(run, tmp_path / "board")
     found = events(tmp_path / "board")
     assert found.Tags()["images"] == [] and np.isfinite(found.Scalars("clean/digits")[0].value)
 
@@ -160,4 +160,4 @@ def test_a_board_that_cannot_be_written_is_said_in_one_line(tmp_path):
     run = runs.load(write_run(tmp_path / "run", episodes=1, samples=0))
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"board: cannot be written to"):
-        write_board(run, tmp_path / "file" / "board")
+        write_events(run, tmp_path / "file" / "board")

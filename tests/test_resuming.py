@@ -228,8 +228,8 @@ def test_what_cannot_be_continued_is_not_resumed(world, trained, tmp_path, name,
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("settings", None, ["settings", "object"]),
-        ("history", {}, ["history", "list"]),
+        ("settings", None, ["settings", "expected an object"]),
+        ("history", {}, ["history", "expected a list"]),
         ("tuner", {}, ["damaged optimiser state", "episodes_done"]),
         ("tuner", {"episodes_done": 1, "scalers": []}, ["damaged optimiser state"]),
     ],

@@ -20,7 +20,7 @@ from amt.files.checkpoint import replace_described
 from amt.files.locks import Lock
 from amt.files.run_directory import RunDirectory
 from amt.files.signals import Interrupted, Interrupts
-from amt.training.tensorboard import TensorBoard
+from amt.files.tensorboard import TensorBoard
 from meta_dataset_readers.errors import InputError, exit_on_bad_input
 from meta_dataset_readers.files import replace_file
 

@@ -25,7 +25,7 @@ from amt.models.pool import LoRAPool, principal_pool
 from amt.models.trim import Trim
 from amt.models.weights import stream
 from amt.tasks import leave_one_out
-from amt.tasks.classifier import merged_networks, merged_predictor
+from amt.tasks.classifier import merged_networks, merged_predictor, prototype_classifier
 from amt.tasks.leave_one_out import leave_one_out_loss, new_trial
 from amt.tasks.merge import route
 from amt.tasks.settings import BETAS, GAMMAS, Routing
@@ -179,7 +179,7 @@ def prescribing(monkeypatch, score) -> list[tuple]:
         return SimpleNamespace(row={"clean": score(episode.index, coefficients, trims) / 100})
 
     monkeypatch.setattr(selecting, "measure", measure)
-    monkeypatch.setattr(selecting, "_classifier", lambda network, merged, episode, setting: setting)
+    monkeypatch.setattr(selecting, "_classifier", lambda network, merged, episode, setting: setting[:2])
     return tried
 
 
@@ -244,34 +244,53 @@ def test_trimmings_are_tried_with_what_was_chosen(network, pool, prescribed):
     ]
 
 
+def test_the_criterion_decides_and_the_curve_tells_what_the_others_would_have_chosen(network, pool):
+    """On real episodes: each criterion takes the best candidate by its own mean."""
+    candidates = [(1.0, 0.0), (0.5, 0.5), (0.0, 1.0)]
+    for by, value in (("clean", lambda p: p[1]), ("robust", lambda p: p[2]), ("mean", lambda p: p[1] + p[2])):
+        found = chosen(network, pool, candidates, EPISODES, PGD, by=by)
+        assert [n for *_, n in found.curve] == [3] * 3
+        values = [value(point) for point in found.curve]
+        assert found.candidate == values.index(max(values))
+        assert found.scores[0][1] == pytest.approx(values[0] / (2 if by == "mean" else 1))
+
+
+def test_nothing_is_robust_without_an_attack(network, pool):
+    assert chosen(network, pool, [(1.0, 0.0), (0.0, 1.0)], EPISODES).curve[0][2] is None
+    with pytest.raises(ValueError, match="needs an attack"):
+        chosen(network, pool, [(1.0, 0.0), (0.0, 1.0)], EPISODES, by="robust")
+
+
 def test_of_equal_settings_the_first_is_taken(network, pool, prescribed):
     prescribed(lambda *_: 50.0)
     selection = chosen(network, pool, CANDIDATES, EPISODES)
     assert selection.candidate == 0 and len(selection.scores) == len(CANDIDATES)
 
 
-@pytest.mark.parametrize(("n", "evaluations"), [(2, 24), (4, 36), (8, 48), (40, 48 + 32 * 2)])
+@pytest.mark.parametrize(
+    ("n", "evaluations"),
+    [(29, 29 * 12), (30, 30 * 12), (40, 30 * 12 + 10 * 6), (70, 30 * 12 + 30 * 6 + 10 * 3)],
+)
 def test_those_that_lag_behind_are_given_up(network, prescribed, n, evaluations):
-    """After 2, 4, 8 ... episodes half of 12 goes on, two at the end: far less than 12 evaluations each."""
+    """Nobody before 30 episodes; after 30, 60, 120 ... half of 12 goes on, two at the end."""
     tried = prescribed(lambda _index, coefficients, _trims: coefficients.index(1))
     selection = chosen(network, None, [corner(k) for k in range(12)], unread(n))
     assert selection.candidate == 11 and len(tried) == evaluations
-    given_up = [name for name, _ in selection.scores if "given up after 2 episodes" in name]
-    assert len(given_up) == (6 if n > 2 else 0)
+    given_up = [name for name, _ in selection.scores if "given up after 30 episodes" in name]
+    assert len(given_up) == (6 if n > 30 else 0)
+    assert [count for *_, count in selection.curve[:6]] == [min(n, 30)] * 6
     assert [score for _, score in selection.scores] == pytest.approx(range(12))
 
 
 def test_the_published_protocol_gives_nobody_up(network, prescribed):
     """There the best may come from behind."""
-    prescribed(
-        lambda index, coefficients, _trims: (1 if index < 3 else 9) * coefficients.index(1) * (index - 2.5)
-    )
+    prescribed(lambda index, coefficients, _trims: coefficients.index(1) * (-1 if index < 30 else 9))
     everyone = [corner(k) for k in range(6)]
-    assert chosen(network, None, everyone, unread(6), halving=False).candidate == 5
-    assert chosen(network, None, everyone, unread(6)).candidate != 5
+    assert chosen(network, None, everyone, unread(40), halving=False).candidate == 5
+    assert chosen(network, None, everyone, unread(40)).candidate != 5
 
 
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.integers(1, 9))
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.sampled_from([1, 9, 31, 61]))
 def test_giving_up_changes_nothing_where_episodes_agree(network, scores, n):
     """Also among equals."""
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -284,10 +303,10 @@ def test_candidates_that_cannot_be_told_apart_go_on_together(network, prescribed
     """Three names for the best: none of them takes another's place."""
     prescribed(lambda _index, coefficients, _trims: coefficients[0])
     everyone = [(0.2, 0.8), (0.9, 0.1), (0.91, 0.09), (0.9, 0.1), (0.5, 0.5), (0.7, 0.3)]
-    selection = chosen(network, None, everyone, unread(2))
+    selection = chosen(network, None, everyone, unread(30))
     assert selection.candidate == 1
     assert [name for name, _ in selection.scores if "given up" in name] == []
-    selection = chosen(network, None, everyone, unread(3))
+    selection = chosen(network, None, everyone, unread(31))
     assert ["given up" in name for name, _ in selection.scores] == [True, False, False, False, True, False]
 
 
@@ -341,7 +360,7 @@ def test_a_tasks_trimming_is_one_that_improves(network, three, offered):
         settings = [((0.5, 0.5, 0.0), (BLOCK, *extra)) for extra in [(), *((trim,) for trim in offered)]]
         losses = by_hand(network, three, episode, settings, 0, 0)
         merged = merged_networks(three)(*settings[losses.index(min(losses))])
-        expected = selecting._classifier(network, lambda *_: merged, episode, settings[0])  # noqa: B023
+        expected = prototype_classifier(network, merged, episode)
         assert torch.allclose(predict(episode).logits(episode.query), expected.logits(episode.query))
 
 

@@ -40,13 +40,13 @@ def test_evaluation_end_to_end_in_a_process_of_its_own(world, trained, tmp_path)
     assert results["seed"] == 3 and results["split"] == "TEST" and results["checkpoint"] == str(resume)
     assert results["merging"]["tiny"]["how"] == "amt, beta 1 and gamma 0.6 as given"
     assert [attack["epsilons"] for attack in results["attacks"]] == [[2.0, 8.0]]
-    columns = ("clean", "pgd2@2", "pgd2@8")
+    columns = ("clean", "pgd2-ce+dlr@2", "pgd2-ce+dlr@8")
     rows = runs.load(tmp_path / "out").rows["tiny"]
     assert [row["index"] for row in rows] == [0, 1]
     for row in rows:
         assert (row["ways"], row["support"], row["queries"]) == (5, 5, 5)
         assert len(row["coefficients"]) == 2 and math.isclose(sum(row["coefficients"]), 1)
-        assert 1 >= row["clean"] >= row["pgd2@2"] >= row["pgd2@8"] >= 0
+        assert 1 >= row["clean"] >= row["pgd2-ce+dlr@2"] >= row["pgd2-ce+dlr@8"] >= 0
     for column in columns:
         a, b = (100 * row[column] for row in rows)
         found = results["summary"]["tiny"][column]

@@ -73,7 +73,7 @@ class World(NamedTuple):
             *("--base_sources", "tiny", "--output_dir", out, "--num_workers", 0, *FIVE_WAY),
             *("--epochs", 2, "--nEpisode", 2, "--nValEpisode", 2, "--epsilon", *LEVELS, "--attack_iters", 2),
             *("--lr", 0.005, "--clip_grad", 1, "--warmup_epochs", 0, "--pyramid_grids", 0),
-            *("--pyramid_scalars", 1, *flags),
+            *("--pyramid_scalars", 1, "--statistics_episodes", 1, *flags),
         ]
 
     def test(self, out: Path, *flags) -> list:

@@ -16,7 +16,7 @@ from torch import Tensor
 from amt.attacks.kinds import Attack
 from amt.attacks.levels import Perturbation
 from amt.attacks.library import library_attack
-from amt.attacks.losses import dlr, kl_sum
+from amt.attacks.losses import kl_sum, loss_sum, misclassified
 from amt.attacks.perturb import Ball, ascend, end_of_ascent, input_gradient, pgd
 
 Logits = Callable[[Tensor], Tensor]
@@ -44,10 +44,14 @@ def attack_queries(
     labels: Tensor,
     n_way: int,
     generators: Sequence[torch.Generator],
-    surrogate: Logits | None = None,
+    others: Sequence[Logits] = (),
     seed: int = 0,
 ) -> Attacked:
-    """Run any attack but "support" at one radius.
+    """Run any attack but "support" at one radius: its parts in turn, each on the images that withstood those
+    before.
+
+    Every part begins with the same random numbers. So an attack of several losses breaks exactly the images
+    that one of them breaks alone.
 
     Args:
         epsilon: in 1/255 of the pixel range.
@@ -55,14 +59,14 @@ def attack_queries(
         images, labels: query images that it classifies correctly, (Q, 3, H, W) in [0, 1] and (Q,) int64.
         n_way: number of classes N; with one class no image can be taken for another.
         generators: a CPU generator for each image, so that its random starts do not depend on which others
-            are attacked.
-        surrogate: for "transfer", the network that the images are made on.
+            are attacked; the library's attacks use none.
+        others: the networks that images are made on, for "transfer" only the first.
         seed: in 0..2**31 - 1, decides the random numbers of the library's attacks: the same for every image,
             so that they do not depend on the others either.
 
     Raises:
         InputError: more targets than other classes.
-        ValueError: "transfer" without a surrogate.
+        ValueError: "transfer" without another network.
 
     >>> answers = logits(images).argmax(1)
     >>> draws = [torch.Generator().manual_seed(k) for k in range(len(images))]
@@ -70,20 +74,57 @@ def attack_queries(
     >>> bool((found.images - images).abs().max() <= 8 / 255 + 1e-6)
     True
     """
+    fooled = torch.zeros_like(labels, dtype=torch.bool)
     if n_way == 1 or len(images) == 0:
-        return Attacked(images, torch.zeros_like(labels, dtype=torch.bool))
-    variant = attack.loss_among(n_way)[1]
-    if attack.kind == "pgd":
-        return Attacked(*_pgd(attack, epsilon, logits, images, labels, n_way, generators), variant)
-    if attack.kind in ("pyramid", "transfer"):
-        other = surrogate if attack.kind == "transfer" else logits
-        if other is None:
-            raise ValueError("a transfer attack needs a surrogate, the network that its images are made on")
-        found = _to_the_end(attack, epsilon, other, images, labels, n_way, generators)
+        return Attacked(images, fooled)
+    if attack.kind == "transfer" and not others:
+        raise ValueError("a transfer attack needs a surrogate, the network that its images are made on")
+    others = others[:1] if attack.kind == "transfer" else others
+    found, states = images.clone(), [generator.get_state() for generator in generators]
+    for part in attack.parts():
+        for surrogate in others if part.kind == "transfer" else (logits,):
+            left = (~fooled).nonzero().squeeze(1)
+            if len(left) == 0:
+                break
+            own = [_rewound(generators[k], states[k]) for k in left.tolist()] if part.kind in _OURS else []
+            task = _Task(part, epsilon, logits, images[left], labels[left], n_way)
+            moved, wrong = _attacked(task, surrogate, own, seed)
+            found[left], fooled[left] = moved, wrong
+    return Attacked(found, fooled, attack.variant(n_way, len(others)))
+
+
+_OURS = ("pgd", "pyramid", "transfer")  # not the library's
+
+
+class _Task(NamedTuple):
+    """What one part of an attack is up to: arguments as of `attack_queries`."""
+
+    attack: Attack
+    epsilon: float
+    logits: Logits
+    images: Tensor
+    labels: Tensor
+    n_way: int
+
+
+def _rewound(generator: torch.Generator, state: Tensor) -> torch.Generator:
+    generator.set_state(state)
+    return generator
+
+
+def _attacked(
+    task: _Task, surrogate: Logits, generators: Sequence[torch.Generator], seed: int
+) -> tuple[Tensor, Tensor]:
+    """The images as one part of an attack leaves them, and which of them are misclassified."""
+    kind = task.attack.kind
+    if kind == "pgd":
+        return _pgd(task, generators)
+    if kind in ("pyramid", "transfer"):
+        found = _to_the_end(task._replace(logits=surrogate), generators)
     else:
-        found, variant = library_attack(attack, epsilon, logits, images, labels, n_way, seed)
+        found = library_attack(*task, seed)
     with torch.no_grad():
-        return Attacked(found, logits(found).argmax(1) != labels, variant)
+        return found, misclassified(task.logits(found), task.labels)
 
 
 def attack_support(
@@ -118,7 +159,7 @@ def attack_support(
     def look(points: Tensor) -> Tensor:
         nonlocal worst
         logits = fit(points)(query)
-        wrong = logits.argmax(1) != labels
+        wrong = misclassified(logits, labels)
         if wrong.sum() > worst.fooled.sum():
             worst = Attacked(points.detach(), wrong)
         return logits
@@ -139,60 +180,42 @@ def _ball(attack: Attack, epsilon: float) -> Ball:
     return Ball(attack.norm, epsilon / 255, attack.step_at(epsilon) / 255)
 
 
-def _pgd(
-    attack: Attack,
-    epsilon: float,
-    logits: Logits,
-    images: Tensor,
-    labels: Tensor,
-    n_way: int,
-    generators: Sequence[torch.Generator],
-) -> tuple[Tensor, Tensor]:
+def _pgd(task: _Task, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
     """PGD, restarted from another point for the images that withstood."""
+    attack, images, labels = task.attack, task.images, task.labels
     found, fooled = images.clone(), torch.zeros_like(labels, dtype=torch.bool)
     for _ in range(attack.restarts):
         left = (~fooled).nonzero().squeeze(1)
         if len(left) == 0:
             break
         own = [generators[k] for k in left.tolist()]
-        loss_of = _objective(attack, logits, images[left], labels[left], n_way)
-        ball = _ball(attack, epsilon)
-        found[left], fooled[left] = pgd(logits, images[left], labels[left], ball, attack.budget, own, loss_of)
+        loss_of = _objective(task._replace(images=images[left], labels=labels[left]))
+        ball, steps = _ball(attack, task.epsilon), attack.budget
+        found[left], fooled[left] = pgd(task.logits, images[left], labels[left], ball, steps, own, loss_of)
     return found, fooled
 
 
-def _to_the_end(
-    attack: Attack,
-    epsilon: float,
-    logits: Logits,
-    images: Tensor,
-    labels: Tensor,
-    n_way: int,
-    generators: Sequence[torch.Generator],
-) -> Tensor:
+def _to_the_end(task: _Task, generators: Sequence[torch.Generator]) -> Tensor:
     """The training attack of AMT, or PGD; with every image, fooled or not."""
-    objective = _objective(attack, logits, images, labels, n_way)
+    attack, images, objective = task.attack, task.images, _objective(task)
     everything = torch.arange(len(images), device=images.device)
 
     def loss_of(moved: Tensor) -> Tensor:
-        return objective(logits(moved), everything)
+        return objective(task.logits(moved), everything)
 
     if attack.kind == "pyramid":
-        pyramid = Perturbation(epsilon, attack.step_at(epsilon)).pyramid
+        pyramid = Perturbation(task.epsilon, attack.step_at(task.epsilon)).pyramid
         return ascend(loss_of, images, pyramid.start(images, generators), pyramid, attack.budget)
-    ball = _ball(attack, epsilon)
+    ball = _ball(attack, task.epsilon)
     return ascend(loss_of, images, ball.start(images, generators), ball, attack.budget)
 
 
-def _objective(
-    attack: Attack, logits: Logits, images: Tensor, labels: Tensor, n_way: int
-) -> Callable[[Tensor, Tensor], Tensor]:
+def _objective(task: _Task) -> Callable[[Tensor, Tensor], Tensor]:
     """The loss to increase: logits (n, N) of some of the images, and their numbers (n,) -> scalar."""
-    loss, _ = attack.loss_among(n_way)
+    labels = task.labels
+    (loss,) = task.attack.losses_among(task.n_way)
     if loss == "kl":
         with torch.no_grad():
-            clean = logits(images)
+            clean = task.logits(task.images)
         return lambda moved, which: kl_sum(clean[which], moved)
-    if loss == "dlr":
-        return lambda moved, which: dlr(moved, labels[which]).sum()
-    return lambda moved, which: F.cross_entropy(moved, labels[which], reduction="sum")
+    return lambda moved, which: loss_sum(loss, moved, labels[which])

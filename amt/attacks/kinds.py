@@ -1,7 +1,8 @@
 """The attacks of evaluation by name: how to read `--attack pgd steps=50 loss=dlr`, and how results name it.
 
-amt/attacks/evaluation.py runs them. Plain values: importable without torch. Epsilon is in 1/255 of the pixel
-range, in both norms.
+Attacks of several losses, such as `pgd loss=ce+dlr`, and `strong` consist of parts (`Attack.parts`), each
+tried on the images that withstood those before. amt/attacks/evaluation.py runs them. Plain values: importable
+without torch. Epsilon is in 1/255 of the pixel range, in both norms.
 """
 
 import dataclasses
@@ -13,7 +14,9 @@ from typing import Any, NamedTuple
 from meta_dataset_readers.errors import InputError, nearest
 
 NORMS = ("linf", "l2")
-DLR_WAYS = 4  # with fewer classes there is no third-largest logit besides the right and the nearest wrong one
+DLR_WAYS = 3  # with fewer classes there is no third-largest logit to divide by: the margin takes its place
+TARGETED_DLR_WAYS = 4  # its denominator takes the mean of the third and the fourth
+WORST_CASE = "ce+dlr"  # what one of these losses cannot find for its own reasons, the other may
 STANDARD_TARGETS = 9  # of the targeted attacks of AutoAttack
 
 
@@ -21,8 +24,9 @@ class Kind(NamedTuple):
     """The options of one kind of attack.
 
     Args:
-        options: besides norm and epsilon, with their defaults.
-        losses, norms: the supported ones.
+        options: besides norm and epsilon, with their defaults on a command line.
+        losses: the supported ones, or several of them joined by "+".
+        norms: the supported ones.
     """
 
     options: Mapping[str, Any]
@@ -30,20 +34,23 @@ class Kind(NamedTuple):
     norms: tuple[str, ...] = NORMS
 
 
+_PGD_LOSSES = ("ce", "kl", "dlr", "margin")
 KINDS = {
-    "pgd": Kind({"steps": 20, "restarts": 1, "step_size": None, "loss": "ce"}, ("ce", "kl", "dlr")),
-    "apgd": Kind({"steps": 100, "restarts": 1, "loss": "ce"}, ("ce", "dlr")),
+    "pgd": Kind({"steps": 20, "restarts": 1, "step_size": None, "loss": WORST_CASE}, _PGD_LOSSES),
+    "apgd": Kind({"steps": 100, "restarts": 1, "loss": WORST_CASE}, ("ce", "dlr")),
     "autoattack": Kind({"targets": None}),
     "fab": Kind({"steps": 100, "targets": None}),
     "square": Kind({"queries": 5000}),
+    "strong": Kind({"steps": 100, "restarts": 2, "queries": 5000}),
     "pyramid": Kind({"steps": 10, "step_size": None}, norms=("linf",)),
-    "transfer": Kind({"steps": 20, "step_size": None, "loss": "ce"}, ("ce", "kl", "dlr")),
+    "transfer": Kind({"steps": 20, "step_size": None, "loss": "ce"}, _PGD_LOSSES),
     "support": Kind({"steps": 20, "step_size": None}),
 }
 PGD_KINDS = ("pgd", "transfer", "support")
-WHITE_BOX = ("pgd", "apgd", "autoattack", "fab")
+WHITE_BOX = ("pgd", "apgd", "autoattack", "fab", "strong")
 TARGETED = ("autoattack", "fab")
 BLACK_BOX = ("square", "transfer")
+ON_OTHERS = ("transfer", "strong")  # make images on other networks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +60,18 @@ class Attack:
     Args:
         kind: one of `KINDS`. "pgd": projected gradient ascent; "apgd": AutoPGD; "autoattack": APGD-CE,
             targeted APGD-DLR, targeted FAB and Square in turn; "fab": targeted FAB, which looks for the
-            nearest image of another class; "square": black box, scores only; "pyramid": the training attack
-            of AMT; "transfer": PGD on another network; "support": PGD on the support images, so on routing
+            nearest image of another class; "square": black box, scores only; "strong": APGD on both losses,
+            PGD-20 on other networks, targeted FAB and Square in turn; "pyramid": the training attack of AMT;
+            "transfer": PGD on another network; "support": PGD on the support images, so on routing
             and prototypes, for all queries at once.
         epsilons: increasing radii in 1/255 of the pixel range.
         norm: "linf" or "l2".
         steps, restarts: of gradient ascent.
         step_size: in 1/255; None for a quarter of each epsilon.
-        loss: the loss to increase: "ce", "kl" (from the clean prediction) or "dlr" (difference of logits
-            ratio; "ce" for episodes of fewer than 4 ways).
+        loss: the loss to increase: "ce", "kl" (from the clean prediction), "margin" (of the nearest wrong
+            logit over the right one) or "dlr" (difference of logits ratio; the margin for episodes of 2
+            ways). Of several, joined by "+", each is tried in turn. The record of an old run does not name
+            it, and means "ce"; a command line's default is that of `KINDS`.
         queries: of Square.
         targets: classes that the targeted attacks try, at most N - 1; None for min(9, N - 1).
 
@@ -91,8 +101,12 @@ class Attack:
                 object.__setattr__(self, name, default)
         if self.norm not in kind.norms:
             raise ValueError(f"{self.kind} has norm {self.norm!r}, expected {' or '.join(kind.norms)}")
-        if self.loss not in kind.losses:
-            raise ValueError(f"{self.kind} has loss {self.loss!r}, expected one of {', '.join(kind.losses)}")
+        losses = self.loss.split("+")
+        if not set(losses) <= set(kind.losses) or len(set(losses)) < len(losses):
+            several = ", or several such as ce+dlr" if len(kind.losses) > 1 else ""
+            raise ValueError(
+                f"{self.kind} has loss {self.loss!r}, expected one of {', '.join(kind.losses)}{several}"
+            )
         self._check_epsilons()
 
     def _check_epsilons(self) -> None:
@@ -120,8 +134,10 @@ class Attack:
         loss = f"-{self.loss}" if self.loss != "ce" or self.kind == "apgd" else ""
         step = f"-step{self.step_size:g}" if self.step_size is not None else ""
         targets = f"-t{self.targets}" if self.targets is not None else ""
+        fewer = self.kind == "strong" and self.queries != KINDS["strong"].options["queries"]
+        queries = f"-q{self.queries}" if fewer else ""
         norm = "" if self.norm == "linf" else f"-{self.norm}"
-        return f"{kind}{strength}{restarts}{loss}{step}{targets}{norm}"
+        return f"{kind}{strength}{restarts}{loss}{step}{targets}{queries}{norm}"
 
     @property
     def budget(self) -> int:
@@ -139,11 +155,44 @@ class Attack:
         """The step size at one radius, in 1/255."""
         return epsilon / 4 if self.step_size is None else self.step_size
 
-    def loss_among(self, n_way: int) -> tuple[str, str]:
-        """The loss for N ways, and its name for results where it is not the given one."""
-        if self.loss == "dlr" and n_way < DLR_WAYS:
-            return "ce", f"ce, having {n_way} ways"
-        return self.loss, ""
+    def losses_among(self, n_way: int) -> tuple[str, ...]:
+        """The losses for N ways: with fewer than 3 the margin takes the place of DLR."""
+        few = n_way < DLR_WAYS
+        return tuple(
+            dict.fromkeys("margin" if few and each == "dlr" else each for each in self.loss.split("+"))
+        )
+
+    def parts(self) -> "tuple[Attack, ...]":
+        """The attacks of one loss that this one consists of, in the order in which they are tried, each on
+        the images that withstood those before: the cheap ones first."""
+        if self.kind != "strong":
+            return tuple(dataclasses.replace(self, loss=loss) for loss in self.loss.split("+"))
+        alike = {"epsilons": self.epsilons, "norm": self.norm}
+        climb = {"steps": self.steps, "restarts": self.restarts}
+        return (
+            *Attack("apgd", loss=WORST_CASE, **climb, **alike).parts(),
+            Attack("transfer", **alike),
+            Attack("fab", steps=self.steps, **alike),
+            Attack("square", queries=self.queries, **alike),
+        )
+
+    def variant(self, n_way: int, n_others: int = 0) -> str:
+        """What is run among N ways where the name does not tell; empty where it does.
+
+        Args:
+            n_others: other networks that images are made on.
+        """
+        if self.kind == "autoattack":
+            parts, targets = autoattack_parts(n_way, self.targets)
+            return ", ".join(f"{part} x{targets}" if part.endswith("-t") else part for part in parts)
+        if self.kind == "fab":
+            return f"fab-t x{target_count('fab', n_way, self.targets)}"
+        if self.kind == "strong":
+            losses = [f"apgd-{loss}" for loss in Attack("apgd", (1,), loss=WORST_CASE).losses_among(n_way)]
+            others = [f"transfer x{n_others}"] if n_others else []
+            return ", ".join([*losses, *others, f"fab-t x{target_count('fab', n_way)}", "square"])
+        found = "+".join(self.losses_among(n_way))
+        return "" if found == self.loss else f"{found}, having {n_way} ways"
 
 
 def on_queries(attacks: Iterable[Attack], norm: str) -> list[Attack]:
@@ -159,7 +208,7 @@ def autoattack_parts(n_way: int, targets: int | None = None) -> tuple[list[str],
     Raises:
         InputError: more targets than other classes.
     """
-    parts = ["apgd-ce", *(["apgd-t"] if n_way >= DLR_WAYS else []), "fab-t", "square"]
+    parts = ["apgd-ce", *(["apgd-t"] if n_way >= TARGETED_DLR_WAYS else []), "fab-t", "square"]
     return parts, target_count("autoattack", n_way, targets)
 
 
@@ -180,7 +229,8 @@ def parse_attack(words: Sequence[str], **defaults) -> Attack:
     """The attack that words such as `pgd steps=50 norm=l2 epsilon=64,128` describe.
 
     Args:
-        defaults: options for words to override; those that the kind does not have are left out.
+        defaults: options for words to override, before those of `KINDS`; those that the kind does not have
+            are left out.
 
     Raises:
         InputError: unknown attack, unknown option, or a value outside of its range.
@@ -202,6 +252,7 @@ def parse_attack(words: Sequence[str], **defaults) -> Attack:
         except ValueError as error:
             raise InputError(f"--attack {kind} {option}: {error}") from error
     settings = {name: value for name, value in defaults.items() if name in known} | given
+    settings = {**KINDS[kind].options, **settings}
     epsilons = settings.pop("epsilon")
     try:
         return Attack(kind, tuple(epsilons), **settings)

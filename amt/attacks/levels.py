@@ -42,13 +42,13 @@ class Perturbation:
 
     epsilon: float
     step_size: float = setting(
-        help="step size in 1/255 (default: a quarter of each epsilon)", flag="alpha", least=0
+        help="step size in 1/255 (default: a quarter of each epsilon)", flag="alpha", least=0, most=10**6
     )
     steps: int = setting(10, "steps K of the training attack", flag="attack_iters", least=1, most=10**6)
     gamma: float = setting(
-        0.005, "relative radius of the weight perturbation (ours)", flag="awp_gamma", least=0
+        0.005, "relative radius of the weight perturbation (ours)", flag="awp_gamma", least=0, most=1000
     )
-    beta: float = setting(6.0, "weight of the robust term", least=0)
+    beta: float = setting(6.0, "weight of the robust term", least=0, most=10**6)
     grids: tuple[int, ...] = setting(
         (4, 8, 0),
         "cells per side of each level, 0 for one per pixel (default: 4 8 0; with querying 0)",
@@ -61,6 +61,7 @@ class Perturbation:
         "what each level is multiplied by (default: 20 10 1; with querying 1)",
         flag="pyramid_scalars",
         least=0,
+        most=10**6,
     )
     start: str = setting(
         "random2",

@@ -16,24 +16,26 @@ from pyautoattack.square import SquareAttack
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from amt.attacks.kinds import Attack, autoattack_parts, target_count
+from amt.attacks.kinds import DLR_WAYS, Attack, autoattack_parts, target_count
+from amt.attacks.losses import margin
 
 Logits = Callable[[Tensor], Tensor]
 
 
 def library_attack(
     attack: Attack, epsilon: float, logits: Logits, images: Tensor, labels: Tensor, n_way: int, seed: int
-) -> tuple[Tensor, str]:
+) -> Tensor:
     """Run "apgd", "autoattack", "fab" or "square" at one radius.
 
     Args:
         epsilon: in 1/255 of the pixel range.
         logits: images (n, 3, H, W) in [0, 1] -> (n, N), differentiable.
         images, labels: (Q, 3, H, W) in [0, 1] and (Q,) int64, all classified correctly.
+        n_way: number of classes N.
         seed: in 0..2**31 - 1.
 
     Returns:
-        Attacked images (Q, 3, H, W) in [0, 1] within epsilon, and what was run if N decides it.
+        Attacked images (Q, 3, H, W) in [0, 1] within epsilon.
 
     Raises:
         InputError: more targets than other classes.
@@ -76,35 +78,49 @@ class _SameForEveryImage(TorchFunctionMode):
         return call
 
 
-def _apgd(attack: Attack, logits: Logits, images: Tensor, labels: Tensor, n_way: int, common: dict):
-    loss, variant = attack.loss_among(n_way)
-    runner = APGDAttack(logits, n_iter=attack.budget, n_restarts=attack.restarts, loss=loss, **common)
-    return runner.perturb(images, labels), variant
+def _quiet() -> logging.Logger:
+    """The library's logger without its warnings, which repeat what the caller's own checks find, and would
+    break the progress bar."""
+    logger = logging.getLogger("auto-attack")
+    logger.setLevel(logging.ERROR)
+    return logger
 
 
-def _square(attack: Attack, logits: Logits, images: Tensor, labels: Tensor, n_way: int, common: dict):
-    return SquareAttack(logits, n_queries=attack.budget, **common).perturb(images, labels), ""
+class _Apgd(APGDAttack):
+    """AutoPGD on one of the losses here, of which the library lacks the margin."""
+
+    def dlr_loss(self, x, y):
+        """The loss that the library calls "dlr": logits (n, N) and labels (n,) -> (n,)."""
+        return margin(x, y) if x.shape[1] < DLR_WAYS else super().dlr_loss(x, y)
+
+
+def _apgd(attack: Attack, logits: Logits, images: Tensor, labels: Tensor, _n_way: int, common: dict):
+    own = {"n_restarts": attack.restarts, "loss": attack.loss, "logger": _quiet()}
+    runner = _Apgd(logits, attack.budget, **own, **common)
+    return runner.perturb(images, labels)
+
+
+def _square(attack: Attack, logits: Logits, images: Tensor, labels: Tensor, _n_way: int, common: dict):
+    return SquareAttack(logits, n_queries=attack.budget, **common).perturb(images, labels)
 
 
 def _fab(attack: Attack, logits: Logits, images: Tensor, labels: Tensor, n_way: int, common: dict):
     targets = target_count("fab", n_way, attack.targets)
     runner = FABAttack_PT(logits, n_iter=attack.budget, targeted=True, n_target_classes=targets, **common)
-    return runner.perturb(images, labels), f"fab-t x{targets}"
+    return runner.perturb(images, labels)
 
 
 def _autoattack(attack: Attack, logits: Logits, images: Tensor, labels: Tensor, n_way: int, common: dict):
     parts, targets = autoattack_parts(n_way, attack.targets)
-    # Its warnings repeat what the caller's own checks find, and would break the progress bar.
-    logging.getLogger("auto-attack").setLevel(logging.ERROR)
+    _quiet()
     # Its annotations ask for a Module and a list of literals; it only calls the one and compares the others.
     runner = AutoAttack(logits, version="custom", attacks=parts, **common)  # pyright: ignore[reportArgumentType]
     runner.apgd.n_restarts = runner.fab.n_restarts = 1
     runner.apgd_targeted.n_target_classes = runner.fab.n_target_classes = targets
-    found, _ = runner.run_standard_evaluation(images, labels, batch_size=len(images))
-    return found, ", ".join(f"{part} x{targets}" if part.endswith("-t") else part for part in parts)
+    return runner.run_standard_evaluation(images, labels, batch_size=len(images))[0]
 
 
-_RUN: dict[str, Callable[..., tuple[Any, str]]] = {
+_RUN: dict[str, Callable[..., Any]] = {
     "apgd": _apgd,
     "square": _square,
     "autoattack": _autoattack,

@@ -20,6 +20,20 @@ def kl_sum(clean: Tensor, attacked: Tensor) -> Tensor:
     return F.kl_div(F.log_softmax(attacked, 1), F.log_softmax(clean, 1), reduction="sum", log_target=True)
 
 
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """By how much the nearest wrong class leads, max_{i != y} z_i - z_y (Carlini & Wagner 2017).
+
+    Args:
+        logits: (n, N) float with N >= 2.
+        labels: (n,) int64 in 0..N-1.
+
+    Returns:
+        (n,) float; negative while an image is classified correctly.
+    """
+    own = logits.gather(1, labels[:, None]).squeeze(1)
+    return logits.scatter(1, labels[:, None], -torch.inf).amax(1) - own
+
+
 def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     """Difference of logits ratio (Croce & Hein 2020, eq. 6), -(z_y - max_{i != y} z_i) / (z_(1) - z_(3)).
 
@@ -33,7 +47,26 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     Raises:
         RuntimeError: fewer than 3 classes.
     """
-    own = logits.gather(1, labels[:, None]).squeeze(1)
-    others = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
     largest = logits.topk(3, dim=1).values
-    return (others - own) / (largest[:, 0] - largest[:, 2] + 1e-12)
+    return margin(logits, labels) / (largest[:, 0] - largest[:, 2] + 1e-12)
+
+
+def loss_sum(name: str, logits: Tensor, labels: Tensor) -> Tensor:
+    """A loss of labels by its name in `--attack pgd loss=...`: "ce", "dlr" or "margin".
+
+    Args:
+        logits: (n, N) float.
+        labels: (n,) int64 in 0..N-1.
+
+    Returns:
+        A scalar, the sum over the n images.
+    """
+    if name == "ce":
+        return F.cross_entropy(logits, labels, reduction="sum")
+    return {"dlr": dlr, "margin": margin}[name](logits, labels).sum()
+
+
+def misclassified(logits: Tensor, labels: Tensor) -> Tensor:
+    """Which images (n,) bool are not classified as `labels` (n,) int64 by logits (n, N); a prediction from
+    logits that are not all numbers is wrong, whatever it is."""
+    return (logits.argmax(1) != labels) | logits.isnan().any(1)

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from amt.attacks.losses import misclassified
+
 Generators = torch.Generator | Sequence[torch.Generator]
 Points = TypeVar("Points")  # the state of an attack: a tensor, or a list with one for each grid
 
@@ -311,7 +313,7 @@ def pgd(
 
     def look(points: Tensor) -> Tensor:
         logits = logits_of(points)
-        fooled[active] = logits.argmax(1) != labels[active]
+        fooled[active] = misclassified(logits, labels[active])
         return logits
 
     def loss_at(points: Tensor) -> Tensor | None:

@@ -12,12 +12,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from safetensors.torch import save as serialise
+import torch
 from torch import Tensor
 
-from amt.cli.options import Parser
+from amt.cli.options import Parser, add_weights_key
 from amt.files import checkpoint, pretrained, published, version, weight_files
 from amt.files.checkpoint import Checkpoint
+from amt.files.digests import serialise
 from amt.files.pretrained import pretraining_only
 from amt.files.weight_files import Content
 from amt.models.architectures import matching_archs
@@ -41,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--trust", action="store_true", help="with --convert: let FILE run any code it brings"
     )
+    add_weights_key(parser)
     args = parser.parse(argv)
     if args.trust and args.convert is None:
         raise InputError("--trust is for --convert: nothing needs to be run to describe a file")
@@ -49,12 +51,12 @@ def main(argv: Sequence[str]) -> int:
         found = checkpoint.parse(args.file, content)
         about = describe_pool(found, content)
     else:
-        found, about = describe_weights(args.file, content)
+        found, about = describe_weights(args.file, content, args.weights_key)
     if args.convert is not None:
         convert(args.file, found, args.convert)
         say(f"wrote {args.convert}")
         return 0
-    for name, value in [("file", str(args.file)), *about, *hashes(args.file)]:
+    for name, value in [("file", str(args.file)), *about, *trust_in(args.file, content), *hashes(args.file)]:
         say(f"{name:12} {value}")
     return 0
 
@@ -93,35 +95,50 @@ def describe_pool(found: Checkpoint, content: Content) -> Lines:
     return lines + [("note", str(note)) for note in (notes if isinstance(notes, list) else [notes])]
 
 
-def describe_weights(path: Path, content: Content) -> tuple[Weights, Lines]:
-    """The weights of a backbone without what served its pretraining only, and what is known about them.
+def describe_weights(path: Path, content: Content, key: str | None = None) -> tuple[Weights, Lines]:
+    """The weights of a network, of a ViT without what served its pretraining only, and what is known of them.
 
     Raises:
-        InputError: there are no weights of a vision transformer, or they are not sound.
+        InputError: there are no weights of a network, or they are not sound.
     """
-    found = pretrained.unwrap(path, content.data)
+    found = pretrained.unwrap(path, content.data, key=key)
     state = found.weights
+    is_vit = {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= state.keys()
+    if not is_vit:  # of which every tensor is kept: AutoLoRa's readers know what to leave out
+        if not any(tensor.ndim > 1 for tensor in state.values()):
+            raise InputError(
+                f"{path}: neither a pool of LoRAs nor the weights of a network; "
+                f"it holds {', '.join(map(printable, list(state)[:3]))} and the like"
+            )
+        return _sound(path, state), [
+            ("kind", "weights of a network that is no vision transformer"),
+            ("container", content.container),
+            ("tensors", count(state.values())),
+            *(("note", note) for note in found.notes()),
+        ]
     weights = {name: tensor for name, tensor in state.items() if not pretraining_only(name)}
-    if not {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= weights.keys():
-        raise InputError(
-            f"{path}: neither a pool of LoRAs nor the weights of a vision transformer; "
-            f"it holds {', '.join(map(printable, list(state)[:3]))} and the like"
-        )
-    sound = weight_files.check_fit(path, weights, {name: tuple(t.shape) for name, t in weights.items()})
     left_out = Counter(part for name in state if (part := pretraining_only(name)))
     layout = {
         "": "a plain state dict",
         "teacher": "the teacher of a DINO or iBOT checkpoint",
         "student": "the student of a DINO or iBOT checkpoint",
     }.get(found.container, f"a checkpoint that keeps them as {found.container!r}, as DeiT does")
-    return sound, [
+    return _sound(path, weights), [
         ("kind", f"weights of a vision transformer, {layout}"),
         ("container", content.container),
         ("arch", possible_archs(weights)),
         ("tensors", count(weights.values())),
         *(("left out", f"{number} tensors: {part}") for part, number in left_out.items()),
-        *(("left out", f"the network under {key!r}") for key in found.others),
+        *(("note", note) for note in found.notes()),
     ]
+
+
+def _sound(path: Path, weights: Weights) -> Weights:
+    """The weights, checked and as float32; counters stay as they are."""
+    counters = {name: tensor.clone() for name, tensor in weights.items() if tensor.dtype == torch.int64}
+    numbers = {name: tensor for name, tensor in weights.items() if name not in counters}
+    shapes = {name: tuple(tensor.shape) for name, tensor in numbers.items()}
+    return weight_files.check_fit(path, numbers, shapes) | counters
 
 
 def possible_archs(weights: Mapping[str, Tensor]) -> str:
@@ -143,6 +160,21 @@ def count(tensors: Iterable[Tensor]) -> str:
     return f"{len(tensors)}, {sum(tensor.numel() for tensor in tensors):,} numbers, {' and '.join(kinds)}"
 
 
+def trust_in(path: Path, content: Content) -> Lines:
+    """What guards the file's numbers against a changed byte, and whether the .json beside it fits."""
+    found = f"{content.verified} of every tensor, compared" if content.verified else _NO_CHECKSUMS
+    lines = [("checksums", found)]
+    if checkpoint.contradicted(path, content):
+        beside = path.with_suffix(".json").name
+        lines.append(("note", f"{beside} beside it says something else than the file, which alone is read"))
+    return lines
+
+
+_NO_CHECKSUMS = (
+    "none in a file of this kind, so a changed number goes unnoticed; --convert writes one that has them"
+)
+
+
 def hashes(path: Path) -> Lines:
     """A file's digests, and whether it is one of those that the authors released."""
     released = published.released_file(path)
@@ -162,4 +194,4 @@ def convert(path: Path, found: Checkpoint | Weights, out: Path) -> None:
         checkpoint.require_levels(path, found)
         checkpoint.save(out, found)
     else:
-        replace_file(out, serialise(found, metadata={"format": "pt"}))
+        replace_file(out, serialise(found, {"format": "pt"}))

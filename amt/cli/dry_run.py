@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from amt.attacks.kinds import ON_OTHERS
 from amt.cli import options
+from amt.models.head_settings import PRETRAINED
 from meta_dataset_readers.errors import InputError, say
 
 
@@ -62,13 +64,19 @@ def fine_tuning(args: argparse.Namespace) -> int:
 
 def page(args: argparse.Namespace) -> int:
     """What `amt report` would do, said; 0, or 2 if something is missing."""
-    from amt.evaluation import runs
+    from amt.evaluation import leaderboard, runs, seeds
 
     say(f"would write {args.out}, of {len(args.runs)} runs")
     needs = [_output(args.out.parent, "--out")]
-    for run in args.runs:
-        needs.append(_checked(f"run {run}", run, args, lambda run=run: f"{len(runs.load(run).rows)} domains"))
+    for folder in (folder for word in args.runs for folder in seeds.named(word)[1]):
+        load = leaderboard.read if folder.suffix == ".json" else runs.load
+        look = functools.partial(_domains, load, folder)
+        needs.append(_checked(f"run {folder}", folder, args, look))
     return _say(needs)
+
+
+def _domains(load: Callable, folder: Path) -> str:
+    return f"{len(load(folder).rows)} domains"
 
 
 def _say(needs: Iterator[Need] | Sequence[Need]) -> int:
@@ -94,8 +102,9 @@ def _training_needs(args: argparse.Namespace) -> Iterator[Need]:
 
 def _testing_needs(args: argparse.Namespace) -> Iterator[Need]:
     yield from _places(args)
-    transfer = any(attack.kind == "transfer" for attack in options.attacks(args))
-    if not args.no_pretrain and (args.resume is None or transfer):
+    shown = any(attack.kind in ON_OTHERS for attack in options.attacks(args))
+    mixed = any(head.other == PRETRAINED for head in options.heads(args) or ())
+    if not args.no_pretrain and (args.resume is None or shown or mixed):
         yield _weights(args)
     if args.resume is not None:
         yield _checked(f"checkpoint {args.resume}", args.resume, args, lambda: _fitting(args))

@@ -8,8 +8,8 @@
 
 One network of a pool is one adapter, a mixture by given coefficients, or what test_meta_dataset.py would
 merge for the task whose labelled images are in FOLDER, in one folder per class. With --support the prototypes
-of its classes are written as well, and the networks of onnx and torch also return logits. What goes in, what
-comes out and how to load it is said in a README.txt beside every export.
+of its classes, or what --head names, are written as well, and the networks of onnx and torch return logits.
+What goes in, what comes out and how to load it is said in a README.txt beside every export.
 """
 
 import argparse
@@ -22,7 +22,8 @@ import torch
 
 from amt.cli import options
 from amt.cli.options import Parser
-from amt.evaluation.deploy import check_fit
+from amt.evaluation.deploy import check_fit, check_heads
+from amt.evaluation.dilution import dilution
 from amt.evaluation.settings import Deployment
 from amt.few_shot import pictures
 from amt.few_shot.pictures import MOST_SUPPORT
@@ -30,9 +31,12 @@ from amt.few_shot.pools import network_of
 from amt.files import checkpoint, export
 from amt.files.export import FORMATS, Support
 from amt.files.pretrained import load_network
+from amt.models.head_settings import Head
+from amt.models.heads import Fitted, has_two
 from amt.models.network import Network
 from amt.models.pool import Pool
 from amt.models.weights import Coefficients, stream
+from amt.tasks.classifier import fitted_head
 from amt.tasks.merge import average_of, route
 from meta_dataset_readers.errors import InputError, say
 from meta_dataset_readers.settings import as_path, nonnegative_int, positive_int
@@ -50,6 +54,7 @@ def parser() -> Parser:
         type=as_path,
         help="weights the pool was trained from, which only peft needs (default: shipped, or timm's hub)",
     )
+    options.add_weights_key(parser)
     parser.add_argument(
         "--image_size",
         type=positive_int,
@@ -65,6 +70,7 @@ def parser() -> Parser:
         help="images in one folder per class: write prototypes, and decide the coefficients if not given",
     )
     options.add_merging(which)
+    options.add_head(which, "")
     which.add_argument("--seed", type=nonnegative_int, default=0, help="of the augmentation or the attack")
     return parser
 
@@ -85,9 +91,12 @@ def main(argv: Sequence[str]) -> int:
         checkpoint.check_architecture(args.pool, pool, network.weights, network.arch)
         support = None if args.support is None else read_support(args.support, network.image_size)
         coefficients = coefficients_of(args, network, pool, support)
-        merged = export.merged_network(network, pool, coefficients, args.trim, support)
+        head = head_of(args, network, saved, coefficients, support)
+        merged = export.merged_network(network, pool, coefficients, args.trim, support, head)
         written = export.save(args.out, args.to, merged, pool)
         say(f"coefficients {' '.join(f'{c:.4g}' for c in coefficients)}")
+        if warning := dilution([coefficients], [level.epsilon for level in pool.levels]):
+            say(f"warning: {warning}")
     for path in written:
         say(f"wrote {path}")
     return 0
@@ -100,6 +109,7 @@ def check(args: argparse.Namespace) -> None:
     if args.coefficients is not None and abs(sum(args.coefficients) - 1) > 1e-4:
         raise InputError(f"--coefficients sum to {sum(args.coefficients):g}, expected 1")
     options.routing(args)
+    check_head(args)
     if args.to == "published":
         for flag in ("coefficients", "support", "image_size", "trim"):
             if getattr(args, flag):
@@ -112,12 +122,49 @@ def check(args: argparse.Namespace) -> None:
     export.check_place(args.out, args.to)
 
 
+def check_head(args: argparse.Namespace) -> None:
+    """Raise an `InputError` for a head that cannot be exported."""
+    found = options.heads(args) or ()
+    if len(found) > 1:
+        raise InputError(f"--head is given {len(found)} times, an export has one")
+    if found and args.support is None:
+        raise InputError("--head is fitted to the images of --support FOLDER, which is missing")
+    if found and found[0].other is not None:
+        raise InputError("--head mix: two networks do not go into one export; export each with its own head")
+
+
+def head_of(
+    args: argparse.Namespace,
+    network: Network,
+    saved: checkpoint.Checkpoint,
+    coefficients: Coefficients,
+    support: Support | None,
+) -> Fitted | None:
+    """The head that --head names, fitted to the support; None for prototypes.
+
+    Raises:
+        InputError: it needs statistics that the checkpoint does not have.
+    """
+    found = options.heads(args)
+    if found is None or support is None or found[0] == Head():
+        return None
+    check_heads(found, saved.pool, saved.statistics, str(args.pool), network.module.num_features)
+    if found[0].one_shot_note and not has_two(support.labels):
+        say(f"note: --head {found[0].name}: {found[0].one_shot_note}")
+    statistics = saved.statistics and saved.statistics.merged(coefficients)
+    merged = saved.pool.merged(coefficients, args.trim or ())
+    return fitted_head(network, merged, support.images, support.labels, found[0], statistics, args.seed)
+
+
 def check_pool(args: argparse.Namespace, pool: Pool) -> None:
     """Raise an `InputError` for flags that do not fit the pool."""
     export.check_kind(pool, args.to, str(args.pool))
     if args.adapter is not None and args.adapter >= len(pool):
         raise InputError(f"--adapter {args.adapter}: {args.pool} holds adapters 0 to {len(pool) - 1}")
-    check_fit(Deployment(coefficients=args.coefficients, trims=tuple(args.trim or ())), pool, str(args.pool))
+    asked = Deployment(
+        coefficients=args.coefficients, trims=tuple(args.trim or ()), routings=(options.routing(args),)
+    )
+    check_fit(asked, pool, str(args.pool))
     given = (args.adapter, args.coefficients, args.support)
     if args.to != "published" and len(pool) > 1 and given == (None,) * 3:
         raise InputError(
@@ -137,7 +184,13 @@ def backbone_of(args: argparse.Namespace, about: dict) -> Network:
     arch = args.arch or about.get("arch")
     if not isinstance(arch, str):
         raise InputError(f"{args.pool}: does not say its architecture; name it by --arch")
-    return load_network(arch, args.pretrained_checkpoint, image_size=args.image_size)
+    return load_network(
+        arch,
+        args.pretrained_checkpoint,
+        image_size=args.image_size,
+        key=args.weights_key,
+        tell=say,
+    )
 
 
 def read_support(folder: Path, image_size: int) -> Support:

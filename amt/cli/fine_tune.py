@@ -127,20 +127,12 @@ def open_network(args: argparse.Namespace, network: Network) -> tuple[Network, P
         start |= {name: torch.zeros_like(start[name]) for name in start if network.is_head(name)}
     if args.checkpoint is None:
         return network, Pretrained(start, {}, False, None, f"{args.arch}, untrained")
-    found = pretrained.read(args.checkpoint, network, start, args.pretraining)
+    found = pretrained.read(args.checkpoint, network, start, args.pretraining, args.weights_key)
     if found.normalise is None:
         say("note: nothing tells whether its pre-training normalised images: they are; see --pretraining")
-    if args.eval_only and not found.head:
-        raise InputError(
-            f"{args.checkpoint}: holds no classifier of {network.n_classes} classes to be tested"
-        )
-    for name in ("image_size", "resize"):
-        if args.eval_only and found.about and found.about.get(name) != getattr(network, name):
-            raise InputError(
-                f"{args.checkpoint}: was trained with {name} {found.about.get(name)}, not "
-                f"{getattr(network, name)}; see --resize and --resolution"
-            )
-    if not args.eval_only:  # a head that fits in shape is another data set's
+    if args.eval_only:
+        check_classifier(args.checkpoint, found, network)
+    else:  # a head that fits in shape is another data set's
         head = {name: tensor for name, tensor in start.items() if network.is_head(name)}
         found = found._replace(weights=found.weights | head)
     if found.normalise is False:
@@ -149,6 +141,18 @@ def open_network(args: argparse.Namespace, network: Network) -> tuple[Network, P
         mean, std = found.statistics
         network = dataclasses.replace(network, mean=mean, std=std)
     return network, found
+
+
+def check_classifier(file: Path, found: Pretrained, network: Network) -> None:
+    """Raise an `InputError` if what `file` holds cannot be tested as it is."""
+    if not found.head:
+        raise InputError(f"{file}: holds no classifier of {network.n_classes} classes to be tested")
+    for name in ("image_size", "resize"):
+        if found.about and found.about.get(name) != getattr(network, name):
+            raise InputError(
+                f"{file}: was trained with {name} {found.about.get(name)}, not "
+                f"{getattr(network, name)}; see --resize and --resolution"
+            )
 
 
 def tuned(
@@ -183,33 +187,15 @@ def tuned(
             epoch=tuner.epoch,
             workers=args.num_workers,
         )
-        return accuracy(tuner.network, weights, seen)
+        return accuracy(tuner.network, weights, run.whole(seen))
 
     weights = {name: weight.to(device) for name, weight in found.weights.items()}
     student = new_student(network, weights, settings, found.natural_norms)
     tuner = FineTuner(network, student, settings, len(training(0, 0)), training_accuracy)
     described_by = {**data_protocol(args), **dataclasses.asdict(settings)}
     protocol = json.loads(json.dumps(described_by, sort_keys=True))
-    run = Keeper(
-        args.output / settings.mode,
-        "a fine-tuning",
-        protocol,
-        flag="--output",
-        overwrite=args.overwrite,
-        minutes=args.save_every_minutes,
-        results=[f"test/{pattern}" for pattern in (*WROTE, RUN_FILE)],
-    )
-    about = {
-        "format": checkpoint.FORMAT,
-        "arch": network.arch,
-        "class_names": splits.class_names,
-        "image_size": network.image_size,
-        "resize": network.resize,
-        "mean": network.mean,
-        "std": network.std,
-        "protocol": protocol,
-        **checkpoint.provenance(),
-    }
+    run = keeper(args, settings.mode, protocol)
+    about = described_network(network, splits.class_names, protocol)
     with run:
         if run.last.exists():
             restore(tuner, run.last, protocol)
@@ -225,6 +211,34 @@ def tuned(
     if tuner.best is None:
         raise InputError(f"--lr {settings.lr:g}: at high resolution training ends below {LOWEST_RATE:g}")
     return 0, tuner.best.weights
+
+
+def keeper(args: argparse.Namespace, mode: str, protocol: dict) -> Keeper:
+    """Of the run of one mode, in a folder of its own below --output."""
+    return Keeper(
+        args.output / mode,
+        "a fine-tuning",
+        protocol,
+        flag="--output",
+        overwrite=args.overwrite,
+        minutes=args.save_every_minutes,
+        results=[f"test/{pattern}" for pattern in (*WROTE, RUN_FILE)],
+    )
+
+
+def described_network(network: Network, class_names: Sequence[str], protocol: dict) -> dict:
+    """What both files of a run say of its network, and of how it is trained."""
+    return {
+        "format": checkpoint.FORMAT,
+        "arch": network.arch,
+        "class_names": class_names,
+        "image_size": network.image_size,
+        "resize": network.resize,
+        "mean": network.mean,
+        "std": network.std,
+        "protocol": protocol,
+        **checkpoint.provenance(),
+    }
 
 
 def fine_tune(
@@ -248,7 +262,10 @@ def fine_tune(
     run.begin(tuner.settings.mode, "batch", tuner.settings.epochs * tuner.n_batches, tuner.steps)
     while not tuner.finished:
         for images, labels, _ in run.watch(training(tuner.epoch, tuner.batch)):
-            record = tuner.step(images.to(device), labels.to(device))
+            try:
+                record = tuner.step(images.to(device), labels.to(device))
+            except Interrupted:  # within a pass over the training set: the last checkpoint is gone on with
+                return
             run.log_step(tuner.steps, shown(record), brief(record))
             if run.is_due():
                 tuner.check_finite()
@@ -257,8 +274,9 @@ def fine_tune(
         if tuner.batch < tuner.n_batches:
             break
         try:
-            seen = run.whole(held_out)
-            found = validate(tuner.network, tuner.student.weights, seen, examiner, tuner.settings.seed)
+            with run.passes(tuner.network.module):
+                seen = run.whole(held_out)
+                found = validate(tuner.network, tuner.student.weights, seen, examiner, tuner.settings.seed)
         except Interrupted:
             break
         note = tuner.end_epoch(*found)
@@ -331,6 +349,7 @@ def data_protocol(args: argparse.Namespace) -> dict:
         "pretraining": args.pretraining,
         "validation_steps": options.examiner(args).steps,
         "start": version.digest(args.checkpoint),
+        "weights_key": args.weights_key,
     }
 
 

@@ -2,23 +2,34 @@
 
     python -m amt pool A B C D --out POOL.safetensors
     python -m amt pool A B C D --out POOL.safetensors --epsilon 8 6 0.1 0.01
+    python -m amt pool FILE --statistics --data_path DIR --base_sources SOURCE --out POOL.safetensors
 
 The members come in the order of the files. LoRAs must have been trained on one pretrained network, which is
 seen from the residual they share, with one rank and on the same layers; complete networks must be of one
 architecture. A file of several members adds all of them, so that a published pool of any size can be given
-its levels.
+its levels. --statistics adds the covariances that heads such as robust-lda need (docs/robust-lda.md),
+measured on TRAIN episodes of the meta-training sources. Without it, those that all files hold are kept.
 """
 
+import argparse
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+from amt.cli import head_statistics, options
 from amt.cli.options import Parser
+from amt.cli.options.common import PROCESSES, SIDE, THREADS, check_episodes
 from amt.files import checkpoint
 from amt.files.checkpoint import Checkpoint
+from amt.files.pretrained import load_network
+from amt.models.heads import PoolStatistics
+from amt.models.network import find_device
 from amt.models.pool import Pool
 from meta_dataset_readers.errors import InputError, say
-from meta_dataset_readers.settings import as_path, nonnegative
+from meta_dataset_readers.protocol import EpisodeSampling
+from meta_dataset_readers.reader import EpisodeReader
+from meta_dataset_readers.settings import add_flags, as_path, nonnegative, nonnegative_int
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,7 +44,9 @@ def main(argv: Sequence[str]) -> int:
         nargs="+",
         help="what the members were trained for, in 1/255 of the pixel range (default: what the files say)",
     )
+    add_measuring(parser)
     args = parser.parse(argv)
+    check(args)
     if args.out.suffix != ".safetensors":
         raise InputError(f"--out {args.out}: expected a name that ends in .safetensors")
     found = [checkpoint.load(path) for path in args.files]
@@ -53,11 +66,88 @@ def main(argv: Sequence[str]) -> int:
     archs = {each.about.get("arch") for each in found}
     if len(archs) == 1 and None not in archs:
         about["arch"] = archs.pop()
-    checkpoint.save(args.out, Checkpoint(pool, about))
+    saved = joined(args.files, found, Checkpoint(pool, about))
+    saved = measured(args, saved) if args.statistics else saved
+    checkpoint.save(args.out, saved)
     levels = ", ".join(f"{level.epsilon:g}" for level in pool.levels)
     kind = "complete networks" if pool.rank is None else f"LoRAs of rank {pool.rank}"
-    say(f"wrote {args.out}: {len(pool)} {kind}, epsilon {levels} (of 255)")
+    heads = ", with statistics for heads" if saved.statistics is not None else ""
+    say(f"wrote {args.out}: {len(pool)} {kind}, epsilon {levels} (of 255){heads}")
     return 0
+
+
+def add_measuring(parser: Parser) -> None:
+    """The flags of --statistics."""
+    group = parser.add_argument_group("statistics for heads")
+    group.add_argument("--statistics", action="store_true", help="measure them, and add them to the pool")
+    group.add_argument("--data_path", type=as_path, help="folder with one folder per source")
+    group.add_argument("--base_sources", nargs="+", metavar="SOURCE", help="the meta-training sources")
+    group.add_argument("--arch", help="backbone (default: what the files say)")
+    group.add_argument(
+        "--pretrained_checkpoint", type=as_path, help="its weights (default: shipped, or from timm's hub)"
+    )
+    group.add_argument("--image_size", type=SIDE, help="side in pixels (default: the backbone's)")
+    options.add_statistics(group, default=20)
+    add_flags(group, EpisodeSampling)
+    group.add_argument("--num_workers", type=PROCESSES, default=1, help="processes that read images")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto")
+    group.add_argument("--threads", type=THREADS, help="CPU threads (default: torch's choice)")
+    group.add_argument("--seed", type=nonnegative_int, default=0, help="of episodes and random starts")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise an `InputError` for --statistics without what it needs."""
+    if not args.statistics:
+        return
+    for flag in ("data_path", "base_sources"):
+        if not getattr(args, flag):
+            raise InputError(f"--statistics needs --{flag}: it measures on TRAIN episodes")
+    if args.statistics_episodes == 0:
+        raise InputError("--statistics_episodes is 0, expected a positive integer with --statistics")
+    check_episodes(args)
+
+
+def joined(files: Sequence[Path], found: Sequence[Checkpoint], saved: Checkpoint) -> Checkpoint:
+    """The assembled pool with the statistics of its members, if every file has them."""
+    parts = [each.statistics for each in found if each.statistics is not None]
+    if not parts:
+        return saved
+    dims = {part.source.shape[-1] for part in parts}
+    if len(parts) < len(found) or len(dims) > 1:
+        lacking = next(
+            (path for path, each in zip(files, found, strict=True) if each.statistics is None), None
+        )
+        reason = f"{lacking} has none" if lacking else "they are of different numbers of features"
+        say(f"note: statistics for heads are left out: {reason}; --statistics measures them")
+        return saved
+    notes = [each.about.get("statistics") for each in found]
+    about = saved.about | {"statistics": notes[0] if len(notes) == 1 else notes}
+    return dataclasses.replace(saved, statistics=PoolStatistics.concat(parts), about=about)
+
+
+def measured(args: argparse.Namespace, saved: Checkpoint) -> Checkpoint:
+    """The pool with statistics measured anew."""
+    options.use_threads(args)
+    arch = args.arch or saved.about.get("arch")
+    if not isinstance(arch, str):
+        raise InputError(f"{args.files[0]}: does not say its architecture; name it by --arch")
+    network = load_network(
+        arch, args.pretrained_checkpoint, find_device(args.device), image_size=args.image_size
+    )
+    checkpoint.check_architecture(args.files[0], saved.pool, network.weights, network.arch)
+    open_source = partial(
+        EpisodeReader,
+        root=args.data_path,
+        sampling=options.sampling(args),
+        image_size=network.image_size,
+        seed=args.seed,
+    )
+    episodes = head_statistics.train_episodes(
+        open_source, args.base_sources, args.statistics_episodes, args.seed
+    )
+    return head_statistics.with_statistics(
+        saved, network, episodes, args.base_sources, args.seed, args.num_workers
+    )
 
 
 def concat(files: Sequence[Path], found: Sequence[Checkpoint]) -> Pool:

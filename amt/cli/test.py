@@ -9,19 +9,24 @@ import torch
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from amt.attacks.kinds import Attack
+from amt.attacks.kinds import ON_OTHERS, Attack
 from amt.cli import options
 from amt.evaluation import runs
-from amt.evaluation.deploy import check_deployment, deploy, earlier_note
-from amt.evaluation.recording import description, ended, examine, record
+from amt.evaluation.deploy import check_deployment, check_heads, deploy, earlier_note
+from amt.evaluation.evaluate import columns, measure
+from amt.evaluation.oracle import Oracle, best_row
+from amt.evaluation.recording import description, ended, examine, interruptible, record
 from amt.evaluation.statistics import groups
 from amt.evaluation.writer import Writer
 from amt.files import checkpoint, version
 from amt.files.pretrained import load_network
 from amt.files.signals import Interrupts
+from amt.models.head_settings import PRETRAINED
 from amt.models.network import Network, find_device
+from amt.models.pool import Pool
 from amt.report.finish import finish
-from amt.tasks.classifier import Predictor, pretrained_predictor
+from amt.tasks.classifier import Predictor, fixed_predictor, pretrained_predictor
+from amt.tasks.merge import average_of
 from meta_dataset_readers.domains import DOMAINS
 from meta_dataset_readers.dump import dump_episode
 from meta_dataset_readers.episode import Episode
@@ -43,6 +48,8 @@ def main(args: argparse.Namespace) -> int:
     network = open_network(args, attacks)
     saved = load_pool(args, network) if args.resume else None
     pool = saved.pool.to(network.device) if saved else None
+    others = other_networks(args, network, pool, attacks)
+    statistics = saved.statistics.to(network.device) if saved and saved.statistics else None
     unknown_levels = saved is not None and saved.about.get("levels_from") == "nowhere"
 
     open_source = partial(EpisodeReader, **options.reading(args, network.image_size))
@@ -54,19 +61,23 @@ def main(args: argparse.Namespace) -> int:
     where = str(args.resume or "the pretrained network")
     for source, deployment in deployments.items():
         check_deployment(deployment, pool, source, open_episodes, where)
+        dim = network.module.num_features
+        check_heads(deployment.offered_heads, pool, statistics, where, dim)
+    say_fallbacks(args)
 
     part, parts = options.part(args)
     todo = range(part, args.nTestEpisode, parts)
     about = describe(args, network, saved, deployments, attacks)
     writer = Writer(args.output_dir, about, (part, parts), args.overwrite)
-    with writer as out, Interrupts() as interrupts:
+    with writer as out, Interrupts() as interrupts, interruptible(network, interrupts):
         earlier = runs.peek(args.output_dir)
         left = {source: earlier.left(source, todo) for source in readers}
         total = len(readers) * len(todo)
         with tqdm(total=total, initial=total - sum(map(len, left.values())), unit="episode") as progress:
             for source, reader in readers.items():
-                if not left[source] or interrupts.pending():
+                if not left[source]:
                     continue
+                interrupts.check()
                 progress.set_description(source)
                 predict, note = deploy(
                     network,
@@ -78,11 +89,12 @@ def main(args: argparse.Namespace) -> int:
                     args.seed,
                     partial(watched, network, interrupts),
                     earlier_note(source, deployments, runs.read_merging(args.output_dir)),
+                    statistics,
                 )
                 out.note_merging(source, note | ({"epsilons": "unknown"} if unknown_levels else {}))
-                episodes = read(args, reader, left[source], network.device)
-                rows = ([score(args, network, predict, each, attacks, out)] for each in episodes)
-                record(out, rows, progress, interrupts)
+                episodes = interrupts.whole(read(args, reader, left[source], network.device))
+                rows = ([score(args, predict, each, attacks, out, others)] for each in episodes)
+                record(out, rows, progress)
 
     run = runs.peek(args.output_dir)
     code = ended(run, interrupts)
@@ -93,16 +105,43 @@ def main(args: argparse.Namespace) -> int:
 
 def open_network(args: argparse.Namespace, attacks: Sequence[Attack]) -> Network:
     """The network, with pretrained weights where they are needed."""
-    transfer = any(attack.kind == "transfer" for attack in attacks)
-    if transfer and args.no_pretrain:
+    mixed = any(head.other == PRETRAINED for head in options.heads(args) or ())
+    if mixed and args.no_pretrain:
+        raise InputError(
+            "--head mix other=pretrained needs the pretrained network: it excludes --no_pretrain"
+        )
+    shown = any(attack.kind in ON_OTHERS for attack in attacks)
+    if args.no_pretrain and any(attack.kind == "transfer" for attack in attacks):
         raise InputError("--attack transfer attacks the pretrained network: it excludes --no_pretrain")
     return load_network(
         args.arch,
         args.pretrained_checkpoint,
         find_device(args.device),
         image_size=args.image_size,
-        pretrained=not args.no_pretrain and (args.resume is None or transfer),
+        pretrained=not args.no_pretrain and (args.resume is None or shown or mixed),
+        key=args.weights_key,
+        tell=say,
     )
+
+
+def other_networks(
+    args: argparse.Namespace, network: Network, pool: Pool | None, attacks: Sequence[Attack]
+) -> tuple[Predictor, ...]:
+    """The networks that attacks make images on: the pretrained one, and for "strong" every adapter alone."""
+    found = [] if args.no_pretrain else [pretrained_predictor(network)]
+    if pool is not None and any(attack.kind == "strong" for attack in attacks):
+        alone = [average_of(pool, [p]) for p in range(len(pool))]
+        found += [fixed_predictor(network, pool.merged(each), each) for each in alone]
+    return tuple(found)
+
+
+def say_fallbacks(args: argparse.Namespace) -> None:
+    """Say what a head does without, if all support sets have one image per class."""
+    if options.sampling(args).num_support not in (1, (1, 1)):
+        return
+    for head in options.heads(args) or ():
+        if head.one_shot_note:
+            say(f"note: --head {head.name}: {head.one_shot_note}")
 
 
 def load_pool(args: argparse.Namespace, network: Network) -> checkpoint.Checkpoint:
@@ -128,12 +167,10 @@ def labelled_episodes(
 
 
 def watched(network: Network, interrupts: Interrupts, episodes, title: str) -> Iterator[Episode]:
-    """The episodes that settings are chosen on, on the network's device, with a progress line; a signal ends
-    the program, since half a choice is none."""
-    for episode in tqdm(episodes, desc=printable(title), unit="episode", leave=False):
+    """The episodes that settings are chosen on, on the network's device, with a progress line; after a signal
+    `Interrupted` is raised, since half a choice is none."""
+    for episode in interrupts.whole(tqdm(episodes, desc=printable(title), unit="episode", leave=False)):
         yield episode.to(network.device)
-        if interrupts.pending():
-            raise SystemExit(128 + interrupts.caught)
 
 
 def read(args, reader: EpisodeReader, numbers: Sequence[int], device: torch.device) -> Iterator[Episode]:
@@ -144,11 +181,15 @@ def read(args, reader: EpisodeReader, numbers: Sequence[int], device: torch.devi
         yield episode.to(device)
 
 
-def score(args, network: Network, predict: Predictor, episode: Episode, attacks, out: Writer) -> dict:
+def score(
+    args, predict: Predictor | Oracle, episode: Episode, attacks, out: Writer, others: Sequence[Predictor]
+) -> dict:
     """The row of one episode; on the first ones the attacks are checked, and images kept."""
     check, keep = episode.index < args.probe_episodes, episode.index < args.samples
-    surrogate = pretrained_predictor(network)
-    measured = examine(out, predict, episode, attacks, args.seed, check=check, keep=keep, surrogate=surrogate)
+    if isinstance(predict, Oracle):
+        rows = [measure(each, episode, attacks, args.seed, others).row for each in predict.predictors]
+        return best_row(rows, columns(attacks))
+    measured = examine(out, predict, episode, attacks, args.seed, check=check, keep=keep, others=others)
     return measured.row | ({"skipped": len(episode.skipped)} if episode.skipped else {})
 
 

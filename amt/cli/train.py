@@ -10,14 +10,14 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset, Subset
 
-from amt.cli import options
+from amt.cli import head_statistics, options
 from amt.evaluation.evaluate import validate
 from amt.files import checkpoint
 from amt.files.pretrained import load_network
@@ -46,6 +46,8 @@ def main(args: argparse.Namespace) -> int:
         options.autocast(args),
         args.image_size,
         pretrained=not args.no_pretrain,
+        key=args.weights_key,
+        tell=say,
     )
     total = settings.epochs * settings.episodes_per_epoch
     open_source = partial(EpisodeReader, **options.reading(args, network.image_size))
@@ -81,9 +83,16 @@ def main(args: argparse.Namespace) -> int:
         found += [first] if first else []
         tuner, history = max(found, key=lambda each: each[0].episodes_done)
         if len(history) == settings.epochs:
+            code = with_statistics(args, run, network, open_source)
             say(f"done already: {run.last}; --overwrite starts anew")
-            return 0
-        return train(args, run, tuner, history, episodes, validation)
+            return code
+        code = train(args, run, tuner, history, episodes, validation)
+        if len(history) < settings.epochs:
+            return code
+        code = with_statistics(args, run, network, open_source)
+        if code == 0:
+            say(f"done: {run.last}")
+        return code
 
 
 def train(
@@ -139,7 +148,31 @@ def train(
         run.save_last(*content())
         say(f"stopped after {tuner.episodes_done} of {total} episodes; the same command continues")
         return run.code
-    say(f"done: {run.last}")
+    return 0
+
+
+def with_statistics(
+    args: argparse.Namespace, run: Keeper, network: Network, open_source: Callable[..., EpisodeReader]
+) -> int:
+    """Measure what heads need, and put it into the run's checkpoints; the exit code."""
+    if args.statistics_episodes == 0:
+        return 0
+    sources = options.training_sources(args)
+    found = head_statistics.train_episodes(open_source, sources, args.statistics_episodes, args.seed)
+    measured = partial(
+        head_statistics.with_statistics,
+        network=network,
+        episodes=found,
+        sources=sources,
+        seed=args.seed,
+        workers=args.num_workers,
+        watch=run.whole,
+    )
+    try:
+        head_statistics.complete((run.best, run.last), measured)
+    except Interrupted:
+        say("stopped while measuring statistics for the heads; the same command continues")
+        return run.code
     return 0
 
 
@@ -170,7 +203,8 @@ def judged(
             skipped.update(episode.skipped)
             yield episode.to(tuner.network.device)
 
-    levels = validate(tuner.network, tuner.pool, fixed(), robust=tuner.settings.adversarial)
+    with run.passes(tuner.network.module):
+        levels = validate(tuner.network, tuner.pool, fixed(), robust=tuner.settings.adversarial)
     # One number to choose the best epoch by: the mean of every level's clean and robust accuracy.
     score = statistics.fmean(value for level in levels for value in level.values())
     for p, level in enumerate(levels):

@@ -9,8 +9,8 @@ attacks is compared only where the attacks are the same.
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from amt.evaluation.runs import UNITS, Run
-from amt.evaluation.statistics import Summary, paired_difference, with_averages
+from amt.evaluation.runs import UNITS, Run, common_rows
+from amt.evaluation.statistics import Summary, over_seeds
 
 
 class Comparison(NamedTuple):
@@ -26,24 +26,69 @@ class Comparison(NamedTuple):
 
 
 def compare(ours: Run, theirs: Run) -> Comparison:
-    """Paired differences of all columns that both runs have, by domain and by average."""
-    reason = other_episodes(ours.about, theirs.about)
+    """Paired differences of all columns that both runs have, by domain and by average.
+
+    Of rows of several training seeds, seed by seed: those of one --seed belong together, and where all have
+    the same --seed those of one place.
+    """
+    reason = _other_seeds(ours, theirs)
     if reason is not None:
         return Comparison({}, (reason,))
     both = [source for source in theirs.sources if source in ours.sources]
-    pairs = {source: same_episodes(ours.rows[source], theirs.rows[source]) for source in both}
+    pairs = {source: _paired_seeds(ours, theirs, source) for source in both}
     refusals = [f"they share no {theirs.unit} of {source}" for source in both if pairs[source] is None]
     refusals += [] if both else ["they share no domain"]
     pairs = {source: pair for source, pair in pairs.items() if pair is not None}
-    averages = _shared_averages(ours, theirs, pairs)
+    names = {source: (source,) for source in pairs} | _shared_averages(ours, theirs, pairs)
     columns, unions = _shared_columns(ours, theirs)
     refusals += [f"{column}, which is over other attacks" for column in unions]
-    found: dict[tuple[str, str], Summary] = {}
-    for column in columns:
-        by_source = {source: paired_difference(*pair, column) for source, pair in pairs.items()}
-        summaries = with_averages(by_source, averages)
-        found |= {(name, column): difference for name, difference in summaries.items()}
+    same = theirs.same_episodes
+    seeds = common_rows([{s: pairs[s][k] for s in pairs} for k in range(len(theirs.seeds))], same)
+    found = {
+        (name, column): over_seeds(_differences(seeds, members, column), same)
+        for column in columns
+        for name, members in names.items()
+    }
     return Comparison(found, tuple(refusals))
+
+
+def _differences(
+    seeds: Sequence[Mapping[str, list[dict]]], sources: Sequence[str], column: str
+) -> list[dict[str, list[float]]]:
+    """By seed and domain the differences of one column in points."""
+    return [
+        {s: [100 * (pair["ours"][column] - pair["theirs"][column]) for pair in seed[s]] for s in sources}
+        for seed in seeds
+    ]
+
+
+def _other_seeds(ours: Run, theirs: Run) -> str | None:
+    """Why two rows cannot be compared seed by seed; None if they can."""
+    counts = len(ours.seeds), len(theirs.seeds)
+    if counts[0] != counts[1]:
+        return f"it has {counts[0]} training seeds, not {counts[1]}"
+    reasons = (other_episodes(a.about, b.about) for a, b in seed_by_seed(ours, theirs))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def seed_by_seed(ours: Run, theirs: Run) -> list[tuple[Run, Run]]:
+    """The runs that belong together, in the order of `theirs`."""
+    by_seed = {each.about["seed"]: each for each in ours.seeds}
+    wanted = [each.about["seed"] for each in theirs.seeds]
+    if len(by_seed) == len(wanted) and set(wanted) == by_seed.keys():
+        return [(by_seed[seed], run) for seed, run in zip(wanted, theirs.seeds, strict=True)]
+    return list(zip(ours.seeds, theirs.seeds, strict=True))
+
+
+def _paired_seeds(ours: Run, theirs: Run, source: str) -> list[list[dict]] | None:
+    """By seed the pairs of rows of a domain; None if a seed has none."""
+    found = []
+    for run, other in seed_by_seed(ours, theirs):
+        pairs = same_episodes(run.rows[source], other.rows[source])
+        if pairs is None:
+            return None
+        found.append([{"index": a["index"], "ours": a, "theirs": b} for a, b in zip(*pairs, strict=True)])
+    return found
 
 
 def _shared_averages(ours: Run, theirs: Run, sources: Collection[str]) -> dict[str, tuple[str, ...]]:

@@ -4,6 +4,7 @@
     weights              merged and trimmed (amt/models/pool.py), or the soup of the factors
     settings in between  as given, or chosen (amt/evaluation/select.py)
     test-time tuning     amt/tasks/finetune.py
+    head                 amt/models/heads.py, fitted to each task
 
 Knows no flags and no files; a function that opens episodes to choose on is an argument.
 """
@@ -13,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from amt.attacks.kinds import Attack
+from amt.evaluation.oracle import STAMP as ORACLE_STAMP
+from amt.evaluation.oracle import Oracle, simplex_grid
 from amt.evaluation.select import (
     PUBLISHED_EPISODES,
     PUBLISHED_SEED,
@@ -25,15 +28,21 @@ from amt.evaluation.select import (
     trim_name,
 )
 from amt.evaluation.settings import Deployment
+from amt.models.head_settings import PRETRAINED, Head
+from amt.models.heads import PoolStatistics
 from amt.models.network import Network
 from amt.models.pool import Pool
 from amt.models.trim import Trim
+from amt.models.weights import Coefficients
 from amt.tasks.classifier import (
+    Fitter,
     Predictor,
     fixed_predictor,
+    head_classifier,
     merged_networks,
     merged_predictor,
     pretrained,
+    prototype_classifier,
 )
 from amt.tasks.finetune import finetuned_predictor
 from amt.tasks.merge import average_of, kept_members, route, soup, uniform
@@ -92,12 +101,41 @@ def check_fit(deployment: Deployment, pool: Pool, where: str) -> None:
             f"--coefficients has {len(deployment.coefficients)} values, {where} holds {len(pool)} adapters"
         )
     check_trims((*deployment.trims, *deployment.trim_candidates), pool)
-    routed = any(isinstance(each, Routing) for each in candidates_of(deployment, pool))
-    if deployment.finetune is not None and (routed or deployment.select == "support"):
+    routings = [each for each in candidates_of(deployment, pool) if isinstance(each, Routing)]
+    for routing in routings:
+        if routing.top_k > len(pool):
+            raise InputError(f"--top_k {routing.top_k}: {where} holds {len(pool)} adapters")
+    if deployment.finetune is not None and (routings or deployment.select == "support"):
         raise InputError(
             "--deploy finetune starts every task from one network: choose it by --specified_expert, "
             "--coefficients, --routing uniform or soup, or --routing best with --select valid"
         )
+
+
+def check_heads(
+    heads: Iterable[Head], pool: Pool | None, statistics: PoolStatistics | None, where: str, dim: int
+) -> None:
+    """Raise an `InputError` for a head that needs what is not there: statistics, or a member to mix in.
+
+    Args:
+        pool, statistics: that `where` holds; None: the pretrained network, or no statistics.
+        dim: D, the number of features.
+    """
+    for head in heads:
+        if pool is None and (head.needs_statistics or head.other is not None):
+            raise InputError(f"--head {head.name}: needs a pool; name its checkpoint with --resume")
+        if pool is not None and isinstance(head.other, int) and head.other >= len(pool):
+            raise InputError(
+                f"--head {head.name}: {where} holds adapters 0 to {len(pool) - 1}, expected one of them or "
+                f"{PRETRAINED}"
+            )
+        if head.needs_statistics and statistics is None:
+            raise InputError(
+                f"{where}: holds no statistics for --head {head.kind}; add them: python -m amt pool {where} "
+                "--statistics --data_path DIR --base_sources SOURCE --out POOL.safetensors"
+            )
+        if head.needs_statistics and (found := statistics.source.shape[-1]) != dim:
+            raise InputError(f"{where}: its statistics are of {found} features, the network has {dim}")
 
 
 def check_trims(trims: Iterable[Trim], pool: Pool) -> None:
@@ -122,7 +160,8 @@ def deploy(
     seed: int = 0,
     progress: Progress = lambda episodes, title: episodes,
     note: Mapping | None = None,
-) -> tuple[Predictor, dict]:
+    statistics: PoolStatistics | None = None,
+) -> tuple[Predictor | Oracle, dict]:
     """The predictor for one domain, and the note of how its settings were decided, in plain values.
 
     `check_deployment` has passed. Without `note` this may read and attack episodes to choose settings.
@@ -133,21 +172,49 @@ def deploy(
         attacks: of the evaluation; choosing on VALID episodes uses `select.selection_attacks` of them.
         seed: of the evaluation.
         note: of an earlier call, as read back from JSON: what it chose is not chosen again.
+        statistics: of the pool, for heads that need them, on the network's device.
 
     Returns:
-        The predictor, and a dictionary of "how" in words, and where they apply "epsilons",
-        "coefficients", "routing", "trims", "candidates" with their scores, and "stamp": a warning to print
-        beside every result.
+        The predictor, or for routing "oracle" one for each mixture, and a dictionary of "how" in words, and
+        where they apply "epsilons", "coefficients", "routing", "trims", "candidates" with their scores,
+        "curve" with their clean and robust accuracies, "tuned_on", and "stamp": a warning to print beside
+        every result.
 
     Raises:
         InputError: `note` does not say what was chosen.
     """
+    fitters = _fitters(network, pool, deployment, statistics, seed)
     if note is None:
-        choose = partial(_choose, network, pool, deployment, source, open_episodes, attacks, seed, progress)
+        choose = partial(
+            _choose, network, pool, deployment, source, open_episodes, attacks, seed, progress, fitters
+        )
         note = _decide(pool, deployment, choose)
     if pool is not None and _chooses_once(deployment, pool):
         deployment = _settled(deployment, note)
-    return _predictor(network, pool, deployment, seed), dict(note)
+    (head,) = deployment.offered_heads
+    if pool is not None and deployment.routing == "oracle":
+        return _oracle(network, pool, deployment, fitters[head.name]), dict(note)
+    return _predictor(network, pool, deployment, seed, fitters[head.name]), dict(note)
+
+
+def _fitters(
+    network: Network, pool: Pool | None, deployment: Deployment, statistics: PoolStatistics | None, seed: int
+) -> dict[str, Fitter]:
+    """What fits each offered head, by the head's name."""
+    if statistics is not None and pool is not None and _averages_factors(deployment, pool):
+        statistics = statistics.averaged()
+
+    def fitter(head: Head) -> Fitter:
+        if head == Head():
+            return prototype_classifier
+        second = None
+        if head.other == PRETRAINED:
+            second = pretrained(network)
+        elif isinstance(head.other, int) and pool is not None:
+            second = pool[head.other].merged((1.0,))
+        return partial(head_classifier, head=head, statistics=statistics, second=second, seed=seed)
+
+    return {head.name: fitter(head) for head in deployment.offered_heads}
 
 
 def earlier_note(
@@ -178,9 +245,21 @@ def candidates_of(deployment: Deployment, pool: Pool) -> tuple[Candidate, ...]:
         return ((1.0,),)
     if deployment.routing == "uniform":
         return (uniform(pool),)
+    if deployment.routing == "oracle":
+        return simplex_grid(len(pool), deployment.oracle_parts)
     if deployment.routing == "best":
         return tuple(average_of(pool, [p]) for p in range(len(pool)))
     return deployment.routings
+
+
+def _oracle(network: Network, pool: Pool, deployment: Deployment, fitter: Fitter) -> Oracle:
+    """A predictor for each mixture of the grid; the merged networks are not kept."""
+    merged = merged_networks(pool)
+
+    def predictor(coefficients: Coefficients) -> Predictor:
+        return lambda episode: fitter(network, merged(coefficients, deployment.trims), episode, coefficients)
+
+    return Oracle(tuple(map(predictor, candidates_of(deployment, pool))))
 
 
 def _averages_factors(deployment: Deployment, pool: Pool) -> bool:
@@ -191,6 +270,7 @@ def _averages_factors(deployment: Deployment, pool: Pool) -> bool:
 def _chooses(deployment: Deployment, pool: Pool) -> bool:
     """Whether there are several candidates, and a way to choose."""
     several = len(candidates_of(deployment, pool)) > 1 or deployment.trim_candidates
+    several = several or len(deployment.offered_heads) > 1
     return deployment.select != "none" and bool(several)
 
 
@@ -199,7 +279,9 @@ def _chooses_once(deployment: Deployment, pool: Pool) -> bool:
     return deployment.select != "support" and _chooses(deployment, pool)
 
 
-def _predictor(network: Network, pool: Pool | None, deployment: Deployment, seed: int) -> Predictor:
+def _predictor(
+    network: Network, pool: Pool | None, deployment: Deployment, seed: int, fitter: Fitter
+) -> Predictor:
     """The predictor when nothing is left to choose, or every task chooses."""
     merged, shares = pretrained(network), ()
     if pool is not None:
@@ -208,18 +290,18 @@ def _predictor(network: Network, pool: Pool | None, deployment: Deployment, seed
         members = soup(pool) if soup_shares else pool
         if deployment.select == "support" and _chooses(deployment, pool):
             offered, epsilon = deployment.trim_candidates, deployment.support_epsilon
-            predict = support_predictor(network, members, candidates, trims, offered, epsilon, seed)
+            predict = support_predictor(network, members, candidates, trims, offered, epsilon, seed, fitter)
             if soup_shares is None:
                 return predict
             return lambda episode: predict(episode)._replace(coefficients=soup_shares)
         (candidate,) = candidates
         if isinstance(candidate, Routing):
             choose = partial(route, network, pool, routing=candidate, members=kept_members(pool))
-            return merged_predictor(network, pool, choose, trims, seed)
+            return merged_predictor(network, pool, choose, trims, seed, fitter)
         merged, shares = merged_networks(members)(candidate, trims), soup_shares or candidate
     if deployment.finetune is not None:
-        return finetuned_predictor(network, merged, deployment.finetune, seed, shares)
-    return fixed_predictor(network, merged, shares)
+        return finetuned_predictor(network, merged, deployment.finetune, seed, shares, fitter)
+    return fixed_predictor(network, merged, shares, fitter)
 
 
 def _settled(deployment: Deployment, note: Mapping) -> Deployment:
@@ -227,6 +309,8 @@ def _settled(deployment: Deployment, note: Mapping) -> Deployment:
     try:
         trims = tuple(Trim(**trim) for trim in note["trims"])
         settled = dataclasses.replace(deployment, select="none", trims=trims, trim_candidates=())
+        if len(deployment.offered_heads) > 1:
+            settled = dataclasses.replace(settled, heads=(Head(**note["head"]),))
         if "routing" in note:
             return dataclasses.replace(settled, routings=(Routing(**note["routing"]),))
         if deployment.routing == "best":
@@ -239,19 +323,29 @@ def _settled(deployment: Deployment, note: Mapping) -> Deployment:
 def _decide(pool: Pool | None, deployment: Deployment, choose: Callable[[], tuple[Selection, str]]) -> dict:
     """Choose what there is to choose for a domain; the note that `deploy` returns."""
     if pool is None:
-        return {"how": f"none, the pretrained network{_tuning_words(deployment)}"}
+        (head,) = deployment.offered_heads
+        how = f"none, the pretrained network{_tuning_words(deployment)}"
+        return {"how": how + _head_words(head, "as given")} | _head_note(deployment, head)
     candidates, trims = candidates_of(deployment, pool), deployment.trims
     note: dict = {"epsilons": [level.epsilon for level in pool.levels]}
-    by = by_trim = "as given"
+    by = by_trim = by_head = "as given"
+    heads = {head.name: head for head in deployment.offered_heads}
+    head = next(iter(heads.values()))
     if _chooses_once(deployment, pool):
         found, by = choose()
         candidates, trims = candidates[found.candidate : found.candidate + 1], (*trims, *found.trims)
         by_trim = f"(the last one {by})" if found.trims else by_trim
+        head, by_head = heads[found.head], by if len(heads) > 1 else by_head
         note["candidates"] = [list(score) for score in found.scores]
+        note |= {"curve": [list(point) for point in found.curve], "tuned_on": by.removeprefix("chosen on ")}
         note |= {"stamp": STAMP} if deployment.select == "published" else {}
     note["trims"] = [dataclasses.asdict(trim) for trim in trims]
     if _chooses(deployment, pool) and deployment.select == "support":
         how = _support_words(deployment, candidates)
+        note["candidates"] = [[name, None] for name in candidate_names(candidates)]
+    elif deployment.routing == "oracle" and len(candidates) > 1:
+        how = f"oracle, the best of {len(candidates)} mixtures for every task and column by its query labels"
+        note |= {"stamp": ORACLE_STAMP, "tuned_on": "the query labels of every scored task"}
         note["candidates"] = [[name, None] for name in candidate_names(candidates)]
     else:
         (candidate,) = candidates
@@ -263,7 +357,23 @@ def _decide(pool: Pool | None, deployment: Deployment, choose: Callable[[], tupl
     if _averages_factors(deployment, pool):
         note["coefficients"] = list(uniform(pool))
     how += f"; trimmed {', '.join(map(trim_name, trims))} {by_trim}" if trims else ""
-    return {"how": how + _tuning_words(deployment), **note}
+    return {
+        "how": how + _tuning_words(deployment) + _head_words(head, by_head),
+        **note,
+        **_head_note(deployment, head),
+    }
+
+
+def _head_words(head: Head, by: str) -> str:
+    return "" if head == Head() else f"; head {head.name} {by}"
+
+
+def _head_note(deployment: Deployment, head: Head) -> dict:
+    """The head, if one was asked for, and what it does without at one shot."""
+    if deployment.heads is None:
+        return {}
+    at_one_shot = {"head_at_one_shot": head.one_shot_note} if head.one_shot_note else {}
+    return {"head": dataclasses.asdict(head), **at_one_shot}
 
 
 def _choose(
@@ -275,6 +385,7 @@ def _choose(
     attacks: Sequence[Attack],
     seed: int,
     progress: Progress,
+    fitters: Mapping[str, Fitter],
 ) -> tuple[Selection, str]:
     """What is best on labelled episodes, and in words how it was chosen."""
     if deployment.select == "published":
@@ -285,6 +396,7 @@ def _choose(
         tried = selection_attacks(attacks)
         columns = [column for attack in tried for column in attack.columns]
         by = f"chosen on {n} VALID episodes of {on}" + (f" under {', '.join(columns)}" if columns else "")
+        by += f" by {deployment.select_by} accuracy" if deployment.select_by != "mean" else ""
     found = select(
         network,
         soup(pool) if _averages_factors(deployment, pool) else pool,
@@ -295,6 +407,8 @@ def _choose(
         deployment.trim_candidates,
         seed if own_seed is None else own_seed,
         halving=deployment.select == "valid",
+        heads=fitters,
+        by=deployment.select_by,
     )
     return found, by
 

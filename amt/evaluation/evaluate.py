@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from amt.attacks.evaluation import Attacked, attack_queries, attack_support
-from amt.attacks.kinds import NORMS, Attack, on_queries
+from amt.attacks.kinds import NORMS, ON_OTHERS, Attack, on_queries
+from amt.attacks.losses import misclassified
 from amt.evaluation.statistics import summarise
 from amt.models.network import CHUNK, Network
 from amt.models.pool import Pool
@@ -47,7 +48,7 @@ def measure(
     episode: Episode,
     attacks: Sequence[Attack] = (),
     seed: int = 0,
-    surrogate: Predictor | None = None,
+    others: Sequence[Predictor] = (),
     numbers: Sequence[int] | None = None,
     chunk: int = CHUNK,
 ) -> Measurement:
@@ -65,7 +66,7 @@ def measure(
         attacks: any number, of different names.
         seed: decides, with the episode's index and the queries' numbers, the attacks' random starts, image by
             image.
-        surrogate: makes the network that "transfer" attacks.
+        others: give the networks that "transfer" and "strong" make images on, see `attack_queries`.
         numbers: of the queries, see `query_generators`; None for 0..Q-1.
         chunk: images in one pass, which changes nothing but time and memory.
     """
@@ -74,17 +75,18 @@ def measure(
     with torch.no_grad():
         logits = torch.cat([classifier.logits(part) for part in episode.query.split(chunk)])
     predicted = logits.argmax(1)
-    clean = predicted == episode.query_labels
+    clean = ~misclassified(logits, episode.query_labels)
+    without_number = int(logits.isnan().any(1).sum())
     fitted = time.perf_counter()
     correct, attacked, variants = {"clean": clean}, {}, {}
-    transfer = any(attack.kind == "transfer" for attack in attacks)
-    other = surrogate(episode).logits if transfer else None
+    shown = any(attack.kind in ON_OTHERS for attack in attacks)
+    surrogates = [each(episode).logits for each in others] if shown else []
     for attack in attacks:
         if attack.kind == "support":
             correct |= _under_support_attack(predict, episode, attack, clean, seed)
             continue
         left, images, ran = _under_query_attack(
-            classifier.logits, episode, attack, clean, other, seed, numbers, chunk
+            classifier.logits, episode, attack, clean, surrogates, seed, numbers, chunk
         )
         correct, variants = correct | left, variants | ran
         attacked[attack.columns[-1]] = images
@@ -99,6 +101,7 @@ def measure(
         "coefficients": [float(c) for c in classifier.coefficients],
         "fit_seconds": round(fitted - began, 4),
         "seconds": round(time.perf_counter() - began, 4),
+        **({"nan_images": without_number} if without_number else {}),
         **({"variants": variants} if variants else {}),
     }
     return Measurement(row, classifier, predicted, correct, attacked)
@@ -112,7 +115,7 @@ def attack_some(
     which: Tensor,
     generators: Sequence[torch.Generator],
     seed: int,
-    surrogate: Logits | None = None,
+    surrogates: Sequence[Logits] = (),
 ) -> Attacked:
     """`attack_queries` on some queries of an episode.
 
@@ -129,7 +132,7 @@ def attack_some(
         episode.query_labels[which],
         episode.n_way,
         [generators[k] for k in which.tolist()],
-        surrogate,
+        surrogates,
         library_seed(episode, seed),
     )
 
@@ -159,7 +162,7 @@ def _under_query_attack(
     episode: Episode,
     attack: Attack,
     clean: Tensor,
-    surrogate: Logits | None,
+    surrogates: Sequence[Logits],
     seed: int,
     numbers: Sequence[int] | None,
     chunk: int,
@@ -171,7 +174,7 @@ def _under_query_attack(
         left, images = left.clone(), images.clone()
         generators = query_generators(episode, seed, numbers)
         for which in left.nonzero().squeeze(1).split(chunk):
-            found = attack_some(attack, epsilon, logits, episode, which, generators, seed, surrogate)
+            found = attack_some(attack, epsilon, logits, episode, which, generators, seed, surrogates)
             left[which], images[which] = ~found.fooled, found.images
             variants |= {column: found.variant} if found.variant else {}
         correct[column] = left
@@ -238,7 +241,7 @@ def evaluate(
     episodes: Iterable[Episode],
     attacks: Sequence[Attack] = (),
     seed: int = 0,
-    surrogate: Predictor | None = None,
+    others: Sequence[Predictor] = (),
 ) -> Iterator[dict]:
     """Yield the row of every episode, see `measure`.
 
@@ -248,7 +251,7 @@ def evaluate(
     ['clean', 'coefficients', 'fit_seconds']
     """
     for episode in episodes:
-        yield measure(predict, episode, attacks, seed, surrogate).row
+        yield measure(predict, episode, attacks, seed, others).row
 
 
 def validate(

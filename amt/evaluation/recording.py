@@ -2,16 +2,18 @@
 
     description    what run.json says
     examine        measure an episode, check the attacks on it, keep some of its images
-    record         append rows to the run as they come, until a signal
+    interruptible  within it a signal ends the work at the next pass through the network
+    record         append rows to the run as they come
     ended          say how much of an unfinished run is done; the exit code
 
 Chooses nothing, and knows no flags.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from tqdm import tqdm
 
@@ -22,8 +24,8 @@ from amt.evaluation.samples import sample_of
 from amt.evaluation.sanity import probe
 from amt.evaluation.writer import Writer
 from amt.files.checkpoint import provenance
-from amt.files.signals import Interrupts
-from amt.models.network import CHUNK
+from amt.files.signals import Interrupted, Interrupts
+from amt.models.network import CHUNK, Network
 from amt.tasks.classifier import Predictor
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import say
@@ -61,7 +63,7 @@ def examine(
     *,
     check: bool,
     keep: bool,
-    surrogate: Predictor | None = None,
+    others: Sequence[Predictor] = (),
     numbers: Sequence[int] | None = None,
     chunk: int = CHUNK,
 ) -> Measurement:
@@ -71,7 +73,7 @@ def examine(
         check: check the attacks on this episode: their counts are "checks" of the row, see `sanity.probe`.
         keep: keep some of its images, if its queries were attacked.
     """
-    measured = measure(predict, episode, attacks, seed, surrogate, numbers, chunk)
+    measured = measure(predict, episode, attacks, seed, others, numbers, chunk)
     if attacks and check:
         measured.row["checks"] = probe(predict, episode, measured, attacks, seed)
     if measured.attacked and keep:
@@ -79,13 +81,19 @@ def examine(
     return measured
 
 
-def record(out: Writer, rows: Iterable[Sequence[dict]], progress: tqdm, interrupts: Interrupts) -> None:
-    """Append rows as they come; stop after a signal."""
+@contextlib.contextmanager
+def interruptible(network: Network, interrupts: Interrupts) -> Iterator[None]:
+    """Within it a signal raises `Interrupted` at the next pass through the network, which ends the context;
+    an episode, a choice or a corruption that is not complete is done again by the same command."""
+    with contextlib.suppress(Interrupted), interrupts.passes(network.module):
+        yield
+
+
+def record(out: Writer, rows: Iterable[Sequence[dict]], progress: tqdm) -> None:
+    """Append rows as they come."""
     for found in rows:
         out.append(*found)
         progress.update(len(found))
-        if interrupts.pending():
-            return
 
 
 def ended(run: Run, interrupts: Interrupts) -> int:

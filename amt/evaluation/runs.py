@@ -18,6 +18,7 @@ Knows rows, not how they are computed.
 import dataclasses
 import functools
 import math
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, NotRequired
@@ -28,7 +29,7 @@ from typing_extensions import TypedDict
 from amt.attacks.kinds import Attack
 from amt.evaluation.samples import Sample, read_samples
 from amt.evaluation.sanity import Finding, judge
-from amt.evaluation.statistics import Summary, summarise, with_averages
+from amt.evaluation.statistics import Summary, chance, over_seeds, summarise, with_averages
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.files import parse_json, read_bytes, read_json
 from meta_dataset_readers.json_fields import MOST, conform
@@ -61,6 +62,11 @@ class _About(TypedDict):
     peak_memory_mb: NotRequired[Duration]
     skipped_records: NotRequired[Count]
     versions: NotRequired[dict[str, str]]
+    command: NotRequired[str | None]
+    commit: NotRequired[str | None]
+    started: NotRequired[str | None]
+    arch: NotRequired[str | None]
+    checkpoint: NotRequired[str | None]
 
 
 class _Merging(TypedDict):
@@ -71,9 +77,12 @@ class _Merging(TypedDict):
 class _Checks(TypedDict):
     images: Count
     changed: Count
+    queries: NotRequired[Count]
     zero_gradients: NotRequired[Count]
     norms: NotRequired[dict[str, dict[str, float]]]  # counts, and losses
     from_scratch: NotRequired[dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)]]]
+    no_gradient: NotRequired[dict[str, Count]]
+    missed: NotRequired[dict[str, dict[str, Count]]]
 
 
 class _Row(TypedDict):
@@ -89,6 +98,7 @@ class _Row(TypedDict):
     variants: NotRequired[dict[str, str]]
     checks: NotRequired[_Checks]
     skipped: NotRequired[Count]
+    nan_images: NotRequired[Count]
 
 
 _Accuracies = dict[str, Accuracy]
@@ -107,6 +117,7 @@ class Run:
         merging: merging.json, by domain.
         rows: by domain the rows of its episodes, in their order; domains without any are left out.
         corruptions: by common corruption, the accuracy in [0, 1] at each severity.
+        parts: the runs of the training seeds that a row joins, see `seeds`; none: this is one run.
     """
 
     folder: Path
@@ -114,6 +125,17 @@ class Run:
     merging: dict
     rows: dict[str, list[dict]]
     corruptions: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    parts: "tuple[Run, ...]" = ()
+
+    @property
+    def seeds(self) -> "tuple[Run, ...]":
+        """The runs of its training seeds: itself, where it is one run."""
+        return self.parts or (self,)
+
+    @property
+    def same_episodes(self) -> bool:
+        """Whether all its seeds had the same episodes or images."""
+        return self.unit == UNITS[1] or len({each.about["seed"] for each in self.seeds}) == 1
 
     @property
     def unit(self) -> str:
@@ -141,6 +163,8 @@ class Run:
 
     @functools.cached_property
     def _summaries(self) -> dict[tuple[str, str], Summary]:
+        if self.parts:
+            return self._over_seeds()
         found = {}
         for column in self.columns:
             by_source = {source: summarise(rows, column) for source, rows in self.rows.items()}
@@ -148,8 +172,25 @@ class Run:
             found |= {(name, column): summary for name, summary in summaries.items()}
         return found
 
+    def _over_seeds(self) -> dict[tuple[str, str], Summary]:
+        names = {source: (source,) for source in self.sources} | self.averages
+        rows = common_rows([each.rows for each in self.parts], self.same_episodes)
+        return {
+            (name, column): over_seeds(
+                [{s: [100 * row[column] for row in seed[s]] for s in members} for seed in rows],
+                self.same_episodes,
+            )
+            for name, members in names.items()
+            for column in self.columns
+        }
+
+    def chance(self, name: str) -> float:
+        """The accuracy of guessing in a domain or an average, in per cent."""
+        members = self.averages.get(name, (name,))
+        return statistics.fmean(chance(self.rows[source]) for source in members)
+
     def summary(self, name: str, column: str) -> Summary | None:
-        """Of a domain or an average; None where there is no result."""
+        """The summary of a domain or an average; None where there is no result."""
         return self._summaries.get((name, column))
 
     @functools.cached_property
@@ -210,8 +251,20 @@ class Run:
             InputError: a file is damaged.
         """
         order = {source: k for k, source in enumerate(self.about["sources"])}
-        found = read_samples(self.folder)
+        found = read_samples(self.seeds[0].folder)
         return sorted(found, key=lambda sample: (order.get(sample.source, len(order)), sample.index))
+
+
+def common_rows(seeds: Sequence[Mapping[str, list]], same_episodes: bool) -> list[dict[str, list]]:
+    """The rows of each seed by domain; where all have the same episodes, those that all have finished."""
+    if not same_episodes or len(seeds) == 1:
+        return [dict(seed) for seed in seeds]
+    found: list[dict[str, list]] = [{} for _ in seeds]
+    for source in seeds[0]:
+        shared = set.intersection(*({row["index"] for row in seed[source]} for seed in seeds))
+        for kept, seed in zip(found, seeds, strict=True):
+            kept[source] = [row for row in seed[source] if row["index"] in shared]
+    return found
 
 
 def load(folder: Path) -> Run:

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from amt.attacks.kinds import BLACK_BOX, NORMS, WHITE_BOX, Attack, on_queries
+from amt.attacks.losses import loss_sum, misclassified
 from amt.attacks.perturb import Ball, ascend, input_gradient, pgd
 from amt.evaluation.evaluate import Measurement, attack_some, query_generators, union_column
+from amt.evaluation.other_losses import missed, missing, own_losses
 from amt.evaluation.statistics import paired_difference
 from amt.models.network import CHUNK
 from amt.models.weights import stream
@@ -46,12 +47,15 @@ def probe(
     """Small experiments on an episode that was measured under `attacks`; counts of images, for `judge`.
 
     images: how many were classified correctly; all other counts are of these.
-    changed: how many queries become right or wrong when the task is set up anew and epsilon is 0.
-    zero_gradients: how many have an input gradient of exactly zero.
+    queries: how many queries were looked at, right or wrong.
+    changed: how many of these become right or wrong when the task is set up anew and epsilon is 0.
+    no_gradient: by attack, how many have an input gradient of exactly zero in all its losses.
+    missed: by column and loss, how many that stand fall to PGD on that loss, see `other_losses.missed`.
     from_scratch: by attack, how many images broken at its smallest radius withstand it when it is run afresh
         at its largest (with a single radius: at twice that), and how many were broken.
     norms: for each norm attacked: how many withstand a perturbation without limit (`standing`); the mean
-        loss before and after PGD at the largest radius; how many images only a small Square Attack breaks
+        loss before and after PGD at the largest radius, of the first of the attacks' losses that rises, else
+        of the last; how many images only a small Square Attack breaks
         there and how many only the white-box attacks.
     """
     logits, labels = measured.classifier.logits, episode.query_labels
@@ -60,19 +64,15 @@ def probe(
     images, own = episode.query[correct], labels[correct]
     again = predict(episode).logits
     with torch.no_grad():
-        right = again(episode.query[:CHUNK]).argmax(1) == labels[:CHUNK]
+        right = ~misclassified(again(episode.query[:CHUNK]), labels[:CHUNK])
     changed = int((right != measured.correct["clean"][:CHUNK]).sum())
-    counts: dict = {"images": len(images), "changed": changed}
+    counts: dict = {"images": len(images), "queries": len(right), "changed": changed}
     if len(images) == 0 or episode.n_way == 1:
         return counts
     _, fell = pgd(again, images, own, Ball("linf", 0, 0), steps=1, generator=stream(seed, 0))
     counts["changed"] += int(fell.sum())
 
-    def loss_of(moved: Tensor) -> Tensor:
-        return F.cross_entropy(logits(moved), own, reduction="sum")
-
-    slopes = input_gradient(loss_of, images).flatten(1)
-    counts["zero_gradients"] = int((slopes.abs().amax(1) == 0).sum())
+    counts["no_gradient"] = _flat(logits, images, own, attacks, episode.n_way)
 
     def broken_by(attack: Attack, epsilon: float, which: Tensor) -> Tensor:
         """Which (Q,) bool of the queries `which` (Q,) bool the attack breaks when it is run afresh."""
@@ -89,16 +89,37 @@ def probe(
             before = correct & ~measured.correct[attack.column(small)]
             escaped = before & ~broken_by(attack, large, before)
             counts["from_scratch"][attack.name] = [int(escaped.sum()), int(before.sum())]
+    counts["missed"] = missed(measured.correct, attacks, correct, episode.n_way, broken_by)
     counts["norms"] = {}
     for norm in NORMS:
         if concerned := on_queries(attacks, norm):
             generator = stream(seed, episode.index, 3)
-            losses = _losses(logits, images, own, norm, concerned, generator)
+            increased = own_losses(concerned, episode.n_way)
+            losses = _losses(logits, images, own, norm, concerned, increased, generator)
             outdone = _outdone_by_black_box(measured, correct, norm, concerned, broken_by)
             limit = WITHOUT_LIMIT * (1 if norm == "linf" else images[0].numel() ** 0.5)
-            standing = correct & ~broken_by(Attack("pgd", (limit,), norm), limit, correct)
+            standing = correct & ~broken_by(
+                Attack("pgd", (limit,), norm, loss="+".join(increased)), limit, correct
+            )
             counts["norms"][norm] = {"standing": int(standing.sum()), **losses, **outdone}
     return counts
+
+
+def _flat(
+    logits: Logits, images: Tensor, own: Tensor, attacks: Sequence[Attack], n_way: int
+) -> dict[str, int]:
+    """By attack, how many of the images with labels `own` have a gradient of exactly zero in all its
+    losses."""
+
+    def flat(loss: str) -> Tensor:
+        slopes = input_gradient(lambda moved: loss_sum(loss, logits(moved), own), images)
+        return slopes.flatten(1).abs().amax(1) == 0
+
+    found = {loss: flat(loss) for loss in own_losses(attacks, n_way)}
+    return {
+        attack.name: int(torch.stack([found[loss] for loss in own_losses([attack], n_way)]).all(0).sum())
+        for attack in attacks
+    }
 
 
 def _losses(
@@ -107,16 +128,26 @@ def _losses(
     own: Tensor,
     norm: str,
     attacks: Sequence[Attack],
+    increased: Sequence[str],
     generator: torch.Generator,
 ) -> dict[str, float]:
-    """The mean loss of images with labels `own` before and after 10 steps at the largest radius of a norm."""
+    """The mean loss of images with labels `own` before and after 10 steps at the largest radius of a norm: of
+    the first of the losses `increased` that rises, else of the last."""
     radius = max(attack.epsilons[-1] for attack in attacks)
     ball = Ball(norm, radius / 255, radius / 255 / 4)
-    start = ball.start(images, generator)
-    climbed = ascend(
-        lambda moved: F.cross_entropy(logits(moved), own, reduction="sum"), images, start, ball, steps=10
-    )
-    return {"loss_before": _loss(logits, images, own), "loss_after": _loss(logits, climbed, own)}
+    start, found = ball.start(images, generator), {"loss_before": 0.0, "loss_after": 0.0}
+    for loss in increased:
+
+        def total(moved: Tensor, loss: str = loss) -> Tensor:
+            return loss_sum(loss, logits(moved), own)
+
+        climbed = ascend(total, images, start, ball, steps=10)
+        with torch.no_grad():
+            before, after = (float(total(each)) / len(images) for each in (images, climbed))
+        found = {"loss_before": before, "loss_after": after}
+        if after > before:
+            break
+    return found
 
 
 def _outdone_by_black_box(
@@ -141,18 +172,14 @@ def _outdone_by_black_box(
     }
 
 
-def _loss(logits: Logits, images: Tensor, labels: Tensor) -> float:
-    with torch.no_grad():
-        return float(F.cross_entropy(logits(images), labels))
-
-
 def judge(rows: Sequence[dict], attacks: Sequence[Attack]) -> list[Finding]:
     """The suspect results of one domain, in the order of its columns.
 
-    Suspect are: any image whose class changes with nothing perturbed; more than 1% of images with a zero
-    gradient; more than 5% that withstand a perturbation without limit, or that withstand an attack at a
-    radius above the one that broke them; a loss that does not rise; and images that black-box attacks break
-    and white-box ones do not, in excess of twice the standard error.
+    Suspect are: any image with NaN logits; any whose class changes with nothing perturbed; more than 1% of
+    images with a zero gradient; more than 5% that withstand a perturbation without limit, or that withstand
+    an attack at a radius above the one that broke them; a loss that does not rise; images that black-box
+    attacks break and white-box ones do not, in excess of twice the standard error; and more than 3 points
+    that PGD on another loss finds.
 
     Args:
         rows: of one domain; those of probed episodes hold the counts under "checks".
@@ -162,14 +189,23 @@ def judge(rows: Sequence[dict], attacks: Sequence[Attack]) -> list[Finding]:
         return []
     probes = [row["checks"] for row in rows if "checks" in row]
     images = sum(counts["images"] for counts in probes)
-    reasons = [*_random(probes, attacks), *_masked(probes, attacks, images), *_escaped(probes, attacks)]
+    reasons = [*_not_numbers(rows, attacks), *_random(probes, attacks)]
+    reasons += [*_masked(probes, attacks, images), *_escaped(probes, attacks)]
     for norm in NORMS:
         found = [counts["norms"][norm] for counts in probes if norm in counts.get("norms", {})]
         if found:
             reasons += [(_columns(on_queries(attacks, norm)), reason) for reason in _doubts(found, images)]
         reasons += _outdone(rows, attacks, norm)
-    findings = _per_column(rows[0]["source"], attacks, reasons)
+    source = rows[0]["source"]
+    findings = _per_column(source, attacks, reasons)
+    findings += [Finding(source, column, reason) for column, reason in missing(rows, attacks)]
     return [finding for finding in findings if finding.column in rows[0]]
+
+
+def _not_numbers(rows: Sequence[dict], attacks: Sequence[Attack]) -> Iterator[Reason]:
+    if images := sum(row.get("nan_images", 0) for row in rows):
+        text = f"{images} images with NaN logits, which count as wrong; the network is damaged or overflows"
+        yield ["clean", *_columns(attacks)], text
 
 
 def _random(probes: Sequence[dict], attacks: Sequence[Attack]) -> Iterator[Reason]:
@@ -180,9 +216,14 @@ def _random(probes: Sequence[dict], attacks: Sequence[Attack]) -> Iterator[Reaso
 
 
 def _masked(probes: Sequence[dict], attacks: Sequence[Attack], images: int) -> Iterator[Reason]:
-    zero = sum(counts.get("zero_gradients", 0) for counts in probes)
-    if zero > MOST_ZERO_GRADIENTS * images:
-        yield _columns(attacks), f"{zero} of {images} images have an exactly zero gradient"
+    for attack in attacks:
+        # Older runs counted once for all attacks, in the cross-entropy.
+        zero = sum(
+            counts.get("no_gradient", {}).get(attack.name, counts.get("zero_gradients", 0))
+            for counts in probes
+        )
+        if zero > MOST_ZERO_GRADIENTS * images:
+            yield attack.columns, f"{zero} of {images} images have an exactly zero gradient"
 
 
 def _escaped(probes: Sequence[dict], attacks: Sequence[Attack]) -> Iterator[Reason]:

@@ -11,7 +11,7 @@ coefficients. Knows no file, and does not know where episodes come from.
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from amt.models.network import Network
 from amt.models.pool import Pool
 from amt.models.trim import Trim
 from amt.models.weights import Coefficients, Merged, stream
-from amt.tasks.classifier import Classifier, Predictor, merged_networks, prototype_classifier
+from amt.tasks.classifier import Classifier, Fitter, Predictor, merged_networks, prototype_classifier
 from amt.tasks.leave_one_out import lowest_loss, new_trial
 from amt.tasks.merge import Members, kept_members, route_each
 from amt.tasks.settings import Routing
@@ -34,10 +34,12 @@ from meta_dataset_readers.episode import Episode
 PUBLISHED_EPISODES = 6
 PUBLISHED_SEED = 1234
 
+LEAST_EPISODES = 30  # that every candidate has seen before one is given up
 _SELECTION_STEPS = 10  # of PGD, half as many as usually score
 
 Candidate = Routing | Coefficients
-Setting = tuple[Coefficients, tuple[Trim, ...]]
+Setting = tuple[Coefficients, tuple[Trim, ...], Fitter]
+PROTOTYPES: Mapping[str, Fitter] = {"prototypes": prototype_classifier}
 
 
 class Selection(NamedTuple):
@@ -45,14 +47,51 @@ class Selection(NamedTuple):
 
     Args:
         candidate: its number.
+        head: the name of one of the offered heads.
         trims: one of the offered trimmings, or none.
         scores: every candidate's name and score in per cent, then those of the trimmings. The name says when
             a candidate was given up early; its score is then the mean until that episode.
+        curve: of every candidate its name, clean and robust accuracy in per cent (the latter None where
+            nothing was attacked) and the number of episodes: what each criterion would have chosen from.
     """
 
     candidate: int
+    head: str
     trims: tuple[Trim, ...]
     scores: tuple[tuple[str, float], ...]
+    curve: tuple[tuple[str, float, float | None, int], ...] = ()
+
+
+class Score(NamedTuple):
+    """What a candidate reached on one episode, in per cent.
+
+    Args:
+        value: by the criterion that chooses.
+        clean: accuracy.
+        robust: the mean over the columns under attack; None without one.
+    """
+
+    value: float
+    clean: float
+    robust: float | None
+
+
+def score_of(row: Mapping, columns: Sequence[str], by: str = "mean") -> Score:
+    """The score of an episode's row.
+
+    Args:
+        columns: accuracies of the row, clean the first.
+        by: the criterion: "mean" of all columns, "clean" accuracy, or "robust", the mean of the others.
+
+    Raises:
+        ValueError: robust, and nothing was attacked.
+    """
+    clean, *attacked = (100 * row[column] for column in columns)
+    robust = statistics.fmean(attacked) if attacked else None
+    value = {"mean": statistics.fmean([clean, *attacked]), "clean": clean, "robust": robust}[by]
+    if value is None:
+        raise ValueError("the robust criterion needs an attack")
+    return Score(value, clean, robust)
 
 
 def candidate_names(candidates: Sequence[Candidate]) -> list[str]:
@@ -118,15 +157,16 @@ def select(
     trim_candidates: Sequence[Trim] = (),
     seed: int = 0,
     halving: bool = True,
+    heads: Mapping[str, Fitter] = PROTOTYPES,
+    by: str = "mean",
 ) -> Selection:
-    """Choose a candidate, then whether one of the trimmings improves on none.
+    """Choose a candidate with a head, then whether one of the trimmings improves on none.
 
-    The criterion is the mean of clean accuracy and the accuracies under `attacks`, averaged over the
-    episodes; of equally good candidates the first is taken. Shares that agree to a twentieth are evaluated
-    once. With `halving`, those that lag behind are given up early (successive halving, Jamieson & Talwalkar
-    2016): after 2, 4, 8, ... episodes the better half of the distinct ones goes on, at least two to the end.
-    So ten distinct mixtures cost as much as 2.6 on each of 40 episodes, and all that are compared have seen
-    the same episodes.
+    The criterion is averaged over the episodes; of equally good candidates the first is taken. Shares that
+    agree to a twentieth are evaluated once. With `halving`, those that lag behind are given up early
+    (successive halving, Jamieson & Talwalkar 2016): after 30, 60, 120, ... episodes the better half of the
+    distinct ones goes on, at least two to the end. Fewer than 30 would drop a good candidate for a few hard
+    tasks. All that are compared have seen the same episodes.
 
     Args:
         episodes: gives labelled episodes on the network's device, the same at every call; none is kept, and
@@ -135,36 +175,40 @@ def select(
         trims: trimmings to apply in any case.
         trim_candidates: single trimmings to try, after `trims`, with the chosen candidate.
         seed: decides, with an episode's index, augmentation and the attacks' starts, as in evaluation.
+        heads: by name; each is tried with each candidate.
+        by: the criterion, see `score_of`.
     """
     merged, members = _networks(pool, candidates, trim_candidates), kept_members(pool)
     columns = ["clean", *(column for attack in attacks for column in attack.columns)]
 
-    def score(episode: Episode, setting: Setting) -> float:
+    def score(episode: Episode, setting: Setting) -> Score:
         row = measure(lambda _: _classifier(network, merged, episode, setting), episode, attacks, seed).row
-        return 100 * statistics.fmean(row[column] for column in columns)
+        return score_of(row, columns, by)
 
     def routed(episode: Episode) -> list[Setting]:
         generator = stream(seed, episode.index, 1)
         support, labels = episode.support, episode.support_labels
         found = candidate_coefficients(network, pool, candidates, support, labels, generator, members)
-        return [(coefficients, tuple(trims)) for coefficients in found]
+        return [(coefficients, tuple(trims), fitter) for coefficients in found for fitter in heads.values()]
 
     tried = _try(episodes(), routed, score, halving)
     best = _best(tried)
-    scores = _named_scores(candidate_names(candidates), tried)
+    candidate, head = best // len(heads), [*heads][best % len(heads)]
+    names = _with_heads(candidate_names(candidates), heads)
+    scores, curve = _named_scores(names, tried), _curve(names, tried)
     if not trim_candidates:
-        return Selection(best, (), scores)
+        return Selection(candidate, head, (), scores, curve)
     untrimmed = dict(zip(tried[best].episodes, tried[best].settings, strict=True))
 
     def trimmed(episode: Episode) -> list[Setting]:
-        coefficients, always = untrimmed[episode.index]
-        return [(coefficients, (*always, trim)) for trim in trim_candidates]
+        coefficients, always, fitter = untrimmed[episode.index]
+        return [(coefficients, (*always, trim), fitter) for trim in trim_candidates]
 
     tried_trims = _try(episodes(), trimmed, score, halving)
     scores += _named_scores([f"trim {trim_name(trim)}" for trim in trim_candidates], tried_trims)
     best_trim = _best(tried_trims)
     improves = tried_trims[best_trim].mean > tried[best].mean
-    return Selection(best, (trim_candidates[best_trim],) if improves else (), scores)
+    return Selection(candidate, head, (trim_candidates[best_trim],) if improves else (), scores, curve)
 
 
 def support_predictor(
@@ -175,6 +219,7 @@ def support_predictor(
     trim_candidates: Sequence[Trim] = (),
     epsilon: float = 0.0,
     seed: int = 0,
+    fitter: Fitter = prototype_classifier,
 ) -> Predictor:
     """For every task: the candidate, then the trimming if it improves on none, of the least leave-one-out
     loss on the support set (amt/tasks/leave_one_out.py); merge, trim, prototypes.
@@ -184,6 +229,7 @@ def support_predictor(
     Args:
         trims, trim_candidates, seed: as for `select`.
         epsilon: bound, in 1/255, of an attack on the images left out; 0: they are clean.
+        fitter: classifies under the chosen weights; they are compared by prototypes whatever it is.
     """
     merged, members = _networks(pool, candidates, trim_candidates), kept_members(pool)
 
@@ -194,16 +240,17 @@ def support_predictor(
         def best(settings: Sequence[Setting]) -> Setting:
             if len(settings) == 1:
                 return settings[0]
-            return settings[lowest_loss(network, [partial(merged, *each) for each in settings], trial)[0]]
+            return settings[lowest_loss(network, [partial(merged, *each[:2]) for each in settings], trial)[0]]
 
         generator = stream(seed, episode.index, 1)
         found = candidate_coefficients(network, pool, candidates, support, labels, generator, members)
         distinct: dict[Coefficients, Setting] = {}
         for coefficients in found:
-            distinct.setdefault(_rounded(coefficients), (coefficients, tuple(trims)))
-        coefficients, always = best(list(distinct.values()))
-        options = [(coefficients, (*always, trim)) for trim in trim_candidates]
-        return _classifier(network, merged, episode, best([(coefficients, always), *options]))
+            distinct.setdefault(_rounded(coefficients), (coefficients, tuple(trims), fitter))
+        coefficients, always, _ = best(list(distinct.values()))
+        offered = [always, *((*always, trim) for trim in trim_candidates)]
+        chosen = best([(coefficients, each, fitter) for each in offered])
+        return _classifier(network, merged, episode, chosen)
 
     return predict
 
@@ -220,7 +267,15 @@ def _networks(
 def _classifier(
     network: Network, merged: Callable[..., Merged], episode: Episode, setting: Setting
 ) -> Classifier:
-    return prototype_classifier(network, merged(*setting), episode, setting[0])
+    coefficients, trims, fitter = setting
+    return fitter(network, merged(coefficients, trims), episode, coefficients)
+
+
+def _with_heads(names: Sequence[str], heads: Mapping[str, Fitter]) -> list[str]:
+    """A name for each candidate with each head, as short as their differences allow."""
+    if len(heads) == 1:
+        return list(names)
+    return [f"{name}, {head}" if len(names) > 1 else head for name in names for head in heads]
 
 
 def _rounded(coefficients: Coefficients) -> Coefficients:
@@ -234,22 +289,22 @@ class _Tried:
 
     episodes: list[int] = dataclasses.field(default_factory=list)
     settings: list[Setting] = dataclasses.field(default_factory=list)
-    scores: list[float] = dataclasses.field(default_factory=list)
+    scores: list[Score] = dataclasses.field(default_factory=list)
 
     @property
     def mean(self) -> float:
-        return statistics.fmean(self.scores)
+        return statistics.fmean(score.value for score in self.scores)
 
     @property
     def history(self) -> tuple:
         """Candidates of the same history cannot be told apart so far."""
-        return tuple((_rounded(coefficients), trims) for coefficients, trims in self.settings)
+        return tuple((_rounded(coefficients), *rest) for coefficients, *rest in self.settings)
 
 
 def _try(
     episodes: Iterable[Episode],
     settings_of: Callable[[Episode], list[Setting]],
-    score: Callable[[Episode, Setting], float],
+    score: Callable[[Episode, Setting], Score],
     halving: bool,
 ) -> list[_Tried]:
     """Every candidate's settings and scores, until the last episode or until it is given up."""
@@ -260,15 +315,16 @@ def _try(
         if number == 1:
             tried = [_Tried() for _ in settings]
             running = list(range(len(settings)))
-        known: dict[tuple, float] = {}
+        known: dict[tuple, Score] = {}
         for k in running:
-            key = _rounded(settings[k][0]), settings[k][1]
+            key = _rounded(settings[k][0]), *settings[k][1:]
             if key not in known:
                 known[key] = score(episode, settings[k])
             tried[k].episodes.append(episode.index)
             tried[k].settings.append(settings[k])
             tried[k].scores.append(known[key])
-        if halving and number > 1 and number & (number - 1) == 0:
+        rounds, between = divmod(number, LEAST_EPISODES)
+        if halving and between == 0 and rounds & (rounds - 1) == 0:
             running = _better_half(tried, running)
     return tried
 
@@ -296,4 +352,14 @@ def _named_scores(names: Sequence[str], tried: Sequence[_Tried]) -> tuple[tuple[
         seen = len(each.scores)
         given_up = "" if seen == most else f" (given up after {seen} episodes)"
         found.append((name + given_up, each.mean))
+    return tuple(found)
+
+
+def _curve(names: Sequence[str], tried: Sequence[_Tried]) -> tuple[tuple[str, float, float | None, int], ...]:
+    """Clean and robust accuracy of every candidate on the episodes that it has seen."""
+    found = []
+    for name, each in zip(names, tried, strict=True):
+        robust = [score.robust for score in each.scores if score.robust is not None]
+        clean = statistics.fmean(score.clean for score in each.scores)
+        found.append((name, clean, statistics.fmean(robust) if robust else None, len(each.scores)))
     return tuple(found)

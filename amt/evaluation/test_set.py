@@ -22,7 +22,7 @@ from amt.data.labelled import Chosen, Labelled
 from amt.data.loading import Transform, batches
 from amt.evaluation import runs
 from amt.evaluation.evaluate import Measurement, measure
-from amt.evaluation.recording import description, ended, examine, record
+from amt.evaluation.recording import description, ended, examine, interruptible, record
 from amt.evaluation.writer import Writer
 from amt.files.signals import Interrupts
 from amt.models.network import Network, logits
@@ -81,7 +81,8 @@ def test(
 ) -> tuple[runs.Run, int]:
     """Classify a test set under `weights`; continue where an earlier call was stopped.
 
-    The first Ctrl-C or SIGTERM ends it after the batch. Images of the first batch are kept for the report.
+    The first Ctrl-C, SIGTERM or SIGHUP ends it within seconds; batches that are complete are kept.
+    Images of the first batch are kept for the report.
 
     Args:
         network: the structure.
@@ -109,21 +110,21 @@ def test(
     predict, device = predictor(network, weights), next(iter(weights.values())).device
     described = _description(network, weights, tested, about, attacks, seed, corrupted)
     writer = Writer(folder, described, overwrite=overwrite, flag="--output")
-    with writer as out, Interrupts() as interrupts:
+    with writer as out, Interrupts() as interrupts, interruptible(network, interrupts):
         left = runs.peek(folder).left(tested.name, range(len(tested.images)))
         done = len(tested.images) - len(left)
         with tqdm(
             total=len(tested.images), initial=done, unit="image", desc=printable(tested.name)
         ) as progress:
-            rows = _rows(out, predict, tested, left, attacks, seed, device)
-            record(out, rows, progress, interrupts)
+            rows = _rows(out, predict, tested, left, attacks, seed, device, interrupts)
+            record(out, rows, progress)
         for corruption, severities in corrupted.items():
-            if interrupts.pending() or corruption in runs.read_corruptions(folder):
+            interrupts.check()
+            if corruption in runs.read_corruptions(folder):
                 continue
             parts = tqdm(severities, desc=corruption, unit="severity", leave=False)
             found = [_accuracy(predict, part, device, interrupts) for part in parts]
-            if None not in found:
-                out.note_corruption(corruption, found)
+            out.note_corruption(corruption, found)
     run = runs.peek(folder)
     return run, ended(run, interrupts)
 
@@ -149,7 +150,7 @@ def image_rows(
     """A row per image: its place in the test set, its label, the predicted class, and 1 or 0 per column.
 
     Times are equal shares. The rows of attacked images say what was run under the name of a column; the first
-    row holds the results of checking the attacks.
+    row holds the results of checking the attacks, and how many images of the batch have NaN logits.
     """
     n = len(numbers)
     shares = {name: round(measured.row[name] / n, 6) for name in ("fit_seconds", "seconds")}
@@ -159,7 +160,7 @@ def image_rows(
         before |= dict(zip(attack.columns, ("clean", *attack.columns), strict=False))
     variants = measured.row.get("variants", {})
     labels, predicted = episode.query_labels.tolist(), measured.predicted.tolist()
-    first = {"checks": measured.row["checks"]} if "checks" in measured.row else {}
+    first = {name: measured.row[name] for name in ("checks", "nan_images") if name in measured.row}
     rows = []
     for k, number in enumerate(numbers):
         ran = {column: text for column, text in variants.items() if correct[before[column]][k]}
@@ -262,12 +263,14 @@ def _rows(
     attacks: Sequence[Attack],
     seed: int,
     device: torch.device,
+    interrupts: Interrupts,
 ) -> Iterator[list[dict]]:
     """The rows of the images that are left, batch by batch; the first batch holds the images that the attacks
     are checked on, whatever the batch size."""
     first = left[:PROBED] if left[:1] == [0] else []
     probed = dataclasses.replace(tested, batch_size=PROBED).episodes(first, device)
-    for episode, numbers in itertools.chain(probed, tested.episodes(left[len(first) :], device)):
+    others = tested.episodes(left[len(first) :], device)
+    for episode, numbers in interrupts.whole(itertools.chain(probed, others)):
         starts = numbers[0] == 0
         measured = examine(
             *(out, predict, episode, attacks, seed),
@@ -279,14 +282,10 @@ def _rows(
         yield image_rows(measured, episode, numbers, attacks)
 
 
-def _accuracy(
-    predict: Predictor, tested: TestSet, device: torch.device, interrupts: Interrupts
-) -> float | None:
-    """The share of images that are classified correctly; None if a signal interrupts."""
+def _accuracy(predict: Predictor, tested: TestSet, device: torch.device, interrupts: Interrupts) -> float:
+    """The share of images that are classified correctly."""
     right = 0
-    for episode, numbers in tested.episodes(range(len(tested.images)), device):
-        if interrupts.pending():
-            return None
+    for episode, numbers in interrupts.whole(tested.episodes(range(len(tested.images)), device)):
         right += int(measure(predict, episode, chunk=len(numbers)).correct["clean"].sum())
     return right / len(tested.images)
 

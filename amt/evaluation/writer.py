@@ -5,6 +5,7 @@ Knows rows, not how they are computed.
 
 import contextlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from amt.evaluation.runs import FORMAT, read_about, read_corruptions, read_mergi
 from amt.evaluation.samples import Sample, write_sample
 from amt.files.run_directory import RunDirectory, check_same, settings_pairs
 from meta_dataset_readers.errors import InputError
-from meta_dataset_readers.files import replace_file, to_disk
+from meta_dataset_readers.files import replace_file, size_of, to_disk
 
 WROTE = (
     *("rows*.jsonl", "results.json", "merging.json", "corruptions.json", "samples/*.npz", "samples"),
@@ -62,6 +63,8 @@ class Writer:
         )
 
     def __enter__(self) -> "Writer":
+        if os.path.lexists(self._path):
+            size_of(self._path)  # a pipe would be waited for, a device read for ever
         with contextlib.ExitStack() as opened:
             opened.enter_context(self._directory)
             self._file = opened.enter_context(open(self._path, "a+b"))

@@ -22,7 +22,6 @@ from amt.evaluation.evaluate import measure
 from amt.evaluation.settings import Deployment
 from amt.few_shot.pools import OpenPool
 from amt.files.export.merged import MergedNetwork, Support, merged_network
-from amt.models.heads import cosine_logits
 from amt.models.network import CHUNK, features, fixed_features
 from amt.models.trim import Trim
 from amt.models.weights import Coefficients, stream
@@ -69,20 +68,20 @@ class Task:
 
     def classified(self, found: Tensor) -> Tensor:
         """Logits (n, N) of features (n, D): the head."""
-        merged = self.merged
-        assert merged.prototypes is not None, "a task has prototypes"
-        return cosine_logits(found, merged.prototypes, merged.scale, merged.bias)
+        assert self.merged.head is not None, "a task has a head"
+        return self.merged.head(found)
 
     def to(self, device: torch.device | str) -> "Task":
         """The same on another device."""
         merged = self.merged
-        assert merged.prototypes is not None, "a task has prototypes"
+        assert merged.head is not None, "a task has a head"
+        held = {name: part.to(device) for name, part in vars(merged.head).items() if isinstance(part, Tensor)}
         module = copy.deepcopy(merged.network.module).to(device)
         moved = dataclasses.replace(
             merged,
             network=dataclasses.replace(merged.network, module=module),
             weights={name: tensor.to(device) for name, tensor in merged.weights.items()},
-            prototypes=merged.prototypes.to(device),
+            head=dataclasses.replace(merged.head, **held),
         )
         return dataclasses.replace(self, merged=moved)
 

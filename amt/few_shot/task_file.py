@@ -17,6 +17,7 @@ from amt.few_shot.pools import network_of
 from amt.few_shot.task import Label, Task
 from amt.files import checkpoint, weight_files
 from amt.files.export.merged import MergedNetwork
+from amt.models.heads import Cosine
 from amt.models.network import Network
 from amt.models.trim import Trim
 from meta_dataset_readers.errors import InputError
@@ -133,5 +134,5 @@ def _merged(about: _About, network: Network, tensors: dict[str, Tensor]) -> Merg
         float(tensors["scale"]),
         float(tensors["bias"]),
         tuple(map(str, about["classes"])),
-        tensors["prototypes"],
+        Cosine(tensors["prototypes"], float(tensors["scale"]), float(tensors["bias"])),
     )

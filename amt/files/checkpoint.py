@@ -1,8 +1,8 @@
 """Checkpoints on disk: our own format; those of the published code are read through amt/files/published.py.
 
 Ours is a single safetensors file, replaced atomically, whose header carries one JSON text: how the pool was
-tuned, arch, levels, settings, command, versions, seed, scores. The same JSON is written beside it for people
-to read. Knows no model definitions.
+tuned, arch, levels, settings, command, versions, seed, scores; and a digest of this text and of each tensor.
+The same JSON is written beside it for people to read. Knows no model definitions.
 """
 
 import contextlib
@@ -20,17 +20,18 @@ import numpy
 import timm
 import torch
 from pydantic import Field
-from safetensors.torch import save as serialise
 from torch import Tensor
 from typing_extensions import TypedDict
 
 from amt.attacks.levels import Perturbation
 from amt.files import published, weight_files
+from amt.files.digests import serialise
 from amt.files.version import commit
+from amt.models.heads import PoolStatistics
 from amt.models.pool import FullPool, LoRAPool, Pool
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError, printable
-from meta_dataset_readers.files import folder_to_disk, parse_json, replace_file
+from meta_dataset_readers.files import folder_to_disk, parse_json, read_json, replace_file
 from meta_dataset_readers.json_fields import MOST, conform
 
 FORMAT = 1
@@ -48,11 +49,13 @@ class Checkpoint:
         pool: on the CPU.
         about: arch, settings, command, versions, seed, scores, ...: plain JSON values.
         momentum: the optimisers' buffers of an unfinished training, else empty.
+        statistics: of the members' features, for heads that need them; None: not measured.
     """
 
     pool: Pool
     about: dict
     momentum: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    statistics: PoolStatistics | None = None
 
 
 def provenance() -> dict:
@@ -86,6 +89,8 @@ def packed(checkpoint: Checkpoint) -> tuple[Weights, dict]:
         tensors |= {f"residual/{name}": tensor for name, tensor in pool.residual.items()}
     tensors |= {"head/scale": pool.scale, "head/bias": pool.bias}
     tensors |= {f"momentum/{name}": tensor for name, tensor in checkpoint.momentum.items()}
+    if checkpoint.statistics is not None:
+        tensors |= {f"statistics/{name}": each for name, each in checkpoint.statistics.tensors.items()}
     about = {
         "format": FORMAT,
         "tune": pool.tune,
@@ -96,15 +101,15 @@ def packed(checkpoint: Checkpoint) -> tuple[Weights, dict]:
 
 
 def write(path: Path, tensors: Weights, about: dict) -> None:
-    """Write tensors as `path` (ending in .safetensors) with `about` in its header, and a readable .json of it
-    beside it, each replaced atomically.
+    """Write tensors as `path` (ending in .safetensors) with `about` and digests in its header, and a readable
+    .json of `about` beside it, each replaced atomically.
 
     Raises:
         InputError: the place cannot be written to; what was there stays as it was.
     """
     text = json.dumps(about, indent=1)
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    replace_described(path, serialise(held, metadata={HEADER: text}), text + "\n")
+    replace_described(path, serialise(held, {HEADER: text}), text + "\n")
 
 
 def replace_described(path: Path, content: bytes, text: str) -> None:
@@ -135,6 +140,17 @@ def replace_described(path: Path, content: bytes, text: str) -> None:
     aside.unlink(missing_ok=True)
 
 
+def contradicted(path: Path, content: weight_files.Content) -> bool:
+    """Whether a .json beside `path` says something else than the header, or nothing that can be read."""
+    readable = path.with_suffix(".json")
+    if HEADER not in content.header or not readable.exists():
+        return False
+    try:
+        return read_json(readable) != parse_json(str(path), content.header[HEADER])
+    except InputError:
+        return True
+
+
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint written by `save`, or one of the published code (see `published.read_pool`).
 
@@ -157,7 +173,7 @@ def parse(path: Path, content: weight_files.Content) -> Checkpoint:
 
 
 class _About(TypedDict, total=False):
-    """What headers of ours say, as far as it is looked at."""
+    """The fields of our headers that are read."""
 
     kind: str
     arch: str | None
@@ -218,12 +234,21 @@ def _parse_own(path: Path, tensors: dict[str, Tensor], text: str) -> Checkpoint:
             raise InputError(f"{path}: tensor head/{name} is missing or not of shape ({len(levels)},)")
     read_pool = _full_pool if tune == FullPool.tune else _lora_pool
     pool = read_pool(path, groups["residual"], groups["factors"], groups["head"], levels)
-    return Checkpoint(pool, about, groups["momentum"])
+    return Checkpoint(pool, about, groups["momentum"], _statistics(path, groups["statistics"], len(pool)))
+
+
+def _statistics(path: Path, tensors: Weights, members: int) -> PoolStatistics | None:
+    try:
+        return PoolStatistics.of_tensors(tensors, members) if tensors else None
+    except ValueError as error:
+        raise InputError(f"{path}: damaged statistics: {error}") from error
 
 
 def _grouped(path: Path, tensors: Weights) -> dict[str, Weights]:
     """Tensors by the word before the first "/" of their names, all of them finite floating-point numbers."""
-    groups: dict[str, Weights] = {"residual": {}, "factors": {}, "head": {}, "momentum": {}}
+    groups: dict[str, Weights] = {
+        name: {} for name in ("residual", "factors", "head", "momentum", "statistics")
+    }
     for name, tensor in tensors.items():
         group, _, rest = name.partition("/")
         if group not in groups:
@@ -290,5 +315,5 @@ def require_levels(path: Path, found: Checkpoint) -> None:
         values = " ".join(f"E{p}" for p in range(len(found.pool)))
         raise InputError(
             f"{path}: does not say the levels of its LoRAs; give them, one for each: "
-            f"python -m amt pool {path} --epsilon {values} --out POOL.safetensors"
+            f"python -m amt pool {shlex.quote(str(path))} --epsilon {values} --out POOL.safetensors"
         )

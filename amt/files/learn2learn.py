@@ -177,7 +177,7 @@ class TasksetEpisodes(Dataset):
             images = self.to_unit(data)
         images = _checked_images(images, where)
         if not isinstance(labels, Tensor) or labels.shape != images.shape[:1] or labels.is_floating_point():
-            raise InputError(f"{where}: expected a whole number as label of each of the {len(images)} images")
+            raise InputError(f"{where}: expected an integer as label of each of the {len(images)} images")
         _, labels, counts = labels.unique(return_inverse=True, return_counts=True)
         if counts.min() <= self.shots:
             found = f"{counts.min()} images of a class"

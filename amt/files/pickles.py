@@ -17,8 +17,28 @@ _BYTES = {"Double": 8, "Long": 8, "Float": 4, "Int": 4, "Half": 2, "BFloat16": 2
 _BYTES |= {"Char": 1, "Byte": 1, "Bool": 1}
 _STORAGES = {f"torch.{kind}Storage": size for kind, size in _BYTES.items()}
 
-# All that a pickle may ask for. numpy's scalars are there because published training code keeps a few numbers
-# in its arguments as numpy.float64; a Counter, because torch's MultiStepLR keeps its milestones in one.
+# Types of numbers, by name; each is a value and nothing is called.
+_DTYPES = {
+    f"torch.{name}"
+    for name in (
+        *("float64", "float32", "float16", "bfloat16", "complex64", "complex128", "bool"),
+        *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    )
+}
+
+# Paths, which are read as texts; the first are names as Python 3.13 writes them.
+PATHS = {
+    f"{module}.{kind}"
+    for module in ("pathlib._local", "pathlib")
+    for kind in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+}
+
+_SCALARS = {"numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"}
+_ARRAYS = {"numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"}
+_TEXTS = {"_codecs.encode", "builtins.bytes"}  # what makes bytes in protocol 2
+
+# All that a pickle may ask for. numpy's numbers and arrays, devices and paths are there because training code
+# keeps them in its arguments and records; a Counter, because torch's MultiStepLR keeps its milestones in one.
 HARMLESS = {
     "collections.OrderedDict",
     "collections.Counter",
@@ -27,9 +47,14 @@ HARMLESS = {
     "torch.Size",
     "argparse.Namespace",
     "numpy.dtype",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-    "_codecs.encode",
+    "numpy.ndarray",
+    "torch.device",
+    "builtins.set",
+    *_SCALARS,
+    *_ARRAYS,
+    *_TEXTS,
+    *_DTYPES,
+    *PATHS,
     *_STORAGES,
 }
 
@@ -273,10 +298,25 @@ def _is_usual(name: str, arguments: tuple) -> bool:
             return True
         case "_codecs.encode", (str(), "latin1"):
             return True
+        case "builtins.bytes", ():  # no bytes at all
+            return True
+        case "builtins.set", (list(items),):
+            return all(item is None or isinstance(item, str | int | float) for item in items)
+        case "torch.device", (str(),) | (str(), int()):
+            return True
+        case _ if name in PATHS:
+            return all(isinstance(part, str) for part in arguments)
+    return _is_usual_of_numpy(name, arguments)
+
+
+def _is_usual_of_numpy(name: str, arguments: tuple) -> bool:
+    match name, arguments:
         case "numpy.dtype", (str(), *_):
             return True
-        case "numpy.core.multiarray.scalar" | "numpy._core.multiarray.scalar", (first, second):
-            return _shown(first) == "numpy.dtype" and _shown(second) == "_codecs.encode"
+        case _, (_Made("numpy.dtype"), _Made(made)) if name in _SCALARS:
+            return made in _TEXTS
+        case _, (_Name("numpy.ndarray"), (0,), _Made(made)) if name in _ARRAYS:
+            return made in _TEXTS
     return False
 
 
@@ -285,6 +325,9 @@ def _check_state(target: Any, state: Any) -> None:
     match target, state:
         case _Made("numpy.dtype"), _:
             return
+        case _Made(array), (int(), tuple(sizes), _Made("numpy.dtype"), bool(), _Made(made)):
+            if array in _ARRAYS and _are_whole(sizes) and made in _TEXTS:  # objects would be in a list
+                return
         case _Made("argparse.Namespace"), dict():
             return
         case _Made("collections.OrderedDict" | "collections.Counter"), dict():

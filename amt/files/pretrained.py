@@ -7,7 +7,8 @@ import contextlib
 import dataclasses
 import re
 import sys
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from amt.files import state_dicts, weight_files
-from amt.files.state_dicts import StateDict
+from amt.files.state_dicts import Shapes, StateDict
 from amt.models.architectures import HUB_FILE, TIMM, Origin, base_arch
 from amt.models.network import Network, untrained
 from amt.models.weights import Weights
@@ -32,6 +33,8 @@ def load_network(
     autocast: torch.dtype | None = None,
     image_size: int | None = None,
     pretrained: bool = True,
+    key: str | None = None,
+    tell: Callable[[str], object] | None = None,
 ) -> Network:
     """The backbone called `name`, with its pretrained weights.
 
@@ -44,6 +47,7 @@ def load_network(
         autocast: see `Network`.
         image_size: side in pixels that episodes are read at; None for the architecture's own.
         pretrained: False for random weights, always the same: where a checkpoint brings all of them.
+        key, tell: see `read_weights`.
 
     Raises:
         InputError: unknown name, no weights, weights that do not fit, or images too small.
@@ -58,7 +62,7 @@ def load_network(
         )
     if pretrained:
         path = weights or find_weights(network.arch, origin)
-        network.module.load_state_dict(read_weights(path, network.module))
+        network.module.load_state_dict(read_weights(path, network.module, key, tell))
     return dataclasses.replace(
         network,
         module=network.module.to(device),
@@ -93,14 +97,21 @@ def find_weights(base: str, origin: Origin) -> Path:
 
 # What files hold besides the features, by name: all of it serves the pretraining task, and is left out.
 _PRETRAINING_ONLY = {
-    "classification or projection head": re.compile(r"head(_dist)?\..+"),
+    "classification or projection head": re.compile(
+        r"(head(_dist)?|dino_head|ibot_head|predictor|projector|projection_head)\..+"
+    ),
     "embedding of masked patches": re.compile(r"masked_embed|mask_token"),
+    "decoder of masked patches": re.compile(r"decoder_(embed|blocks|norm|pred)\..+|decoder_pos_embed"),
+    "state of a loss": re.compile(r"(dino_loss|ibot_patch_loss|koleo_loss)\..+|queue(_ptr)?"),
+    "counts of batches": re.compile(r"(.+\.)?num_batches_tracked"),
 }
 
 
-def unwrap(path: Path, data: Mapping[str, Any], known: Collection[str] = ()) -> StateDict:
+def unwrap(
+    path: Path, data: Mapping[str, Any], known: Shapes | None = None, key: str | None = None
+) -> StateDict:
     """`state_dicts.unwrap` of a network without LoRAs; raises an `InputError` also if there are some."""
-    found = state_dicts.unwrap(path, data, known)
+    found = state_dicts.unwrap(path, data, known or {}, key)
     if any("lora_" in name for name in found.weights):
         raise _holds_loras(path)
     return found
@@ -115,12 +126,23 @@ def pretraining_only(name: str) -> str | None:
     return next((part for part, names in _PRETRAINING_ONLY.items() if names.fullmatch(name)), None)
 
 
-def read_weights(path: Path, network: nn.Module) -> Weights:
-    """The weights for `network` in a file of timm's, DINO's, iBOT's or DeiT's format.
+def read_weights(
+    path: Path,
+    network: nn.Module,
+    key: str | None = None,
+    tell: Callable[[str], object] | None = None,
+) -> Weights:
+    """The weights for `network` in a file of timm's, DINO's, iBOT's, DeiT's or MoCo's format.
 
     Every tensor of the file is accounted for: it is one of the network's, or by its name a part of the
     pretraining task (see `pretraining_only`). For networks of timm's own, files that timm itself converts
     when it loads them, such as DINOv2's with registers, are converted likewise.
+
+    Args:
+        path: the file.
+        network: the structure that is to be filled.
+        key: of the network to take from a file of several, see `state_dicts.unwrap`.
+        tell: is given a line for each choice among networks and for what is left out.
 
     Returns:
         A complete state dict, float32.
@@ -132,11 +154,16 @@ def read_weights(path: Path, network: nn.Module) -> Weights:
     if "amt" in content.header:
         raise _holds_loras(path)
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    state = unwrap(path, content.data, shapes.keys()).weights
+    found = unwrap(path, content.data, shapes, key)
+    state = found.weights
     if network.dynamic_img_size and _TIMM_CONVERTS & state.keys():
         state = _as_timm_converts(path, state, network)
-    state = {name: tensor for name, tensor in state.items() if name in shapes or not pretraining_only(name)}
-    return weight_files.check_fit(path, state, shapes)
+    parts = {name: part for name in state if name not in shapes and (part := pretraining_only(name))}
+    weights = weight_files.check_fit(path, {n: t for n, t in state.items() if n not in parts}, shapes)
+    left_out = [f"{number} tensors left out: {part}" for part, number in Counter(parts.values()).items()]
+    for note in (*found.notes(), *left_out) if tell is not None else ():
+        tell(f"note: {path}: {note}")
+    return weights
 
 
 # Names by which the official files of DINOv2 and DINOv3 are known.

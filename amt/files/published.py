@@ -37,15 +37,13 @@ RELEASED = {
 }
 
 _FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>\d+))?")
-_COPY = (
-    ".ori_weight"  # a slip of the published code: once run, a merged model also saves copies of its weights
-)
 
 
 def find_state(data: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
     """The published state dict in a file's contents, or None if there is none: see `weight_files.read`."""
-    found = state_dicts.networks(data)
-    states = (found[key] for key in ("model", "") if key in found)
+    found = state_dicts.states(data)
+    order = sorted(found, key=lambda key: key not in ("model", ""))  # where the published code keeps it
+    states = (state_dicts.without_wrappers(found[key]) for key in order)
     return next((state for state in states if any(map(_FACTOR.fullmatch, state))), None)
 
 

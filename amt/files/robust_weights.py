@@ -54,7 +54,9 @@ class Pretrained(NamedTuple):
     about: Mapping[str, Any] = MappingProxyType({})
 
 
-def read(path: Path, network: Network, start: Weights, pretraining: str | None = None) -> Pretrained:
+def read(
+    path: Path, network: Network, start: Weights, pretraining: str | None = None, key: str | None = None
+) -> Pretrained:
     """The weights for `network` in a file.
 
     Args:
@@ -64,6 +66,7 @@ def read(path: Path, network: Network, start: Weights, pretraining: str | None =
             `num_batches_tracked`.
         pretraining: a name in `PRETRAININGS`, with - or _, any case. It tells only what the file cannot:
             whether its network normalised.
+        key: of the network to take, see `state_dicts.unwrap`.
 
     Raises:
         InputError: the file cannot be read, is of another architecture (the first tensors that are missing,
@@ -73,13 +76,13 @@ def read(path: Path, network: Network, start: Weights, pretraining: str | None =
     normalises = None if pretraining is None else PRETRAININGS[published_name(pretraining)]
     content = weight_files.read(path, "checkpoint")
     about = _about(path, content.header)
-    found = state_dicts.unwrap(path, content.data, network.names)
+    found = state_dicts.unwrap(path, content.data, {n: tuple(t.shape) for n, t in start.items()}, key)
     parts = _sort(path, found, network)
     head, note = _choose_head(parts.heads, network, start)
     headless = {name: value for name, value in start.items() if head or not network.is_head(name)}
     weights = _fit(f"{path} for --arch {network.arch}", parts.weights | head, headless, network)
     notes = [f"tensors under {found.container!r}" if found.container else "plain tensors"]
-    notes += [f"not those under {key!r}" for key in found.others] + [*parts.notes, note]
+    notes += [*found.notes(), *parts.notes, note]
     natural = {}
     if parts.natural:
         norms = {name: start[name] for name in network.norms}
@@ -121,7 +124,7 @@ _NORMALISATION = re.compile(r"(attacker\.)?normali[sz]er?\.(new_)?(?P<what>.+)")
 _LORA = re.compile(r".+\.lora_[AB]_(nat|adv)")  # their product is not in the weights beside them
 _HEAD = re.compile(
     r"(fc|fc_downstream|linear|classifier|heads?|head_\w+|projector|predictor|projection\w*|prediction\w*"
-    r"|proj_head|prototypes|pre_logits)\..+"
+    r"|proj_head|prototypes|pre_logits|dino_head|ibot_head|dino_loss|ibot_patch_loss)\..+|queue(_ptr)?"
 )
 _UNUSED = re.compile(r"sub_block1\..+|.*bn.*adv.*")  # of WideResNets, and of ResNets with one more BatchNorm
 _RENAMES = (
@@ -144,7 +147,7 @@ class _Parts(NamedTuple):
 
 def _sort(path: Path, found: StateDict, network: Network) -> _Parts:
     parts = _Parts({}, {}, {}, {}, [])
-    left = {"LoRA factors": 0, "second copies": found.copies, "unused tensors": 0}
+    left = {"LoRA factors": 0, "unused tensors": 0}
     for name, tensor in found.weights.items():
         known = name in network.names
         if normalisation := _NORMALISATION.fullmatch(name):

@@ -1,13 +1,24 @@
-"""Signals that end a program, held back until what it is doing can be kept."""
+"""Signals that end a program, held back until what it is doing can be kept.
 
+watch     items up to the first signal: the work on an item is finished, then there are no more
+whole     all items, or `Interrupted`
+check     `Interrupted` once a signal has arrived: called where work may be given up
+passes    every pass through a network calls `check`: between the steps of an attack, too
+"""
+
+import contextlib
 import os
 import signal
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+from meta_dataset_readers.endings import ENDING
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Item = TypeVar("Item")
 PATIENCE = 2.0  # seconds that data may take to arrive after a signal
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupts:
@@ -57,8 +68,21 @@ class Interrupts:
     def whole(self, items: Iterable[Item]) -> Iterator[Item]:
         """All items, or `Interrupted` once a signal has arrived: half a validation is none."""
         yield from self.watch(items)
+        self.check()
+
+    def check(self, *_arguments: object) -> None:
+        """Raise `Interrupted` if a signal has arrived; whatever it is called with, as it may be a hook."""
         if self.pending():
             raise Interrupted
+
+    @contextlib.contextmanager
+    def passes(self, module: "nn.Module") -> Iterator[None]:
+        """While active every pass through `module` begins with `check`."""
+        hook = module.register_forward_pre_hook(self.check)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _note(self, number: int, _frame) -> None:
         self.caught = number

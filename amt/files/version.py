@@ -29,7 +29,7 @@ def commit() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git prints, or None where there is no repository of this project, or no git."""
+    """The output of git; None without git or a repository of this project."""
     if not (ROOT / ".git").exists():
         return None
     try:

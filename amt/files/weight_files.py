@@ -1,10 +1,10 @@
 """Tensors out of files that others wrote: safetensors and torch.save, told apart by what is in them.
 
 A file never gets to run anything. Of a pickle all names are read first, and unless every one of them is in a
-short list (tensors, dictionaries, argparse.Namespace and plain numbers) the file is refused. Then the pickle
-is rehearsed, which makes nothing (see `pickles`), and only then torch reads it with weights_only. No number
-in a file is believed before it has been compared with the file's size. Knows no network and no name of a
-tensor.
+short list (tensors, dictionaries, argparse.Namespace, numbers, arrays of them and the like) the file is
+refused. Then the pickle is rehearsed, which makes nothing (see `pickles`), and only then torch reads it with
+weights_only. No number in a file is believed before it has been compared with the file's size. Knows no
+network and no name of a tensor.
 """
 
 import argparse
@@ -12,19 +12,19 @@ import dataclasses
 import io
 import pickle
 import re
-import struct
+import shlex
 import tarfile
 import warnings
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NoReturn
 
 import safetensors
 import torch
 from torch import Tensor
 
-from amt.files import pickles
+from amt.files import digests, numpy_pickles, pickles
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError, first_line, printable
 from meta_dataset_readers.files import reading, size_of
@@ -49,11 +49,13 @@ class Content:
         container: "safetensors", or "torch" for a file of torch.save.
         data: its tensors by name; of a torch file the dictionary that was saved, nested as it was.
         header: the texts in the header of a safetensors file.
+        verified: the checksums that were compared with all of the file's tensors; "" where it has none.
     """
 
     container: str
     data: dict[str, Any]
     header: dict[str, str]
+    verified: str = ""
 
 
 def read(path: Path, what: str = "file", trust: bool = False) -> Content:
@@ -78,14 +80,16 @@ def read(path: Path, what: str = "file", trust: bool = False) -> Content:
             return _read_safetensors(path)
         if trust:
             return Content("torch", _as_dictionary(path, _unpickle_anything(path)), {})
+        verified = ""
         if kind == "zip":
             _check_archive(path)
+            verified = "CRC-32"
         elif start.startswith(_OLD_TORCH):
             _check_old(path)
         else:
             with path.open("rb") as file:
                 _refuse(path, "a bare pickle", _names(path, file))
-        return Content("torch", _as_dictionary(path, _read_torch(path)), {})
+        return Content("torch", _as_dictionary(path, _read_torch(path)), {}, verified)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -112,9 +116,10 @@ def _read_safetensors(path: Path) -> Content:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             data = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return Content("safetensors", data, file.metadata() or {})
+            header = file.metadata() or {}
     except (safetensors.SafetensorError, AttributeError, TypeError, ValueError) as error:  # types it lacks
         raise InputError(f"{path}: truncated or damaged safetensors file ({first_line(error)})") from error
+    return Content("safetensors", data, header, "SHA-256" if digests.check(path, data, header) else "")
 
 
 def _check_archive(path: Path) -> None:
@@ -200,39 +205,28 @@ def _refuse(path: Path, what: str, names: set[str]) -> NoReturn:
     raise InputError(
         f"{path}: {what}{' that asks for ' * bool(foreign)}{shown} is not read here, because such a file can "
         f"run any code; if you trust it, convert it in a safe place: "
-        f"python -m amt checkpoint {path} --convert OUT.safetensors --trust"
+        f"python -m amt checkpoint {shlex.quote(str(path))} --convert OUT.safetensors --trust"
     )
-
-
-class _NumpyType:
-    """Stands in for numpy.dtype: remembers the code of a type, such as f8, and does nothing."""
-
-    def __init__(self, code: str, *_):
-        self.code = code
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-def _numpy_scalar(kind: _NumpyType, data: bytes) -> float | int | bool:
-    """Stands in for the function that makes numpy's scalars: a plain Python number."""
-    (value,) = struct.unpack({"f8": "<d", "f4": "<f", "i8": "<q", "i4": "<i", "b1": "<?"}[kind.code], data)
-    return value
 
 
 def _read_torch(path: Path) -> object:
     stand_ins = [
         argparse.Namespace,
-        (_NumpyType, "numpy.dtype"),
-        (_numpy_scalar, "numpy.core.multiarray.scalar"),
-        (_numpy_scalar, "numpy._core.multiarray.scalar"),
+        (set, "builtins.set"),
+        (bytes, "builtins.bytes"),
+        *numpy_pickles.STAND_INS,
     ]
+    stand_ins += [(_path_as_text, name) for name in pickles.PATHS]
     try:
         with path.open("rb") as file, torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a damaged file is told of once, as an error
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can bring torch's reader to raise anything
         raise InputError(f"{path}: damaged torch file ({first_line(error)})") from error
+
+
+def _path_as_text(*parts: str) -> str:
+    return str(PurePosixPath(*parts))
 
 
 def _unpickle_anything(path: Path) -> object:

@@ -1,7 +1,36 @@
-"""Prototypes and cosine logits: the classifier head, without state (Snell et al. 2017; Hu et al. 2022)."""
+"""Heads: what classifies the features of a task, fitted to its support set; without state of their own.
 
+    fitted = fit(head, features, labels)      (S, D), (S,)  ->  a function
+    fitted(features)                          (Q, D)        ->  logits (Q, N)
+
+With class means mu_c of the support, m the mean of these, and a covariance S:
+
+    prototypes    scale (cos(f, mu_c) + bias)                    (Snell et al. 2017; Hu et al. 2022)
+    centred       scale (cos(f - m, mu_c - m) + bias)
+    lda           mu_c^T S^-1 f - 1/2 mu_c^T S^-1 mu_c,   S = a S_support + d I
+    robust-lda    the same,                S = a S_support + b S_source + c S_attack + d I
+    ridge         w_c^T f + w_c0, the least squares of one-hot labels in closed form (Bertinetto et al. 2019)
+
+Every covariance is divided by its mean variance, trace / D, before they are mixed. Where no class has two
+images, that over augmented views of the images takes the place of S_support (share e), or nothing does.
+Linear heads are multiplied by one number, so that their logits have a given spread on the support: no softmax
+saturates, and no prediction depends on it. docs/robust-lda.md derives robust-lda.
+
+Everything is differentiable through support and query. Knows no network and no image.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from amt.models.head_settings import COSINE, COVARIANCE, Head
+
+SPREAD = 10.0  # of the logits on the support, where nothing else is asked for
+_TINY = 1e-12
 
 
 def prototypes(features: Tensor, labels: Tensor) -> Tensor:
@@ -24,3 +53,242 @@ def cosine_logits(
     """scale * (cos(feature, prototype) + bias): (Q, D) and (N, D) -> (Q, N)."""
     cosines = F.normalize(features, dim=1, eps=1e-12) @ F.normalize(prototypes, dim=1, eps=1e-12).T
     return scale * (cosines + bias)
+
+
+# --- fitted heads ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosine:
+    """scale * (cos(feature - origin, centre) + bias).
+
+    Args:
+        centres: (N, D).
+        scale, bias: of the logits.
+        origin: (D,), or None for zero.
+    """
+
+    centres: Tensor
+    scale: Tensor | float = 1.0
+    bias: Tensor | float = 0.0
+    origin: Tensor | None = None
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Logits: (Q, D) -> (Q, N)."""
+        moved = features if self.origin is None else features - self.origin
+        return cosine_logits(moved, self.centres, self.scale, self.bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """weight feature + bias, of (N, D) and (N,)."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Logits: (Q, D) -> (Q, N)."""
+        return features @ self.weight.T + self.bias
+
+
+Fitted = Cosine | Linear
+
+
+def detached(fitted: Fitted) -> Fitted:
+    """The same head, of any shape, without graph."""
+    held = {name: value.detach() for name, value in vars(fitted).items() if isinstance(value, Tensor)}
+    return dataclasses.replace(fitted, **held)
+
+
+def spread(logits: Tensor) -> Tensor:
+    """Root mean square of logits (n, N) without each row's mean, which no prediction depends on: a scalar."""
+    return (logits - logits.mean(1, keepdim=True)).square().mean().clamp(min=_TINY**2).sqrt()
+
+
+# --- statistics of the features that a head may know besides the support ---------------------------------
+
+
+class Statistics(NamedTuple):
+    """Covariances under one network's weights, float32.
+
+    Args:
+        source: (D, D), within the classes of the meta-training source.
+        attack: (D, D), second moment of the displacement of features under attack.
+    """
+
+    source: Tensor
+    attack: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolStatistics:
+    """`Statistics` of every member of a pool, and of the pretrained network.
+
+    Args:
+        source, attack: (P, D, D).
+        pretrained: of the pretrained network.
+    """
+
+    source: Tensor
+    attack: Tensor
+    pretrained: Statistics
+
+    def merged(self, coefficients: Sequence[float]) -> Statistics:
+        """The members' matrices averaged by P coefficients, as an approximation to those of the merged
+        network; without coefficients those of the pretrained network. Two matrices (D, D)."""
+        if not coefficients:
+            return self.pretrained
+        shares = self.source.new_tensor([float(c) for c in coefficients])
+        return Statistics(*(torch.einsum("p,pij->ij", shares, each) for each in (self.source, self.attack)))
+
+    def averaged(self) -> "PoolStatistics":
+        """A single member with the means over all, for the soup of a pool: (1, D, D) each."""
+        return dataclasses.replace(
+            self, source=self.source.mean(0, keepdim=True), attack=self.attack.mean(0, keepdim=True)
+        )
+
+    def to(self, device: torch.device | str) -> "PoolStatistics":
+        """The same tensors on `device`: (P, D, D) and (D, D)."""
+        pretrained = Statistics(*(each.to(device) for each in self.pretrained))
+        return PoolStatistics(self.source.to(device), self.attack.to(device), pretrained)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name: source and attack (P, D, D), pretrained_source, pretrained_attack (D, D)."""
+        own = {"source": self.source, "attack": self.attack}
+        return own | {f"pretrained_{name}": each for name, each in self.pretrained._asdict().items()}
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor], members: int) -> "PoolStatistics":
+        """The inverse of `tensors`.
+
+        Raises:
+            ValueError: a name or a shape is wrong for so many members: (P, D, D) and (D, D).
+        """
+        names = ("source", "attack", "pretrained_source", "pretrained_attack")
+        if tensors.keys() != set(names):
+            raise ValueError(f"found {', '.join(sorted(tensors))}, expected {', '.join(names)}")
+        dim = tensors["source"].shape[-1] if tensors["source"].ndim else 0
+        for name in names:
+            expected = (dim, dim) if name.startswith("pretrained_") else (members, dim, dim)
+            if tuple(tensors[name].shape) != expected or dim == 0:
+                raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, expected {expected}")
+        pretrained = Statistics(tensors["pretrained_source"], tensors["pretrained_attack"])
+        return cls(tensors["source"], tensors["attack"], pretrained)
+
+    @staticmethod
+    def concat(parts: Sequence["PoolStatistics"]) -> "PoolStatistics":
+        """Those of all members (P, D, D), in order; of the pretrained network those of the first part."""
+        found = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("source", "attack")}
+        return dataclasses.replace(parts[0], **found)
+
+
+def within_class(features: Tensor, labels: Tensor) -> Tensor:
+    """Scatter within classes: (n, D), (n,) -> (D, D), the sum of (f - mu_c)(f - mu_c)^T, with graph."""
+    residuals = features - prototypes(features, labels)[labels]
+    return residuals.T @ residuals
+
+
+def unit(covariance: Tensor) -> Tensor:
+    """A covariance (D, D) divided by its mean variance, trace / D; zero stays zero."""
+    return covariance / (covariance.trace() / len(covariance)).clamp(min=_TINY)
+
+
+def has_two(labels: Tensor) -> bool:
+    """Whether any class has two images: (S,) int64."""
+    return bool((labels.bincount() > 1).any())
+
+
+# --- fitting ---------------------------------------------------------------------------------------------
+
+
+def fit(
+    head: Head,
+    features: Tensor,
+    labels: Tensor,
+    statistics: Statistics | None = None,
+    scale: Tensor | float = SPREAD,
+    bias: Tensor | float = 0.0,
+    views: Tensor | None = None,
+) -> Fitted:
+    """Fit a head to a support set. Mixing of two networks is the caller's: here one network is classified.
+
+    Args:
+        head: which, and its options.
+        features: (S, D) of the support images.
+        labels: (S,) int64 in 0..N-1; every class has an image.
+        statistics: of the network; needed for shares of `source` and `attack` above 0.
+        scale: of the cosines; of linear heads the spread of the logits on the support.
+        bias: of the cosines.
+        views: (V, S, D), features of V augmented views of each image; used if no class has two images.
+
+    Raises:
+        ValueError: the head needs statistics and there are none.
+    """
+    centres = prototypes(features, labels)
+    if head.kind == "prototypes":
+        return Cosine(centres, scale, bias)
+    if head.kind in COSINE:
+        origin = centres.mean(0)
+        return Cosine(centres - origin, scale, bias, origin)
+    if head.kind in COVARIANCE:
+        found = _discriminant(centres.double(), mixed_covariance(head, features, labels, statistics, views))
+    else:
+        found = _least_squares(features.double(), labels, head.penalty)
+    found = Linear(found.weight.to(features.dtype), found.bias.to(features.dtype))
+    factor = scale / spread(found(features))
+    return Linear(factor * found.weight, factor * found.bias)
+
+
+def mixed_covariance(
+    head: Head,
+    features: Tensor,
+    labels: Tensor,
+    statistics: Statistics | None = None,
+    views: Tensor | None = None,
+) -> Tensor:
+    """S, float64 (D, D); arguments as of `fit`: features (S, D), views (V, S, D).
+
+    Raises:
+        ValueError: the head needs statistics and there are none.
+    """
+    if head.needs_statistics and statistics is None:
+        raise ValueError(f"the head {head.name} needs statistics of the source")
+    features = features.double()
+    parts = [(head.identity, torch.eye(features.shape[1], dtype=features.dtype, device=features.device))]
+    if has_two(labels):
+        parts.append((head.support, within_class(features, labels)))
+    elif views is not None:
+        moves = views.double() - views.double().mean(0)
+        moves = moves.flatten(0, 1)
+        parts.append((head.views, moves.T @ moves))
+    if statistics is not None:
+        parts += [(head.source, statistics.source.double()), (head.attack, statistics.attack.double())]
+    found = [share * unit(each) for share, each in parts if share > 0]
+    return torch.stack(found).sum(0)
+
+
+def _discriminant(centres: Tensor, covariance: Tensor) -> Linear:
+    """Linear discriminant of class means (N, D). The means' mean is taken off first, which moves all logits
+    of an image alike and keeps digits."""
+    origin = centres.mean(0)
+    moved = centres - origin
+    weight = torch.cholesky_solve(moved.T, torch.linalg.cholesky(covariance)).T
+    return Linear(weight, -0.5 * (weight * moved).sum(1) - weight @ origin)
+
+
+def _least_squares(features: Tensor, labels: Tensor, penalty: float) -> Linear:
+    """Ridge regression of one-hot labels with an intercept that is not penalised: with X (S, D) and Y (S, N)
+    centred, W = X^T (X X^T + lambda I)^-1 Y, or by Woodbury's identity (X^T X + lambda I)^-1 X^T Y, whichever
+    is smaller."""
+    targets = F.one_hot(labels).to(features.dtype)
+    x_mean, y_mean = features.mean(0), targets.mean(0)
+    x, y = features - x_mean, targets - y_mean
+    weakest = (penalty * x.square().sum(1).mean()).clamp(min=_TINY)
+
+    def solve(gram: Tensor, right: Tensor) -> Tensor:
+        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        return torch.linalg.solve(gram + weakest * identity, right)
+
+    weight = solve(x @ x.T, y).T @ x if len(x) < x.shape[1] else solve(x.T @ x, x.T @ y).T
+    return Linear(weight, y_mean - weight @ x_mean)

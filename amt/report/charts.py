@@ -1,9 +1,9 @@
 """What the figures of a report show: points with intervals, in panels, and the same numbers as a table.
 
-Decides what is compared with what; `figures` draws it. Intervals are the bootstrap's; one episode has none.
+Decides what is compared with what, in terms of `panels`; `figures` draws it. Intervals are the bootstrap's;
+one episode has none.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -11,10 +11,12 @@ import numpy as np
 
 from amt.evaluation.comparison import compare
 from amt.evaluation.statistics import Summary
+from amt.report.panels import Axis, Figure, HeatMap, Panel, Point, Series, Share, distinct
 from amt.report.shown import (
     NORMS,
     Shown,
     attack_of,
+    chances,
     columns,
     domains,
     n_note,
@@ -30,149 +32,8 @@ from amt.report.shown import (
 )
 from amt.report.tables import Cell, Table
 
-COLOURS = 6  # how many `figures` has
 INTERVAL = ("±", "from", "to")
-
-
-class Style(NamedTuple):
-    """What tells a series from the others, by numbers that `figures` counts modulo what it has."""
-
-    colour: int
-    marker: int
-    dash: int = 0
-
-
-class Point(NamedTuple):
-    """A measured value.
-
-    Args:
-        x_span, y_span: the ends of its intervals, None where it has none.
-        name: of the domain.
-        says: everything about it, in words.
-        suspect: whether an automatic check doubts it.
-    """
-
-    x: float
-    y: float
-    x_span: tuple[float, float] | None
-    y_span: tuple[float, float] | None
-    name: str
-    says: str
-    suspect: bool = False
-
-
-class Series(NamedTuple):
-    """Points of one run, or of one run under one attack; `joined` by a line or not.
-
-    Args:
-        name: the run; where there is only one, the attack.
-        attack: where both runs and attacks differ; colour and marker are then the run's, dashes its own.
-        lane: series of other lanes stand side by side, so that their intervals do not hide each other.
-    """
-
-    name: str
-    style: Style
-    points: tuple[Point, ...]
-    joined: bool = False
-    attack: str = ""
-    lane: int = 0
-
-
-class Axis(NamedTuple):
-    """A linear axis, as long as its points need.
-
-    Args:
-        low, high: no point lies beyond.
-        least: the shortest length.
-        ticks: where it has them; by default at round numbers.
-        names: of the places 0, 1, ... from the top, instead of ticks.
-        rules: values with a line across the panel; always in sight.
-    """
-
-    label: str
-    low: float = -math.inf
-    high: float = math.inf
-    least: float = 0
-    ticks: tuple[float, ...] = ()
-    names: tuple[str, ...] = ()
-    rules: tuple[float, ...] = ()
-
-
-class Panel(NamedTuple):
-    """One pair of axes.
-
-    Args:
-        note: how many episodes.
-        labelled: whether points carry their names, and lines lead from the first of a name to the others.
-    """
-
-    title: str
-    note: str
-    x: Axis
-    y: Axis
-    series: tuple[Series, ...]
-    labelled: bool = False
-
-
-class Figure(NamedTuple):
-    """A figure of one or several panels; `slug` names its files, `caption` says n and the intervals."""
-
-    slug: str
-    title: str
-    caption: str
-    panels: tuple[Panel, ...]
-    table: Table
-
-
-class Share(NamedTuple):
-    """How much one adapter was merged into the tasks of one domain, in per cent."""
-
-    summary: Summary
-    quartiles: tuple[float, float, float, float, float]  # least, lower, median, upper, most
-
-
-class HeatMap(NamedTuple):
-    """Shares by domain and adapter, for one run; a cell without shares is None."""
-
-    slug: str
-    title: str
-    caption: str
-    rows: tuple[str, ...]
-    columns: tuple[str, ...]
-    cells: tuple[tuple[Share | None, ...], ...]
-    table: Table
-
-
-def distinct(k: int) -> Style:
-    """A style unlike that of any other k below 36."""
-    return Style(k, k + k // COLOURS)
-
-
-def links(panel: Panel) -> list[tuple[Point, Point]]:
-    """From the first point of every name to its others."""
-    found: dict[str, list[Point]] = {}
-    for point in (point for series in panel.series for point in series.points):
-        found.setdefault(point.name, []).append(point)
-    return [(points[0], other) for points in found.values() for other in points[1:]]
-
-
-def legend(panels: Sequence[Panel]) -> list[tuple[str, Style | None, int | None]]:
-    """What needs to be told apart: (name, style of the marker, dash pattern), runs before attacks.
-
-    A run under several attacks has a marker and its attacks a dash pattern; elsewhere a line has both.
-    """
-    series = [one for panel in panels for one in panel.series]
-    found: dict[tuple[str, str], tuple[str, Style | None, int | None]] = {}
-    for one in series:
-        dash = one.style.dash if one.joined and not one.attack else None
-        found.setdefault(("run", one.name), (one.name, one.style, dash))
-    for one in series:
-        if one.attack:
-            found.setdefault(("attack", one.attack), (one.attack, None, one.style.dash))
-    return list(found.values()) if len(found) > 1 else []
-
-
-# --- the figures -----------------------------------------------------------------------------------------
+CHANCE = "Dashed: chance, the accuracy of guessing."
 
 
 def figures(shown: Sequence[Shown]) -> list[Figure | HeatMap]:
@@ -211,7 +72,10 @@ def scatter(shown: Sequence[Shown]) -> Figure | None:
     caption = f"One point per domain and run over {row_counts(shown)}; bars: 95% bootstrap intervals. {which}"
     if len(series) > 1:
         caption += f" Lines lead from {series[0].name} to the others."
-    axes = (Axis(f"{name}, per cent", 0, 100, least=10) for name in ("clean accuracy", under))
+    rules = [round(each.run.chance(name), 6) for each in shown for name in each.run.rows]
+    rules = tuple(dict.fromkeys(rules)) if len(set(rules)) == 1 else ()
+    caption += f" {CHANCE}" * bool(rules)
+    axes = (Axis(f"{name}, per cent", 0, 100, least=10, rules=rules) for name in ("clean accuracy", under))
     panel = Panel("", "", *axes, tuple(series), labelled=True)
     table = Table(("domain", "run", "robust column", "clean", *INTERVAL, "robust", *INTERVAL, "n"), rows)
     return Figure("clean_robust", "Clean and robust accuracy", caption, (panel,), table)
@@ -224,16 +88,17 @@ def curves(shown: Sequence[Shown]) -> list[Figure]:
     for norm, attacks in attacks_by_norm(shown).items():
         radii = [epsilon for radii in attacks.values() for epsilon in radii]
         x = Axis(f"epsilon in 1/255, {NORMS[norm]}", 0, max(radii), max(radii), _epsilon_ticks(radii))
-        y = Axis("accuracy, per cent", 0, 100, 100, (0, 25, 50, 75, 100))
         panels, rows = [], []
         for name in names:
+            y = Axis("accuracy, per cent", 0, 100, 100, (0, 25, 50, 75, 100), rules=chances(shown, name))
             if series := _lines(shown, name, attacks, rows):
                 counts = [clean.n for each in shown if (clean := each.summary(name, "clean")) is not None]
                 panels.append(Panel(name, n_note(counts), x, y, tuple(series)))
         if panels:
             caption = (
                 f"Accuracy under {', '.join(attacks)} against the size of the perturbation in the "
-                f"{NORMS[norm]} norm, clean at 0; bars: 95% bootstrap intervals, n {units(shown)} as noted."
+                f"{NORMS[norm]} norm, clean at 0; bars: 95% bootstrap intervals, "
+                f"n {units(shown)} as noted. {CHANCE}"
             )
             table = Table(("domain", "run", "attack", "epsilon", "accuracy", *INTERVAL, "n"), rows)
             title = f"Robustness curves, {NORMS[norm]}"
@@ -280,7 +145,7 @@ def _lines(
 
 
 def _epsilon_ticks(radii: Iterable[float]) -> tuple[float, ...]:
-    """The radii themselves, as far as their labels do not touch."""
+    """The radii themselves, without those whose labels would touch."""
     values, ticks = sorted(set(radii), reverse=True), []
     for epsilon in (values[0], 0.0, *values[1:]):
         if all(abs(epsilon - tick) > 0.12 * values[0] for tick in ticks):
@@ -305,16 +170,7 @@ class Differences(NamedTuple):
 def differences(shown: Sequence[Shown]) -> Differences:
     """Paired differences of every other run from the first, where they scored the same episodes."""
     reference = shown[0]
-    by_run, concerned = {}, {}
-    for each in shown[1:]:
-        found = compare(each.run, reference.run)
-        by_run[each.label] = found.differences
-        for reason in found.refusals:
-            concerned.setdefault(reason, []).append(each.label)
-    refusals = [
-        f"no differences of {', '.join(labels)} from {reference.label}: {reason}"
-        for reason, labels in concerned.items()
-    ]
+    by_run, refusals = _compared(shown)
     names = union((name for name, _ in found) for found in by_run.values())
     names.sort(key=lambda name: name in reference.run.averages)
     panels, rows = [], []
@@ -338,7 +194,7 @@ def differences(shown: Sequence[Shown]) -> Differences:
             x = Axis("difference in points", least=2, rules=(0,))
             panels.append(_rows_panel(column, x, names, here, shown, doubts))
     if not panels:
-        return Differences(None, by_run, tuple(refusals))
+        return Differences(None, by_run, refusals)
     counts = n_note(summary.n for found in by_run.values() for summary in found.values())
     caption = (
         f"Accuracy minus that of {reference.label} on the same {units(shown)}, in points; "
@@ -347,7 +203,22 @@ def differences(shown: Sequence[Shown]) -> Differences:
     )
     table = Table(("domain", "run", "column", "difference", *INTERVAL, "n"), rows)
     title = f"Differences from {reference.label}"
-    return Differences(Figure("differences", title, caption, tuple(panels), table), by_run, tuple(refusals))
+    return Differences(Figure("differences", title, caption, tuple(panels), table), by_run, refusals)
+
+
+def _compared(shown: Sequence[Shown]) -> tuple[dict[str, dict[tuple[str, str], Summary]], tuple[str, ...]]:
+    """By label the differences from the first run; and the refusals, each once with the runs it concerns."""
+    reference = shown[0]
+    by_run, concerned = {}, {}
+    for each in shown[1:]:
+        found = compare(each.run, reference.run)
+        by_run[each.label] = found.differences
+        for reason in found.refusals:
+            concerned.setdefault(reason, []).append(each.label)
+    return by_run, tuple(
+        f"no differences of {', '.join(labels)} from {reference.label}: {reason}"
+        for reason, labels in concerned.items()
+    )
 
 
 def seconds(shown: Sequence[Shown]) -> Figure:
@@ -395,36 +266,37 @@ def _rows_panel(
 
 def heat_maps(shown: Sequence[Shown]) -> list[HeatMap]:
     """What was merged, for every run that merged anything."""
-    maps = []
-    for each in shown:
-        rows = {
-            domain: [row["coefficients"] for row in found if row.get("coefficients")]
-            for domain, found in each.run.rows.items()
-        }
-        rows = {domain: found for domain, found in rows.items() if found}
-        if not rows:
-            continue
-        count = max(len(shares) for found in rows.values() for shares in found)
-        names = adapter_names(each.run.merging, count)
-        cells = tuple(
-            tuple(_share([shares[p] for shares in found if p < len(shares)]) for p in range(count))
-            for found in rows.values()
-        )
-        shares = [
-            (domain, name, share)
-            for domain, line in zip(rows, cells, strict=True)
-            for name, share in zip(names, line, strict=True)
-            if share is not None
-        ]
-        caption = (
-            "Mean share of every adapter in the merged network, in per cent, ± 1.96 standard errors, "
-            f"{n_note(share.summary.n for *_, share in shares)}. The strip below runs from 0 to 100: a line "
-            "from the least to the most over the episodes, a box between the quartiles, a tick at the median."
-        )
-        title = f"Adapters merged by {each.label}"
-        table = _shares_table(shares)
-        maps.append(HeatMap(f"merging_{each.place + 1}", title, caption, tuple(rows), names, cells, table))
-    return maps
+    return [found for each in shown if (found := _merged_by(each)) is not None]
+
+
+def _merged_by(each: Shown) -> HeatMap | None:
+    rows = {
+        domain: coefficients
+        for domain, found in each.run.rows.items()
+        if (coefficients := [row["coefficients"] for row in found if row.get("coefficients")])
+    }
+    if not rows:
+        return None
+    count = max(len(shares) for found in rows.values() for shares in found)
+    names = adapter_names(each.run.merging, count)
+    cells = tuple(
+        tuple(_share([shares[p] for shares in found if p < len(shares)]) for p in range(count))
+        for found in rows.values()
+    )
+    shares = [
+        (domain, name, share)
+        for domain, line in zip(rows, cells, strict=True)
+        for name, share in zip(names, line, strict=True)
+        if share is not None
+    ]
+    caption = (
+        "Mean share of every adapter in the merged network, in per cent, ± 1.96 standard errors, "
+        f"{n_note(share.summary.n for *_, share in shares)}. The strip below runs from 0 to 100: a line "
+        "from the least to the most over the episodes, a box between the quartiles, a tick at the median."
+    )
+    title = f"Adapters merged by {each.label}"
+    table = _shares_table(shares)
+    return HeatMap(f"merging_{each.place + 1}", title, caption, tuple(rows), names, cells, table)
 
 
 def _shares_table(shares: Iterable[tuple[str, str, Share]]) -> Table:

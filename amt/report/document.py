@@ -16,10 +16,11 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from amt.attacks.kinds import KINDS
+from amt.evaluation.chance import MARK, is_below_chance
 from amt.evaluation.comparison import in_words
 from amt.evaluation.runs import SEVERITIES, Run, Sample, attack_from
 from amt.evaluation.statistics import Summary
-from amt.report import charts, figures
+from amt.report import charts, figures, panels
 from amt.report.charts import Differences
 from amt.report.pictures import amplify, data_uri
 from amt.report.shown import (
@@ -42,7 +43,7 @@ SAMPLE_BUDGET = 2_000_000  # characters of images in a page
 MOST_IMAGES = 4  # of one episode
 MISSING = Cell("–", missing=True)
 ENVIRONMENT = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-ENVIRONMENT.globals |= {"drawings": figures.drawings, "legend": charts.legend, "swatch": figures.swatch}
+ENVIRONMENT.globals |= {"drawings": figures.drawings, "legend": panels.legend, "swatch": figures.swatch}
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -53,21 +54,14 @@ def page(runs: Sequence[Run]) -> str:
     """
     shown = label(runs)
     compared = charts.differences(shown) if len(shown) > 1 else None
-    style, script, template = (_file(name) for name in ("page.css", "page.js", "page.html.j2"))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    text = ENVIRONMENT.from_string(template).render(
-        style=style,
-        script=script,
-        policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
-        shown=shown,
-        few_shot=any(each.run.unit == "episode" for each in shown),
-        units=units(shown),
+    return rendered(
+        shown,
         lead=summary_line(shown),
-        stamps=stamps(shown),
         notices=list(notices(shown, compared)),
         cards=[card(each, shown, compared) for each in shown],
         results=results(shown),
         doubts=doubts(shown),
+        below_chance=below_chance(shown),
         scatter=charts.scatter(shown),
         curves=charts.curves(shown),
         compared=compared,
@@ -75,10 +69,28 @@ def page(runs: Sequence[Run]) -> str:
         heat_maps=charts.heat_maps(shown),
         corruptions=corruptions(shown),
         samples=samples(shown),
-        sample_side=SAMPLE_SIDE,
         cost=cost(shown),
         seconds=charts.seconds(shown),
+    )
+
+
+def rendered(shown: Sequence[Shown], **parts) -> str:
+    """The page of the `parts` that there are."""
+    style, script, template = (_file(name) for name in ("page.css", "page.js", "page.html.j2"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    names = ("rankings", "doubts", "scatter", "curves", "compared", "refusals", "heat_maps", "corruptions")
+    absent = dict.fromkeys((*names, "samples", "cost", "seconds", "cards", "notices"))
+    text = ENVIRONMENT.from_string(template).render(
+        style=style,
+        script=script,
+        policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
+        shown=shown,
+        few_shot=any(each.run.unit == "episode" for each in shown),
+        units=units(shown),
+        stamps=stamps(shown),
+        sample_side=SAMPLE_SIDE,
         about=[(each.label, about(each)) for each in shown],
+        **(absent | {"cards": [], "notices": []} | parts),
     )
     return text.strip() + "\n"
 
@@ -114,10 +126,10 @@ def summary_line(shown: Sequence[Shown]) -> str:
 
 def _percent(each: Shown, column: str) -> str:
     found = each.summary(each.whole, column)
-    return f"{found.mean:.1f}% {_half(found)}"
+    return f"{found.mean:.1f}% {half(found)}"
 
 
-def _half(summary: Summary) -> str:
+def half(summary: Summary) -> str:
     return f"±{summary.interval:.1f}" if has_interval(summary) else "(no interval)"
 
 
@@ -174,14 +186,14 @@ def card(each: Shown, shown: Sequence[Shown], compared: Differences | None) -> d
     for column in ("clean", *([robust] if robust else [])):
         summary, versus = each.summary(name, column), None
         if compared is not None and (found := compared.by_run.get(each.label, {}).get((name, column))):
-            versus = f"{number(found.mean, '+.1f')} {_half(found)} points from {shown[0].label}"
-        numbers = {"mean": f"{summary.mean:.1f}", "half": _half(summary), "versus": versus}
+            versus = f"{number(found.mean, '+.1f')} {half(found)} points from {shown[0].label}"
+        numbers = {"mean": f"{summary.mean:.1f}", "half": half(summary), "versus": versus}
         tiles.append({"column": column, **numbers, "doubt": each.run.suspect(name, column)})
     over = f"average over {len(each.run.rows)} domains" if each.average else name
     over = f"{over}, {each.summary(name, 'clean').n} {each.run.unit}s, per cent"
     about = each.run.about
     known = [f"seed {about['seed']}", *(f"{k} {about[k]}" for k in ("split", "commit") if about.get(k))]
-    style = charts.distinct(each.place)
+    style = panels.distinct(each.place)
     return {"label": each.label, "style": style, "over": over, "tiles": tiles, "known": ", ".join(known)}
 
 
@@ -201,7 +213,7 @@ def results(shown: Sequence[Shown]) -> Table:
         ]
         for names in (domains(shown), averages)
     ]
-    return Table(("domain", *(["run"] if several else []), "n", *columns(shown)), *bodies)
+    return Table(("domain", *(["run"] if several else []), "n", "chance", *columns(shown)), *bodies)
 
 
 def _result(each: Shown, name: str, among: Sequence[str], several: bool) -> list[Cell]:
@@ -209,20 +221,33 @@ def _result(each: Shown, name: str, among: Sequence[str], several: bool) -> list
     note = f" of {len(members)}" if members and name not in each.run.rows else ""
     summaries = [each.summary(name, column) for column in among]
     n = next(summary.n for summary in summaries if summary is not None)
+    chance = each.run.chance(name)
     return [
         Cell(name, note=note),
         *([Cell(each.label)] if several else []),
         Cell(str(n), n),
-        *(_accuracy(each, name, column, s) for column, s in zip(among, summaries, strict=True)),
+        Cell(f"{chance:.1f}", chance),
+        *(accuracy(each, name, column, s) for column, s in zip(among, summaries, strict=True)),
     ]
 
 
-def _accuracy(each: Shown, name: str, column: str, summary: Summary | None) -> Cell:
+def accuracy(each: Shown, name: str, column: str, summary: Summary | None) -> Cell:
     if summary is None:
         return MISSING
     ends = f"[{summary.low:.1f}, {summary.high:.1f}]" if has_interval(summary) else "n = 1"
     doubt = each.run.suspect(name, column)
-    return Cell(f"{summary.mean:.1f}", summary.mean, f" {_half(summary)}", ends, doubt=doubt)
+    below = MARK if is_below_chance(each.run, name, column) else ""
+    return Cell(f"{summary.mean:.1f}{below}", summary.mean, f" {half(summary)}", ends, doubt=doubt)
+
+
+def below_chance(shown: Sequence[Shown]) -> bool:
+    """Whether any number on the page is."""
+    return any(
+        is_below_chance(each.run, name, column)
+        for each in shown
+        for name in (*each.run.rows, *each.run.averages)
+        for column in each.run.columns
+    )
 
 
 def doubts(shown: Sequence[Shown]) -> list[str]:
@@ -255,7 +280,7 @@ def corruptions(shown: Sequence[Shown]) -> Table | None:
 
 
 def cost(shown: Sequence[Shown]) -> Table:
-    """Time and memory that the runs took, as far as they are complete."""
+    """Time and memory that the complete runs took."""
     rows = []
     for each in shown:
         run, known = each.run, each.run.about

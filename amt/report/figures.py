@@ -4,6 +4,7 @@ One drawing serves all. Nothing here depends on pyplot's state.
 """
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from unicodedata import east_asian_width
@@ -13,13 +14,15 @@ import textalloc
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
+from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Affine2D
 
 from amt.evaluation.statistics import Summary
-from amt.report.charts import (
+from amt.report.panels import (
     Axis,
     Figure,
     HeatMap,
@@ -63,6 +66,7 @@ SETTINGS = {
     "savefig.dpi": 200,
     "text.parse_math": False,  # a name from a file may hold a dollar sign
 }
+WIDTH = 5.2  # points, of a rather wide letter of text of 8 points
 WIDE, NARROW = (4.9, 3.7), (3.0, 3.1)  # inches, of a panel whose points carry names
 
 
@@ -82,7 +86,7 @@ def write(figures: Sequence[Figure | HeatMap], folder: Path) -> list[Path]:
                 drawing = _heat_map(figure)
             else:
                 drawing = compose(figure.panels, min(len(figure.panels), 3), entries=legend(figure.panels))
-            drawing.supxlabel(figure.caption, fontsize=6.5, color=MUTED, wrap=True)
+            drawing.supxlabel(_printable(figure.caption), fontsize=6.5, color=MUTED, wrap=True)
             # A PDF says when it was made, unless told not to: the same runs give the same bytes.
             for kind, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
                 path = folder / f"{figure.slug}.{kind}"
@@ -111,12 +115,12 @@ def accuracy_picture(
                 [x - 0.4 + (k + 0.5) * width for x in range(len(rows))],
                 [summaries[k].mean for _, summaries in rows],
                 width * 0.92,
-                yerr=[summaries[k].interval for _, summaries in rows],
+                yerr=[s[k].interval if has_interval(s[k]) else 0 for _, s in rows],
                 color=colours(0.15 + 0.7 * k / max(len(columns) - 1, 1)),
                 error_kw={"elinewidth": 1, "ecolor": MUTED, "capsize": 2},
-                label=column,
+                label=short(column, 40),
             )
-        axes.set_xticks(range(len(rows)), [name for name, _ in rows])
+        axes.set_xticks(range(len(rows)), [short(name) for name, _ in rows])
         axes.set_ylabel("accuracy, per cent")
         axes.set_ylim(0, 100)
         axes.grid(False, axis="x")
@@ -248,6 +252,16 @@ def _draw(axes: Axes, panel: Panel) -> None:
     points = [point for series in panel.series for point in series.points]
     axes.set_xlim(limits(panel.x, [end for p in points for end in (p.x_span or (p.x, p.x))]))
     axes.set_ylim(limits(panel.y, [end for p in points for end in (p.y_span or (p.y, p.y))]))
+    _draw_axes(axes, panel)
+    if panel.labelled:
+        for start, end in links(panel):
+            axes.plot([start.x, end.x], [start.y, end.y], color=MUTED, linewidth=0.5, alpha=0.7, zorder=1)
+    for series in panel.series:
+        _draw_series(axes, series, *_aside(axes, panel, series))
+
+
+def _draw_axes(axes: Axes, panel: Panel) -> None:
+    """Ticks or names, labels and rules."""
     for axis, described in ((axes.xaxis, panel.x), (axes.yaxis, panel.y)):
         if described.ticks:
             axis.set_ticks(described.ticks, [number(tick) for tick in described.ticks])
@@ -263,11 +277,6 @@ def _draw(axes: Axes, panel: Panel) -> None:
         axes.axhline(value, color=TEXT, linewidth=0.8, linestyle=(0, (4, 3)))
     if panel.y.names:
         _name_rows(axes, panel.y.names)
-    if panel.labelled:
-        for start, end in links(panel):
-            axes.plot([start.x, end.x], [start.y, end.y], color=MUTED, linewidth=0.5, alpha=0.7, zorder=1)
-    for series in panel.series:
-        _draw_series(axes, series, *_aside(axes, panel, series))
 
 
 def limits(axis: Axis, values: Sequence[float]) -> tuple[float, float]:
@@ -308,12 +317,7 @@ def _draw_series(axes: Axes, series: Series, dx: float, dy: float) -> None:
     colour = COLOURS[series.style.colour % len(COLOURS)]
     look = {"color": colour, "marker": MARKERS[series.style.marker % len(MARKERS)], "clip_on": False}
     look |= {"markersize": 3.6 if series.joined else 4.6, "markeredgewidth": 0.9}
-    upright = [(p.x + dx, p.y_span[0] + dy, p.y_span[1] + dy) for p in series.points if p.y_span]
-    level = [(p.y + dy, p.x_span[0] + dx, p.x_span[1] + dx) for p in series.points if p.x_span]
-    if upright:
-        axes.vlines(*zip(*upright, strict=True), color=colour, linewidth=0.9)
-    if level:
-        axes.hlines(*zip(*level, strict=True), color=colour, linewidth=0.9)
+    _draw_intervals(axes, series.points, dx, dy, colour)
     (line,) = axes.plot(
         [p.x + dx for p in series.points],
         [p.y + dy for p in series.points],
@@ -326,6 +330,15 @@ def _draw_series(axes: Axes, series: Series, dx: float, dy: float) -> None:
         xs, ys = [p.x + dx for p in doubted], [p.y + dy for p in doubted]
         (hollow,) = axes.plot(xs, ys, linestyle="none", markerfacecolor=PAGE, **look)
         mark(hollow, "hollow", [p.says for p in doubted])
+
+
+def _draw_intervals(axes: Axes, points: Sequence[Point], dx: float, dy: float, colour: str) -> None:
+    upright = [(p.x + dx, p.y_span[0] + dy, p.y_span[1] + dy) for p in points if p.y_span]
+    level = [(p.y + dy, p.x_span[0] + dx, p.x_span[1] + dx) for p in points if p.x_span]
+    if upright:
+        axes.vlines(*zip(*upright, strict=True), color=colour, linewidth=0.9)
+    if level:
+        axes.hlines(*zip(*level, strict=True), color=colour, linewidth=0.9)
 
 
 def _label(axes: Axes, panel: Panel) -> None:
@@ -359,12 +372,27 @@ def _label(axes: Axes, panel: Panel) -> None:
 
 
 def short(name: str, most: int = 24) -> str:
-    """A name as it is drawn: on one line, cut to about a width, with nothing that XML does not know."""
-    name = "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in name)
-    widths = [2 if east_asian_width(each) in "WF" else 1 for each in name]
-    if sum(widths) <= most:
+    """A name as it is drawn: on one line, of printable characters, cut where `most` of usual width end."""
+    name = _printable(name)
+    if _fits(name, most):
         return name
-    return name[: sum(sum(widths[: k + 1]) < most for k in range(len(name)))] + "…"
+    return next(cut for k in range(most, -1, -1) if _fits(cut := f"{name[:k]}…", most))
+
+
+def _printable(text: str) -> str:
+    """Without line breaks and control characters, which XML does not know."""
+    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
+
+
+def _fits(name: str, most: int) -> bool:
+    """Whether a name is no wider than `most` characters: in cells of a terminal, which tell how wide
+    letters are that the font lacks, and as the font draws them, where a W takes the room of two."""
+    if sum(2 if east_asian_width(each) in "WF" else 1 for each in name) > most:
+        return False
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        points, _, _ = text_to_path.get_text_width_height_descent(name, FontProperties(size=8), ismath=False)
+    return points <= WIDTH * most
 
 
 def _heat_map(heat: HeatMap) -> Drawing:

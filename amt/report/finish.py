@@ -9,9 +9,11 @@ import resource
 import torch
 
 from amt.evaluation import runs
+from amt.evaluation.chance import chance_notes, is_below_chance
+from amt.evaluation.dilution import dilution
 from amt.evaluation.runs import Run
 from amt.report.tables import corruption_table, table
-from amt.report.tensorboard import write_board
+from amt.report.tensorboard import write_events
 from meta_dataset_readers.errors import say
 from meta_dataset_readers.files import replace_file
 
@@ -33,7 +35,7 @@ def finish(run: Run, device: torch.device) -> None:
     out = run.folder / "results.json"
     text = json.dumps(runs.summarise_run(run, more), indent=1)
     replace_file(out, text + "\n")
-    write_board(run, run.folder / "tensorboard")
+    write_events(run, run.folder / "tensorboard")
     names = [*run.sources, *run.averages]
     lines = [(name, [run.summary(name, column) for column in run.columns]) for name in names]
     accuracy_picture(run.folder / "accuracy.png", run.columns, lines)
@@ -42,7 +44,13 @@ def finish(run: Run, device: torch.device) -> None:
     say(f"accuracy on {run.about.get('split')} {run.unit}s in per cent, 95% intervals{merging}")
     for stamp in run.stamps:
         say(stamp)
-    say(table(run.columns, lines, [[run.suspect(name, c) for c in run.columns] for name in names]))
+    suspects = [[run.suspect(name, c) for c in run.columns] for name in names]
+    low = [[is_below_chance(run, name, c) for c in run.columns] for name in names]
+    say(table(run.columns, lines, suspects, low))
+    for line in chance_notes(run):
+        say(line)
+    for source, warning in dilutions(run).items():
+        say(f"warning: {source}: {warning}")
     for column, variants in run.variants.items():
         say(f"{column}: {'; or '.join(variants)}")
     if run.about["attacks"]:
@@ -55,6 +63,16 @@ def finish(run: Run, device: torch.device) -> None:
     if more["skipped_records"]:
         say(f"{more['skipped_records']} damaged records were passed over")
     say(f"wrote {out} and {run.folder / 'accuracy.png'}")
+
+
+def dilutions(run: Run) -> dict[str, str]:
+    """By attacked domain a warning about merges that lose most of their robustness, see `dilution`."""
+    found = {}
+    for source, about in run.merging.items():
+        levels, tasks = about.get("epsilons"), [row["coefficients"] for row in run.rows.get(source, ())]
+        if run.about["attacks"] and isinstance(levels, list) and all(len(t) == len(levels) for t in tasks):
+            found[source] = dilution(tasks, levels)
+    return {source: warning for source, warning in found.items() if warning}
 
 
 def cost(run: Run, device: torch.device) -> dict:

@@ -100,6 +100,12 @@ def norm_of(attack: str) -> str:
     return "l2" if "l2" in attack.split("-") else "linf"
 
 
+def chances(shown: Sequence[Shown], name: str) -> tuple[float, ...]:
+    """The accuracy of guessing in a domain or an average, where the runs agree in it."""
+    found = {round(each.run.chance(name), 6) for each in shown if each.summary(name, "clean") is not None}
+    return tuple(found) if len(found) == 1 else ()
+
+
 # --- numbers and words -----------------------------------------------------------------------------------
 
 

@@ -44,9 +44,7 @@ def svg_element(drawing: Figure, classes: str, label: str | None, salt: str) -> 
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the page's font may have it
         drawing.savefig(file, format="svg", metadata=nothing)
     root = ElementTree.fromstring(file.getvalue())
-    kept = {
-        use.get("{http://www.w3.org/1999/xlink}href", "")[1:] for use in root.iter() if _tag(use) == "use"
-    }
+    kept = {use.get(f"{XLINK}href", "")[1:] for use in root.iter() if _tag(use) == "use"}
     for element in list(root.iter()):
         _clean(element, kept)
     described = {"aria-hidden": "true"}
@@ -77,9 +75,7 @@ def _clean(element: ElementTree.Element, kept: set[str]) -> None:
         given["id"] = identifier
     for name, value in given.items():
         if name in ("d", "x", "y", "transform", "style"):
-            given[name] = re.sub(
-                r"-?\d+\.\d+", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), value
-            )
+            given[name] = re.sub(r"-?\d+\.\d+", _rounded, value)
     if "style" in given:
         style = re.sub(r"font-family:[^;]*;|stroke-dashoffset: 0;", "", given["style"])
         given["style"] = re.sub("#[0-9a-f]{6}", lambda found: VARIABLES.get(found[0], found[0]), style)

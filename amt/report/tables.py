@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from amt.evaluation.chance import MARK
 from amt.evaluation.runs import corruption_summary
 from amt.evaluation.statistics import Summary
 
@@ -50,6 +51,7 @@ def table(
     columns: Sequence[str],
     rows: Sequence[tuple[str, Sequence[Summary | None]]],
     suspects: Sequence[Sequence[str | None]] = (),
+    low: Sequence[Sequence[bool]] = (),
 ) -> str:
     """A plain-text table of `mean +- interval` per domain and column, with the number of episodes; of many
     columns, several tables.
@@ -57,6 +59,7 @@ def table(
     Args:
         suspects: like `rows`, why a result is not to be believed; it gets a question mark, and a line below
             the table says why.
+        low: like `rows`, whether a result is not above chance; it gets a `MARK`.
     """
     width = max(len(name) for name, _ in rows)
     cell = max(14, *(len(column) for column in columns))
@@ -71,7 +74,8 @@ def table(
                 reason = suspects[k][j] if suspects else None
                 if reason:
                     reasons.setdefault((name, reason), []).append(columns[j])
-                text = "-" if summaries[j] is None else f"{summaries[j]}{'?' if reason else ''}"
+                marks = f"{MARK if low and low[k][j] else ''}{'?' if reason else ''}"
+                text = "-" if summaries[j] is None else f"{summaries[j]}{marks}"
                 cells.append(text.rjust(cell))
             n = next((s.n for s in summaries if s is not None), 0)
             lines.append(" ".join([name.ljust(width), *cells, f"{n:8d}"]))

@@ -8,17 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard import summary
 
 from amt.evaluation.runs import Run
+from amt.files.tensorboard import TensorBoard
 from amt.report.pictures import amplify
 from meta_dataset_readers.errors import InputError
 
 SUFFIX = ".evaluation"
 
 
-def write_board(run: Run, folder: Path) -> None:
+def write_events(run: Run, folder: Path) -> None:
     """Write TensorBoard events into `folder`, in place of those of an earlier call.
 
     Scalars are `COLUMN/DOMAIN` in per cent, averages among the domains; the images of a sample are a grid of
@@ -32,23 +32,23 @@ def write_board(run: Run, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob(f"events.out.tfevents.*{SUFFIX}"):
             old.unlink()
-        with SummaryWriter(folder, filename_suffix=SUFFIX) as board:
+        with TensorBoard(folder, suffix=SUFFIX) as board:
             _write(run, board)
     except OSError as error:
         raise InputError(f"{folder}: cannot be written to ({error.strerror})") from error
 
 
-def _write(run: Run, board: SummaryWriter) -> None:
+def _write(run: Run, board: TensorBoard) -> None:
     metrics = {}
     for name in (*run.sources, *run.averages):
         for column in run.columns:
-            summary = run.summary(name, column)
-            board.add_scalar(f"{column}/{name}", summary.mean, 0)
+            mean = run.summary(name, column).mean
+            board.add({f"{column}/{name}": mean}, 0)
             if name in run.averages or len(run.sources) == 1:
-                metrics[f"hparam/{name}/{column}"] = summary.mean
+                metrics[f"hparam/{name}/{column}"] = mean
     for name, accuracies in run.corruptions.items():
         for severity, accuracy in enumerate(accuracies, 1):
-            board.add_scalar(f"corruptions/{name}", 100 * accuracy, severity)
+            board.add({f"corruptions/{name}": 100 * accuracy}, severity)
     for sample in run.samples():
         amplified = np.stack([amplify(each)[0] for each in sample.perturbation])
         lines = [
@@ -56,14 +56,13 @@ def _write(run: Run, board: SummaryWriter) -> None:
             for line in zip(sample.clean, amplified, sample.attacked, strict=True)
         ]
         grid = np.concatenate(lines)
-        board.add_image(f"{sample.source}/{sample.column}", grid, sample.index, dataformats="HWC")
-    # add_hparams would put the row into a run of its own, beside this one.
+        name = f"{sample.source}/{sample.column}"
+        board.add_summary(summary.image(name, grid, dataformats="HWC"), sample.index)
     settings = flat({"arch": run.about.get("arch"), "checkpoint": run.about.get("checkpoint")})
     settings |= flat(run.about["settings"])
-    for event in hparams(settings, metrics):
-        board.file_writer.add_summary(event)
-    for name, value in metrics.items():
-        board.add_scalar(name, value, 0)
+    for event in summary.hparams(settings, metrics):
+        board.add_summary(event, 0)
+    board.add(metrics, 0)
 
 
 def flat(settings: Mapping) -> dict[str, bool | float | str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from amt.models.heads import cosine_logits, prototypes
 from amt.models.network import Network, features
 from amt.models.weights import Coefficients, Merged, Weights, stream
-from amt.tasks.classifier import Classifier, Predictor, prototype_classifier
+from amt.tasks.classifier import Classifier, Fitter, Predictor, prototype_classifier
 from amt.tasks.merge import augment
 from amt.tasks.settings import Finetuning
 from meta_dataset_readers.episode import Episode
@@ -27,7 +27,12 @@ from meta_dataset_readers.errors import InputError
 
 
 def finetuned_predictor(
-    network: Network, merged: Merged, settings: Finetuning, seed: int, coefficients: Coefficients = ()
+    network: Network,
+    merged: Merged,
+    settings: Finetuning,
+    seed: int,
+    coefficients: Coefficients = (),
+    fitter: Fitter = prototype_classifier,
 ) -> Predictor:
     """For every task: fine-tune the weights on the support set, then prototypes.
 
@@ -35,13 +40,14 @@ def finetuned_predictor(
         merged: complete weights, of a pool or pretrained; scale and bias stay as they are.
         seed: decides, with the episode's index, the augmentation.
         coefficients: of the merge, empty if there was none.
+        fitter: classifies under the tuned weights, by prototypes or another head.
     """
 
     def predict(episode: Episode) -> Classifier:
         generator = stream(seed, episode.index, 3)
         support, labels = episode.support, episode.support_labels
         weights = finetune(network, merged, support, labels, settings, generator)
-        return prototype_classifier(network, merged._replace(weights=weights), episode, coefficients)
+        return fitter(network, merged._replace(weights=weights), episode, coefficients)
 
     return predict
 

@@ -41,6 +41,7 @@ class Routing:
         f"sharpness of the scores{_SEVERAL} (default: 1, or with --select {_listed(BETAS)})",
         flag="blend_beta",
         least=0,
+        most=10**6,
         metavar="BETA",
     )
     gamma: float = setting(
@@ -48,6 +49,7 @@ class Routing:
         f"balance of intra and inter{_SEVERAL} (default: 0.6, or with --select {_listed(GAMMAS)})",
         flag="blend_gamma",
         least=0,
+        most=10**6,
         metavar="GAMMA",
     )
     top_k: int = setting(2, f"adapters that share the weight{_SEVERAL} (default: 2)", least=1, metavar="K")
@@ -60,6 +62,7 @@ class Routing:
         f"scores, on clean ones{_SEVERAL} (default: 0; ours)",
         flag="route_epsilon",
         least=0,
+        most=10**6,
         metavar="E",
     )
     steps: int = 5
@@ -94,6 +97,7 @@ class Finetuning:
         "0, 0.0001, 0.001 and 0.01 on labelled episodes",
         flag="ada_lr",
         least=0,
+        most=1000,
     )
     augment_probability: float = setting(0.9, flag="aug_prob")
     augment_kinds: tuple[str, ...] = setting(

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from amt.attacks.losses import misclassified
 from amt.attacks.perturb import pgd
 from amt.models.network import Network, logits
 from amt.models.weights import Weights, stream
@@ -35,8 +36,8 @@ def accuracy(network: Network, weights: Weights, batches: Batches) -> float:
     right = count = 0
     with torch.no_grad():
         for images, labels, _ in batches:
-            found = logits(network, weights, images.to(device)).argmax(1)
-            right += int((found == labels.to(device)).sum())
+            found = logits(network, weights, images.to(device))
+            right += int((~misclassified(found, labels.to(device))).sum())
             count += len(labels)
     return right / max(count, 1)
 
@@ -65,7 +66,7 @@ def validate(
     for images, labels, indices in batches:
         images, labels = images.to(device), labels.to(device)
         with torch.no_grad():
-            correct = (logits_of(images).argmax(1) == labels).nonzero().squeeze(1)
+            correct = (~misclassified(logits_of(images), labels)).nonzero().squeeze(1)
         right, count = right + len(correct), count + len(labels)
         if len(correct) == 0:
             continue

@@ -38,9 +38,11 @@ class Adversary:
     """
 
     epsilon: float = setting(
-        8.0, "in 1/255 of the pixel range; below 0.5 in its parts", aliases="-e", least=0
+        8.0, "in 1/255 of the pixel range; below 0.5 in its parts", aliases="-e", least=0, most=10**6
     )
-    step_size: float = setting(2.0, "in the same unit (0.00784: 2/255)", aliases="--alpha -a", least=0)
+    step_size: float = setting(
+        2.0, "in the same unit (0.00784: 2/255)", aliases="--alpha -a", least=0, most=10**6
+    )
     steps: int = setting(10, "attack steps", flag="num_steps_train", aliases="--k -k", least=1, most=10**6)
     start: str = "gaussian"
     norm: str = setting("linf", "norm", flag="perturbation_type", aliases="-p", choices=("linf", "l2"))
@@ -103,9 +105,11 @@ class Settings:
     method: str = setting("autolora", "how AFF is done", choices=METHODS)
     epochs: int = setting(50, "default: 50; high: 60", aliases="--max_epoch -m_e", least=1, most=10**6)
     batch_size: int = setting(128, "default: 128; linear modes by table", aliases="-b", least=1, most=10**6)
-    lr: float = setting(0.1, "first rate (default: 0.1; high: 0.01)", aliases="--learning_rate -lr", least=0)
-    momentum: float = setting(0.9, "momentum of SGD", aliases="-m", least=0)
-    weight_decay: float = setting(2e-4, "default: 2e-4; high: 1e-4", aliases="--wd -w", least=0)
+    lr: float = setting(
+        0.1, "first rate (default: 0.1; high: 0.01)", aliases="--learning_rate -lr", least=0, most=1000
+    )
+    momentum: float = setting(0.9, "momentum of SGD", aliases="-m", least=0, most=1)
+    weight_decay: float = setting(2e-4, "default: 2e-4; high: 1e-4", aliases="--wd -w", least=0, most=1000)
     adversary: Adversary = dataclasses.field(default_factory=Adversary)
     auto_lr: bool = True
     auto_weights: bool = True
@@ -116,8 +120,8 @@ class Settings:
         least=0,
         most=1,
     )
-    scale: float = setting(6.0, "largest weight of the divergence", least=0)
-    divide: float = setting(2.0, "what a reduction divides the rate by", above=1)
+    scale: float = setting(6.0, "largest weight of the divergence", least=0, most=10**6)
+    divide: float = setting(2.0, "what a reduction divides the rate by", above=1, most=10**6)
     milestones: tuple[int, ...] = setting(
         (),
         "without the automatic schedule: divide by ten after these epochs, such as 15,20",
@@ -137,7 +141,9 @@ class Settings:
         False,
         "repeat what the published code does otherwise than the paper (implies --whole_passes)",
     )
-    twins_share: float = setting(0.3, "weight of the frozen half of TWINS", flag="twins_lambda", least=0)
+    twins_share: float = setting(
+        0.3, "weight of the frozen half of TWINS", flag="twins_lambda", least=0, most=10**6
+    )
     similarity_every: int = setting(
         0,
         "every N batches note the cosine between the natural and the adversarial gradient, per layer",

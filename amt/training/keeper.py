@@ -15,14 +15,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from torch import nn
 from tqdm import tqdm
 
 from amt.files import checkpoint, weight_files
 from amt.files.run_directory import RunDirectory
 from amt.files.signals import Interrupts
+from amt.files.tensorboard import TensorBoard
 from amt.models.weights import Weights
 from amt.training.optimiser import NonFiniteLoss
-from amt.training.tensorboard import TensorBoard
 from meta_dataset_readers.errors import InputError, printable
 
 Item = TypeVar("Item")
@@ -111,6 +112,10 @@ class Keeper:
     def whole(self, items: Iterable[Item]) -> Iterator[Item]:
         """All items; raises `Interrupted` after a signal, as half a validation is useless."""
         return self._interrupts.whole(items)
+
+    def passes(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """While active a pass through `module` raises `Interrupted` after a signal."""
+        return self._interrupts.passes(module)
 
     @property
     def interrupted(self) -> bool:

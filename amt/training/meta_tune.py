@@ -38,7 +38,8 @@ from torch import Tensor
 from amt.attacks.levels import Perturbation
 from amt.attacks.losses import kl_sum
 from amt.attacks.perturb import ascend, perturb_weights
-from amt.models.heads import cosine_logits, prototypes
+from amt.models.head_settings import default_head
+from amt.models.heads import Fitted, detached, fit
 from amt.models.network import Network, features
 from amt.models.pool import Pool
 from amt.models.weights import Weights, stream
@@ -65,6 +66,7 @@ def query_outcome(
     level: Perturbation,
     start: list[Tensor],
     loss_scale: float = 1.0,
+    head: str | None = None,
 ) -> QueryOutcome:
     """The dual-perturbation loss of one member on one episode ("adsv"; AMT, sections 3.2 and 3.3), with graph
     to its factors and scale.
@@ -75,16 +77,13 @@ def query_outcome(
         start: the attack's start on the queries (Q, 3, H, W), see `Pyramid.start`.
         loss_scale: scales the losses whose gradients steer the two perturbations, so that float16 does not
             flush them to zero.
+        head: what classifies the queries, see `TuneSettings`.
     """
-
-    def logits(query: Tensor, centres: Tensor) -> Tensor:
-        return cosine_logits(query, centres, pool.scale, pool.bias)
-
     # Each graph gets weights of its own, since taking the weight perturbation's gradient frees its graph.
-    centres, weights, fixed = _fitted_to_support(network, pool, episode)
-    fixed_centres = centres.detach()
+    classify, weights, fixed = _fitted_to_support(network, pool, episode, head)
+    settled = detached(classify)  # the support has no part in the move of the weights
     clean = features(network, weights, episode.query)
-    target = logits(clean, fixed_centres).detach()
+    target = settled(clean).detach()
 
     def divergence(images: Tensor) -> Tensor:
         return kl_sum(target, fixed(images))
@@ -92,13 +91,11 @@ def query_outcome(
     images = ascend(divergence, episode.query, start, level.pyramid, level.steps, loss_scale)
     attacked = features(network, weights, images)
     if level.gamma > 0:
-        uphill = robust_loss(
-            logits(clean, fixed_centres), logits(attacked, fixed_centres), episode.query_labels, level.beta
-        )
+        uphill = robust_loss(settled(clean), settled(attacked), episode.query_labels, level.beta)
         moved = pool.with_factors(perturb_weights(uphill.total, pool.factors, level.gamma, loss_scale))
         both = features(network, moved.merge(ALONE), torch.cat([episode.query, images]))
         clean, attacked = both.chunk(2)
-    clean_logits, attacked_logits = logits(clean, centres), logits(attacked, centres)
+    clean_logits, attacked_logits = classify(clean), classify(attacked)
     loss = robust_loss(clean_logits, attacked_logits, episode.query_labels, level.beta)
     return QueryOutcome(loss, clean_logits, attacked_logits)
 
@@ -110,19 +107,20 @@ def querying_outcome(
     level: Perturbation,
     start: list[Tensor],
     loss_scale: float = 1.0,
+    head: str | None = None,
 ) -> QueryOutcome:
     """Adversarial querying: cross-entropy of the attacked queries alone, the support set clean.
 
     The attack increases the cross-entropy with the true labels, under weights and prototypes as they are.
     Arguments as of `query_outcome`, queries (Q, 3, H, W); the level's `gamma` and `beta` are not used.
     """
-    centres, weights, fixed = _fitted_to_support(network, pool, episode)
+    classify, weights, fixed = _fitted_to_support(network, pool, episode, head)
 
     def mistakes(images: Tensor) -> Tensor:
         return F.cross_entropy(fixed(images), episode.query_labels, reduction="sum")
 
     images = ascend(mistakes, episode.query, start, level.pyramid, level.steps, loss_scale)
-    attacked = cosine_logits(features(network, weights, images), centres, pool.scale, pool.bias)
+    attacked = classify(features(network, weights, images))
     with torch.no_grad():
         clean = fixed(episode.query)  # for the record: nothing is learnt from it
     return QueryOutcome(_cross_entropy_alone(attacked, episode.query_labels), clean, attacked)
@@ -135,16 +133,16 @@ def natural_outcome(
     level: Perturbation | None = None,
     start: list[Tensor] | None = None,
     loss_scale: float = 1.0,
+    head: str | None = None,
 ) -> QueryOutcome:
     """Plain meta-tuning: cross-entropy of the clean queries, support and query under the same weights.
 
-    Queries are (Q, 3, H, W). Nothing is attacked, so the last three arguments are not used.
+    Queries are (Q, 3, H, W). Nothing is attacked, so level, start and loss_scale are not used.
     """
     weights = pool.merge(ALONE)
     both = features(network, weights, torch.cat([episode.support, episode.query]))
     support, query = both.split([len(episode.support), len(episode.query)])
-    centres = prototypes(support, episode.support_labels)
-    clean = cosine_logits(query, centres, pool.scale, pool.bias)
+    clean = _fit(pool, head, support, episode.support_labels)(query)
     return QueryOutcome(_cross_entropy_alone(clean, episode.query_labels), clean, clean)
 
 
@@ -152,21 +150,26 @@ OUTCOMES = {"adsv": query_outcome, "querying": querying_outcome, "standard": nat
 METHODS = tuple(OUTCOMES)
 
 
+def _fit(pool: Pool, head: str | None, support: Tensor, labels: Tensor) -> Fitted:
+    """The head fitted to support features (S, D), with graph; the scale is the one that is trained."""
+    return fit(default_head(head or "prototypes"), support, labels, scale=pool.scale, bias=pool.bias)
+
+
 def _fitted_to_support(
-    network: Network, pool: Pool, episode: Episode
-) -> tuple[Tensor, Weights, Callable[[Tensor], Tensor]]:
-    """A member fitted to the support set: prototypes (N, D) with graph, weights with a graph of their own for
-    the queries, and the classifier images -> logits for the attack, differentiable by the images alone."""
+    network: Network, pool: Pool, episode: Episode, head: str | None
+) -> tuple[Fitted, Weights, Callable[[Tensor], Tensor]]:
+    """A member fitted to the support set: the head with graph, weights with a graph of their own for the
+    queries, and the classifier images -> logits for the attack, differentiable by the images alone."""
     support = features(network, pool.merge(ALONE), episode.support)
-    centres = prototypes(support, episode.support_labels)
+    classify = _fit(pool, head, support, episode.support_labels)
     weights = pool.merge(ALONE)
     still = {name: weight.detach() for name, weight in weights.items()}
-    fixed_centres, scale = centres.detach(), pool.scale.detach()
+    fixed_head = detached(classify)
 
     def fixed(images: Tensor) -> Tensor:
-        return cosine_logits(features(network, still, images), fixed_centres, scale, pool.bias)
+        return fixed_head(features(network, still, images))
 
-    return centres, weights, fixed
+    return classify, weights, fixed
 
 
 def _cross_entropy_alone(logits: Tensor, labels: Tensor) -> RobustLoss:
@@ -323,7 +326,7 @@ class Tuner:
         generator = stream(self.settings.seed, self.episodes_done, p)
         start = level.pyramid.start(episode.query, generator) if self.settings.adversarial else []
         outcome = OUTCOMES[self.settings.method]
-        return outcome(self.network, member, episode, level, start, loss_scale)
+        return outcome(self.network, member, episode, level, start, loss_scale, self.settings.head)
 
     def state(self) -> tuple[Weights, dict]:
         """The state besides the pool: the optimisers' momentum by name, and plain numbers."""

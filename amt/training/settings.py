@@ -2,9 +2,11 @@
 
 import dataclasses
 
+from amt.models.head_settings import TRAINED
 from meta_dataset_readers.settings import setting
 
 METHODS = ("adsv", "querying", "standard")
+MOST_RATE = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +20,7 @@ class TuneSettings:
         method: one of `METHODS`; see amt/training/meta_tune.py.
         clip_grad: largest norm of one level's gradient, or None.
         epsilon_warmup: episodes over which epsilon and step size grow linearly to their level; 0 for none.
+        head: what classifies the queries, one of `TRAINED` with its default options; None: prototypes.
         seed: decides the attacks' random starts, together with the episode's number and the level.
 
     >>> TuneSettings(method="standard").adversarial
@@ -26,11 +29,11 @@ class TuneSettings:
 
     epochs: int = setting(30, "passes of nEpisode episodes per source", least=1, most=10**6)
     episodes_per_epoch: int = 2000
-    lr: float = setting(5e-4, "learning rate after the warm-up", least=0)
-    warmup_epochs: int = setting(5, "epochs of linear warm-up", least=0)
-    warmup_lr: float = setting(1e-6, "rate the warm-up starts from", least=0)
-    min_lr: float = setting(1e-6, "rate the cosine ends at", least=0)
-    momentum: float = setting(0.9, "momentum of SGD", least=0)
+    lr: float = setting(5e-4, "learning rate after the warm-up", least=0, most=MOST_RATE)
+    warmup_epochs: int = setting(5, "epochs of linear warm-up", least=0, most=10**6)
+    warmup_lr: float = setting(1e-6, "rate the warm-up starts from", least=0, most=MOST_RATE)
+    min_lr: float = setting(1e-6, "rate the cosine ends at", least=0, most=MOST_RATE)
+    momentum: float = setting(0.9, "momentum of SGD", least=0, most=1)
     method: str = setting(
         "adsv",
         "adsv: AMT's two perturbations; querying: adversarial querying, only the query images are attacked, "
@@ -40,8 +43,13 @@ class TuneSettings:
         flag="pgd_method",
         choices=METHODS,
     )
-    clip_grad: float | None = setting(None, "largest gradient norm of a level (ours)", above=0)
-    epsilon_warmup: int = setting(0, "episodes over which epsilon grows from 0 (ours)", least=0)
+    clip_grad: float | None = setting(None, "largest gradient norm of a level (ours)", above=0, most=10**6)
+    epsilon_warmup: int = setting(0, "episodes over which epsilon grows from 0 (ours)", least=0, most=10**9)
+    head: str | None = setting(
+        None,
+        "what classifies the queries in training, fitted to the support with gradients (default: prototypes)",
+        choices=TRAINED,
+    )
     seed: int = 0
 
     @property

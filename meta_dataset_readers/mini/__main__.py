@@ -1,5 +1,10 @@
 """The command `python -m meta_dataset_readers.mini`: options in, directory and a table out."""
 
+if __name__ == "__main__":
+    from meta_dataset_readers import endings
+
+    endings.begin()
+
 import argparse
 import sys
 from collections.abc import Sequence

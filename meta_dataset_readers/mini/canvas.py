@@ -200,11 +200,6 @@ def to_image(picture: np.ndarray) -> Image.Image:
     return Image.fromarray((np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8))
 
 
-def soften(picture: np.ndarray, radius: float) -> np.ndarray:
-    """Gaussian blur, `radius` in pixels."""
-    return to_picture(to_image(picture).filter(ImageFilter.GaussianBlur(radius)))
-
-
 def plain_ground(rng: Generator, size: Size, base: np.ndarray) -> np.ndarray:
     return flat(size, base)
 

@@ -8,17 +8,15 @@ complete, and one that is not in `mini.json` is made again. (A killed run leaves
 behind, which can be deleted; later runs do not touch it, since another run may be using it.)
 """
 
-import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Iterable
+from concurrent.futures import Executor
 from pathlib import Path
 
 from PIL import Image
@@ -27,6 +25,7 @@ from tqdm import tqdm
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.files import read_json
 from meta_dataset_readers.mini.sources import FILE_PATTERN, OBJECTS_PER_CLASS, SOURCE_NAMES, Source, build
+from meta_dataset_readers.processes import mapped, processes
 from meta_dataset_readers.tfrecord import encode_example, write_records
 
 GENERATOR_VERSION = 1  # raised whenever the same settings give other pictures
@@ -89,14 +88,14 @@ def make_mini(
     images = sum(sum(wanted[name].counts) for name in missing)
     if missing:
         with (
-            _mapper(workers) as run,
+            processes(workers) as pool,
             tqdm(total=images, unit="image", disable=not progress, leave=False) as bar,
         ):
             for name in missing:
                 bar.set_description(name)
                 manifest.pop(name, None)
                 _save_manifest(out, manifest)
-                manifest[name] = _write_source(out, wanted[name], settings, run, bar)
+                manifest[name] = _write_source(out, wanted[name], settings, pool, bar)
                 _save_manifest(out, manifest)
     return [_written(name, manifest[name], fresh=name in missing) for name in wanted]
 
@@ -150,29 +149,16 @@ def _is_complete(out: Path, name: str, settings: Settings, manifest: dict[str, d
     return (len(sizes), sum(sizes)) == (entry.get("classes"), entry.get("bytes"))
 
 
-@contextlib.contextmanager
-def _mapper(workers: int):
-    """A function like `map`, in `workers` processes; results come in order."""
-    if workers == 1:
-        yield map
-        return
-    # Fresh interpreters: forking a program that already runs threads (torch does) can hang.
-    context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context)
-    try:
-        yield pool.map
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _write_source(out: Path, source: Source, settings: Settings, run, bar: tqdm) -> dict:
+def _write_source(out: Path, source: Source, settings: Settings, pool: Executor | None, bar: tqdm) -> dict:
     """Write one source, put it in its place and return its entry for the manifest."""
     with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=out) as scratch:
         fresh = Path(scratch) / source.name
         fresh.mkdir()
         write = functools.partial(_write_class, source.name, settings, fresh)
         digest, size = hashlib.sha256(), 0
-        for class_id, (class_digest, class_size) in enumerate(run(write, range(len(source.classes)))):
+        died = "a process died, perhaps for want of memory; --workers 1 needs the least"
+        written = mapped(pool, write, range(len(source.classes)), died)
+        for class_id, (class_digest, class_size) in enumerate(written):
             digest.update(class_digest)
             size += class_size
             bar.update(source.counts[class_id])

@@ -1,14 +1,16 @@
 """The command lines: every flag once, checked once, turned into typed settings."""
 
-from amt.cli.options.common import add_dry_run, reading, sampling, use_threads
+from amt.cli.options.common import add_dry_run, add_weights_key, reading, sampling, use_threads
 from amt.cli.options.parsing import Parser, check_output
 from amt.cli.options.testing import (
     TEST_SOURCES,
+    add_head,
     add_merging,
     attacks,
     check_testing,
     deployments,
     finetuning,
+    heads,
     part,
     routing,
     selection,
@@ -17,6 +19,7 @@ from amt.cli.options.testing import (
 )
 from amt.cli.options.training import (
     TRAINING_SOURCES,
+    add_statistics,
     autocast,
     check_training,
     levels,
@@ -31,7 +34,10 @@ __all__ = [
     "TRAINING_SOURCES",
     "Parser",
     "add_dry_run",
+    "add_head",
     "add_merging",
+    "add_statistics",
+    "add_weights_key",
     "attacks",
     "autocast",
     "check_output",
@@ -39,6 +45,7 @@ __all__ = [
     "check_training",
     "deployments",
     "finetuning",
+    "heads",
     "levels",
     "method",
     "part",

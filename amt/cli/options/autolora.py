@@ -10,8 +10,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from amt.attacks.kinds import Attack, parse_attack
-from amt.cli.options.common import COUNT, PROCESSES, SIDE, add_machine, add_saving
+from amt.attacks.kinds import WORST_CASE, Attack, parse_attack
+from amt.cli.options.common import COUNT, PROCESSES, SIDE, add_machine, add_saving, add_weights_key
 from amt.cli.options.parsing import Parser, check_distinct
 from amt.cli.options.published_settings import PublishedSettings, published_settings
 from amt.files.pretrainings import PRETRAININGS, published_name
@@ -103,6 +103,7 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--load_checkpoint", type=as_path, help="the published name for --checkpoint beside --todo test"
     )
+    add_weights_key(group)
     group.add_argument("--no_pretrain", action="store_true", help="start from random weights")
     group.add_argument(
         "--pretraining",
@@ -162,8 +163,8 @@ def _add_testing(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         action="append",
         metavar=("NAME", "OPTION=VALUE"),
-        help="instead of PGD, any number of times: pgd, apgd, fab, autoattack, square; see "
-        "test_meta_dataset.py --help",
+        help="any number of times: pgd, apgd, fab, autoattack, square, strong; see test_meta_dataset.py "
+        "--help (default: pgd, loss=ce+dlr; with --published or a published script's own flags loss=ce)",
     )
     group.add_argument(
         "--eval_OOD", action="store_true", help="also under common corruptions: --corruptions, or made here"
@@ -180,7 +181,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser().parse(argv)
     _translate_published(args)
     _check(args)
-    _fill_in_sizes(args, argv)
+    high_script = _is_high_script(argv)
+    _fill_in_sizes(args, high_script)
+    as_published = args.published or args.experiment is not None or high_script
+    args.test_loss = "ce" if as_published else WORST_CASE
     if 0 < args.epsilon < FRACTIONS:
         args.epsilon, args.step_size = _from_fraction(args.epsilon), _from_fraction(args.step_size)
     return args
@@ -223,7 +227,13 @@ def _check(args: argparse.Namespace) -> None:
             raise InputError(message)
 
 
-def _fill_in_sizes(args: argparse.Namespace, argv: list[str]) -> None:
+def _is_high_script(argv: list[str]) -> bool:
+    """Whether flags have the names that only the published script for high resolution gives them."""
+    own = ("__model_arch", "__model_path", "__model_root")
+    return any(word.replace("-", "_").startswith(own) for word in argv)
+
+
+def _fill_in_sizes(args: argparse.Namespace, high_script: bool) -> None:
     """The size of the images by the data set, and the resolution that follows from it."""
     from amt.data.datasets import known  # these bring torch, which --help need not wait for
     from amt.models.architectures import LARGE
@@ -231,12 +241,8 @@ def _fill_in_sizes(args: argparse.Namespace, argv: list[str]) -> None:
     entry = known(args.dataset)
     args.resize = args.resize or entry.image_size
     if args.resolution is None:
-        published_high = any(
-            word.replace("-", "_").startswith(("__model_arch", "__model_path", "__model_root"))
-            for word in argv
-        )
         transformer = args.arch.startswith(("vit", "deit", "timm:vit", "timm:deit"))
-        args.resolution = "high" if published_high or transformer or args.resize >= LARGE else "low"
+        args.resolution = "high" if high_script or transformer or args.resize >= LARGE else "low"
 
 
 def _from_fraction(value: float) -> float:
@@ -351,7 +357,7 @@ def attacks(args: argparse.Namespace) -> tuple[Attack, ...]:
     norm = args.perturbation_type
     found = [
         parse_attack(words, epsilon=(args.epsilon,), norm=norm)
-        for words in args.attack or ([["pgd"]] if args.epsilon else [])
+        for words in args.attack or ([["pgd", f"loss={args.test_loss}"]] if args.epsilon else [])
     ]
     if not args.attack:
         step = None if args.step_size == args.epsilon / 4 else args.step_size

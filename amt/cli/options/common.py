@@ -7,7 +7,7 @@ from amt.cli.options.parsing import Parser
 from meta_dataset_readers.command import add_image_prefix
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.protocol import MOST, EpisodeSampling
-from meta_dataset_readers.settings import Number, add_flags, as_path, from_args, nonnegative, nonnegative_int
+from meta_dataset_readers.settings import Number, add_flags, as_path, from_args, nonnegative
 
 CDFSL_QUERIES = 15  # per class, in the benchmark's own evaluation
 
@@ -18,6 +18,8 @@ COUNT = Number(int, least=1, most=MOST)
 SIDE = Number(int, least=1, most=4096)  # px of an image
 PROCESSES = Number(int, least=0, most=1024)
 THREADS = Number(int, least=1, most=1024)
+SEED = Number(int, least=0, most=2**62)
+EPSILON = Number(float, least=0, most=10**6)  # in 1/255, of any norm
 
 
 def add_overwrite(group) -> None:
@@ -75,8 +77,19 @@ def add_common(parser: Parser, sources: str, default: Sequence[str], split_help:
         type=as_path,
         help="backbone weights, safetensors or an official .pth (default: shipped, or from timm's hub)",
     )
+    add_weights_key(model)
     model.add_argument("--no_pretrain", action="store_true", help="start from random weights")
     add_machine(parser, seed=0)
+
+
+def add_weights_key(parser: argparse._ActionsContainer) -> None:
+    """The flag --weights_key."""
+    parser.add_argument(
+        "--weights_key",
+        metavar="KEY",
+        help="which network to take of a weights file that holds several, such as student; a wrong one lists "
+        "those there are",
+    )
 
 
 def add_machine(parser: Parser, seed: int) -> argparse._ArgumentGroup:
@@ -89,7 +102,7 @@ def add_machine(parser: Parser, seed: int) -> argparse._ArgumentGroup:
         type=THREADS,
         help="CPU threads (default: torch's choice); 1 is best for small networks or on a busy machine",
     )
-    machine.add_argument("--seed", type=nonnegative_int, default=seed, help="decides everything random")
+    machine.add_argument("--seed", type=SEED, default=seed, help="decides everything random")
     add_overwrite(machine)
     return machine
 
@@ -126,7 +139,7 @@ def folder_source(args: argparse.Namespace) -> list[str]:
 def sampling(args: argparse.Namespace) -> EpisodeSampling:
     """How episodes are drawn."""
     fixed = {}
-    if args.dataset in FOLDER_DATASETS:
+    if vars(args).get("dataset") in FOLDER_DATASETS:
         fixed = {"num_ways": args.nClsEpisode, "num_support": args.nSupport, "num_query": args.nQuery}
     elif vars(args).get("cdfsl_domains"):
         fixed = {"num_ways": args.test_n_way, "num_support": args.n_shot, "num_query": CDFSL_QUERIES}

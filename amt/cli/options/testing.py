@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from amt.attacks.kinds import PGD_KINDS, TARGETED, Attack, parse_attack, target_count
-from amt.cli.options.common import COUNT, WAYS, add_common, check_episodes, folder_source, sampling
+from amt.cli.options.common import COUNT, EPSILON, WAYS, add_common, check_episodes, folder_source, sampling
 from amt.cli.options.domain_config import DomainSettings, read_domain_config
 from amt.cli.options.parsing import Parser, check_distinct
 from amt.evaluation.settings import Deployment, published_grid
+from amt.models.head_settings import Head, parse_head
 from amt.tasks.settings import BETAS, GAMMAS, Finetuning, Routing
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.settings import (
@@ -23,9 +24,6 @@ from meta_dataset_readers.settings import (
     add_flags,
     as_path,
     from_args,
-    nonnegative,
-    nonnegative_int,
-    positive_int,
 )
 
 if TYPE_CHECKING:
@@ -39,6 +37,9 @@ TEST_SOURCES = (
 _NEEDING_A_POOL = ("trim", "trim_candidates", "select_on", "domain_config")
 _SEARCHED = ("beta", "gamma", "top_k", "epsilon")  # of Routing, what --select may choose
 _FLAGS = {"beta": "blend_beta", "gamma": "blend_gamma"}  # where a domain's setting is not called as its flag
+
+
+_EPISODES = Number(int, least=0, most=10**7)
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -55,10 +56,59 @@ def add_merging(group: argparse._ArgumentGroup) -> None:
     add_flags(group, Routing, several=_SEARCHED)
 
 
+def add_head(group: argparse._ArgumentGroup, several: str) -> None:
+    """The flag of what classifies the features; `several` says what giving it more than once does."""
+    group.add_argument(
+        "--head",
+        nargs="+",
+        action="append",
+        metavar=("NAME", "OPTION=VALUE"),
+        help="what classifies the features: prototypes, centred, lda, ridge, robust-lda, or mix of two "
+        "networks, with shares such as support=0.3 attack=0.3 identity=0.4, and for mix of=robust-lda "
+        f"share=0.8 other=pretrained{several} (default: prototypes; docs/robust-lda.md)",
+    )
+
+
+def heads(args: argparse.Namespace) -> tuple[Head, ...] | None:
+    """The heads that --head names, in order; None for the default.
+
+    Raises:
+        InputError: one of them makes no sense, or two are the same.
+    """
+    if args.head is None:
+        return None
+    found = tuple(parse_head(words) for words in args.head)
+    check_distinct("head", [head.name for head in found])
+    return found
+
+
 def testing_parser() -> Parser:
     """The flags of test_meta_dataset.py."""
     parser = Parser("Evaluate a pool per domain: route, merge, trim, classify; clean and under attack.")
     add_common(parser, "test_sources", TEST_SOURCES, "domains to evaluate on, one after another")
+    _add_evaluation(parser)
+    _add_attacks(parser)
+    _add_running(parser)
+    merging = parser.add_argument_group("merging")
+    add_merging(merging)
+    add_head(merging, "; given several times --select chooses")
+    add_flags(merging, Deployment)
+    merging.add_argument(
+        "--domain_config",
+        type=as_path,
+        metavar="FILE.yaml",
+        help="settings per domain, over these flags: beta, gamma, top_k, route_epsilon, trim, search_scale, "
+        "search_step, candidate_pool (amt/cli/options/domain_config.py)",
+    )
+    add_flags(parser.add_argument_group("test-time fine-tuning, with --deploy finetune"), Finetuning)
+    precision = "evaluation is in float32, as the attacks need it"
+    parser.add_without_effect({"fp16": (0, precision), "bf16": (0, precision)})
+    parser.add_published()
+    return parser
+
+
+def _add_evaluation(parser: Parser) -> None:
+    """What is evaluated, on which episodes, and where the results go."""
     parser.add_argument(
         "--cdfsl_domains",
         nargs="+",
@@ -88,39 +138,45 @@ def testing_parser() -> Parser:
         "--dump", type=as_path, metavar="DIR", help="also write every episode there, in Meta-Dataset's format"
     )
 
+
+def _add_attacks(parser: Parser) -> None:
     attack = parser.add_argument_group("attack")
     attack.add_argument(
         "--attack",
         nargs="+",
         action="append",
         metavar=("NAME", "OPTION=VALUE"),
-        help="any number of times: pgd, apgd, autoattack, fab, square, pyramid, transfer (images made on the "
-        "pretrained network) or support (its images are attacked, not the queries), with any of norm=l2, "
-        "epsilon=1,2,4, steps=, restarts=, step_size=, loss=ce|kl|dlr, queries=, targets= "
-        "(default: pgd)",
+        help="any number of times: pgd, apgd, autoattack, fab, square, strong (APGD on both losses, images "
+        "made on the pretrained network and every adapter, FAB and Square, each on what is left), pyramid, "
+        "transfer (images made on the pretrained network) or support (its images are attacked, not the "
+        "queries), with any of norm=l2, epsilon=1,2,4, steps=, restarts=, step_size=, loss=ce|kl|dlr|margin "
+        "or several such as ce+dlr, queries=, targets= (default: pgd, loss=ce+dlr)",
     )
     attack.add_argument(
         "--epsilon",
-        type=nonnegative,
+        type=EPSILON,
         nargs="*",
         default=[8.0],
         help="in 1/255 of the pixel range, increasing, for attacks that name none; none: clean only",
     )
-    attack.add_argument("--attack_iters", type=positive_int, default=20, help="steps of PGD")
+    steps = Number(int, least=1, most=10**6)
+    attack.add_argument("--attack_iters", type=steps, default=20, help="steps of PGD")
     attack.add_argument(
-        "--alpha", type=nonnegative, help="step size of PGD in 1/255 (default: a quarter of each epsilon)"
+        "--alpha", type=EPSILON, help="step size of PGD in 1/255 (default: a quarter of each epsilon)"
     )
     attack.add_argument(
         "--probe_episodes",
-        type=nonnegative_int,
+        type=_EPISODES,
         default=2,
         help="episodes per domain on which the attacks themselves are checked; 0: none",
     )
 
+
+def _add_running(parser: Parser) -> None:
     running = parser.add_argument_group("run")
     running.add_argument(
         "--samples",
-        type=nonnegative_int,
+        type=_EPISODES,
         default=1,
         help="episodes per domain whose images are kept for the report",
     )
@@ -132,22 +188,6 @@ def testing_parser() -> Parser:
         "(default: what torchrun says, else everything)",
     )
 
-    merging = parser.add_argument_group("merging")
-    add_merging(merging)
-    add_flags(merging, Deployment)
-    merging.add_argument(
-        "--domain_config",
-        type=as_path,
-        metavar="FILE.yaml",
-        help="settings per domain, over these flags: beta, gamma, top_k, route_epsilon, trim, search_scale, "
-        "search_step, candidate_pool (amt/cli/options/domain_config.py)",
-    )
-    add_flags(parser.add_argument_group("test-time fine-tuning, with --deploy finetune"), Finetuning)
-    precision = "evaluation is in float32, as the attacks need it"
-    parser.add_without_effect({"fp16": (0, precision), "bf16": (0, precision)})
-    parser.add_published()
-    return parser
-
 
 def check_testing(args: argparse.Namespace) -> None:
     """The same for the flags of test_meta_dataset.py."""
@@ -157,15 +197,10 @@ def check_testing(args: argparse.Namespace) -> None:
     given = [flag for flag in ("specified_expert", "coefficients") if getattr(args, flag) is not None]
     if len(given) > 1:
         raise InputError("--specified_expert and --coefficients exclude each other")
-    needy = [*given, *(flag for flag in _NEEDING_A_POOL if getattr(args, flag))]
-    needy += ["select"] if args.select != "none" else []
-    needy += ["routing"] if args.routing != "amt" else []
-    needy += ["route_epsilon"] if any(args.route_epsilon or ()) else []
-    if args.resume is None and needy:
+    if args.resume is None and (needy := _needing_a_pool(args, given)):
         raise InputError(f"--{needy[0]} needs a pool; name its checkpoint with --resume")
-    if args.deploy == "merge-vanilla" and args.resume is None:
-        raise InputError("--deploy merge-vanilla needs a pool; name its checkpoint with --resume")
     _check_selection(args, given)
+    _check_heads(args)
     if args.cdfsl_domains and args.test_sources:
         raise InputError("--cdfsl_domains and --test_sources exclude each other")
     sources = test_sources(args)
@@ -177,25 +212,55 @@ def check_testing(args: argparse.Namespace) -> None:
     check_episodes(args)
 
 
+def _needing_a_pool(args: argparse.Namespace, given: Sequence[str]) -> list[str]:
+    """The flags that were given and mean something for a pool alone."""
+    needy = [*given, *(flag for flag in _NEEDING_A_POOL if getattr(args, flag))]
+    needy += ["select"] if args.select != "none" else []
+    needy += ["routing"] if args.routing != "amt" else []
+    needy += ["route_epsilon"] if any(args.route_epsilon or ()) else []
+    needy += ["deploy merge-vanilla"] if args.deploy == "merge-vanilla" else []
+    return needy
+
+
 def _check_selection(args: argparse.Namespace, given: Sequence[str]) -> None:
     """Raise an `InputError` for a selection that cannot be, or would look at what it must not."""
     way = selection(args)
     if args.select_on and way != "valid":
         raise InputError(f"--select_on {args.select_on} is for --select valid, found --select {way}")
+    if args.select_by != "mean" and way != "valid":
+        raise InputError(f"--select_by {args.select_by} is for --select valid, found --select {way}")
+    if args.select_by == "robust" and not (args.attack or any(args.epsilon)):
+        raise InputError("--select_by robust needs an attack, found --epsilon without a value")
+    if args.routing == "oracle" and (way != "none" or args.deploy == "finetune"):
+        raise InputError("--routing oracle chooses by the query labels: it excludes --select and finetune")
     if args.trim_candidates and way == "none":
         raise InputError("--trim_candidates are for --select to choose from, for example --select support")
     if given and args.routing != "amt":
         raise InputError(f"--{given[0]} and --routing {args.routing} exclude each other")
     if args.routing == "best" and way == "none":
         raise InputError("--routing best: which adapter is best has to be chosen, say by --select valid")
+    if any(args.route_epsilon or ()) and way != "support" and (given or args.routing != "amt"):
+        raise InputError("--route_epsilon is for the scores of --routing amt, or for --select support")
+    _check_unseen(args, way)
+    for flag in ("blend_beta", "blend_gamma", "top_k", "route_epsilon"):
+        check_distinct(flag, getattr(args, flag) or ())
+
+
+def _check_unseen(args: argparse.Namespace, way: str) -> None:
+    """Raise an `InputError` where settings would be chosen on the episodes that they are scored on."""
     scored = test_sources(args)
     if args.split == "VALID" and way == "valid" and (args.select_on is None or args.select_on in scored):
         on = f"--select_on {args.select_on}" if args.select_on else "--select valid"
         raise InputError(f"{on} would choose on the very VALID episodes it then scores")
-    if any(args.route_epsilon or ()) and way != "support" and (given or args.routing != "amt"):
-        raise InputError("--route_epsilon is for the scores of --routing amt, or for --select support")
-    for flag in ("blend_beta", "blend_gamma", "top_k", "route_epsilon"):
-        check_distinct(flag, getattr(args, flag) or ())
+
+
+def _check_heads(args: argparse.Namespace) -> None:
+    """Raise an `InputError` for several heads and nothing that chooses."""
+    found, way = heads(args) or (), selection(args)
+    if len(found) > 1 and way not in ("valid", "published"):
+        raise InputError(
+            f"--head is given {len(found)} times; --select valid chooses among them, found --select {way}"
+        )
 
 
 def test_sources(args: argparse.Namespace) -> tuple[str, ...]:
@@ -275,12 +340,16 @@ def deployments(args: argparse.Namespace) -> dict[str, Deployment]:
         own = read_domain_config(args.domain_config, sources)
     found = {source: _deployment(args, own[source], source) for source in sources}
     open_to = [
-        len(each.routings) > 1 or each.trim_candidates or each.routing == "best" for each in found.values()
+        len(each.routings) > 1
+        or each.trim_candidates
+        or each.routing == "best"
+        or len(each.offered_heads) > 1
+        for each in found.values()
     ]
     if way != "none" and not any(open_to):
         raise InputError(
             "--select or --select_on has nothing to choose from: expected --routing amt or best, several "
-            "values of a flag, or --trim_candidates"
+            "values of a flag, --trim_candidates, or --head several times"
         )
     return found
 
@@ -309,6 +378,7 @@ def _deployment(args: argparse.Namespace, domain: DomainSettings, source: str) -
         support_epsilon=max(epsilons) if way == "support" else 0.0,
         single=args.deploy == "vanilla",
         finetune=finetuning(args) if args.deploy == "finetune" else None,
+        heads=heads(args),
     )
 
 

@@ -5,11 +5,11 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from amt.attacks.levels import POOL_EPSILONS, Perturbation
-from amt.cli.options.common import COUNT, add_common, add_saving, check_episodes, folder_source
+from amt.cli.options.common import COUNT, EPSILON, add_common, add_saving, check_episodes, folder_source
 from amt.cli.options.parsing import Parser, check_distinct
 from amt.training.settings import TuneSettings
 from meta_dataset_readers.errors import InputError
-from meta_dataset_readers.settings import Number, add_flags, as_path, from_args, nonnegative, nonnegative_int
+from meta_dataset_readers.settings import Number, add_flags, as_path, from_args
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,7 @@ def training_parser() -> Parser:
     add_flags(levels, TuneSettings, "method", "epsilon_warmup", unset=("method",))
     levels.add_argument(
         "--epsilon",
-        type=nonnegative,
+        type=EPSILON,
         nargs="+",
         help="one LoRA or network for each value, in 1/255 of the pixel range (default: "
         f"{' '.join(f'{e:g}' for e in POOL_EPSILONS)}; with querying 8; with standard a single one)",
@@ -82,11 +82,23 @@ def training_parser() -> Parser:
         metavar="FILE",
         help="stored episodes to validate on instead, such as PMF's val_ep120_img128.h5",
     )
-    training.add_argument(
-        "--nValEpisode", type=nonnegative_int, default=120, help="fixed episodes per source; 0: none"
-    )
+    fixed = Number(int, least=0, most=10**7)
+    training.add_argument("--nValEpisode", type=fixed, default=120, help="fixed episodes per source; 0: none")
+    add_statistics(training, default=20)
     parser.add_published()
     return parser
+
+
+def add_statistics(group: argparse._ArgumentGroup, default: int) -> None:
+    """The flag of how many episodes the statistics for heads are measured on."""
+    group.add_argument(
+        "--statistics_episodes",
+        type=Number(int, least=0, most=10**6),
+        default=default,
+        metavar="N",
+        help="TRAIN episodes on which the covariances for test-time heads such as robust-lda are measured, "
+        f"once after meta-training; 0: none (default: {default})",
+    )
 
 
 def check_training(args: argparse.Namespace) -> None:

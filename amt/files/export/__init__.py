@@ -17,17 +17,18 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save as serialise
 
+from amt.files.digests import serialise
 from amt.files.export.merged import (
+    HEAD_FILES,
     METADATA,
     MergedNetwork,
     Support,
     as_metadata,
     check_kind,
     describe,
+    head_file,
     merged_network,
-    prototypes_file,
 )
 from amt.files.export.peft import adapter_files, peft_adapter
 from amt.files.export.programs import exported_program, onnx_model, torch_program
@@ -64,9 +65,9 @@ _ENDINGS = {"timm": ".safetensors", "torch": ".pt2"}  # by which timm and torch 
 def save(path: Path, to: str, merged: MergedNetwork, pool: Pool | None = None) -> list[Path]:
     """Write `network` in the format `to` ("timm", "peft", "onnx" or "torch") with all that belongs to it.
 
-    Beside a file PATH lie PATH.README.txt and, if the network has prototypes, PATH.prototypes.safetensors; a
-    PEFT adapter is a folder that holds both. Every file, and the folder as a whole, appears at once or not
-    at all.
+    Beside a file PATH lie PATH.README.txt and, if the network has a task's head, PATH.prototypes.safetensors
+    or PATH.head.safetensors; a PEFT adapter is a folder that holds both. Every file, and the folder as a
+    whole, appears at once or not at all.
 
     Args:
         path: a file, which is replaced if it is there; for "peft" a folder that is empty or not there.
@@ -84,7 +85,7 @@ def save(path: Path, to: str, merged: MergedNetwork, pool: Pool | None = None) -
         assert pool is not None, "an adapter holds the factors of a pool"
         return _save_adapter(path, merged, pool, about)
     if to == "timm":
-        content = serialise(timm_state(merged), metadata=as_metadata(about))
+        content = serialise(timm_state(merged), as_metadata(about))
     else:
         content = onnx_model(merged) if to == "onnx" else torch_program(merged)
     return _save_beside(path, content, merged, about)
@@ -109,7 +110,7 @@ def save_published(path: Path, pool: Pool, adapter: int | None = None) -> list[P
 
 
 def check_place(path: Path, to: str) -> None:
-    """Raise an `InputError` if `path` is no place for an export in this format."""
+    """Raise an `InputError` if an export in this format cannot be written to `path`."""
     if to == "peft":
         try:
             taken = os.path.lexists(path) and (not path.is_dir() or any(path.iterdir()))
@@ -124,17 +125,18 @@ def check_place(path: Path, to: str) -> None:
 
 
 def _save_beside(path: Path, content: bytes, merged: MergedNetwork, about: dict) -> list[Path]:
-    readme, beside = (
-        path.with_name(f"{path.name}.{kind}") for kind in ("README.txt", "prototypes.safetensors")
-    )
-    text = export_readme(merged, about, loading_lines(about["format"], merged, path), beside.name)
+    readme = path.with_name(f"{path.name}.README.txt")
+    text = export_readme(merged, about, loading_lines(about["format"], merged, path), f"{path.name}.")
     files = {path: content, readme: text.encode()}
-    if merged.prototypes is not None:
-        files[beside] = prototypes_file(merged, about)
+    if merged.head is not None:
+        name, head = head_file(merged, about)
+        files[path.with_name(f"{path.name}.{name}")] = head
     for file, data in files.items():
         replace_file(file, data)
-    if beside not in files:
-        beside.unlink(missing_ok=True)  # of an earlier export to this name: another network's
+    for name in HEAD_FILES:
+        beside = path.with_name(f"{path.name}.{name}")
+        if beside not in files:
+            beside.unlink(missing_ok=True)  # of an earlier export to this name: another network's
     return list(files)
 
 

@@ -5,17 +5,18 @@ import json
 from collections.abc import Sequence
 
 import torch
-from safetensors.torch import save as serialise
 from torch import Tensor
 
 from amt.files.checkpoint import provenance
-from amt.models.heads import prototypes
+from amt.files.digests import serialise
+from amt.models.heads import Cosine, Fitted, Linear, prototypes
 from amt.models.network import Network, features, resize_positions
 from amt.models.pool import LoRAPool, Pool
 from amt.models.trim import Trim
 from amt.models.weights import Coefficients, Weights, trim_singular_values
 from meta_dataset_readers.errors import InputError
 
+HEAD_FILES = ("prototypes.safetensors", "head.safetensors")
 METADATA = "amt_export"  # the field that describes an exported file, as JSON
 SELF_CONTAINED = ("onnx", "torch")  # formats that normalise pixels themselves, and classify
 
@@ -53,8 +54,8 @@ class MergedNetwork:
         coefficients: one per adapter of the pool, summing to 1.
         trims: what was trimmed after merging.
         scale, bias: of the logits scale * (cosine + bias).
-        classes, prototypes: the task's N names, and (N, D) mean features of its support images; or () and
-            None for a network without a task.
+        classes, head: the task's N names, and what classifies the features of its images; or () and None for
+            a network without a task.
     """
 
     network: Network
@@ -64,7 +65,17 @@ class MergedNetwork:
     scale: float
     bias: float
     classes: tuple[str, ...] = ()
-    prototypes: Tensor | None = None
+    head: Fitted | None = None
+
+    @property
+    def prototypes(self) -> Tensor | None:
+        """The centres (N, D) of a head by cosine; None for any other, and without a task."""
+        return self.head.centres if isinstance(self.head, Cosine) else None
+
+    @property
+    def linear(self) -> Linear | None:
+        """The head if it is linear in the features."""
+        return self.head if isinstance(self.head, Linear) else None
 
 
 def merged_network(
@@ -73,11 +84,13 @@ def merged_network(
     coefficients: Sequence[float],
     trims: Sequence[Trim] = (),
     support: Support | None = None,
+    head: Fitted | None = None,
 ) -> MergedNetwork:
-    """The pool merged and trimmed as evaluation does it, with the prototypes of `support` if there is one.
+    """The pool merged and trimmed as evaluation does it, with a head fitted to `support` if there is one.
 
     Args:
         network: the network of the pool; only its structure is used, not its weights.
+        head: already fitted to `support`; None: its prototypes.
 
     Raises:
         ValueError: another number of coefficients than adapters, or a sum other than 1.
@@ -86,13 +99,13 @@ def merged_network(
     weights = trim_singular_values(pool.merge(coefficients), trims)
     weights = {name: tensor.detach() for name, tensor in weights.items()}
     scale, bias = (float(number) for number in pool.head(coefficients))
-    classes, centres = (), None
-    if support is not None:
-        classes = support.classes
+    classes = () if support is None else support.classes
+    if support is not None and head is None:
         with torch.no_grad():
             centres = prototypes(features(network, weights, support.images), support.labels)
+        head = Cosine(centres, scale, bias)
     shares = tuple(float(c) for c in coefficients)
-    return MergedNetwork(network, weights, shares, tuple(trims), scale, bias, classes, centres)
+    return MergedNetwork(network, weights, shares, tuple(trims), scale, bias, classes, head)
 
 
 def at_image_size(network: Network, weights: Weights) -> Weights:
@@ -124,6 +137,7 @@ def describe(merged: MergedNetwork, to: str) -> dict:
         "scale": merged.scale,
         "bias": merged.bias,
         "classes": list(merged.classes),
+        **({"head": type(merged.head).__name__.lower()} if merged.head is not None else {}),
         **provenance(),
     }
 
@@ -132,11 +146,21 @@ def as_metadata(about: dict) -> dict[str, str]:
     return {METADATA: json.dumps(about)}
 
 
-def prototypes_file(merged: MergedNetwork, about: dict) -> bytes:
-    """The task's classifier: `prototypes` (N, D), `scale` (1,) and `bias` (1,), class names in the header."""
-    tensors = {
-        "prototypes": merged.prototypes.contiguous(),
-        "scale": torch.tensor([merged.scale]),
-        "bias": torch.tensor([merged.bias]),
-    }
-    return serialise(tensors, metadata=as_metadata(about))
+def head_file(merged: MergedNetwork, about: dict) -> tuple[str, bytes]:
+    """The task's classifier, class names in the header: by cosine prototypes.safetensors with `prototypes`
+    (N, D), `scale` (1,), `bias` (1,), and if they are centred `origin` (D,); linear head.safetensors with
+    `weight` (N, D) and `bias` (N,).
+
+    Raises:
+        ValueError: there is no task.
+    """
+    if merged.linear is not None:
+        name, tensors = "head.safetensors", vars(merged.linear)
+    elif isinstance(merged.head, Cosine):
+        name, tensors = "prototypes.safetensors", {"prototypes": merged.head.centres}
+        tensors |= {"scale": torch.tensor([merged.scale]), "bias": torch.tensor([merged.bias])}
+        tensors |= {"origin": merged.head.origin} if merged.head.origin is not None else {}
+    else:
+        raise ValueError("a network without a task has no head")
+    held = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    return name, serialise(held, as_metadata(about))

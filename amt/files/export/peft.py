@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save as serialise
 from torch import Tensor
 
+from amt.files.digests import serialise
 from amt.files.export.merged import (
     MergedNetwork,
     as_metadata,
     at_image_size,
     check_kind,
-    prototypes_file,
+    head_file,
     whole_patches,
 )
 from amt.files.export.readme import export_readme
@@ -121,16 +121,17 @@ def adapter_files(folder: Path, merged: MergedNetwork, pool: LoRAPool, about: di
     resized = positions is not table
     tokens_per_side = math.isqrt(table.shape[1] - 1) if resized else network.image_size // network.patch_size
     loading = _loading_lines(merged, folder, tokens_per_side * network.patch_size, resized)
-    readme = export_readme(merged, about, loading, f"{folder.name}/prototypes.safetensors")
+    readme = export_readme(merged, about, loading, f"{folder.name}/")
     files = {
         "adapter_config.json": (json.dumps(config, indent=2) + "\n").encode(),
-        "adapter_model.safetensors": serialise(tensors, metadata={"format": "pt", **as_metadata(about)}),
+        "adapter_model.safetensors": serialise(tensors, {"format": "pt", **as_metadata(about)}),
         "README.txt": readme.encode(),
     }
     if resized:
-        files["positions.safetensors"] = serialise({"pos_embed": positions.contiguous()})
-    if merged.prototypes is not None:
-        files["prototypes.safetensors"] = prototypes_file(merged, about)
+        files["positions.safetensors"] = serialise({"pos_embed": positions.contiguous()}, {})
+    if merged.head is not None:
+        name, content = head_file(merged, about)
+        files[name] = content
     return files
 
 

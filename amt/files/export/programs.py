@@ -1,5 +1,6 @@
 """torch.export and ONNX: pixels in, features (and the logits of a task) out. Imports ONNX only when asked."""
 
+import dataclasses
 import importlib
 import io
 import json
@@ -8,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from amt.files.export.merged import METADATA, MergedNetwork, as_metadata, at_image_size, describe
-from amt.models.heads import cosine_logits
 from amt.models.network import features
 from meta_dataset_readers.errors import InputError
 
@@ -21,26 +21,30 @@ class _Extractor(nn.Module):
 
     def __init__(self, merged: MergedNetwork):
         super().__init__()
-        self.network, self.head = merged.network, (merged.scale, merged.bias)
+        self.network, self.head = merged.network, merged.head
         weights = at_image_size(merged.network, merged.weights)
         self.buffer_of = {name: name.replace(".", "/") for name in weights}  # their names must have no dots
         for name, buffer in self.buffer_of.items():
             self.register_buffer(buffer, weights[name])
-        self.register_buffer("prototypes", merged.prototypes)
+        held = {} if merged.head is None else vars(merged.head)
+        self.of_head = {name: f"head/{name}" for name, value in held.items() if isinstance(value, Tensor)}
+        for name, buffer in self.of_head.items():
+            self.register_buffer(buffer, held[name])
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         weights = {name: getattr(self, buffer) for name, buffer in self.buffer_of.items()}
         found = features(self.network, weights, images)
-        if self.prototypes is None:
+        if self.head is None:
             return (found,)
-        return found, cosine_logits(found, self.prototypes, *self.head)
+        head = {name: getattr(self, buffer) for name, buffer in self.of_head.items()}
+        return found, dataclasses.replace(self.head, **head)(found)
 
 
 def exported_program(merged: MergedNetwork) -> torch.export.ExportedProgram:
     """The feature extractor, normalisation and position table included, as one program for any batch.
 
     Its input `images` is (N, 3, S, S) float32 in [0, 1] with S the network's image size and N at least 1; it
-    returns a tuple of the features (N, D) and, if the network has prototypes, the logits (N, classes).
+    returns a tuple of the features (N, D) and, if the network has a head, the logits (N, classes).
     """
     side = merged.network.image_size
     batch = torch.export.Dim("batch", min=1)
@@ -81,7 +85,7 @@ def onnx_model(merged: MergedNetwork) -> bytes:
     model = torch.onnx.export(
         exported_program(merged),
         input_names=["images"],
-        output_names=["features"] if merged.prototypes is None else ["features", "logits"],
+        output_names=["features"] if merged.head is None else ["features", "logits"],
         dynamic_shapes=({0: "batch"},),
         dynamo=True,
         external_data=False,

@@ -6,17 +6,24 @@ from pathlib import Path
 
 from amt.files.export.merged import SELF_CONTAINED, MergedNetwork, whole_patches
 from amt.files.export.timm_model import timm_call
+from amt.models.heads import Cosine
 from amt.models.pool import LoRAPool
 
 
-def export_readme(merged: MergedNetwork, about: dict, loading: Sequence[str], prototypes_file: str) -> str:
-    """The text beside an export: what goes in, how to load it, how to classify."""
+def export_readme(merged: MergedNetwork, about: dict, loading: Sequence[str], beside: str) -> str:
+    """The text beside an export: what goes in, how to load it, how to classify.
+
+    Args:
+        beside: what the name of the file with the head begins with.
+    """
     inside = about["format"] in SELF_CONTAINED
     side = about["image_size"]
     seen = side if inside else whole_patches(merged.network)
-    task = merged.prototypes is not None
+    task = merged.head is not None
     output = f"features (N, {about['features']})"
-    if inside and task:
+    if merged.linear is not None and about["format"] == "timm":
+        output = f"logits (N, {len(merged.classes)})"
+    elif inside and task:
         output += f" and logits (N, {len(merged.classes)})"
     lines = [
         f"A network of the kind {about['arch']}, merged from a meta-tuned pool.",
@@ -46,28 +53,43 @@ def export_readme(merged: MergedNetwork, about: dict, loading: Sequence[str], pr
         "",
         "Classify: the largest logit wins,",
         "",
-        f"    logits = {about['scale']!r} * (cosine(features, prototypes) + {about['bias']!r})",
-        "",
-        "where the prototype of a class is the mean feature of its support images.",
+        *_classifying(merged, about, beside),
     ]
-    if task:
-        lines.append(
-            f"Those of the classes above, in this order, are the tensor prototypes of {prototypes_file}."
-        )
     return "\n".join(lines) + "\n"
+
+
+def _classifying(merged: MergedNetwork, about: dict, beside: str) -> list[str]:
+    """How logits follow from features, and where the head's tensors are."""
+    if merged.linear is not None:
+        lines = ["    logits = features @ weight.T + bias", ""]
+        return [*lines, f"by the tensors of {beside}head.safetensors, classes in the order above."]
+    centred = isinstance(merged.head, Cosine) and merged.head.origin is not None
+    features = "features - origin" if centred else "features"
+    lines = [
+        f"    logits = {about['scale']!r} * (cosine({features}, prototypes) + {about['bias']!r})",
+        "",
+        "where the prototype of a class is the mean feature of its support images"
+        f"{', less the origin' * centred}.",
+    ]
+    if merged.head is None:
+        return lines
+    file = f"{beside}prototypes.safetensors"
+    return [*lines, f"Those of the classes above, in this order, are the tensor prototypes of {file}."]
 
 
 def loading_lines(to: str, merged: MergedNetwork, path: Path) -> list[str]:
     """Lines of Python that load an export and compute features."""
     if to == "timm":
+        classes = 0 if merged.linear is None else len(merged.classes)
+        call = timm_call(merged.network, whole_patches(merged.network), classes)
         return [
             "import timm",
             "from safetensors.torch import load_file",
-            f"network = {timm_call(merged.network, whole_patches(merged.network))}.eval()",
+            f"network = {call}.eval()",
             f"network.load_state_dict(load_file({path.name!r}))",
-            "features = network(images)",
+            f"{'logits' if classes else 'features'} = network(images)",
         ]
-    names = "features," if merged.prototypes is None else "features, logits"
+    names = "features," if merged.head is None else "features, logits"
     if to == "torch":
         return [
             "import torch",

@@ -26,20 +26,21 @@ _TIMM_SHAPES = {
 _TIMM_OPTIONS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
 
-def timm_call(network: Network, image_size: int) -> TimmCall:
+def timm_call(network: Network, image_size: int, classes: int = 0) -> TimmCall:
     """How timm makes the network for images of this size.
 
     Networks of our own table resize their position table by DINO's rule, which timm does not know: they are
-    made for one image size, and their table is resized beforehand. timm's own take images of any size.
+    made for one image size, and their table is resized beforehand. timm's own take images of any size. With
+    `classes` the network ends in a linear layer, called head.
     """
     if network.arch.startswith(TIMM):
-        return TimmCall(network.arch.removeprefix(TIMM), {"num_classes": 0, "dynamic_img_size": True})
+        return TimmCall(network.arch.removeprefix(TIMM), {"num_classes": classes, "dynamic_img_size": True})
     block, dim, depth = network.module.blocks[0], network.module.embed_dim, len(network.module.blocks)
     hidden = block.mlp.fc1.out_features
     # timm rounds dim * ratio down, and the quotient may have been rounded down before.
     ratio = hidden / dim if int(dim * (hidden / dim)) == hidden else (hidden + 0.5) / dim
     shape = network.patch_size, dim, depth, block.attn.num_heads, ratio
-    options = {"num_classes": 0, "img_size": image_size}
+    options = {"num_classes": classes, "img_size": image_size}
     for name, known in _TIMM_SHAPES.items():
         if shape == known:
             return TimmCall(name, options)
@@ -49,10 +50,11 @@ def timm_call(network: Network, image_size: int) -> TimmCall:
 def timm_state(merged: MergedNetwork) -> Weights:
     """The merged network as the complete state dict of the model that `timm_call` names.
 
-    In timm's order, float32; the position table is already resized where timm would do it by another rule.
+    In timm's order, float32; the position table is already resized where timm would do it by another rule. A
+    linear head is its last layer.
     """
     weights = at_image_size(merged.network, merged.weights)
-    return {
-        name: weights.get(name, tensor).contiguous()
-        for name, tensor in merged.network.module.state_dict().items()
-    }
+    linear = merged.linear
+    head = {} if linear is None else {"head.weight": linear.weight, "head.bias": linear.bias}
+    state = merged.network.module.state_dict()
+    return {name: weights.get(name, tensor).contiguous() for name, tensor in state.items()} | head

@@ -1,4 +1,4 @@
-"""Scalars of a run for TensorBoard, written by the thread that trains.
+"""Events of a run for TensorBoard, written by the thread that does the work.
 
 torch's SummaryWriter writes in another thread, where a full disk cannot be reported as an error.
 """
@@ -16,25 +16,31 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 
 class TensorBoard:
-    """An events file in `folder`; TensorBoard drops what earlier files hold from step `first` on.
+    """An events file in `folder`, whose name ends in `suffix`; TensorBoard drops what earlier files hold from
+    step `first` on, if that is not 0. Use it as a context manager, or `close` it.
 
     Raises:
         OSError: the file cannot be written, here and in every method.
     """
 
-    def __init__(self, folder: Path, first: int):
+    def __init__(self, folder: Path, first: int = 0, suffix: str = ""):
         folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads files in the order of their names: that of time, within a second too.
-        name = f"events.out.tfevents.{time.time_ns():019d}.{platform.node()}.{os.getpid()}"
+        name = f"events.out.tfevents.{time.time_ns():019d}.{platform.node()}.{os.getpid()}{suffix}"
         self._writer = RecordWriter(open(folder / name, "ab"))  # noqa: SIM115
         self._add(Event(file_version="brain.Event:2"))
-        self._add(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+        if first:
+            self._add(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
         self._writer.flush()
 
     def add(self, scalars: Mapping[str, float], step: int) -> None:
         """Write values by their names."""
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-        self._add(Event(step=step, summary=Summary(value=values)))
+        self.add_summary(Summary(value=values), step)
+
+    def add_summary(self, summary: Summary, step: int) -> None:
+        """Write what torch.utils.tensorboard.summary makes, such as an image."""
+        self._add(Event(step=step, summary=summary))
 
     def flush(self) -> None:
         """Make the written values visible to other programs."""
@@ -43,6 +49,12 @@ class TensorBoard:
     def close(self) -> None:
         """Close the file."""
         self._writer.close()
+
+    def __enter__(self) -> "TensorBoard":
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self.close()
 
     def _add(self, event: Event) -> None:
         event.wall_time = time.time()

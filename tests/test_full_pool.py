@@ -1,49 +1,37 @@
-"""The trained baselines: complete networks in place of LoRAs, adversarial querying, fine-tuning on a task.
+"""Pools of complete networks: merging, their files, and training by either method or by adversarial querying.
 
-What they compute is compared with modules trained by torch as anybody would write it; then each is trained by
-main.py in a process of its own and evaluated by test_meta_dataset.py.
+What training computes is compared with a module trained by torch as anybody would write it.
 """
 
-import copy
 import dataclasses
 import json
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import ROOT, about, process, same_tensors
 from conftest import fails, moved_apart, patterned_episode, random_backbone
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from toy_training import World, command, error_line, signal_after
+from torch import Tensor
+from toy_baselines import ARCH, Plain, identical
 
 from amt.attacks.levels import Perturbation
 from amt.cli import checkpoint as describing
 from amt.cli import export as exporting
-from amt.cli import options
 from amt.cli import pool as pooling
 from amt.files import checkpoint, export
 from amt.files.checkpoint import Checkpoint
-from amt.models.architectures import Arch
 from amt.models.network import Network
-from amt.models.pool import FullPool, Merged, Pool, pretrained_pool, principal_pool
+from amt.models.pool import FullPool, Pool, pretrained_pool, principal_pool
 from amt.models.trim import Trim
 from amt.models.weights import trim_singular_values
-from amt.tasks.classifier import pretrained, prototype_classifier
-from amt.tasks.finetune import finetune, finetuned_predictor
-from amt.tasks.merge import augment
-from amt.tasks.settings import AUGMENTATIONS, Finetuning
 from amt.training.meta_tune import ALONE, Tuner, natural_outcome, querying_outcome
 from amt.training.settings import TuneSettings
 from meta_dataset_readers.episode import Episode
-from meta_dataset_readers.errors import InputError
 
-ARCH = Arch(patch_size=4, dim=24, depth=2, heads=2, pretrained_size=16, image_size=16, mlp_ratio=2.0)
 ORDINARY = Perturbation(8, 2, steps=3, gamma=0.0, beta=0.0, grids=(0,), scalars=(1.0,), start="random1")
 DUAL = Perturbation(8, 2, steps=2, gamma=0.01, grids=(2, 0), scalars=(2.0, 1.0))
 
@@ -70,40 +58,10 @@ def tuner_of(network: Network, start: Pool, method: str, lr: float = 0.01, **set
     return Tuner(network, start, TuneSettings(lr=lr, method=method, **(usual | settings)))
 
 
-def identical(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
-
-
 def close(found: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 1e-6) -> list[str]:
     """Names of the tensors that differ."""
     assert found.keys() == expected.keys()
     return [name for name in found if not torch.allclose(found[name], expected[name], rtol=1e-4, atol=atol)]
-
-
-# --- the same in plain torch -----------------------------------------------------------------------------
-
-
-class Plain(nn.Module):
-    """The network and its head as a module of its own: what is computed in another way."""
-
-    def __init__(self, network: Network, weights: dict[str, Tensor] | None = None):
-        super().__init__()
-        self.network = copy.deepcopy(network.module).requires_grad_()
-        if weights is not None:
-            self.network.load_state_dict(weights)
-        self.scale = nn.Parameter(torch.tensor(10.0))
-
-    def see(self, images: Tensor) -> Tensor:
-        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-        return self.network((images - mean[:, None, None]) / std[:, None, None])
-
-    def forward(self, support: Tensor, labels: Tensor, images: Tensor) -> Tensor:
-        seen = self.see(support)
-        centres = torch.stack([seen[labels == k].mean(0) for k in range(int(labels.max()) + 1)])
-        return self.scale * F.cosine_similarity(self.see(images)[:, None], centres[None], dim=-1)
-
-    def weights(self) -> dict[str, Tensor]:
-        return {name: weight.detach() for name, weight in self.network.named_parameters()}
 
 
 # --- a pool of complete networks -------------------------------------------------------------------------
@@ -334,134 +292,6 @@ def test_a_restored_full_run_goes_on_exactly(network, tmp_path, method):
     assert torch.equal(again.pool.scale, straight.pool.scale)
 
 
-# --- fine-tuning on a task -------------------------------------------------------------------------------
-
-SETTINGS = Finetuning(steps=4, lr=1e-3)
-
-
-def logits_of(network: Network, episode: Episode, settings: Finetuning = SETTINGS, seed: int = 0) -> Tensor:
-    predict = finetuned_predictor(network, pretrained(network), settings, seed)
-    return predict(episode).logits(patterned_episode(9, side=16).query)
-
-
-@pytest.mark.parametrize("settings", [Finetuning(lr=0.0), Finetuning(steps=0)])
-def test_no_rate_or_no_step_is_no_fine_tuning(network, episode, settings):
-    classifier = prototype_classifier(network, pretrained(network), episode)
-    expected = classifier.logits(patterned_episode(9, side=16).query)
-    assert torch.equal(logits_of(network, episode, settings), expected)
-
-
-def test_fine_tuning_is_adam_on_all_weights(network, episode):
-    """Without augmentation, three steps, against a module and torch's optimiser; the scale stays."""
-    plain = Plain(network)
-    optimiser = torch.optim.Adam(plain.network.parameters(), lr=1e-3)
-    support, labels = episode.support, episode.support_labels
-    for _ in range(3):
-        optimiser.zero_grad()
-        F.cross_entropy(plain(support, labels, support), labels).backward()
-        optimiser.step()
-    settings = Finetuning(steps=3, lr=1e-3, augment_probability=0.0)
-    query = patterned_episode(9, side=16).query
-    expected = plain(support, labels, query)
-    assert torch.allclose(logits_of(network, episode, settings), expected, atol=2e-3)
-    untouched = prototype_classifier(network, pretrained(network), episode).logits(query)
-    assert (untouched - expected).abs().max() > 0.1  # so that the tolerance means something
-
-
-def test_fine_tuning_learns(network):
-    """The support set by heart without augmentation, and with it what is new; though no gradient is asked."""
-    episode = patterned_episode(1, n_way=4, shots=4, queries=8, side=16)
-
-    @torch.no_grad()
-    def losses(settings: Finetuning) -> tuple[float, float]:
-        classifier = finetuned_predictor(network, pretrained(network), settings, 0)(episode)
-        support = F.cross_entropy(classifier.logits(episode.support), episode.support_labels)
-        return support.item(), F.cross_entropy(classifier.logits(episode.query), episode.query_labels).item()
-
-    support, query = losses(Finetuning(steps=0))
-    assert losses(Finetuning(steps=20, lr=1e-3, augment_probability=0.0))[0] < 0.1 * support
-    assert losses(Finetuning(steps=10, lr=1e-3))[1] < 0.9 * query
-
-
-def test_fine_tuning_sees_no_query_and_no_query_label(network, episode):
-    garbage = dataclasses.replace(
-        episode, query=torch.full_like(episode.query, float("nan")), query_labels=-episode.query_labels - 7
-    )
-    assert torch.equal(logits_of(network, garbage), logits_of(network, episode))
-
-
-def test_fine_tuning_depends_on_the_seed_and_the_episode_alone(network, episode):
-    first = logits_of(network, episode)
-    torch.rand(7)
-    assert torch.equal(logits_of(network, episode), first)
-    assert not torch.equal(logits_of(network, episode, seed=1), first)
-    assert not torch.equal(logits_of(network, dataclasses.replace(episode, index=1)), first)
-
-
-def test_every_task_starts_from_the_same_weights_which_stay_as_they_are(network, episode):
-    weights = {name: weight.clone() for name, weight in network.weights.items()}
-    before, state = {n: w.clone() for n, w in weights.items()}, copy.deepcopy(network.module.state_dict())
-    predict = finetuned_predictor(network, Merged(weights, 10.0, 0.0), SETTINGS, 0)
-    images = episode.query
-    first = predict(episode).logits(images)
-    predict(patterned_episode(4, side=16))
-    assert torch.equal(predict(episode).logits(images), first)
-    assert identical(weights, before) and identical(network.module.state_dict(), state)
-    assert not any(weight.requires_grad for weight in [*weights.values(), *network.module.parameters()])
-
-
-def test_the_attack_goes_through_the_tuned_network(network, episode):
-    """White box: images get a gradient through the tuned weights, which get none; `refit` uses them, too."""
-    generator = torch.Generator().manual_seed(0)
-    support, labels = episode.support, episode.support_labels
-    tuned = finetune(network, pretrained(network), support, labels, SETTINGS, generator)
-    assert not any(weight.requires_grad for weight in tuned.values())
-    assert [name for name in tuned if torch.equal(tuned[name], network.weights[name])] == []
-    predict = finetuned_predictor(network, pretrained(network), Finetuning(steps=2, lr=1e-3), 0)
-    classifier = predict(episode)
-    images = episode.query.clone().requires_grad_()
-    classifier.logits(images).sum().backward()
-    assert images.grad.abs().sum() > 0 and classifier.coefficients == ()
-    again = support.clone().requires_grad_()
-    refitted = classifier.refit(again)(episode.query)
-    assert torch.allclose(refitted, classifier.logits(episode.query), atol=1e-5)
-    refitted.square().sum().backward()
-    assert again.grad.abs().sum() > 0
-
-
-def test_fine_tuning_is_in_float32_whatever_the_backbone_says(network, episode):
-    half = dataclasses.replace(network, autocast=torch.bfloat16)
-    arguments = (episode.support, episode.support_labels, SETTINGS)
-    one, other = (
-        finetune(each, pretrained(network), *arguments, torch.Generator().manual_seed(0))
-        for each in (network, half)
-    )
-    assert identical(one, other)
-
-
-def test_a_rate_that_destroys_the_network_is_refused(network, episode):
-    fails("--ada_lr is 1e[+]30.*smaller", lambda: logits_of(network, episode, Finetuning(steps=3, lr=1e30)))
-
-
-def test_the_kinds_of_augmentation(episode):
-    """No kind is the flip at most; colour moves nothing, translation changes no value but by zeros."""
-    images = episode.support
-
-    def seen(seed: int, *kinds: str) -> Tensor:
-        return augment(images, torch.Generator().manual_seed(seed), kinds)
-
-    for seed in range(4):
-        assert any(torch.equal(seen(seed), flip) for flip in (images, images.flip(3)))
-        moved = seen(seed, "translation")
-        assert moved.shape == images.shape and set(moved.unique().tolist()) <= {
-            0.0,
-            *images.unique().tolist(),
-        }
-        assert not torch.equal(seen(seed, "color"), seen(seed))
-        both = augment(images, torch.Generator().manual_seed(seed))
-        assert torch.equal(seen(seed, *AUGMENTATIONS), both)
-
-
 # --- files -----------------------------------------------------------------------------------------------
 
 
@@ -561,134 +391,3 @@ def test_a_full_pool_is_described_assembled_and_exported(network, pool, file, tm
         lambda: export.peft_adapter(network, pool, [1, 0, 0]),
     ):
         fails("the pool holds complete networks", refused)
-
-
-# --- the flags -------------------------------------------------------------------------------------------
-
-
-def levels_of(*flags: str) -> tuple[str, tuple[Perturbation, ...]]:
-    paths = ("--data_path", "data", "--output_dir", "out", "--arch", "vit_mini_amt")
-    args = options.training_parser().parse([*paths, *flags])
-    options.check_training(args)
-    return options.tune_settings(args).method, options.levels(args)
-
-
-def test_one_flag_is_one_baseline():
-    """Each brings the method, the levels and the attack of its paper, and says so in --help."""
-    assert levels_of()[0] == "adsv" and len(levels_of()[1]) == 4
-    method, (level,) = levels_of("--tune", "full")
-    assert (method, level.epsilon) == ("standard", 0.0)
-    for tune in ("lora", "full"):
-        method, (level,) = levels_of("--tune", tune, "--pgd_method", "querying")
-        assert (method, level.epsilon, level.step_size, level.grids, level.scalars, level.start) == (
-            *("querying", 8.0, 2.0, (0,), (1.0,), "random1"),
-        )
-        assert (level.gamma, level.beta) == (0.0, 0.0)
-    method, found = levels_of("--tune", "full", "--pgd_method", "adsv", "--epsilon", "8")
-    assert (method, len(found), found[0].grids, found[0].gamma) == ("adsv", 1, (4, 8, 0), 0.005)
-    assert levels_of("--pgd_method", "standard")[1][0].epsilon == 0.0
-
-
-def test_what_is_given_counts_more_than_what_a_baseline_brings():
-    flags = ("--attack_iters", "7", "--epsilon", "4", "2", "--alpha", "1", "--delta_init", "random")
-    _, found = levels_of("--pgd_method", "querying", *flags, "--pyramid_grids", "2", "--pyramid_scalars", "3")
-    assert [(level.epsilon, level.step_size, level.steps) for level in found] == [(4, 1, 7), (2, 1, 7)]
-    assert {(level.grids, level.scalars, level.start) for level in found} == {((2,), (3.0,), "random2")}
-    with pytest.raises(InputError, match="--pyramid_grids has 2 values and --pyramid_scalars 1"):
-        levels_of("--pgd_method", "querying", "--pyramid_grids", "2", "0")
-
-
-def test_the_flags_of_fine_tuning():
-    paths = ("--data_path", "data", "--output_dir", "out", "--arch", "vit_mini_amt", "--deploy", "finetune")
-
-    def settings(*flags: str) -> Finetuning:
-        return options.finetuning(options.testing_parser().parse([*paths, *flags]))
-
-    assert settings() == Finetuning()
-    given = ("--ada-steps", "50", "--ada_lr", "0.01", "--aug_prob", "0.5", "--aug_types", "color")
-    assert settings(*given) == Finetuning(50, 0.01, 0.5, ("color",))
-    for wrong in (("--ada_steps", "-1"), ("--ada_lr", "nan"), ("--aug_types", "transition")):
-        fails(wrong[0], lambda wrong=wrong: settings(*wrong))
-
-
-# --- the commands ----------------------------------------------------------------------------------------
-
-BASELINES = {
-    "P>M": ("--tune", "full", "--epsilon", 0),
-    "adversarial querying": ("--pgd_method", "querying", "--epsilon", 8),
-    "adversarial querying, full": ("--tune", "full", "--pgd_method", "querying", "--epsilon", 8, 2),
-    "one LoRA": ("--epsilon", 8),
-    "plain": ("--pgd_method", "standard", "--epsilon", 0),
-}
-
-
-@pytest.fixture(scope="module")
-def trained(world: World, tmp_path_factory) -> dict[str, Path]:
-    """The folder of every baseline, trained by main.py; the first in a process of its own."""
-    folder = tmp_path_factory.mktemp("baselines")
-    runs = {name: folder / str(number) for number, name in enumerate(BASELINES)}
-    for name, out in runs.items():
-        flags = world.train(out, *BASELINES[name])
-        ended = process(ROOT / "main.py", *flags, cwd=folder) if name == "P>M" else command("main", *flags)
-        assert ended.code == 0, ended.err
-        assert ended.out.splitlines()[-1].startswith("done: ") and "Warning" not in ended.err
-    return runs
-
-
-@pytest.mark.parametrize("name", BASELINES)
-def test_a_baseline_is_trained_and_evaluated_by_the_same_commands(world, trained, tmp_path, name):
-    flags = BASELINES[name]
-    told = about(trained[name] / "last.safetensors")
-    assert told["tune"] == ("full" if "full" in flags else "lora")
-    scores = {"clean", "robust"} if told["settings"]["method"] != "standard" else {"clean"}
-    assert all(set(each) == scores for note in told["history"] for each in note["validation"])
-    resume = ("--resume", trained[name] / "best.safetensors")
-    ended = command("test_meta_dataset", *world.test(tmp_path / "run", *resume))
-    assert ended.code == 0, ended.err
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["summary"]["tiny"]["clean"]["n"] == 2
-
-
-@pytest.mark.parametrize("name", ["P>M", "adversarial querying", "adversarial querying, full"])
-def test_a_stopped_and_resumed_baseline_equals_an_uninterrupted_one(
-    world,
-    trained,
-    tmp_path,
-    monkeypatch,
-    name,
-):
-    flags = world.train(tmp_path, *BASELINES[name])
-    with monkeypatch.context() as patch:
-        signal_after(patch, 3, signal.SIGTERM)
-        assert command("main", *flags).code == 128 + signal.SIGTERM
-    last = tmp_path / "last.safetensors"
-    other = "full" if about(last)["tune"] == "lora" else "lora"
-    method = about(last)["settings"]["method"]
-    refused = command("main", *flags, "--resume", last, "--tune", other, "--pgd_method", method)
-    assert refused.code == 2 and f'with tune "{about(last)["tune"]}", not "{other}"' in error_line(refused)
-    ended = command("main", *flags, "--resume", last)
-    assert ended.code == 0, ended.err
-    for file in ("last.safetensors", "best.safetensors"):
-        assert same_tensors(tmp_path / file, trained[name] / file)
-
-
-def test_fine_tuning_per_task_from_the_command_line(world, trained, tmp_path):
-    """P>M>F: the rows differ from those without it, and a rate of 0 gives those."""
-    resume = ("--resume", trained["P>M"] / "last.safetensors", "--epsilon", 2)
-
-    def rows(out: str, *flags) -> list[dict]:
-        ended = command("test_meta_dataset", *world.test(tmp_path / out, *resume, *flags))
-        assert ended.code == 0, ended.err
-        lines = (tmp_path / out / "rows.jsonl").read_text().splitlines()
-        return [{k: v for k, v in json.loads(line).items() if k in ("clean", "pgd2@2")} for line in lines]
-
-    vanilla = rows("vanilla", "--deploy", "vanilla")
-    finetune_it = ("--deploy", "finetune", "--ada_steps", 3)
-    assert rows("still", *finetune_it, "--ada_lr", 0) == vanilla
-    assert rows("tuned", *finetune_it, "--ada_lr", 0.003) != vanilla
-
-
-def test_fine_tuning_starts_from_one_network(world, trained, tmp_path):
-    resume = ("--resume", trained["adversarial querying, full"] / "last.safetensors", "--deploy", "finetune")
-    ended = command("test_meta_dataset", *world.test(tmp_path / "out", *resume))
-    assert ended.code == 2 and "finetune" in error_line(ended)
