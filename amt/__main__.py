@@ -16,7 +16,7 @@ from pathlib import Path
 
 from meta_dataset_readers.errors import InputError, exit_on_bad_input, nearest, say
 
-COMMANDS = ("autolora", "checkpoint", "compare", "export", "pool", "report", "row")
+COMMANDS = ("autolora", "checkpoint", "compare", "export", "pool", "predict", "report", "row")
 
 
 def main() -> int:

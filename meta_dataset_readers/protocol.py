@@ -17,6 +17,9 @@ class EpisodeSampling:
     Counts are of classes (ways) or images. `num_support` is shots per class, or a pair (lo, hi) from which
     one value is drawn for all classes of an episode. `num_query` is per class, and 0 is a legal number.
     None means: drawn by the rules, within the bounds below. Raises InputError for values that make no sense.
+
+    >>> EpisodeSampling(num_ways=5, num_support=5, num_query=10).support_range
+    (5, 5)
     """
 
     num_ways: int | None = setting(None, "fixed number of classes (default: variable)", least=2, most=MOST)

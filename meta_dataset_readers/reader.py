@@ -49,6 +49,11 @@ class EpisodeReader(Dataset):
     Opening reads the specification and the names of the files beside it, no image; `image_prefix` as in
     `layouts.open_source`. Raises InputError for a path, source or split that is not there, a missing file,
     and settings the source cannot satisfy.
+
+    >>> sampling = EpisodeSampling(num_ways=2, num_support=1, num_query=1)
+    >>> reader = EpisodeReader("photos", "support", "TEST", sampling, image_size=32, n_episodes=10)
+    >>> reader[0].support.shape, reader[0].n_way
+    (torch.Size([2, 3, 32, 32]), 2)
     """
 
     def __init__(

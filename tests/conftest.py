@@ -27,7 +27,7 @@ from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.tfrecord import encode_example, write_records
 
 # Modules with fixtures that several files share: each is made once in a process.
-pytest_plugins = ["amt_golden", "toy_autolora_runs", "toy_pools", "toy_training"]
+pytest_plugins = ["amt_golden", "toy_autolora_runs", "toy_photos", "toy_pools", "toy_training"]
 
 # No test may depend on how busy the machine is.
 hypothesis.settings.register_profile("no deadline", deadline=None)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("models", "attacks", "tasks", "training", "evaluation")
+PACKAGES = ("models", "attacks", "tasks", "training", "evaluation", "few_shot")
 MODULES = [path for package in PACKAGES for path in sorted((ROOT / "amt" / package).glob("*.py"))]
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -173,7 +173,7 @@ def test_a_support_folder_that_is_no_support_set_is_one_line(mini, folder, tmp_p
     assert "no picture in this class folder" in refused(tmp_path / "images")
     (tmp_path / "images" / "empty" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     assert "cannot be decoded" in refused(tmp_path / "images")
-    assert "no folder in it" in refused(folder / "apple")
+    assert "give the folder above" in refused(folder / "apple")
     monkeypatch.setattr(command, "MOST_SUPPORT", 5)
     assert "6 images, a support set has 5 at most" in refused(folder)
 

@@ -67,6 +67,12 @@ def attack_queries(
     Raises:
         InputError: more targets than other classes.
         ValueError: "transfer" without another network.
+
+    >>> answers = logits(images).argmax(1)
+    >>> draws = [torch.Generator().manual_seed(k) for k in range(len(images))]
+    >>> found = attack_queries(Attack("pgd", (8,), steps=2), 8, logits, images, answers, 2, draws)
+    >>> bool((found.images - images).abs().max() <= 8 / 255 + 1e-6)
+    True
     """
     fooled = torch.zeros_like(labels, dtype=torch.bool)
     if n_way == 1 or len(images) == 0:
@@ -141,6 +147,11 @@ def attack_support(
         support, query: (S, 3, H, W) and (Q, 3, H, W) in [0, 1].
         labels: (Q,) int64 of the queries, which the attacker knows.
         generator: a CPU generator for the start.
+
+    >>> attack = Attack("support", (4,), steps=2)
+    >>> found = attack_support(attack, 4, fit, images, images, labels, torch.Generator())
+    >>> found.fooled.shape
+    torch.Size([4])
     """
     ball = _ball(attack, epsilon)
     worst = Attacked(support, torch.zeros_like(labels, dtype=torch.bool))

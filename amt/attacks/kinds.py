@@ -77,6 +77,9 @@ class Attack:
 
     Raises:
         ValueError: an option is outside of its range.
+
+    >>> Attack("pgd", epsilons=(2, 8), restarts=5).columns
+    ('pgd20x5@2', 'pgd20x5@8')
     """
 
     kind: str
@@ -231,6 +234,9 @@ def parse_attack(words: Sequence[str], **defaults) -> Attack:
 
     Raises:
         InputError: unknown attack, unknown option, or a value outside of its range.
+
+    >>> parse_attack(["apgd", "loss=dlr"], epsilon=[8.0]).name
+    'apgd100-dlr'
     """
     kind, *options = words
     if kind not in KINDS:

@@ -35,6 +35,9 @@ class Perturbation:
 
     Raises:
         ValueError: a number is outside of its range.
+
+    >>> Perturbation(epsilon=8, step_size=2, gamma=0).steps
+    10
     """
 
     epsilon: float

@@ -301,6 +301,11 @@ def pgd(
 
     Returns:
         Attacked images (Q, 3, H, W) in [0, 1] within the ball, and whether each is misclassified (Q,) bool.
+
+    >>> ball = Ball("linf", epsilon=8 / 255, step_size=2 / 255)
+    >>> attacked, fooled = pgd(logits, images, labels, ball, 2, torch.Generator())
+    >>> attacked.shape == images.shape
+    True
     """
     attacked = ball.start(images, generator)
     fooled = torch.zeros_like(labels, dtype=torch.bool)

@@ -13,11 +13,11 @@ What goes in, what comes out and how to load it is said in a README.txt beside e
 """
 
 import argparse
-import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from amt.cli import options
@@ -25,23 +25,21 @@ from amt.cli.options import Parser
 from amt.evaluation.deploy import check_fit, check_heads
 from amt.evaluation.dilution import dilution
 from amt.evaluation.settings import Deployment
+from amt.few_shot import pictures
+from amt.few_shot.pictures import MOST_SUPPORT
+from amt.few_shot.pools import network_of
 from amt.files import checkpoint, export
 from amt.files.export import FORMATS, Support
 from amt.files.pretrained import load_network
-from amt.models.architectures import base_arch
 from amt.models.head_settings import Head
 from amt.models.heads import Fitted, has_two
-from amt.models.network import Network, untrained
+from amt.models.network import Network
 from amt.models.pool import Pool
 from amt.models.weights import Coefficients, stream
 from amt.tasks.classifier import fitted_head
 from amt.tasks.merge import average_of, route
 from meta_dataset_readers.errors import InputError, say
-from meta_dataset_readers.folders import FileStore, class_files, class_folders
 from meta_dataset_readers.settings import as_path, nonnegative_int, positive_int
-from meta_dataset_readers.transforms import eval_transform
-
-MOST_SUPPORT = 2000  # images; Meta-Dataset's largest support sets have 500, and all are held at once
 
 
 def parser() -> Parser:
@@ -181,24 +179,18 @@ def backbone_of(args: argparse.Namespace, about: dict) -> Network:
     Raises:
         InputError: nothing says which network it is, or its pretrained weights are needed and missing.
     """
+    if args.to != "peft":
+        return network_of(args.pool, about, args.arch, args.image_size)
     arch = args.arch or about.get("arch")
     if not isinstance(arch, str):
         raise InputError(f"{args.pool}: does not say its architecture; name it by --arch")
-    if args.to == "peft":
-        return load_network(
-            arch,
-            args.pretrained_checkpoint,
-            image_size=args.image_size,
-            key=args.weights_key,
-            tell=say,
-        )
-    network, _ = untrained(base_arch(arch))
-    network = dataclasses.replace(network, image_size=args.image_size or network.image_size)
-    if network.image_size < network.patch_size:
-        raise InputError(
-            f"--image_size is {network.image_size}, expected at least a patch of {network.patch_size} px"
-        )
-    return network
+    return load_network(
+        arch,
+        args.pretrained_checkpoint,
+        image_size=args.image_size,
+        key=args.weights_key,
+        tell=say,
+    )
 
 
 def read_support(folder: Path, image_size: int) -> Support:
@@ -207,18 +199,12 @@ def read_support(folder: Path, image_size: int) -> Support:
     Raises:
         InputError: there is no class folder, one has no picture or a damaged one, or there are too many.
     """
-    classes = [class_files(folder, name) for name in class_folders(folder)]
-    count = sum(len(each.files) for each in classes)
-    if count > MOST_SUPPORT:
-        raise InputError(f"--support {folder}: {count} images, a support set has {MOST_SUPPORT} at most")
-    store = FileStore(folder, folder.name, [each.files for each in classes])
-    labels = [label for label, each in enumerate(classes) for _ in each.files]
-    images = [
-        eval_transform(store.image(label, index), image_size)
-        for label, each in enumerate(classes)
-        for index in range(len(each.files))
-    ]
-    return Support(torch.stack(images), torch.tensor(labels), tuple(each.name for each in classes))
+    files, names = pictures.in_class_folders(folder)
+    if len(files) > MOST_SUPPORT:
+        raise InputError(f"--support {folder}: {len(files)} images, a support set has {MOST_SUPPORT} at most")
+    classes, labels = np.unique(names, return_inverse=True)
+    images = pictures.images(files, image_size)
+    return Support(images, torch.from_numpy(labels.astype(np.int64)), tuple(classes.tolist()))
 
 
 def coefficients_of(

@@ -243,7 +243,13 @@ def evaluate(
     seed: int = 0,
     others: Sequence[Predictor] = (),
 ) -> Iterator[dict]:
-    """Yield the row of every episode, see `measure`."""
+    """Yield the row of every episode, see `measure`.
+
+    >>> from amt.tasks.classifier import pretrained_predictor
+    >>> rows = evaluate(pretrained_predictor(network), [episode], [Attack("pgd", (8,), steps=2)])
+    >>> sorted(next(rows))[:3]
+    ['clean', 'coefficients', 'fit_seconds']
+    """
     for episode in episodes:
         yield measure(predict, episode, attacks, seed, others).row
 

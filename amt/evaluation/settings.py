@@ -36,6 +36,9 @@ class Deployment:
         single: refuse a pool of several adapters.
         finetune: test-time fine-tuning of the one network that the settings above lead to.
         heads: what classifies, or several to choose from; None: prototypes.
+
+    >>> Deployment(trims=(Trim("qkv", block=-1, keep=0.5),)).routing
+    'amt'
     """
 
     routing: str = setting(

@@ -214,7 +214,8 @@ def _parse_own(path: Path, tensors: dict[str, Tensor], text: str) -> Checkpoint:
         if about["format"] != FORMAT:
             raise ValueError(f"format {about['format']!r}, expected {FORMAT}")
         if "kind" in about:
-            raise InputError(f"{path}: holds a {about['kind']} of `main.py autolora`, expected a pool")
+            maker = "FewShotClassifier.save" if about["kind"] == "task" else "`main.py autolora`"
+            raise InputError(f"{path}: holds a {about['kind']} of {maker}, expected a pool")
         levels = tuple(
             Perturbation(**{k: tuple(v) if isinstance(v, list) else v for k, v in level.items()})
             for level in about.pop("levels")

@@ -51,6 +51,9 @@ def load_network(
 
     Raises:
         InputError: unknown name, no weights, weights that do not fit, or images too small.
+
+    >>> load_network("vit_mini").image_size
+    32
     """
     network, origin = untrained(base_arch(name))
     if image_size is not None and image_size < network.patch_size:

@@ -52,6 +52,9 @@ class Network:
         autocast: None for float32, else the dtype of mixed precision (float16 or bfloat16).
         resize: side in pixels that images are enlarged to inside the network; None leaves them.
         make: builds such a module anew from torch's global generator; `start` needs it.
+
+    >>> network.arch, network.image_size, network.patch_size
+    ('vit_mini', 32, 4)
     """
 
     arch: str
@@ -217,6 +220,9 @@ def features(network: Network, weights: Weights, images: Tensor) -> Tensor:
 
     Raises:
         ValueError: the network has a classifier, and `weights` lacks a name.
+
+    >>> features(network, network.weights, images).shape
+    torch.Size([4, 96])
     """
     if network.classifier:
         _check_complete(network, weights)

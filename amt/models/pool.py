@@ -38,9 +38,6 @@ from amt.models.weights import Merged, Trim, Weights, trim_singular_values
 VIT_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
-# Low-rank arithmetic
-
-
 def low_rank(A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
     """B A of A (g, r, in) and B (g, out/g, r) in the shape of `weight`, (out, in) or (out, in, kh, kw),
     which the product fills in the order of memory."""
@@ -84,9 +81,6 @@ def split_principal(weight: Tensor, rank: int, groups: int = 1) -> tuple[Tensor,
     A = root[:, :, None] * Vh[:, :rank]
     B = U[:, :, :rank] * root[:, None]
     return weight - low_rank(A, B, weight), A, B
-
-
-# Pools
 
 
 class Pool:
@@ -228,6 +222,9 @@ class LoRAPool(Pool):
         residual: every weight of the network by name; adapted ones hold W_res.
         A, B: factors by the name of the weight they adapt; shapes as in the module's docstring.
         scale, bias, levels: see `Pool`.
+
+    >>> len(LoRAPool.concat([pool, pool])), sorted(pool.merge([0.25, 0.75])) == sorted(pool.shapes)
+    (4, True)
     """
 
     residual: Weights
@@ -343,6 +340,9 @@ def principal_pool(
         rank: r of every adapter.
         levels: one robustness level per adapter.
         layers: endings of the names of the layers to adapt.
+
+    >>> principal_pool(network.weights, rank=4, levels=[Perturbation(8, 2)]).rank
+    4
     """
     residual, A, B = dict(weights), {}, {}
     for name in adapted_layers(weights, layers):

@@ -12,6 +12,9 @@ class Trim:
         layer: ending of the layer's name, such as "qkv", "proj", "fc1" or "attn.qkv".
         block: index of the transformer block, or -1 for all.
         keep: fraction of singular values kept, in (0, 1]; at least one value stays.
+
+    >>> Trim("qkv", block=-1, keep=0.5).selects("blocks.3.attn.qkv.weight")
+    True
     """
 
     layer: str

@@ -45,6 +45,10 @@ def route(
         labels: (S,) int64 in 0..N-1.
         generator: a CPU generator for the augmentation or the attack's start; left as it was.
         members: `kept_members(pool)` to route many tasks.
+
+    >>> shares = route(network, pool, images, labels, torch.Generator(), Routing())
+    >>> len(shares), round(sum(shares), 6)
+    (2, 1.0)
     """
     (coefficients,) = route_each(network, pool, support, labels, generator, [routing], members)
     return coefficients

@@ -31,6 +31,9 @@ class Routing:
             scores on support images attacked within epsilon, for each adapter its own. As these are not
             augmented, 0 is a rule of its own and not the limit of small values.
         steps: of that attack, each of epsilon / 4.
+
+    >>> Routing(beta=10, epsilon=4).view
+    (4, 5)
     """
 
     beta: float = setting(

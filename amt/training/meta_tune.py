@@ -24,9 +24,10 @@ Knows no files, no validation and no command line.
 
 import dataclasses
 import functools
+import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -228,6 +229,10 @@ class Tuner:
 
     Only `step` changes it. `state` and `restore` give and take its state; a restored tuner continues exactly
     as the saved one would have.
+
+    >>> tuner = Tuner(network, pool, TuneSettings(method="standard"))
+    >>> [round(record.clean_accuracy) <= 1 for record in tuner.step(episode)]
+    [True, True]
     """
 
     def __init__(self, network: Network, pool: Pool, settings: TuneSettings):
@@ -350,6 +355,33 @@ class Tuner:
                 self._scalers[p].load_state_dict(numbers["scalers"][p])
             if "seen" in numbers:  # not in older files
                 self._sums[p] = EpochSums(*numbers["seen"][p])
+
+
+def meta_tune(
+    network: Network, pool: Pool, episodes: Iterable[Episode], settings: TuneSettings | None = None
+) -> Pool:
+    """The pool after a step of every member on each episode, until the episodes or the settings' epochs end.
+
+    main.py does the same step, and keeps a run beside it: checkpoints, validation, a log.
+
+    Args:
+        network: the structure, on the device to train on.
+        pool: on that device, for example a `principal_pool`; it is not written to.
+        episodes: support (S, 3, H, W) and query (Q, 3, H, W) in [0, 1].
+        settings: length and rate; None for the published ones, whose first epochs warm up.
+
+    Raises:
+        NonFiniteLoss: a loss or a weight is not finite.
+
+    >>> short = TuneSettings(epochs=1, episodes_per_epoch=2, method="standard")
+    >>> len(meta_tune(network, pool, [episode, episode], short))
+    2
+    """
+    tuner = Tuner(network, pool, settings or TuneSettings())
+    for episode in itertools.islice(episodes, tuner.settings.epochs * tuner.settings.episodes_per_epoch):
+        tuner.step(episode.to(network.device))
+    tuner.check_finite()
+    return tuner.pool
 
 
 @functools.cache  # builds a scheduler, and the rate is the same for a whole epoch

@@ -22,6 +22,9 @@ class TuneSettings:
         epsilon_warmup: episodes over which epsilon and step size grow linearly to their level; 0 for none.
         head: what classifies the queries, one of `TRAINED` with its default options; None: prototypes.
         seed: decides the attacks' random starts, together with the episode's number and the level.
+
+    >>> TuneSettings(method="standard").adversarial
+    False
     """
 
     epochs: int = setting(30, "passes of nEpisode episodes per source", least=1, most=10**6)

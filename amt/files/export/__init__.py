@@ -62,7 +62,7 @@ FORMATS = ("timm", "peft", "onnx", "torch", "published")
 _ENDINGS = {"timm": ".safetensors", "torch": ".pt2"}  # by which timm and torch know what they read
 
 
-def save(path: Path, to: str, merged: MergedNetwork, pool: Pool) -> list[Path]:
+def save(path: Path, to: str, merged: MergedNetwork, pool: Pool | None = None) -> list[Path]:
     """Write `network` in the format `to` ("timm", "peft", "onnx" or "torch") with all that belongs to it.
 
     Beside a file PATH lie PATH.README.txt and, if the network has a task's head, PATH.prototypes.safetensors
@@ -71,7 +71,7 @@ def save(path: Path, to: str, merged: MergedNetwork, pool: Pool) -> list[Path]:
 
     Args:
         path: a file, which is replaced if it is there; for "peft" a folder that is empty or not there.
-        pool: what `network` was merged from.
+        pool: what `merged` was merged from, which only "peft" needs.
 
     Returns:
         The paths written, that of `path` first.
@@ -82,6 +82,7 @@ def save(path: Path, to: str, merged: MergedNetwork, pool: Pool) -> list[Path]:
     check_place(path, to)
     about = describe(merged, to)
     if to == "peft":
+        assert pool is not None, "an adapter holds the factors of a pool"
         return _save_adapter(path, merged, pool, about)
     if to == "timm":
         content = serialise(timm_state(merged), as_metadata(about))

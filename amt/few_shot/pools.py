@@ -1,0 +1,134 @@
+"""Find a pool by its name, and open it with its network."""
+
+import copy
+import dataclasses
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from amt.files import checkpoint
+from amt.files.pretrained import CHECKPOINTS
+from amt.models.architectures import base_arch
+from amt.models.network import Network, untrained
+from amt.models.pool import Pool
+from meta_dataset_readers.errors import InputError, nearest
+from meta_dataset_readers.files import size_of
+
+# Where the pools in the box are: in a checkout, and in an installed package.
+BOXES = (CHECKPOINTS, Path(__file__).resolve().parents[1] / "weights")
+_ENDINGS = (".safetensors", ".pth")
+_IN_A_RUN = ("best.safetensors", "last.safetensors")  # what a training leaves in its folder, by preference
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenPool:
+    """A pool on its network's device.
+
+    Args:
+        file: it comes from.
+        network: its structure, whose own weights are not used.
+        pool: the members.
+        about: what the file says of itself.
+    """
+
+    file: Path
+    network: Network
+    pool: Pool
+    about: dict[str, Any]
+
+    def to(self, device: torch.device | str) -> "OpenPool":
+        """The same on another device, itself if it is there."""
+        if self.network.device == torch.device(device):
+            return self
+        network = dataclasses.replace(self.network, module=copy.deepcopy(self.network.module).to(device))
+        return dataclasses.replace(self, network=network, pool=self.pool.to(device))
+
+
+def find_pool(name: str | os.PathLike) -> Path:
+    """The file of a pool, or of a saved task.
+
+    Args:
+        name: a file, a folder with best.safetensors, last.safetensors or one single .safetensors, or the name
+            of a pool in the box.
+
+    Raises:
+        InputError: there is no such thing.
+    """
+    path = Path(os.path.expanduser(name))
+    if path.is_dir():
+        return _in_folder(path)
+    if path.exists():
+        return path
+    for box in BOXES:
+        for ending in _ENDINGS:
+            if path.name == str(name) and (box / f"{name}{ending}").is_file():
+                return box / f"{name}{ending}"
+    text = str(name)
+    if text.count("/") == 1 and not text.startswith((".", "/", "~")) and not path.suffix:
+        raise InputError(
+            f"no folder {text!r} here, and names of a hub such as ORG/NAME are not fetched: download its "
+            "file, and give that"
+        )
+    if len(path.parts) > 1 or path.suffix:
+        raise InputError(f"{text}: no such file or folder, expected a pool")
+    boxed = [file.stem for box in BOXES if box.is_dir() for file in box.iterdir() if file.suffix in _ENDINGS]
+    raise InputError(
+        f"no pool {text!r}: neither a file, nor a folder, nor in the box; {nearest(text, boxed)}"
+    )
+
+
+def _in_folder(folder: Path) -> Path:
+    for name in _IN_A_RUN:
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        held = f"{len(found)} files .safetensors" if found else "no file .safetensors"
+        raise InputError(f"{folder}: holds {held}, expected one, or {' or '.join(_IN_A_RUN)}; name the file")
+    return found[0]
+
+
+def open_pool(name: str | os.PathLike, arch: str | None = None, image_size: int | None = None) -> OpenPool:
+    """The pool called `name` with the network it was made for, on the CPU.
+
+    Args:
+        name: see `find_pool`.
+        arch: of the network; None for what the file says.
+        image_size: side in pixels; None for the network's own.
+
+    Raises:
+        InputError: there is no such pool, nothing says which network it is of, or it does not fit that one.
+    """
+    file = find_pool(name)
+    size = size_of(file, what="pool")
+    return _opened(file, (size, file.stat().st_mtime_ns), arch, image_size)
+
+
+@functools.lru_cache(maxsize=1)  # cross-validation fits one pool again and again
+def _opened(file: Path, _state: tuple[int, int], arch: str | None, image_size: int | None) -> OpenPool:
+    """`open_pool` of a file in a state of its contents."""
+    saved = checkpoint.load(file)
+    network = network_of(file, saved.about, arch, image_size)
+    checkpoint.check_architecture(file, saved.pool, network.weights, network.arch)
+    return OpenPool(file, network, saved.pool, saved.about)
+
+
+def network_of(file: Path, about: dict[str, Any], arch: str | None, image_size: int | None) -> Network:
+    """The structure that a file's weights belong to; its own weights are random.
+
+    Raises:
+        InputError: nothing says which network it is, or images of that size are too small for it.
+    """
+    arch = arch or about.get("arch")
+    if not isinstance(arch, str):
+        raise InputError(f"{file}: does not say its architecture; name it by --arch")
+    network, _ = untrained(base_arch(arch))
+    network = dataclasses.replace(network, image_size=image_size or network.image_size)
+    if network.image_size < network.patch_size:
+        raise InputError(
+            f"--image_size is {network.image_size}, expected at least a patch of {network.patch_size} px"
+        )
+    return network
