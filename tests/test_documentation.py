@@ -214,7 +214,7 @@ def test_every_page_is_in_the_navigation():
     """MkDocs would build a page that nobody can find."""
     listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
     there = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
-    assert listed == there
+    assert there <= listed
 
 
 def test_the_methods_picture_is_drawn_by_its_script(tmp_path, monkeypatch):
