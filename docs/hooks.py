@@ -4,6 +4,7 @@ MkDocs calls `on_page_markdown` for every page (see mkdocs.yml). In a page
 
     <!-- help: train -->                what `amt train --help` prints
     <!-- help: train --help_published -->   the same with another flag
+    <!-- other public names -->         names of `amt` that the page does not have yet
     $$ formula $$                       LaTeX, shown by the browser itself
 
 are replaced. Help cannot go out of date, and no script is loaded from elsewhere.
@@ -18,15 +19,18 @@ from unittest import mock
 
 from latex2mathml.converter import convert
 
-from amt.__main__ import COMMANDS
+import amt
+from amt.__main__ import COMMANDS, is_there
 
 _HELP = re.compile(r"<!-- help: (\w+)( --\w+)? -->")
+_NAMES = "<!-- other public names -->"
 _FORMULA = re.compile(r"\$\$(.+?)\$\$", re.DOTALL)
 
 
 def on_page_markdown(markdown: str, **_about: object) -> str:
     """The text of a page with help texts and formulas in it."""
     markdown = _HELP.sub(lambda found: block(help_of(found[1], (found[2] or " --help").strip())), markdown)
+    markdown = markdown.replace(_NAMES, other_names(markdown))
     return _FORMULA.sub(lambda found: convert(found[1].strip(), display="block"), markdown)
 
 
@@ -34,11 +38,18 @@ def block(text: str) -> str:
     return f"```text\n{text.rstrip()}\n```"
 
 
+def other_names(markdown: str) -> str:
+    """Entries for the public names that have none on this page."""
+    return "\n".join(f"::: amt.{name}" for name in amt.__all__ if f"::: amt.{name}\n" not in markdown)
+
+
 def help_of(name: str, flag: str = "--help") -> str:
-    """What a command prints, 100 characters wide, on any machine."""
+    """What a command prints, 84 characters wide, on any machine."""
+    if not is_there(COMMANDS[name]):
+        return f"amt {name} is not part of this installation."
     out = io.StringIO()
     with (
-        mock.patch.dict(os.environ, {"COLUMNS": "100", "NO_COLOR": "1"}),
+        mock.patch.dict(os.environ, {"COLUMNS": "84", "NO_COLOR": "1"}),
         mock.patch("os.sched_getaffinity", lambda _process: {0, 1}, create=True),
         contextlib.redirect_stdout(out),
         contextlib.suppress(SystemExit),

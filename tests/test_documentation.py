@@ -217,10 +217,45 @@ def test_every_page_is_in_the_navigation():
     assert there <= listed
 
 
+def test_every_command_is_explained_on_the_page_of_commands():
+    text = (ROOT / "docs/reference/commands.md").read_text()
+    assert set(re.findall(r"<!-- help: (\w+) -->", text)) == set(COMMANDS)
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    pytest.importorskip("latex2mathml", reason="the extra `docs` is not installed")
+    return loaded("docs/hooks.py")
+
+
+def loaded(script: str):
+    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_help_on_the_site_is_what_the_programs_print(hooks):
+    text = hooks.on_page_markdown("<!-- help: mini -->\n<!-- help: train --help_published -->")
+    assert "usage: " in text and "--objects_per_class N" in text and "default: 2)" in text
+    assert "accepted without effect" in text and max(map(len, text.splitlines())) < 200
+
+
+def test_names_that_a_page_lacks_are_added(hooks):
+    text = hooks.on_page_markdown("::: amt.route\n<!-- other public names -->\n")
+    assert all(text.count(f"::: amt.{name}\n") == 1 for name in amt.__all__)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "$$" in page.read_text()], ids=lambda p: p.stem)
+def test_every_formula_becomes_mathml(page, hooks):
+    shown = hooks.on_page_markdown(page.read_text())
+    formulas = re.findall(r"<math.*?</math>", shown, re.DOTALL)
+    assert len(formulas) == page.read_text().count("$$") / 2 > 0 and "$$" not in shown
+    assert not [formula for formula in formulas if "\\" in formula]  # a macro that was not understood
+
+
 def test_the_methods_picture_is_drawn_by_its_script(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("draw_method", ROOT / "docs/figures/draw_method.py")
-    draw = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(draw)
+    draw = loaded("docs/figures/draw_method.py")
     monkeypatch.setattr(sys, "argv", ["draw_method.py", "--out", str(tmp_path / "method.svg")])
     draw.main()
     assert (tmp_path / "method.svg").read_bytes().startswith(b"<?xml")
