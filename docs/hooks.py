@@ -4,7 +4,7 @@ MkDocs calls `on_page_markdown` for every page (see mkdocs.yml). In a page
 
     <!-- help: train -->                what `amt train --help` prints
     <!-- help: train --help_published -->   the same with another flag
-    <!-- other public names -->         names of `amt` that the page does not have yet
+    <!-- public names -->               an entry for every public name of `amt`
     $$ formula $$                       LaTeX, shown by the browser itself
 
 are replaced. Help cannot go out of date, and no script is loaded from elsewhere.
@@ -23,14 +23,14 @@ import amt
 from amt.__main__ import COMMANDS, is_there
 
 _HELP = re.compile(r"<!-- help: (\w+)( --\w+)? -->")
-_NAMES = "<!-- other public names -->"
+_NAMES = "<!-- public names -->"
 _FORMULA = re.compile(r"\$\$(.+?)\$\$", re.DOTALL)
 
 
 def on_page_markdown(markdown: str, **_about: object) -> str:
     """The text of a page with help texts and formulas in it."""
     markdown = _HELP.sub(lambda found: block(help_of(found[1], (found[2] or " --help").strip())), markdown)
-    markdown = markdown.replace(_NAMES, other_names(markdown))
+    markdown = markdown.replace(_NAMES, public_names())
     return _FORMULA.sub(lambda found: convert(found[1].strip(), display="block"), markdown)
 
 
@@ -38,9 +38,8 @@ def block(text: str) -> str:
     return f"```text\n{text.rstrip()}\n```"
 
 
-def other_names(markdown: str) -> str:
-    """Entries for the public names that have none on this page."""
-    return "\n".join(f"::: amt.{name}" for name in amt.__all__ if f"::: amt.{name}\n" not in markdown)
+def public_names() -> str:
+    return "\n".join(f"::: amt.{name}" for name in amt.__all__)
 
 
 def help_of(name: str, flag: str = "--help") -> str:
