@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parent.parent
 
 COMMANDS = """
@@ -30,6 +32,8 @@ checkpoint train/last.safetensors
 export train/last.safetensors --to timm --coefficients 0.5 0.5 --out net.safetensors
 recipe
 """
+# Where the command is part of the wheel.
+PREDICT = "predict train/last.safetensors --support photos photos/apple --epsilon 2 --out answers.csv"
 WRITTEN = ("train/best.safetensors", "results/rows.jsonl", "report.html", "net.safetensors")
 
 
@@ -44,7 +48,11 @@ def main() -> int:
         run(*installer(python), wheel)
         work = Path(temporary) / "elsewhere"
         work.mkdir()
-        for line in COMMANDS.strip().replace("\n ", " ").splitlines():
+        write_pictures(work / "photos")
+        lines = COMMANDS.strip().replace("\n ", " ").splitlines()
+        if (ROOT / "amt" / "cli" / "predict.py").is_file():
+            lines.append(PREDICT)
+        for line in lines:
             run(python.with_name("amt"), *line.split(), cwd=work)
         for name in WRITTEN:
             assert (work / name).is_file(), f"{name} was not written"
@@ -61,6 +69,14 @@ def main() -> int:
         assert "missing: " in dry and "-m amt train" in dry
     print("the wheel works")
     return 0
+
+
+def write_pictures(folder: Path) -> None:
+    """Two classes of two pictures of one colour each."""
+    for name, colour in (("apple", "red"), ("pear", "green")):
+        (folder / name).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (40 + number, 40), colour).save(folder / name / f"{number}.png")
 
 
 def environment(interpreter: str, folder: Path) -> Path:
