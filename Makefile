@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test torture demo autolora-demo results bench learn2learn clean distclean always
+.PHONY: help setup test torture wheel-test demo autolora-demo results bench docs learn2learn clean distclean always
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,9 @@ FUZZ := 1000
 
 torture: $(STAMP) ## kill the programs and damage files at random (KILLS=5 FUZZ=50 for a short try)
 	$(PY) tests/torture.py --kills $(KILLS) --fuzz $(FUZZ)
+
+wheel-test: $(STAMP) ## build the wheel and use it in an environment of its own (PYTHON: which interpreter)
+	$(PY) -m tools.try_wheel $(if $(PYTHON),--python "$(PYTHON)")
 
 demo: $(STAMP) ## make small data sets, meta-train on them, evaluate
 	@echo "demo: data sets, training, evaluation; about five minutes on two cores"
@@ -63,6 +66,12 @@ bench: $(STAMP) ## time meta-tuning, evaluation and AutoLoRa
 	$(PY) benchmarks/meta_tuning.py
 	$(PY) benchmarks/evaluation.py
 	$(PY) benchmarks/autolora.py
+
+docs: $(STAMP) ## build the documentation as a site in site/
+	@$(PY) -c 'import mkdocs, mkdocstrings' 2>/dev/null || \
+	    $(PY) -m uv pip install --quiet --python $(PY) --editable '.[docs]' || \
+	    $(PY) -m pip install --quiet --editable '.[docs]'
+	$(PY) -m mkdocs build --strict --quiet
 
 learn2learn: $(STAMP) ## build learn2learn 0.2.0 from its Cython sources and install it
 	$(PY) -m tools.install_learn2learn

@@ -21,25 +21,14 @@ if __name__ == "__main__":
 
 import sys
 
-from amt.cli import options
+from amt.cli import autolora, meta_train
 from meta_dataset_readers.errors import exit_on_bad_input
 
 
 def main() -> int:
     if sys.argv[1:2] == ["autolora"]:
-        from amt.cli import autolora
-
         return autolora.main(sys.argv[2:])
-    args = options.training_parser().parse(sys.argv[1:])
-    options.check_training(args)
-    if args.dry_run is not None:
-        from amt.cli import dry_run
-
-        return dry_run.training(args)
-    # Only now torch is imported: nobody waits for it who asks for --help or mistyped a flag.
-    from amt.cli import train
-
-    return train.main(args)
+    return meta_train.main(sys.argv[1:], prog=None)
 
 
 if __name__ == "__main__":

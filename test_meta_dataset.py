@@ -18,21 +18,12 @@ if __name__ == "__main__":
 
 import sys
 
-from amt.cli import options
+from amt.cli import meta_test
 from meta_dataset_readers.errors import exit_on_bad_input
 
 
 def main() -> int:
-    args = options.testing_parser().parse(sys.argv[1:])
-    options.check_testing(args)
-    if args.dry_run is not None:
-        from amt.cli import dry_run
-
-        return dry_run.testing(args)
-    # Only now torch is imported: nobody waits for it who asks for --help or mistyped a flag.
-    from amt.cli import test
-
-    return test.main(args)
+    return meta_test.main(sys.argv[1:], prog=None)
 
 
 if __name__ == "__main__":

@@ -128,8 +128,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse(arguments)
 
 
-def main() -> int:
-    options = parse(sys.argv[1:])
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(sys.argv[1:] if argv is None else argv)
     how = {
         "image_prefix": tuple(options.image_prefix) if options.image_prefix else None,
         "fast": options.fast,

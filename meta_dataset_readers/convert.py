@@ -100,8 +100,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse(arguments)
 
 
-def main() -> None:
-    options = parse(sys.argv[1:])
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(sys.argv[1:] if argv is None else argv)
     prefix = tuple(options.image_prefix) if options.image_prefix else None
     sources = {name: open_source(options.data_path, name, prefix) for name in options.sources}
     for name, packed in convert(sources, options.out, skip_bad_records=options.skip_bad_records):

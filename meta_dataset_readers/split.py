@@ -50,8 +50,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse(arguments)
 
 
-def main() -> None:
-    options = parse(sys.argv[1:])
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(sys.argv[1:] if argv is None else argv)
     folder, layout = layout_of(options.folder)
     if layout.open is not open_class_folders:
         raise InputError(f"{folder}: its classes are divided already: {layout.name}")

@@ -14,7 +14,12 @@ checkpoints=${CHECKPOINTS:-checkpoints}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [ -n "$PYTHON" ] || PYTHON=$root/.venv/bin/python
 [ -x "$(command -v "$PYTHON")" ] || PYTHON=python
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+train=("$root/main.py") test=("$root/test_meta_dataset.py") autolora=("$root/main.py" autolora)
+if [ -e "$root/main.py" ]; then
+    export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+else  # installed, not a checkout
+    train=(-m amt train) test=(-m amt test) autolora=(-m amt autolora)
+fi
 runs=() status=0
 trap 'code=$?; exit $((status ? status : code))' EXIT
 
@@ -29,18 +34,18 @@ made() {  # made FILES...: what a command makes counts as there for the dry runs
 }
 
 train() {  # train NAME FLAGS...: main.py into OUT/train/NAME, which all recipes share
-    run "$root/main.py" --data_path "$data" --output_dir "$out/train/$1" "${@:2}" $TRAIN_FLAGS "${dry[@]}"
+    run "${train[@]}" --data_path "$data" --output_dir "$out/train/$1" "${@:2}" $TRAIN_FLAGS "${dry[@]}"
     made "$out/train/$1/best.safetensors"
 }
 
 evaluate() {  # evaluate NAME FLAGS...: test_meta_dataset.py into a folder that the next page shows
-    run "$root/test_meta_dataset.py" --data_path "$data" --output_dir "$here/$1" "${@:2}" $TEST_FLAGS "${dry[@]}"
+    run "${test[@]}" --data_path "$data" --output_dir "$here/$1" "${@:2}" $TEST_FLAGS "${dry[@]}"
     runs+=("$here/$1")
     made "$here/$1"
 }
 
 fine_tune() {  # fine_tune NAME MODE FLAGS...: main.py autolora, whose tests the next page shows
-    run "$root/main.py" autolora --data "$data" --output "$here/$1" --mode "$2" "${@:3}" $AUTOLORA_FLAGS "${dry[@]}"
+    run "${autolora[@]}" --data "$data" --output "$here/$1" --mode "$2" "${@:3}" $AUTOLORA_FLAGS "${dry[@]}"
     local mode modes=$2
     [ "$modes" != ALL ] || modes="SLF ALF AFF"
     for mode in $modes; do

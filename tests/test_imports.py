@@ -106,4 +106,5 @@ def test_no_library_module_imports_a_script(module):
 
 
 def test_imports_of_all_forms_and_at_all_depths_are_seen():
-    assert {"amt.cli.options", "amt.cli.autolora", "sys"} <= imports("main")
+    assert {"amt.cli.meta_train", "amt.cli.autolora", "sys"} <= imports("main")
+    assert {"amt.cli.options", "amt.cli.train"} <= imports("amt.cli.meta_train")  # the latter in a function

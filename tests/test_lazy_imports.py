@@ -33,6 +33,9 @@ def loaded(code: str) -> set[str]:
         ["main.py", "autolora", "--help"],
         ["test_meta_dataset.py", "--help"],
         ["amt", "-h"],
+        ["amt", "train", "--help"],
+        ["amt", "test", "--help"],
+        ["amt", "recipe"],
     ],
 )
 def test_help_comes_without_torch(arguments):

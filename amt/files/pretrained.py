@@ -17,13 +17,14 @@ import torch
 from torch import nn
 
 from amt.files import state_dicts, weight_files
+from amt.files.shipped import shipped
 from amt.files.state_dicts import Shapes, StateDict
 from amt.models.architectures import HUB_FILE, TIMM, Origin, base_arch
 from amt.models.network import Network, untrained
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError, first_line
 
-CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
+CHECKPOINTS = shipped("checkpoints")
 
 
 def load_network(

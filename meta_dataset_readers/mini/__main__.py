@@ -58,8 +58,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse(arguments)
 
 
-def main() -> None:
-    options = parse(sys.argv[1:])
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(sys.argv[1:] if argv is None else argv)
     written = make_mini(
         options.out,
         settings=Settings(options.seed, options.objects_per_class),
