@@ -319,7 +319,7 @@ def test_valid_looks_at_the_domains_own_valid_episodes_and_at_nothing_else(netwo
     )
     assert episodes.asked == [("tiny", "VALID", 4, None)] * 2  # once more for the trimmings
     assert set(titles) == {"choosing on tiny VALID"}
-    assert "chosen on 4 VALID episodes of tiny under pgd10@2" in about["how"] and "stamp" not in about
+    assert "chosen on 4 VALID episodes of tiny under pgd10-ce+dlr@2" in about["how"] and "stamp" not in about
     assert len(about["candidates"]) == len(GRID) + 1
     chosen = Routing(**about["routing"])
     assert chosen in GRID and len(about["trims"]) == about["how"].count("trimmed")

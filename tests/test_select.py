@@ -13,7 +13,7 @@ from conftest import moved_apart, patterned_episode, random_backbone
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amt.attacks.kinds import Attack
+from amt.attacks.kinds import WORST_CASE, Attack
 from amt.attacks.levels import Perturbation
 from amt.evaluation import select as selecting
 from amt.evaluation.evaluate import evaluate
@@ -142,10 +142,14 @@ def test_the_attacks_of_a_selection_are_cheap_ones_at_the_same_radii():
         Attack("support", (3,)),
     )
     assert selection_attacks(scoring) == (
-        Attack("pgd", (2, 4, 8), steps=10),
-        Attack("pgd", (64,), norm="l2", steps=10),
+        Attack("pgd", (2, 4, 8), steps=10, loss=WORST_CASE),
+        Attack("pgd", (64,), norm="l2", steps=10, loss=WORST_CASE),
     )
-    assert selection_attacks(PGD) == PGD and selection_attacks(()) == ()
+    few = Attack("pgd", (2,), steps=3, loss="ce")
+    assert (
+        selection_attacks((few,)) == (dataclasses.replace(few, loss=WORST_CASE),)
+        and selection_attacks(()) == ()
+    )
 
 
 def test_the_published_grid():

@@ -54,5 +54,5 @@ def photos(tmp_path_factory) -> Path:
 @pytest.fixture
 def box(photos, monkeypatch) -> Path:
     """The pool is in the box, under the name vit_mini_pool."""
-    monkeypatch.setattr("amt.few_shot.pools.BOXES", (photos,))
+    monkeypatch.setattr("amt.few_shot.pools.BOX", photos)
     return photos

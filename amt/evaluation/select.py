@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amt.attacks.kinds import Attack
+from amt.attacks.kinds import WORST_CASE, Attack
 from amt.evaluation.evaluate import measure
 from amt.models.network import Network
 from amt.models.pool import Pool
@@ -138,13 +138,15 @@ def candidate_coefficients(
 
 def selection_attacks(attacks: Sequence[Attack]) -> tuple[Attack, ...]:
     """The attacks that candidates are compared under when `attacks` score: PGD at the same norms and radii,
-    of at most 10 steps. Stronger attacks cost more and rank networks alike."""
+    of at most 10 steps, on the losses of the default attack. More steps cost more and rank networks alike."""
     scoring = [attack for attack in attacks if attack.kind != "support"]
     steps = min([_SELECTION_STEPS, *(attack.steps for attack in scoring if attack.kind == "pgd")])
     radii: dict[str, set[float]] = {}
     for attack in scoring:
         radii.setdefault(attack.norm, set()).update(attack.epsilons)
-    return tuple(Attack("pgd", tuple(sorted(found)), norm, steps) for norm, found in radii.items())
+    return tuple(
+        Attack("pgd", tuple(sorted(found)), norm, steps, loss=WORST_CASE) for norm, found in radii.items()
+    )
 
 
 def select(

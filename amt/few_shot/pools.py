@@ -17,8 +17,7 @@ from amt.models.pool import Pool
 from meta_dataset_readers.errors import InputError, nearest
 from meta_dataset_readers.files import size_of
 
-# Where the pools in the box are: in a checkout, and in an installed package.
-BOXES = (CHECKPOINTS, Path(__file__).resolve().parents[1] / "weights")
+BOX = CHECKPOINTS  # where the pools in the box are
 _ENDINGS = (".safetensors", ".pth")
 _IN_A_RUN = ("best.safetensors", "last.safetensors")  # what a training leaves in its folder, by preference
 
@@ -62,10 +61,9 @@ def find_pool(name: str | os.PathLike) -> Path:
         return _in_folder(path)
     if path.exists():
         return path
-    for box in BOXES:
-        for ending in _ENDINGS:
-            if path.name == str(name) and (box / f"{name}{ending}").is_file():
-                return box / f"{name}{ending}"
+    for ending in _ENDINGS:
+        if path.name == str(name) and (BOX / f"{name}{ending}").is_file():
+            return BOX / f"{name}{ending}"
     text = str(name)
     if text.count("/") == 1 and not text.startswith((".", "/", "~")) and not path.suffix:
         raise InputError(
@@ -74,7 +72,7 @@ def find_pool(name: str | os.PathLike) -> Path:
         )
     if len(path.parts) > 1 or path.suffix:
         raise InputError(f"{text}: no such file or folder, expected a pool")
-    boxed = [file.stem for box in BOXES if box.is_dir() for file in box.iterdir() if file.suffix in _ENDINGS]
+    boxed = [file.stem for file in BOX.glob("*") if file.suffix in _ENDINGS]
     raise InputError(
         f"no pool {text!r}: neither a file, nor a folder, nor in the box; {nearest(text, boxed)}"
     )
