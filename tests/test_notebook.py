@@ -25,7 +25,7 @@ def test_the_tutorial_runs(notebook, tmp_path, monkeypatch, one_thread):
         exec(compile(text.replace(SIZE, "EPISODES = 2"), f"cell {number}", "exec"), known)
     rows = known["rows"]
     assert len(rows) == 2 and sum(known["shares"]) == pytest.approx(1)
-    assert all(row["clean"] >= row["pgd10@1"] >= row["pgd10@4"] for row in rows)
+    assert all(row["clean"] >= row["pgd10-ce+dlr@1"] >= row["pgd10-ce+dlr@4"] for row in rows)
     assert (
         float((known["mixed"] - known["alone"]).abs().max()) < 1e-4
     )  # what the text says of an untrained pool

@@ -106,7 +106,7 @@ class Settings:
     epochs: int = setting(50, "default: 50; high: 60", aliases="--max_epoch -m_e", least=1, most=10**6)
     batch_size: int = setting(128, "default: 128; linear modes by table", aliases="-b", least=1, most=10**6)
     lr: float = setting(
-        0.1, "first rate (default: 0.1; high: 0.01)", aliases="--learning_rate -lr", least=0, most=1e38
+        0.1, "first rate (default: 0.1; high: 0.01)", aliases="--learning_rate -lr", least=0, most=1000
     )
     momentum: float = setting(0.9, "momentum of SGD", aliases="-m", least=0, most=1)
     weight_decay: float = setting(2e-4, "default: 2e-4; high: 1e-4", aliases="--wd -w", least=0, most=1000)
