@@ -128,6 +128,7 @@ def answer(source: Source, slots: Sequence[Examples], queries: Sequence[Path]) -
     """
     used = [slot for slot in slots if slot.files]
     check(used, queries)
+    used.sort(key=lambda slot: slot.name.strip())  # answers do not depend on the order of the slots
     size = source.side()
     support = [read(file, size, f"{slot.name}: ") for slot in used for file in slot.files]
     labels = [slot.name.strip() for slot in used for _ in slot.files]

@@ -21,7 +21,12 @@ FIRST_SHOWN = 3  # class slots
 LARGEST_EPSILON = 16
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"]  # of the reader's own system
 MONOSPACE = ["ui-monospace", "Consolas", "monospace"]
-CSS = ".gradio-container { max-width: 1200px !important; margin: auto; }"
+CSS = """
+.gradio-container { max-width: 1200px !important; margin: auto; }
+.pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(64px, 1fr)) !important; }
+#answers .grid-wrap { min-height: 0; height: auto; }
+#answers .grid-container { grid-template-columns: repeat(auto-fill, minmax(145px, 1fr)) !important; }
+"""
 ABOUT = """# Your pictures, a few of each class
 Drop a few labelled pictures of each class, then new ones. Nothing is trained: adapters of `{pool}` are merged
 for your classes. Pictures stay on this computer, and are removed when the program ends."""
@@ -44,8 +49,10 @@ class Slots(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """What shows the answers: of all pictures, of the chosen one, the adapters, and what was not read."""
+    """What shows the answers: the panel, which holds the attack, too; the answers of all pictures and of the
+    chosen one, the adapters, and what was not read."""
 
+    panel: gr.Column
     gallery: gr.Gallery
     probabilities: gr.Label
     merged: gr.Label
@@ -53,8 +60,9 @@ class Answered(NamedTuple):
 
 
 class Attacked(NamedTuple):
-    """What shows one picture under attack."""
+    """What shows one picture under attack; the panel holds the rest, hidden while there is nothing."""
 
+    panel: gr.Column
     verdict: gr.Markdown
     clean: gr.Image
     perturbation: gr.Image
@@ -78,13 +86,21 @@ def build(source: Source, pool: str) -> gr.Blocks:
         with gr.Row():
             count, more = gr.State(FIRST_SHOWN), gr.Button("Add a class", size="sm")
             fill = gr.Button("Fill in an example: traffic signs", size="sm", elem_id="example")
-        new = _drop(f"New pictures, up to {MOST_QUERIES}", "new", columns=6)
+        new = _drop(f"New pictures, up to {MOST_QUERIES}", "new")
         classify = gr.Button("Classify", variant="primary", elem_id="classify")
-        answered = _answered()
-        gr.Markdown(ATTACK)
-        epsilon = gr.Slider(0, LARGEST_EPSILON, 4, step=0.5, label="epsilon, in 1/255 of the pixel range")
-        run = gr.Button("Attack", variant="primary", elem_id="attack")
-        attacked = _attacked()
+        with gr.Column(visible=False, elem_id="answered") as panel:
+            answered = _answered(panel)
+            gr.Markdown(ATTACK)
+            epsilon = gr.Slider(
+                0,
+                LARGEST_EPSILON,
+                4,
+                step=0.5,
+                label="epsilon, in 1/255 of the pixel range",
+                elem_id="epsilon",
+            )
+            run = gr.Button("Attack", variant="primary", elem_id="attack")
+            attacked = _attacked()
 
     with blocks:
         given = [*slots.names, *slots.galleries, new]
@@ -106,17 +122,17 @@ def _slots() -> Slots:
         for k in range(MOST_CLASSES):
             with gr.Column(min_width=300, visible=k < FIRST_SHOWN) as column:
                 names.append(gr.Textbox(f"class {k + 1}", label="Name", max_length=60, elem_id=f"name-{k}"))
-                galleries.append(_drop(f"Its pictures, up to {MOST_EXAMPLES}", f"class-{k}", columns=5))
+                galleries.append(_drop(f"Its pictures, up to {MOST_EXAMPLES}", f"class-{k}"))
             columns.append(column)
     return Slots(columns, names, galleries)
 
 
-def _drop(label: str, elem_id: str, columns: int) -> gr.Gallery:
+def _drop(label: str, elem_id: str) -> gr.Gallery:
     """Where pictures are dropped; they are read from their files, by us."""
     return gr.Gallery(
         label=label,
         elem_id=elem_id,
-        columns=columns,
+        elem_classes="pictures",
         height=190,
         object_fit="contain",
         format="png",
@@ -127,14 +143,13 @@ def _drop(label: str, elem_id: str, columns: int) -> gr.Gallery:
     )
 
 
-def _answered() -> Answered:
+def _answered(panel: gr.Column) -> Answered:
     with gr.Row():
         with gr.Column(min_width=320, scale=2):
             gallery = gr.Gallery(
                 label="Answers: choose one",
                 elem_id="answers",
-                columns=4,
-                height=320,
+                height="auto",
                 object_fit="contain",
                 format="png",
                 allow_preview=False,
@@ -145,28 +160,29 @@ def _answered() -> Answered:
         with gr.Column(min_width=320):
             probabilities = gr.Label(label="Probabilities of the chosen picture", elem_id="probabilities")
             merged = gr.Label(label="Adapters merged", elem_id="merged")
-    return Answered(gallery, probabilities, merged, notes)
+    return Answered(panel, gallery, probabilities, merged, notes)
 
 
 def _attacked() -> Attacked:
-    verdict = gr.Markdown(elem_id="verdict")
-    with gr.Row():
-        clean, perturbation, attacked = (
-            gr.Image(
-                label=name,
-                elem_id=f"image-{name}",
-                format="png",
-                height=260,
-                min_width=160,
-                interactive=False,
-                buttons=[],
+    with gr.Column(visible=False, elem_id="under-attack") as panel:
+        verdict = gr.Markdown(elem_id="verdict")
+        with gr.Row():
+            clean, perturbation, attacked = (
+                gr.Image(
+                    label=name,
+                    elem_id=f"image-{name}",
+                    format="png",
+                    height=260,
+                    min_width=160,
+                    interactive=False,
+                    buttons=[],
+                )
+                for name in ("clean", "perturbation", "attacked")
             )
-            for name in ("clean", "perturbation", "attacked")
-        )
-    with gr.Row():
-        before = gr.Label(label="Before", elem_id="before", min_width=240)
-        after = gr.Label(label="Under attack", elem_id="after", min_width=240)
-    return Attacked(verdict, clean, perturbation, attacked, before, after)
+        with gr.Row():
+            before = gr.Label(label="Before", elem_id="before", min_width=240)
+            after = gr.Label(label="Under attack", elem_id="after", min_width=240)
+    return Attacked(panel, verdict, clean, perturbation, attacked, before, after)
 
 
 # --- what happens ------------------------------------------------------------------------------------------
@@ -207,7 +223,8 @@ def _classified(source: Source, *given: Any) -> list:
         for image, (name, share) in zip(found.images, map(found.best, range(len(found.images))), strict=True)
     ]
     merged = gr.Label(answers.adapters(found.task), show_heading=False)
-    return [found, 0, shown, _probabilities(found, 0), merged, _notes(found), *_nothing()]
+    shows = gr.Column(visible=True)
+    return [found, 0, shows, shown, _probabilities(found, 0), merged, _notes(found), *_nothing()]
 
 
 def _files(held: Sequence | None) -> tuple[Path, ...]:
@@ -238,9 +255,10 @@ def _attack(source: Source, found: Answers | None, number: int, epsilon: float) 
     amplified = "perturbation" if seen.factor is None else f"perturbation, {seen.factor:.0f} times"
     clean, perturbation, attacked = seen.pictures
     verdict = html.escape(answers.verdict(seen, epsilon))
-    return [verdict, clean, gr.Image(perturbation, label=amplified), attacked, seen.before, seen.after]
+    shows = gr.Column(visible=True)
+    return [shows, verdict, clean, gr.Image(perturbation, label=amplified), attacked, seen.before, seen.after]
 
 
-def _nothing() -> list[None]:
+def _nothing() -> list:
     """No picture under attack: the one before was another."""
-    return [None] * len(Attacked._fields)
+    return [gr.Column(visible=False), *[None] * (len(Attacked._fields) - 1)]

@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     with server.own_folder() as folder:
         from amt.app import page
 
-        blocks = page.build(source, args.pool)
+        blocks = page.build(source, source.pool.stem)
         with server.serving(blocks, folder, port, **page.look()) as address:
             say(f"the page is at {address}; Ctrl-C ends it, and removes its pictures")
             server.wait()
