@@ -281,3 +281,8 @@ def test_slots_are_added_up_to_the_limit(page):
 def test_nothing_is_attacked_before_an_answer(page, source):
     with pytest.raises(InputError, match="classify pictures first"):
         page._attack(source, None, 0, 4)
+
+
+def test_an_emptied_epsilon_is_asked_for(page, source, slots, new):
+    with pytest.raises(InputError, match="no epsilon; expected 0 to 16"):
+        page._attack(source, answers.answer(source, slots, new), 0, None)

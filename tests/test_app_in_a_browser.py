@@ -1,14 +1,18 @@
 """The page for trying a pool as people meet it: pictures dropped in a real Chromium, up to an answer and an
 attack; two people at once; and what is left when the program ends.
 
-Skipped where there is no gradio, no browser, or no playwright to drive one.
+Skipped where there is no gradio, no browser, or no playwright to drive one. AMT_SCREENSHOTS names a folder
+for pictures of the page at both widths.
 """
 
 import base64
+import importlib.util
 import os
 import re
 import signal
+import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import test_page_in_a_browser as pages
@@ -16,7 +20,8 @@ from commands import start
 
 from amt.app.server import LARGEST_FILE
 
-pytest.importorskip("gradio", reason="the extra `app` is not installed")
+if importlib.util.find_spec("gradio") is None:  # not imported here: that takes seconds
+    pytest.skip("the extra `app` is not installed", allow_module_level=True)
 httpx = pytest.importorskip("httpx")  # which gradio brings
 browser = pages.browser
 
@@ -30,33 +35,44 @@ DROPPED = """(files) => {
 }"""
 
 
+class Started(NamedTuple):
+    """The program, and the folder that it may write temporary files to."""
+
+    process: subprocess.Popen
+    temporary: Path
+
+
 @pytest.fixture(scope="module")
-def served(photos, tmp_path_factory):
-    """The address of the page, and the folder that the program may write temporary files to. At the end the
-    program is told to stop: it says so in one line, and leaves nothing."""
+def started(photos, tmp_path_factory):
+    """The program, which is loading: a browser can be started meanwhile."""
     temporary = tmp_path_factory.mktemp("temporary")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(temporary))
         words = ("-m", "amt", "app", photos / "vit_mini_pool.safetensors", "--port", 0, "--threads", 1)
-        running = start(*words, "--device", "cpu", cwd=temporary)
-    try:
-        line = running.stdout.readline().decode()
-        assert line, running.stderr.read().decode()
-        yield re.search(r"http://127\.0\.0\.1:\d+", line)[0], temporary
-        assert list(temporary.rglob("*.png")), "pictures are somewhere else"
-        running.send_signal(signal.SIGTERM)
-        _, errors = running.communicate(timeout=60)
-        assert (running.returncode, errors.decode()) == (128 + signal.SIGTERM, "interrupted\n")
-        assert list(temporary.iterdir()) == []
-    finally:
-        running.kill()
+        found = Started(start(*words, "--device", "cpu", cwd=temporary), temporary)
+    yield found
+    found.process.kill()
+    found.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def address(started):
+    """Of the page. At the end the program is told to stop: it says so in one line, and leaves nothing."""
+    line = started.process.stdout.readline().decode()
+    assert line, started.process.stderr.read().decode()
+    yield re.search(r"http://127\.0\.0\.1:\d+", line)[0]
+    assert list(started.temporary.rglob("*.png")), "pictures are somewhere else"
+    started.process.send_signal(signal.SIGTERM)
+    _, errors = started.process.communicate(timeout=60)
+    assert (started.process.returncode, errors.decode()) == (128 + signal.SIGTERM, "interrupted\n")
+    assert list(started.temporary.iterdir()) == []
 
 
 @pytest.fixture
-def opened(browser, served):
+def opened(started, browser, address):
     """`opened(width)` shows the page to somebody new; what it complained of and asked for is checked at the
     end."""
-    address, complaints, requests, contexts = served[0], [], [], []
+    complaints, requests, contexts = [], [], []
 
     def show(width: int):
         contexts.append(browser.new_context(viewport={"width": width, "height": 900}))
@@ -131,15 +147,14 @@ def test_the_example_is_one_click_and_nobody_sees_the_pictures_of_another(opened
     assert not other.locator("#answered").is_visible() and shown(one)
 
 
-def test_the_server_refuses_what_is_too_large_and_files_of_others(served):
+def test_the_server_refuses_what_is_too_large_and_files_of_others(started, address):
     """Whatever a page would allow. What is taken goes into the program's own folder."""
-    address, temporary = served
 
     def post(size: int) -> httpx.Response:
         return httpx.post(f"{address}/gradio_api/upload", files={"files": ("a.png", bytes(size))}, timeout=60)
 
     assert post(LARGEST_FILE + 1).status_code == 413
     (path,) = post(100).json()
-    assert Path(path).is_relative_to(temporary)
+    assert Path(path).is_relative_to(started.temporary)
     assert httpx.get(f"{address}/gradio_api/file={path}").status_code == 200
     assert httpx.get(f"{address}/gradio_api/file=/etc/hosts").status_code == 403

@@ -248,9 +248,11 @@ def _choose(found: Answers | None, event: gr.SelectData) -> list:
     return [event.index, _probabilities(found, event.index), *_nothing()]
 
 
-def _attack(source: Source, found: Answers | None, number: int, epsilon: float) -> list:
+def _attack(source: Source, found: Answers | None, number: int, epsilon: float | None) -> list:
     if found is None:
         raise InputError("no answer to attack yet; classify pictures first")
+    if epsilon is None:
+        raise InputError(f"no epsilon; expected 0 to {LARGEST_EPSILON}")
     seen = answers.attack(found, number, epsilon, source.merging.seed)
     amplified = "perturbation" if seen.factor is None else f"perturbation, {seen.factor:.0f} times"
     clean, perturbation, attacked = seen.pictures
