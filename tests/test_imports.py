@@ -18,7 +18,11 @@ PACKAGES = {
     "evaluation": {"attacks", "data", "models", "files", "tasks"},
     "report": {"attacks", "data", "models", "files", "tasks", "evaluation"},
     "few_shot": {"attacks", "models", "files", "tasks", "evaluation"},
-    "cli": {"attacks", "data", "models", "files", "tasks", "training", "evaluation", "report", "few_shot"},
+    "app": {"attacks", "few_shot", "report"},
+    "cli": {
+        *("attacks", "data", "models", "files", "tasks", "training", "evaluation", "report", "few_shot"),
+        "app",
+    },
 }
 READERS = "meta_dataset_readers"
 # Of the readers the packages below cli know what an episode is, how an error is told, how files and
@@ -38,7 +42,7 @@ OF_THE_READERS = {
         "transforms",
     )
 }
-OPENING_FOLDERS = ("cli", "few_shot")  # packages that people hand their folders to
+OPENING_FOLDERS = ("cli", "few_shot", "app")  # packages that people hand their folders to
 SCRIPTS = {"main", "test_meta_dataset", "studies", "benchmarks", "tools", "tests"}
 
 

@@ -31,7 +31,7 @@ from meta_dataset_readers.settings import Number, as_path, nonnegative, nonnegat
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from amt.few_shot.task import Task
+    from amt.few_shot.task import Merging, Task
 
 BATCH = 16  # images in one go: a line of progress after each
 EPSILONS = (2.0, 4.0, 8.0)
@@ -95,6 +95,12 @@ def parser() -> Parser:
     parser.add_argument(
         "--save", "--save_task", type=as_path, metavar="FILE", help="write the task, a .safetensors"
     )
+    add_model(parser)
+    return parser
+
+
+def add_model(parser: Parser) -> None:
+    """The flags that say how a pool becomes a classifier, and where it answers."""
     model = parser.add_argument_group("model")
     model.add_argument("--arch", help="backbone (default: what the pool's file says)")
     model.add_argument(
@@ -104,7 +110,6 @@ def parser() -> Parser:
     model.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto: cuda if there is one")
     model.add_argument("--threads", type=Number(int, least=1, most=1024), help="CPU threads")
     model.add_argument("--seed", type=nonnegative_int, default=0, help="decides everything random")
-    return parser
 
 
 def main(argv: Sequence[str]) -> int:
@@ -185,7 +190,6 @@ def task_of(args: argparse.Namespace) -> "Task":
     from amt.few_shot import pictures, task_file
     from amt.few_shot.fitting import fit_pictures
     from amt.few_shot.pools import find_pool
-    from amt.few_shot.task import Merging
     from amt.models.network import find_device
 
     file = find_pool(args.pool)
@@ -201,9 +205,16 @@ def task_of(args: argparse.Namespace) -> "Task":
             "files per class"
         )
     found, names = pictures.in_class_folders(args.support)
-    merging = Merging(options.routing(args), args.coefficients, tuple(args.trim), args.seed)
     given = {"arch": args.arch, "image_size": args.image_size, "device": args.device}
-    return fit_pictures(file, found, names, merging, where=f"--support {args.support}: ", **given)[0]
+    where = f"--support {args.support}: "
+    return fit_pictures(file, found, names, merging(args), where=where, **given)[0]
+
+
+def merging(args: argparse.Namespace) -> "Merging":
+    """How the flags of `add_model` merge the pool."""
+    from amt.few_shot.task import Merging
+
+    return Merging(options.routing(args), args.coefficients, tuple(args.trim), args.seed)
 
 
 def describe(task: "Task") -> None:
