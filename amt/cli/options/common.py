@@ -101,7 +101,7 @@ def add_machine(parser: Parser, seed: int) -> argparse._ArgumentGroup:
     machine.add_argument(
         "--threads",
         type=THREADS,
-        help="CPU threads (default: torch's choice, within the cores and the quota of the job); 1 is best for "
+        help="CPU threads (default: torch's choice, within the cores and quota of the job); 1 is best for "
         "small networks or on a busy machine",
     )
     machine.add_argument("--seed", type=SEED, default=seed, help="decides everything random")
