@@ -28,9 +28,11 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from meta_dataset_readers.command import Parser, add_sources, available_cores
+from meta_dataset_readers.command import Parser, add_sources
+from meta_dataset_readers.cores import available_cores
 from meta_dataset_readers.domains import DOMAINS
 from meta_dataset_readers.errors import InputError, exit_on_bad_input, nearest, printable, say
+from meta_dataset_readers.filelists import UNDIVIDED
 from meta_dataset_readers.files import SPLIT_FOLDERS, leads_nowhere, listing, reading
 from meta_dataset_readers.folders import FileStore
 from meta_dataset_readers.layouts import as_source, open_source, sources, without_layout
@@ -314,6 +316,8 @@ def _notes(name: str, source: Source, with_sums: bool) -> Iterator[str]:
     spec = source.spec
     if spec.name != name:
         yield f"{spec.file} says that the source is called {spec.name!r}"
+    if spec.advice == UNDIVIDED:
+        yield UNDIVIDED
     strays = _strays(source)
     if strays:
         yield f"{len(strays)} files belong to no class, the first is {strays[0]}"

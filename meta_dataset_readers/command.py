@@ -100,11 +100,6 @@ def add_image_prefix(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def available_cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def spelling(word: str) -> str:
     """A flag with its dashes as underscores; anything else as it is."""
     flag = re.match(r"--[A-Za-z][\w-]*", word)

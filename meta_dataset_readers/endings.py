@@ -89,11 +89,25 @@ def raised() -> Iterator[None]:
 def held() -> Iterator[None]:
     """While active no signal arrives, and processes that are started will never see one: that the program
     ends is for this process to tell them."""
+    arrived, previous = [], {}
+
+    def keep(number: int, _frame: FrameType | None) -> None:
+        arrived.append(number)
+
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
+        # The mask is of this thread alone: a signal may reach one of torch's, and Python handles it here.
+        with contextlib.suppress(ValueError):  # not the main thread, in which Python handles none
+            for number in ENDING:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    previous[number] = signal.signal(number, keep)
         yield
     finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if arrived:
+            signal.raise_signal(arrived[0])
 
 
 def _imports(frame: FrameType | None) -> bool:

@@ -18,6 +18,8 @@ from meta_dataset_readers.store import Source
 
 FILELISTS = {"TRAIN": "base.json", "VALID": "val.json", "TEST": "novel.json"}
 
+UNDIVIDED = f"{', '.join(FILELISTS.values())} list the same pictures, so all of them are TEST"
+
 _LONGEST_PATH = 4096  # characters, as file systems have it
 _TRIES = 100  # pictures that are looked for until one is found: the first may be missing
 
@@ -33,8 +35,12 @@ def open_filelists(directory: Path, name: str, prefix: tuple[str, str] | None = 
     Raises InputError, naming file and field, for lists that are missing, no such thing or of unequal length,
     a label without a name, a path that leads outside or does not begin with `old`, a picture listed twice, a
     class in two splits, and if no picture can be found. Single pictures that are not there are `missing`.
+    Three lists of the same content separate nothing: all of it is TEST, so that none of it is trained on.
     """
     lists = {split: _read_list(directory / file) for split, file in FILELISTS.items()}
+    undivided = len({found[1:] for found in lists.values()}) == 1
+    if undivided:
+        lists = {"TEST": lists["TEST"]}
     root = directory
     if prefix is None:
         n_stale = _count_stale_parts(directory, lists)
@@ -46,7 +52,8 @@ def open_filelists(directory: Path, name: str, prefix: tuple[str, str] | None = 
         raise InputError(f"{root}: no such directory, expected the pictures of {name}")
     seen: dict[str, str] = {}
     classes = {split: _classes(found, n_stale, seen) for split, found in lists.items()}
-    return flat_source(directory, name, classes, resize="square", root=root)
+    told = {"told_by": FILELISTS["TEST"], "advice": UNDIVIDED} if undivided else {}
+    return flat_source(directory, name, classes, resize="square", root=root, **told)
 
 
 class _Filelist(NamedTuple):

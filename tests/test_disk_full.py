@@ -3,13 +3,16 @@
 import contextlib
 import re
 import resource
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 from commands import called
 from toy_autolora_runs import rows
-from toy_training import command
+from toy_training import command, strict_json
 
+from amt.cli import report
+from amt.report import figures
 from meta_dataset_readers import convert
 from meta_dataset_readers.mini import __main__ as mini
 
@@ -25,10 +28,20 @@ def room(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def assert_told(ended) -> None:
+def in_room(size: int, function: Callable, *arguments):
+    with room(size):
+        return function(*arguments)
+
+
+def report_command() -> int:
+    return report.main(sys.argv[1:])
+
+
+def assert_told(ended, file: str = "") -> None:
+    """One line, about the folder or file whose path holds `file`."""
     assert ended.code == 2, ended
     assert "Traceback" not in ended.err
-    assert len(re.findall(r"^error: .*File too large.*$", ended.err, re.MULTILINE)) == 1, ended.err
+    assert len(re.findall(rf"^error: .*{file}.*File too large.*$", ended.err, re.MULTILINE)) == 1, ended.err
 
 
 def test_an_evaluation_goes_on_when_there_is_room_again(world, tmp_path):
@@ -44,6 +57,33 @@ def test_an_evaluation_goes_on_when_there_is_room_again(world, tmp_path):
     assert ended.code == 0, ended.err
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
     assert not list((tmp_path / "run").rglob("*.part"))
+
+
+def test_what_a_finished_evaluation_shows_is_written_when_there_is_room_again(world, tmp_path, monkeypatch):
+    """Images while it runs, then results.json and TensorBoard's events, at last a page and its figures."""
+    flags, page = world.test(tmp_path / "run", "--samples", 1), tmp_path / "page.html"
+    with room(20_000):
+        assert_told(command("test_meta_dataset", *flags), "samples")
+    for size, file in ((4000, "results.json"), (20_000, "tensorboard")):
+        assert command("test_meta_dataset", *flags).code == 0  # all that is needed before that file is there
+        with room(size):
+            assert_told(command("test_meta_dataset", *flags), file)
+    assert command("test_meta_dataset", *flags).code == 0
+    strict_json(tmp_path / "run" / "results.json")
+    words = ["report", tmp_path / "run", "--out", page, "--figures", tmp_path / "figures"]
+    with room(20_000):
+        assert_told(called(report_command, words), "page.html")
+        assert not page.exists()
+    # The page is larger than any figure, so the disk fills up once it is written.
+    write = figures.write
+    with monkeypatch.context() as patch:
+        patch.setattr(figures, "write", lambda *what: in_room(12_000, write, *what))
+        assert_told(called(report_command, words), "figures")
+    assert page.exists()
+    ended = called(report_command, words)
+    assert ended.code == 0, ended.err
+    drawn = [path.suffix for path in (tmp_path / "figures").iterdir()]
+    assert sorted(drawn) == [".pdf"] * 3 + [".png"] * 3
 
 
 @pytest.mark.parametrize("size", [10, 3000, 20_000])

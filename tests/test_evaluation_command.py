@@ -269,3 +269,14 @@ def test_runs_on_other_episodes_are_not_compared(flags, whole, tmp_path, capsys,
 def test_what_is_no_run_is_not_compared(whole, tmp_path, capsys):
     code, _, err = compared(capsys, whole, tmp_path)
     assert code == 2 and f"{tmp_path}: no run directory" in err
+
+
+@pytest.mark.parametrize(("flags", "warned"), [((), True), (("--specified_expert", 0), False)])
+def test_a_merge_that_is_half_near_clean_is_warned_of(world, trained, flags, warned, tmp_path):
+    """Below the table: adapters for 8/255 and 0.1/255 score alike here, so each gets half of the weight."""
+    words = world.test(tmp_path / "out", "--resume", trained[1] / "last.safetensors", *flags)
+    ended = command("test_meta_dataset", *words)
+    assert ended.code == 0, ended.err
+    warnings = [line for line in ended.out.splitlines() if line.startswith("warning: tiny: ")]
+    assert len(warnings) == warned, ended.out
+    assert not warned or "% of the weight is on adapters for at most 0.1/255" in warnings[0]

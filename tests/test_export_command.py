@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from toy_export import TINY, assert_same, follow_readme, images, pool_of
 
+from amt.attacks.levels import Perturbation
 from amt.cli import export as command
 from amt.evaluation.evaluate import merged_predictor
 from amt.files import checkpoint, export
@@ -116,6 +117,22 @@ def test_every_other_format_from_the_command(mini, tmp_path):
     fc1 = load_file(out)["blocks.0.mlp.fc1.weight"]
     assert torch.linalg.matrix_rank(fc1, rtol=1e-4) == min(fc1.shape) // 2
     assert "trimmed       fc1:0:0.5" in out.with_name(f"{out.name}.README.txt").read_text()
+
+
+@pytest.mark.parametrize(("share", "warned"), [(0.5, True), (0.9, False)])
+def test_a_merge_that_is_half_near_clean_is_warned_of(share, warned, tmp_path, capsys):
+    """One for 8/255 beside one for 0.1/255, which dilutes it; with little of that one nothing is said."""
+    levels = (Perturbation(8.0, step_size=2.0, steps=2), Perturbation(0.1, step_size=0.1, steps=2))
+    pool = pool_of(load_network("vit_mini"), levels)
+    checkpoint.save(tmp_path / "pool.safetensors", Checkpoint(pool, {"arch": "vit_mini"}))
+    shares, out = (share, 1 - share), tmp_path / "net.safetensors"
+    assert run(tmp_path / "pool.safetensors", "--to", "timm", "--coefficients", *shares, "--out", out) == 0
+    assert out.is_file()
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == warned
+    assert not warned or warnings[0].startswith(
+        "warning: 50% of the weight is on adapters for at most 0.1/255"
+    )
 
 
 def test_a_published_training_is_one_network(mini, tmp_path):

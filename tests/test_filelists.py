@@ -8,8 +8,11 @@ from conftest import BENCHMARKS, by_pil, fails, picture, write_picture
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meta_dataset_readers import check
 from meta_dataset_readers.errors import DamagedRecord, InputError
-from meta_dataset_readers.filelists import FILELISTS, open_filelists
+from meta_dataset_readers.filelists import FILELISTS, UNDIVIDED, open_filelists
+from meta_dataset_readers.protocol import EpisodeSampling
+from meta_dataset_readers.sampling import check_sampling
 from meta_dataset_readers.spec import SPLITS
 
 STALE = "/home/author/fwt/birds"
@@ -232,6 +235,20 @@ def test_any_list_opens_below_its_directory_or_is_refused(tmp_path_factory, cont
         for class_id in source.spec.classes("TEST"):
             for index in range(source.store.count(class_id)):
                 assert ".." not in source.store.origin(class_id, index).file.split("/")
+
+
+def test_lists_that_are_all_the_same_are_only_tested_on(tmp_path, monkeypatch, capsys):
+    """Such as someone writes for an evaluation: nobody may train on what is tested, so nothing is TRAIN."""
+    same = filelist([0, 2, 2, 5])
+    write_pictures(write_lists(tmp_path / "birds", same, same, same), same)
+    source = open_filelists(tmp_path / "birds", "birds")
+    assert [len(source.spec.classes(split)) for split in SPLITS] == [0, 0, 3]
+    assert source.spec.images_per_class == (1, 2, 1)
+    with pytest.raises(InputError, match=f"TRAIN has no classes.*{UNDIVIDED}"):
+        check_sampling(source.spec, "TRAIN", EpisodeSampling())
+    monkeypatch.setattr("sys.argv", ["check", str(tmp_path)])
+    assert check.main() == 0
+    assert f"note: {UNDIVIDED}" in capsys.readouterr().out
 
 
 # --- lists as the published scripts write them -------------------------------------------------------------

@@ -1,18 +1,26 @@
 """A signal ends every program, in every phase, within seconds, with its exit code and without a traceback."""
 
+import contextlib
+import io
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT, start
+from commands import ROOT, Ended, start
+from toy_training import command
 
 from amt.files.signals import Interrupted, Interrupts
-from meta_dataset_readers.endings import Ended, held, raised
+from meta_dataset_readers.endings import Ended as EndedBySignal
+from meta_dataset_readers.endings import held, raised
 
 SECONDS = 20  # on a loaded machine; the phases below would last for hours
 
@@ -31,48 +39,88 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+def wait_for_rows(file: Path, count: int) -> None:
+    """What a progress bar shows of quick episodes depends on how quick they are; what is kept does not."""
+    end = time.monotonic() + 3 * SECONDS
+    while not file.is_file() or file.read_bytes().count(b"\n") < count:
+        assert time.monotonic() < end, f"{file} has fewer than {count} rows"
+        time.sleep(0.05)
+
+
 def read_until(running: subprocess.Popen, pattern: bytes) -> None:
     shown = b""
     while not re.search(pattern, shown):
+        if not select.select([running.stderr], [], [], 3 * SECONDS)[0]:
+            os.killpg(running.pid, signal.SIGKILL)
         more = os.read(running.stderr.fileno(), 4096)
         assert more, f"ended before {pattern!r}: {shown.decode()}"
         shown += more
 
 
-@pytest.mark.parametrize(
-    ("phase", "number", "said"),
-    [
-        ("attack", signal.SIGTERM, "0 of 2 episodes are done; the same command continues"),
-        ("selection", signal.SIGINT, "0 of 2 episodes are done; the same command continues"),
-        ("validation", signal.SIGHUP, "stopped after 2 of 4 episodes; the same command continues"),
-        ("waiting", signal.SIGTERM, "2 of 4 episodes are done; the same command continues"),
-    ],
-)
-def test_a_signal_ends_each_phase(world, trained, tmp_path, phase, number, said):
-    """The whole group is signalled, as batch systems do it."""
-    resume, out = ("--resume", trained[1] / "last.safetensors"), tmp_path / "out"
-    evaluation = ROOT / "test_meta_dataset.py"
-    if phase == "attack":
-        hours = ("--attack", "square", "queries=100000000", "--epsilon", 0.001, "--probe_episodes", 0)
-        words, pattern = [evaluation, *world.test(out, *resume, *hours)], rb"tiny:\s+0%"
-    elif phase == "selection":
-        hours = ("--select_on", "tiny", "--nSelectEpisode", 100_000)
-        words, pattern = [evaluation, *world.test(out, *resume, *hours)], rb"choosing on tiny[^/]* [1-9]"
-    elif phase == "validation":
-        words, pattern = [ROOT / "main.py", *world.train(out, "--nValEpisode", 100_000)], rb" 2/4 "
-    else:
-        one = ("--num_workers", 1, "--nTestEpisode", 4, "--epsilon")
-        words, pattern = ["-c", SLOW, evaluation, *world.test(out, *resume, *one)], rb"tiny:\s+50%"
-    running = start(*words, cwd=tmp_path)
-    read_until(running, pattern)
-    time.sleep(0.5)
+@contextlib.contextmanager
+def signalled(number: int, pattern: str) -> Iterator[None]:
+    """Send this process a signal as soon as a command shows `pattern`; the context fails if none was sent."""
+    sent, over = [], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.02):
+            if isinstance(sys.stderr, io.StringIO) and re.search(pattern, sys.stderr.getvalue()):
+                sent.append(time.monotonic())
+                os.kill(os.getpid(), number)
+                return
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    assert sent and time.monotonic() - sent[0] < SECONDS
+
+
+HOURS = ("--attack", "square", "queries=100000000", "--epsilon", 0.001, "--probe_episodes", 0)
+OF_NONE = "0 of 2 episodes are done; the same command continues"
+
+
+def test_a_signal_ends_an_attack(world, tmp_path):
+    with signalled(signal.SIGTERM, r"tiny:\s+0%"):
+        ended = command("test_meta_dataset", *world.test(tmp_path / "out", *HOURS))
+    assert_stopped(ended, signal.SIGTERM, OF_NONE)
+
+
+def test_a_signal_ends_a_selection(world, tmp_path):
+    pool = tmp_path / "pool"
+    assert command("main", *world.train(pool, "--epochs", 1, "--nEpisode", 1)).code == 0
+    choice = ("--resume", pool / "last.safetensors", "--select_on", "tiny", "--nSelectEpisode", 100_000)
+    with signalled(signal.SIGINT, r"choosing on tiny[^/]* [1-9]"):
+        ended = command("test_meta_dataset", *world.test(tmp_path / "out", *choice))
+    assert_stopped(ended, signal.SIGINT, OF_NONE)
+
+
+def test_a_signal_ends_a_validation(world, tmp_path):
+    with signalled(signal.SIGHUP, " 2/4 "):
+        ended = command("main", *world.train(tmp_path / "out", "--nValEpisode", 100_000))
+    assert_stopped(ended, signal.SIGHUP, "stopped after 2 of 4 episodes; the same command continues")
+
+
+def test_a_signal_ends_the_wait_for_data(world, tmp_path):
+    """In processes of their own: the whole group is signalled, as batch systems do it."""
+    flags = world.test(tmp_path / "out", "--num_workers", 1, "--nTestEpisode", 4, "--epsilon")
+    running = start("-c", SLOW, ROOT / "test_meta_dataset.py", *flags, cwd=tmp_path)
+    wait_for_rows(tmp_path / "out" / "rows.jsonl", 2)
     began = time.monotonic()
-    os.killpg(running.pid, number)
+    os.killpg(running.pid, signal.SIGTERM)
     out, err = running.communicate()
     assert time.monotonic() - began < SECONDS
-    assert running.returncode == 128 + number, err.decode()
-    assert b"Traceback" not in err and b"error" not in err, err.decode()
-    assert out.decode().splitlines()[-1] == said
+    said = "2 of 4 episodes are done; the same command continues"
+    assert_stopped(Ended(running.returncode, out.decode(), err.decode()), signal.SIGTERM, said)
+
+
+def assert_stopped(ended: Ended, number: int, said: str) -> None:
+    assert ended.code == 128 + number, ended.err
+    assert "Traceback" not in ended.err and "error" not in ended.err, ended.err
+    assert ended.out.splitlines()[-1] == said
 
 
 PROGRAMS = [
@@ -142,17 +190,25 @@ def test_ctrl_c_at_any_moment_ends_a_program_without_a_traceback(world, tmp_path
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_an_exception_while_a_command_works(number):
     before = signal.getsignal(number)
-    with pytest.raises(Ended) as caught, raised():
+    with pytest.raises(EndedBySignal) as caught, raised():
         signal.raise_signal(number)
     assert caught.value.number == number and signal.getsignal(number) is before
 
 
 def test_a_signal_waits_until_processes_are_started():
-    done = []
-    with pytest.raises(Ended), raised(), held():
-        os.kill(os.getpid(), signal.SIGTERM)
-        done.append(1)
-    assert done
+    """Also where another thread, as torch has some, is the one that it reaches."""
+    over, done = threading.Event(), []
+    thread = threading.Thread(target=over.wait)
+    thread.start()
+    try:
+        with pytest.raises(EndedBySignal) as caught, raised(), held():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            done.append(1)
+    finally:
+        over.set()
+        thread.join()
+    assert done and caught.value.number == signal.SIGTERM
 
 
 def test_passes_through_a_network_are_where_a_signal_is_seen():

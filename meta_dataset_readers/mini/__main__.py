@@ -9,7 +9,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from meta_dataset_readers.command import Parser, available_cores
+from meta_dataset_readers.command import Parser
+from meta_dataset_readers.cores import available_cores
 from meta_dataset_readers.errors import exit_on_bad_input, say
 from meta_dataset_readers.mini.sheets import write_contact_sheets
 from meta_dataset_readers.mini.sources import OBJECTS_PER_CLASS, SOURCE_NAMES

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from amt.cli.options.parsing import Parser
 from meta_dataset_readers.command import add_image_prefix
+from meta_dataset_readers.cores import available_cores
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.protocol import MOST, EpisodeSampling
 from meta_dataset_readers.settings import Number, add_flags, as_path, from_args, nonnegative
@@ -100,7 +101,8 @@ def add_machine(parser: Parser, seed: int) -> argparse._ArgumentGroup:
     machine.add_argument(
         "--threads",
         type=THREADS,
-        help="CPU threads (default: torch's choice); 1 is best for small networks or on a busy machine",
+        help="CPU threads (default: torch's choice, within the cores and quota of the job); 1 is best for "
+        "small networks or on a busy machine",
     )
     machine.add_argument("--seed", type=SEED, default=seed, help="decides everything random")
     add_overwrite(machine)
@@ -150,11 +152,10 @@ def sampling(args: argparse.Namespace) -> EpisodeSampling:
 
 
 def use_threads(args: argparse.Namespace) -> None:
-    """Limit torch to `--threads`, if given."""
+    """Let torch use `--threads`; by default no more than there are cores for this process."""
     import torch  # which a mistyped flag need not wait for
 
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or min(torch.get_num_threads(), available_cores()))
 
 
 def reading(args: argparse.Namespace, image_size: int) -> dict:

@@ -1,0 +1,59 @@
+"""Threads: by default no more than the job has cores for; and what their number changes in a result."""
+
+import argparse
+
+import pytest
+import torch
+
+from amt.cli.options import use_threads
+from meta_dataset_readers.cores import available_cores
+
+# What the kernel's files say, and how many cores that is where the machine has 64.
+GROUPS = {
+    "no control groups": ({}, 64),
+    "no quota": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, 64),
+    "a container": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "200000 100000\n"}, 2),
+    "half a core": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}, 1),
+    "two and a half": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "250000 100000\n"}, 3),
+    "a step of a job": (
+        {
+            "proc/self/cgroup": "0::/slurm/job_7/step_0\n",
+            "sys/fs/cgroup/slurm/job_7/cpu.max": "400000 100000\n",
+            "sys/fs/cgroup/slurm/job_7/step_0/cpu.max": "max 100000\n",
+        },
+        4,
+    ),
+    "version 1": (
+        {
+            "proc/self/cgroup": "4:memory:/a:b\n1:cpu,cpuacct:/box\n0::/\n",
+            "sys/fs/cgroup/cpu/box/cpu.cfs_quota_us": "300000\n",
+            "sys/fs/cgroup/cpu/box/cpu.cfs_period_us": "100000\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+        },
+        3,
+    ),
+    "more than there are": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "9900000 100000\n"}, 64),
+    "nonsense": ({"proc/self/cgroup": "x\n\xff::\n0::/\n", "sys/fs/cgroup/cpu.max": "1 0\n"}, 64),
+}
+
+
+@pytest.mark.parametrize(("files", "cores"), GROUPS.values(), ids=GROUPS)
+def test_a_quota_counts_as_cores(files, cores, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="latin-1")
+    assert available_cores(tmp_path) == cores
+
+
+@pytest.mark.parametrize(("threads", "cores", "used"), [(None, 1, 1), (None, 64, 2), (3, 1, 3)])
+def test_the_default_is_within_the_cores_and_a_flag_is_taken_as_it_is(threads, cores, used, monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr("amt.cli.options.common.available_cores", lambda: cores)
+    try:
+        torch.set_num_threads(2)
+        use_threads(argparse.Namespace(threads=threads))
+        assert torch.get_num_threads() == used
+    finally:
+        torch.set_num_threads(before)
