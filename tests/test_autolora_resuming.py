@@ -152,7 +152,11 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_its_last_good_state(
 @pytest.mark.parametrize("batch_size", [16, 64])
 def test_a_rate_far_too_high_leaves_no_file_that_holds_no_numbers(cifar, tmp_path, batch_size):
     """Also where an epoch is a single batch, whose loss is a number and whose step spoils the weights."""
-    ended = command(*cifar.flags(tmp_path, "--lr", 1000, "--weight_decay", 1000, "--epochs", 3, "--batch_size", batch_size))
+    ended = command(
+        *cifar.flags(
+            tmp_path, "--lr", 1000, "--weight_decay", 1000, "--epochs", 3, "--batch_size", batch_size
+        )
+    )
     assert ended.code == 2, ended
     last = ended.err.splitlines()[-1]
     assert last.startswith("error: ") and "learning rate 1000" in last and "Traceback" not in ended.err
