@@ -4,6 +4,9 @@ import argparse
 
 import pytest
 import torch
+from commands import same_tensors
+from toy_autolora_runs import rows
+from toy_training import command
 
 from amt.cli.options import use_threads
 from meta_dataset_readers.cores import available_cores
@@ -57,3 +60,21 @@ def test_the_default_is_within_the_cores_and_a_flag_is_taken_as_it_is(threads, c
         assert torch.get_num_threads() == used
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_same_number_of_threads_gives_the_same_bits(threads, world, tmp_path):
+    """Training and evaluation by the commands; with another number sums are rounded differently."""
+    before = torch.get_num_threads()
+    try:
+        for name in ("one", "other"):
+            run, machine = tmp_path / name, ("--threads", threads)
+            assert command("main", *world.train(run / "pool", "--epochs", 1, *machine)).code == 0
+            pool = ("--resume", run / "pool" / "last.safetensors")
+            assert command("test_meta_dataset", *world.test(run / "test", *pool, *machine)).code == 0
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert same_tensors(one / "pool" / "last.safetensors", other / "pool" / "last.safetensors")
+    assert rows(one / "test") == rows(other / "test")
