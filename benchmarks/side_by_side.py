@@ -213,7 +213,7 @@ class Worker:
         return self
 
     def __exit__(self, *_) -> None:
-        self._process.terminate()
+        self._process.kill()  # a forked process leaves signals to its parent, SIGTERM among them
         self._process.join()
         self._pipe.close()
 

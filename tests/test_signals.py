@@ -18,6 +18,7 @@ import torch
 from commands import ROOT, Ended, start
 from toy_training import command
 
+from amt.cli import train
 from amt.files.signals import Interrupted, Interrupts
 from meta_dataset_readers.endings import Ended as EndedBySignal
 from meta_dataset_readers.endings import held, raised
@@ -98,9 +99,20 @@ def test_a_signal_ends_a_selection(world, tmp_path):
     assert_stopped(ended, signal.SIGINT, OF_NONE)
 
 
-def test_a_signal_ends_a_validation(world, tmp_path):
-    with signalled(signal.SIGHUP, " 2/4 "):
-        ended = command("main", *world.train(tmp_path / "out", "--nValEpisode", 100_000))
+def test_a_signal_ends_a_validation(world, tmp_path, monkeypatch):
+    sent, validate = [], train.validate
+
+    def send() -> None:
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    def validated(*args, **settings):
+        threading.Timer(0.2, send).start()
+        return validate(*args, **settings)
+
+    monkeypatch.setattr(train, "validate", validated)
+    ended = command("main", *world.train(tmp_path / "out", "--nValEpisode", 100_000))
+    assert time.monotonic() - sent[0] < SECONDS
     assert_stopped(ended, signal.SIGHUP, "stopped after 2 of 4 episodes; the same command continues")
 
 
