@@ -131,7 +131,7 @@ def test_one_of_them_as_a_user_types_it(tmp_path):
 
 PROGRAMS = ("main.py", "main.py autolora", "test_meta_dataset.py")
 MODULES = ("check", "convert", "split", "mini")
-COMMANDS = ("checkpoint", "pool", "export", "report", "compare")
+COMMANDS = ("checkpoint", "pool", "export", "report", "compare", "row", "predict", "app")
 OTHERS = {"--short", "--porcelain"}  # git's
 
 

@@ -184,7 +184,12 @@ def test_what_would_overwrite_its_own_start_is_refused(world, stopped):
 
 def test_a_signal_during_the_last_step_does_not_ask_to_continue(world, tmp_path, monkeypatch):
     signal_after(monkeypatch, 1, signal.SIGINT)
-    ended = command("main", *world.train(tmp_path, "--epochs", 1, "--nEpisode", 1, "--nValEpisode", 0))
+    ended = command(
+        "main",
+        *world.train(
+            tmp_path, "--epochs", 1, "--nEpisode", 1, "--nValEpisode", 0, "--statistics_episodes", 0
+        ),
+    )
     assert ended.code == 0 and last_line(ended) == f"done: {tmp_path / 'last.safetensors'}"
 
 

@@ -131,7 +131,7 @@ def test_a_collapse_is_said_and_noted(world, tmp_path):
 
 @pytest.mark.parametrize(("per_epoch", "kept"), [(1, True), (4, False)])
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(world, tmp_path, per_epoch, kept):
-    explosive = ("--lr", "1e30", "--clip_grad", "1e30", "--nValEpisode", 0, "--nEpisode", per_epoch)
+    explosive = ("--lr", "1000", "--clip_grad", "1000000", "--nValEpisode", 0, "--nEpisode", per_epoch)
     ended = command("main", *world.train(tmp_path, *explosive))
     assert ended.code == 2
     message = error_line(ended)
