@@ -16,7 +16,6 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -63,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         class_files(folder, name)  # one without a picture would be refused whenever the source is opened
     shares = {split: getattr(options, split.lower()) for split in SPLITS}
     divided = divide(classes, shares, options.ways, options.seed)
-    write(file, divided)
+    replace_file(file, json.dumps(divided, indent=1) + "\n")
     say(f"wrote {file}: " + ", ".join(f"{len(divided[split])} {split}" for split in SPLITS))
     for split in SPLITS:
         if shares[split] and len(divided[split]) < options.ways:
@@ -85,14 +84,6 @@ def divide(classes: Sequence[str], shares: Mapping[str, float], ways: int, seed:
         divided[split] = sorted(shuffled[begin : begin + sizes[split]])
         begin += sizes[split]
     return divided
-
-
-def write(file: Path, divided: Mapping[str, Sequence[str]]) -> None:
-    """Write the splits. Raises InputError where they cannot be written."""
-    try:
-        replace_file(file, [(json.dumps(divided, indent=1) + "\n").encode()])
-    except OSError as error:
-        raise InputError(f"{file}: cannot be written: {error.strerror}") from error
 
 
 def _sizes(n_classes: int, shares: Mapping[str, float], ways: int) -> dict[str, int]:

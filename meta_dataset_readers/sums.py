@@ -55,7 +55,7 @@ class SumsFile:
                 say(f"{folder}: 1 fault", f"  {folder}: is missing, {self._file} has files of it")
             return not lost
         if sound:
-            _write(self._file, self._found)
+            replace_file(self._file, (_line(name, digest) for name, digest in self._found.items()))
             say(f"wrote {self._file}: digests of {len(self._found)} files")
         else:
             say(f"{self._file} is not written: it is for sources without faults")
@@ -76,7 +76,7 @@ def _digests(root: Path, folder: str, jobs: int) -> Sums:
 
 
 def _read(file: Path) -> Sums:
-    """A list as `_write` or `sha256sum` wrote it. Raises InputError, naming the line, for another file."""
+    """A list as `SumsFile` or `sha256sum` wrote it. Raises InputError, naming the line, for another file."""
     found: Sums = {}
     for number, line in enumerate(read_bytes(file, _MOST).splitlines(), 1):
         parts = _LINE.fullmatch(line)
@@ -85,14 +85,6 @@ def _read(file: Path) -> Sums:
         name = _unescaped(parts[3]) if parts[1] else parts[3]
         found[os.fsdecode(name)] = parts[2].decode()
     return found
-
-
-def _write(file: Path, sums: Mapping[str, str]) -> None:
-    """Write the list, as a whole or not at all. Raises InputError where it cannot be written."""
-    try:
-        replace_file(file, (_line(name, digest) for name, digest in sums.items()))
-    except OSError as error:
-        raise InputError(f"--sums {file}: cannot be written: {error.strerror}") from error
 
 
 def _differences(listed: Mapping[str, str], found: Mapping[str, str]) -> Iterator[str]:

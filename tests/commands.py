@@ -8,6 +8,8 @@ import contextlib
 import io
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -55,6 +57,21 @@ def start(*words, cwd: Path) -> subprocess.Popen:
         env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)},
         start_new_session=True,
     )
+
+
+def stopped_in_step(running: subprocess.Popen, total: int) -> bytes:
+    """What a training of `total` steps prints that SIGTERM stops in one of them, as soon as one is done. The
+    signal reaches its workers too, as `timeout` and batch systems send it."""
+    shown = b""
+    while not re.search(rb" [1-9]\d*/%d " % total, shown):
+        more = os.read(running.stderr.fileno(), 4096)
+        assert more, f"ended before the first step: {shown.decode()}"
+        shown += more
+    os.killpg(running.pid, signal.SIGTERM)
+    out, err = running.communicate()
+    assert running.returncode == 128 + signal.SIGTERM, err.decode()
+    assert b"Traceback" not in err and b"error" not in err
+    return out
 
 
 def process(*words, cwd: Path) -> Ended:

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from commands import ROOT, about, same_tensors, start
+from commands import ROOT, about, same_tensors, start, stopped_in_step
 from safetensors.torch import load_file
 from torch import Tensor
 from toy_autolora_runs import command, rows
@@ -65,15 +65,7 @@ def test_a_process_that_sigterm_stops_goes_on_to_the_same_bits(cifar, tmp_path, 
         return cifar.flags(tmp_path / name, "--epochs", 100, "--num_workers", 1)
 
     running = start(ROOT / "main.py", "autolora", *flags("stopped"), cwd=tmp_path)
-    shown = b""
-    while not re.search(rb" [1-9]\d*/300 ", shown):
-        more = os.read(running.stderr.fileno(), 4096)
-        assert more, f"ended before the first step: {shown.decode()}"
-        shown += more
-    os.killpg(running.pid, signal.SIGTERM)
-    out, err = running.communicate()
-    assert running.returncode == 128 + signal.SIGTERM, err.decode()
-    assert b"Traceback" not in err and b"error" not in err
+    out = stopped_in_step(running, 300)
     said = re.search(rb"stopped after (\d+) epochs and (\d+) batches; the same command continues", out)
     steps = 3 * int(said[1]) + int(said[2])
 

@@ -16,7 +16,17 @@ from conftest import SPLITS, jpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from toy_packed import contents, opened, pack, pictures, write_source
+from toy_packed import (
+    contents,
+    memory_is_enough,
+    opened,
+    pack,
+    packed,
+    packed_once,
+    pictures,
+    source,
+    write_source,
+)
 
 import meta_dataset_readers.convert as conversion
 from meta_dataset_readers.convert import convert
@@ -29,37 +39,14 @@ from meta_dataset_readers.spec import DatasetSpec, load_spec
 from meta_dataset_readers.store import ImageStore, Source
 from meta_dataset_readers.tfrecord import open_records
 
+__all__ = ["memory_is_enough", "packed", "packed_once", "source"]  # fixtures, found by their names
+
 
 def png(class_id: int, record: int) -> bytes:
     encoded = io.BytesIO()
     noise = np.random.default_rng([7, class_id, record]).integers(0, 256, (9, 11), dtype=np.uint8)
     Image.fromarray(noise).save(encoded, "PNG")
     return encoded.getvalue()
-
-
-@pytest.fixture
-def source(tmp_path):
-    """A source of three splits, one class with a single picture."""
-    return write_source(tmp_path / "data" / "birds", (2, 1, 1), [3, 4, 1, 3])
-
-
-@pytest.fixture
-def packed(source, tmp_path):
-    return pack(source, tmp_path / "out").directory
-
-
-@pytest.fixture(scope="module")
-def packed_once(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("packed")
-    return pack(write_source(folder / "data" / "birds", (2, 1, 1), [3, 4, 1, 3]), folder / "out").directory
-
-
-@pytest.fixture(scope="module", autouse=True)
-def memory_is_enough():
-    """SIGKILL leaves what was flushed, also what is not on disk yet, and waiting for the disk takes time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _file: None)
-        yield
 
 
 # --- what is packed is what was there ----------------------------------------------------------------------

@@ -17,7 +17,17 @@ import pytest
 from conftest import jpeg, write_classes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_packed import contents, opened, pack, pictures, write_source
+from toy_packed import (
+    contents,
+    memory_is_enough,
+    opened,
+    pack,
+    packed,
+    packed_once,
+    pictures,
+    source,
+    write_source,
+)
 
 import meta_dataset_readers.convert as conversion
 from meta_dataset_readers import files
@@ -29,32 +39,9 @@ from meta_dataset_readers.spec import load_spec
 from meta_dataset_readers.store import RecordStore
 from meta_dataset_readers.tfrecord import encode_example, open_records, write_records
 
+__all__ = ["memory_is_enough", "packed", "packed_once", "source"]  # fixtures, found by their names
+
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def source(tmp_path):
-    """A source of three splits, one class with a single picture."""
-    return write_source(tmp_path / "data" / "birds", (2, 1, 1), [3, 4, 1, 3])
-
-
-@pytest.fixture
-def packed(source, tmp_path):
-    return pack(source, tmp_path / "out").directory
-
-
-@pytest.fixture(scope="module")
-def packed_once(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("packed")
-    return pack(write_source(folder / "data" / "birds", (2, 1, 1), [3, 4, 1, 3]), folder / "out").directory
-
-
-@pytest.fixture(scope="module", autouse=True)
-def memory_is_enough():
-    """SIGKILL leaves what was flushed, also what is not on disk yet, and waiting for the disk takes time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _file: None)
-        yield
 
 
 # --- bad records -----------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 import signal
@@ -10,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import ROOT, Ended, about, same_tensors, start
+from commands import ROOT, Ended, about, same_tensors, start, stopped_in_step
 from safetensors import safe_open
 from toy_training import assert_refused, command, error_line, scalars, signal_after
 
@@ -62,15 +61,7 @@ def test_a_real_process_is_stopped_by_sigterm_and_goes_on_exactly(world, tmp_pat
     running = start(
         ROOT / "main.py", *world.train(tmp_path / "stopped", *flags, "--num_workers", 1), cwd=tmp_path
     )
-    shown = b""
-    while not re.search(rb" [1-9]\d*/1000 ", shown):
-        more = os.read(running.stderr.fileno(), 4096)
-        assert more, f"ended before the first step: {shown.decode()}"
-        shown += more
-    os.killpg(running.pid, signal.SIGTERM)
-    out, err = running.communicate()
-    assert running.returncode == 128 + signal.SIGTERM
-    assert b"Traceback" not in err and b"error" not in err
+    out = stopped_in_step(running, 1000)
     said = re.fullmatch(r"stopped after (\d+) of 1000 episodes; the same command continues\n", out.decode())
     assert said
     steps, last = int(said[1]), tmp_path / "stopped" / "last.safetensors"

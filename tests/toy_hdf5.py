@@ -1,7 +1,10 @@
 """Small class files in HDF5."""
 
+import functools
+
 import h5py
 import numpy as np
+from hypothesis import strategies as st
 
 from meta_dataset_readers.hdf5 import Hdf5Store
 
@@ -32,3 +35,22 @@ def store_of(path):
 def replace(record, name, value, **options):
     del record[name]
     return record.create_dataset(name, data=value, **options)
+
+
+@functools.lru_cache
+def places(data):
+    """Where the bytes of a file mean something: most are padding."""
+    return [at for at in range(len(data)) if any(data[max(at - 3, 0) : at + 4])]
+
+
+@st.composite
+def damaged(draw, data):
+    """The bytes of a file, some of them changed at one to three places."""
+    changed = bytearray(data)
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.sampled_from(places(data)))
+        new = draw(
+            st.sampled_from([b"\0", b"\xff", b"\0" * 8, b"\xff" * 8]) | st.binary(min_size=1, max_size=8)
+        )
+        changed[at : at + len(new)] = new
+    return bytes(changed)

@@ -1,7 +1,9 @@
-"""Small sources to pack, and what is in them."""
+"""Small sources to pack, what is in them, and fixtures of them."""
 
+import os
 from pathlib import Path
 
+import pytest
 from conftest import flat_spec, jpeg, write_spec
 
 from meta_dataset_readers.convert import convert
@@ -43,3 +45,28 @@ def pictures(source: Source) -> list[list[bytes]]:
         [source.store.encoded(class_id, index) for index in range(source.store.count(class_id))]
         for class_id in range(n_classes)
     ]
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A source of three splits, one class with a single picture."""
+    return write_source(tmp_path / "data" / "birds", (2, 1, 1), [3, 4, 1, 3])
+
+
+@pytest.fixture
+def packed(source, tmp_path):
+    return pack(source, tmp_path / "out").directory
+
+
+@pytest.fixture(scope="module")
+def packed_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed")
+    return pack(write_source(folder / "data" / "birds", (2, 1, 1), [3, 4, 1, 3]), folder / "out").directory
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_is_enough():
+    """SIGKILL leaves what was flushed, also what is not on disk yet, and waiting for the disk takes time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _file: None)
+        yield
