@@ -15,8 +15,9 @@ The method's own parts:
 A name is imported when it is first used.
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from meta_dataset_readers.lazy import imported_when_used
 
 if TYPE_CHECKING:
     from amt.attacks.evaluation import attack_queries, attack_support
@@ -36,31 +37,6 @@ if TYPE_CHECKING:
     from amt.training.settings import TuneSettings
     from meta_dataset_readers.protocol import EpisodeSampling
     from meta_dataset_readers.reader import EpisodeReader
-
-_HOMES = {
-    "Attack": "amt.attacks.kinds",
-    "Deployment": "amt.evaluation.settings",
-    "EpisodeReader": "meta_dataset_readers.reader",
-    "EpisodeSampling": "meta_dataset_readers.protocol",
-    "FewShotClassifier": "amt.few_shot.classifier",
-    "LoRAPool": "amt.models.pool",
-    "Network": "amt.models.network",
-    "Perturbation": "amt.attacks.levels",
-    "Routing": "amt.tasks.settings",
-    "Trim": "amt.models.trim",
-    "TuneSettings": "amt.training.settings",
-    "Tuner": "amt.training.meta_tune",
-    "attack_queries": "amt.attacks.evaluation",
-    "attack_support": "amt.attacks.evaluation",
-    "evaluate": "amt.evaluation.evaluate",
-    "features": "amt.models.network",
-    "load_network": "amt.files.pretrained",
-    "meta_tune": "amt.training.meta_tune",
-    "parse_attack": "amt.attacks.kinds",
-    "pgd": "amt.attacks.perturb",
-    "principal_pool": "amt.models.pool",
-    "route": "amt.tasks.merge",
-}
 
 __all__ = [
     "Attack",
@@ -87,12 +63,25 @@ __all__ = [
     "route",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+__getattr__, __dir__ = imported_when_used(
+    __name__,
+    {
+        "amt.attacks.evaluation": ("attack_queries", "attack_support"),
+        "amt.attacks.kinds": ("Attack", "parse_attack"),
+        "amt.attacks.levels": ("Perturbation",),
+        "amt.attacks.perturb": ("pgd",),
+        "amt.evaluation.evaluate": ("evaluate",),
+        "amt.evaluation.settings": ("Deployment",),
+        "amt.few_shot.classifier": ("FewShotClassifier",),
+        "amt.files.pretrained": ("load_network",),
+        "amt.models.network": ("Network", "features"),
+        "amt.models.pool": ("LoRAPool", "principal_pool"),
+        "amt.models.trim": ("Trim",),
+        "amt.tasks.merge": ("route",),
+        "amt.tasks.settings": ("Routing",),
+        "amt.training.meta_tune": ("Tuner", "meta_tune"),
+        "amt.training.settings": ("TuneSettings",),
+        "meta_dataset_readers.protocol": ("EpisodeSampling",),
+        "meta_dataset_readers.reader": ("EpisodeReader",),
+    },
+)

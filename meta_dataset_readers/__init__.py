@@ -1,7 +1,8 @@
 """Few-shot episodes from Meta-Dataset's files, without TensorFlow. Names are imported when first used."""
 
-import importlib
 from typing import TYPE_CHECKING
+
+from meta_dataset_readers.lazy import imported_when_used
 
 if TYPE_CHECKING:
     from meta_dataset_readers.dump import dump_episode
@@ -15,21 +16,6 @@ if TYPE_CHECKING:
     from meta_dataset_readers.store import ImageStore, Source
     from meta_dataset_readers.stored_episodes import open_episodes
     from meta_dataset_readers.tfrecord import RecordFile, encode_example, open_records, write_records
-
-_MODULES = {
-    "dump": ("dump_episode",),
-    "episode": ("Episode", "ImageOrigin"),
-    "errors": ("DamagedRecord", "InputError", "exit_on_bad_input", "nearest"),
-    "layouts": ("open_source", "sources"),
-    "protocol": ("EpisodeSampling",),
-    "reader": ("EpisodeReader", "SourceMixture", "episode_loader"),
-    "sampling": ("EpisodeDescription", "check_sampling", "sample_episode"),
-    "spec": ("SPLITS", "DatasetSpec", "load_spec"),
-    "store": ("ImageStore", "Source"),
-    "stored_episodes": ("open_episodes",),
-    "tfrecord": ("RecordFile", "encode_example", "open_records", "write_records"),
-}
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "SPLITS",
@@ -60,12 +46,19 @@ __all__ = [
     "write_records",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+__getattr__, __dir__ = imported_when_used(
+    __name__,
+    {
+        "meta_dataset_readers.dump": ("dump_episode",),
+        "meta_dataset_readers.episode": ("Episode", "ImageOrigin"),
+        "meta_dataset_readers.errors": ("DamagedRecord", "InputError", "exit_on_bad_input", "nearest"),
+        "meta_dataset_readers.layouts": ("open_source", "sources"),
+        "meta_dataset_readers.protocol": ("EpisodeSampling",),
+        "meta_dataset_readers.reader": ("EpisodeReader", "SourceMixture", "episode_loader"),
+        "meta_dataset_readers.sampling": ("EpisodeDescription", "check_sampling", "sample_episode"),
+        "meta_dataset_readers.spec": ("SPLITS", "DatasetSpec", "load_spec"),
+        "meta_dataset_readers.store": ("ImageStore", "Source"),
+        "meta_dataset_readers.stored_episodes": ("open_episodes",),
+        "meta_dataset_readers.tfrecord": ("RecordFile", "encode_example", "open_records", "write_records"),
+    },
+)

@@ -12,30 +12,22 @@ digits         1797 real handwritten digits, test only
 A name is imported when it is first used.
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from meta_dataset_readers.lazy import imported_when_used
 
 if TYPE_CHECKING:
     from meta_dataset_readers.mini.objects import object_attributes
     from meta_dataset_readers.mini.sources import SOURCE_NAMES
     from meta_dataset_readers.mini.write import Settings, Written, make_mini
 
-_HOMES = {
-    "SOURCE_NAMES": "sources",
-    "Settings": "write",
-    "Written": "write",
-    "make_mini": "write",
-    "object_attributes": "objects",
-}
-
 __all__ = ["SOURCE_NAMES", "Settings", "Written", "make_mini", "object_attributes"]
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+__getattr__, __dir__ = imported_when_used(
+    __name__,
+    {
+        "meta_dataset_readers.mini.objects": ("object_attributes",),
+        "meta_dataset_readers.mini.sources": ("SOURCE_NAMES",),
+        "meta_dataset_readers.mini.write": ("Settings", "Written", "make_mini"),
+    },
+)
