@@ -1,5 +1,6 @@
-X"""The commands that describe and convert checkpoints, and assemble pools from them."""
+"""The commands that describe and convert checkpoints, and assemble pools from them."""
 
+import datetime
 import hashlib
 from pathlib import Path
 
