@@ -6,6 +6,7 @@ import os
 # Small tensors on shared cores: OpenMP's waiting threads can make a suite forty times slower. Set before
 # torch is imported, and inherited by the commands that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands have it, where a test asks for two
 
 import contextlib
 import dataclasses

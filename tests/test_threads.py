@@ -62,6 +62,9 @@ def test_the_default_is_within_the_cores_and_a_flag_is_taken_as_it_is(threads, c
         torch.set_num_threads(before)
 
 
+SHORT = ("--epochs", 1, "--nEpisode", 1, "--nValEpisode", 0, "--statistics_episodes", 0)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_same_number_of_threads_gives_the_same_bits(threads, world, tmp_path):
     """Training and evaluation by the commands; with another number sums are rounded differently."""
@@ -69,9 +72,14 @@ def test_the_same_number_of_threads_gives_the_same_bits(threads, world, tmp_path
     try:
         for name in ("one", "other"):
             run, machine = tmp_path / name, ("--threads", threads)
-            assert command("main", *world.train(run / "pool", "--epochs", 1, *machine)).code == 0
+            assert command("main", *world.train(run / "pool", *SHORT, *machine)).code == 0
             pool = ("--resume", run / "pool" / "last.safetensors")
-            assert command("test_meta_dataset", *world.test(run / "test", *pool, *machine)).code == 0
+            assert (
+                command(
+                    "test_meta_dataset", *world.test(run / "test", *pool, "--nTestEpisode", 1, *machine)
+                ).code
+                == 0
+            )
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
