@@ -1,4 +1,4 @@
-"""docs/results.md and its figures, from the committed files of the mini study.
+"""docs/results/mini-study.md and its figures, from the committed files of the mini study.
 
     python -m studies.mini_results                 (from results/mini/*-shot/*.json alone, in seconds)
 
@@ -157,7 +157,7 @@ def write(results: Path, page: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("results/mini"))
-    parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results/mini-study.md"))
     args = parser.parse_args()
     write(args.results, args.out)
 

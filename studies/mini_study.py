@@ -8,7 +8,7 @@ domains of Mini-Meta-Dataset, 5-way 1-shot and 5-way 5-shot, clean and under the
 8 of 255, with three training seeds. Every number comes from main.py and test_meta_dataset.py, called as a
 user would: the commands are printed. Each part is a folder of its own under --out; killed, the study goes on
 where it was, by the same command. When all seeds of a row are done it becomes a file of the leaderboard under
---results, from which `python -m studies.mini_results` makes docs/results.md and its figures.
+--results, from which `python -m studies.mini_results` makes docs/results/mini-study.md and its figures.
 
 The size is for two cores in four hours: an episode under the default attack takes about 1.8 seconds of one
 core with vit_mini, a training 1 to 16 minutes. Every part says its seconds.

@@ -14,7 +14,7 @@ With class means mu_c of the support, m the mean of these, and a covariance S:
 Every covariance is divided by its mean variance, trace / D, before they are mixed. Where no class has two
 images, that over augmented views of the images takes the place of S_support (share e), or nothing does.
 Linear heads are multiplied by one number, so that their logits have a given spread on the support: no softmax
-saturates, and no prediction depends on it. docs/robust-lda.md derives robust-lda.
+saturates, and no prediction depends on it. docs/explanation/robust-lda.md derives robust-lda.
 
 Everything is differentiable through support and query. Knows no network and no image.
 """
