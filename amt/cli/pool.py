@@ -7,8 +7,8 @@
 The members come in the order of the files. LoRAs must have been trained on one pretrained network, which is
 seen from the residual they share, with one rank and on the same layers; complete networks must be of one
 architecture. A file of several members adds all of them, so that a published pool of any size can be given
-its levels. --statistics adds the covariances that heads such as robust-lda need, measured on TRAIN episodes of
-the meta-training sources (docs/explanation/robust-lda.md). Without it, those that all files hold are kept.
+its levels. --statistics adds the covariances that heads such as robust-lda need, measured on TRAIN episodes
+of the meta-training sources (docs/explanation/robust-lda.md). Without it, those that all files hold are kept.
 """
 
 import argparse
