@@ -162,7 +162,7 @@ class Study:
         """Run main.py, or what is left of it."""
         last = self.checkpoint(training, seed)
         about = json.loads(last.with_suffix(".json").read_text()) if last.exists() else {}
-        if about.get("finished"):
+        if about.get("finished") and "statistics" in about:
             return
         self._call(
             last.parent,

@@ -97,6 +97,10 @@ def test_the_study_runs_goes_on_and_becomes_files(study, tmp_path, capsys):
     (scored / "results.json").unlink()
     assert study("--rows", "plain") == ["test_meta_dataset.py", "amt"]
     assert (scored / "rows.jsonl").read_bytes() == rows
+    kept = tmp_path / "out" / "training" / "small-0" / "last.json"
+    about = json.loads(kept.read_text())
+    kept.write_text(json.dumps({name: value for name, value in about.items() if name != "statistics"}))
+    assert study("--rows", "plain") == ["main.py", "amt"]  # it was killed before the heads' statistics
     plain = leaderboard.read(tmp_path / "mini" / "5-shot" / "plain.json")
     assert plain.about["candidates"] == 2 and "1 VALID episodes of tiny by clean" in plain.about["tuned_on"]
     assert len(plain.every_row) == 1 and plain.columns[0] == "clean" and len(plain.columns) == 5
