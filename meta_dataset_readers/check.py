@@ -195,9 +195,11 @@ def check(
         return Report(name, "nothing that can be opened", faults.number, tuple(faults.kept))
     spec, store = source.spec, source.store
     absent = store.missing(range(len(spec.images_per_class)))
-    for file in absent:
-        faults.add(f"{spec.directory / file}: missing")
-    for link in _broken_links(source):
+    links = list(_broken_links(source))
+    for path in (spec.directory / file for file in absent):
+        if path not in links:
+            faults.add(f"{path}: missing")
+    for link in links:
         faults.add(f"{link}: a link that leads nowhere")
     counts = _count(source, faults, fast)
     constant = _Constant()

@@ -393,7 +393,7 @@ def _without(counts: Sequence[int], left_out: Iterable[tuple[int, int]]) -> tupl
 
 def _spec_text(spec: DatasetSpec, counts: tuple[int, ...]) -> bytes:
     """The specification's own text, the same with other counts, or one made for a source that has none."""
-    if not spec.file.is_file():
+    if spec.told_by != SPEC_FILE:  # folders and lists, which another file may divide
         made = {
             "name": spec.name,
             "classes_per_split": {split: len(spec.classes(split)) for split in SPLITS},

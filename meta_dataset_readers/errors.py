@@ -16,6 +16,8 @@ from typing import TextIO
 
 from meta_dataset_readers.endings import INTERRUPTED, code_of, raised
 
+_LONGEST = 2000  # letters of the line that tells of an error
+
 
 class InputError(ValueError):
     """A fault in what the user handed over; the message is one complete line."""
@@ -38,6 +40,11 @@ def say(*lines: object, file: TextIO | None = None) -> None:
     for line in (part for whole in lines for part in str(whole).split("\n")):
         shown = printable(line).encode(encoding, "backslashreplace").decode(encoding)
         print(shown, file=file, flush=True)
+
+
+def _short(text: str) -> str:
+    """A text without its middle where it would fill the screen: what a file holds may be of any length."""
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
 
 
 def _escaped(letter: str) -> str:
@@ -78,7 +85,7 @@ def exit_on_bad_input(main: Callable[[], int | None]) -> None:
 def one_line(error: InputError | OSError) -> str:
     """The line that tells of an error; empty for one that is no fault of an input."""
     if isinstance(error, InputError):
-        return f"error: {printable(error)}"
+        return f"error: {_short(printable(error))}"
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # the last by `ulimit -f`
         return f"error: {printable(error.filename)}: {error.strerror}" if error.filename else ""
     where = f"{printable(error.filename)}: " if error.filename else ""

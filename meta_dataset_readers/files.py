@@ -217,6 +217,15 @@ def exists(_entry: os.DirEntry) -> bool:
     return True
 
 
+def is_no_folder(entry: os.DirEntry) -> bool:
+    """Whether it is, or leads to, anything but a folder. What is no file is not passed over in silence:
+    whoever reads it says what it is."""
+    try:
+        return not entry.is_dir()
+    except OSError:  # a link to itself, or through a folder that is closed to us
+        return True
+
+
 def leads_nowhere(entry: os.DirEntry) -> bool:
     """Whether it is a link to what is not there, or to itself."""
     return entry.is_symlink() and not os.path.exists(entry.path)
@@ -282,10 +291,10 @@ def missing_files(root: Path, files: list[str]) -> list[str]:
 
 
 def _file_names(directory: Path) -> frozenset[str]:
-    """The files in `directory`; none if the folder is missing."""
+    """The files in `directory`, and what reading them would say is none; nothing if the folder is missing."""
     try:
         with os.scandir(directory) as entries:
-            return frozenset(entry.name for entry in entries if entry.is_file())
+            return frozenset(each.name for each in entries if is_no_folder(each) and not leads_nowhere(each))
     except OSError:
         return frozenset()
 

@@ -5,6 +5,7 @@ expected depends on others. Does not know what any file means.
 """
 
 import functools
+import re
 from typing import Any
 
 from meta_dataset_readers.errors import InputError, nearest
@@ -12,6 +13,8 @@ from meta_dataset_readers.errors import InputError, nearest
 MOST = 2**53  # of a count: whatever is larger is no number of anything on a disk
 
 _JSON_NAMES = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
+
+_UNION = re.compile(r"^\[key\]$|^list\[.*\]$|^constrained-")  # pydantic's names of a part of a type
 
 _EXPECTED = {  # pydantic's words, in ours
     f"Input should be a valid {theirs}": ours
@@ -96,7 +99,7 @@ def conform(where: str, value: Any, shape: Any) -> Any:
         _adapter(shape).validate_python(value, strict=True)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
-        names = [str(name) for name in fault["loc"] if name != "[key]"]
+        names = [str(name) for name in fault["loc"] if not _UNION.search(str(name))]
         field = f"{where}: field {'.'.join(names)!r}" if names else where
         if fault["type"] == "missing":
             raise InputError(f"{field} is missing") from None

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from meta_dataset_readers.errors import DamagedRecord
-from meta_dataset_readers.files import listing, read_bytes
+from meta_dataset_readers.files import is_no_folder, listing, read_bytes
 
 RECORD_FORMATS = ("JPEG", "PNG", "BMP", "GIF")  # what Meta-Dataset's own decoder takes
 FILE_FORMATS = (*RECORD_FORMATS, "PPM", "TIFF", "WEBP")  # what a single image file may hold as well
@@ -121,11 +121,12 @@ def check_size(width: int, height: int) -> None:
 
 
 def picture_names(directory: Path) -> list[str]:
-    """The image files in `directory` by their endings, sorted, without hidden ones.
+    """The image files in `directory` by their endings, sorted, without hidden ones; pipes, devices and links
+    that lead nowhere are among them, and `read_picture` says what is wrong with each.
 
     Raises InputError if it cannot be listed.
     """
-    return listing(directory, lambda entry: entry.name.lower().endswith(EXTENSIONS) and entry.is_file())
+    return listing(directory, lambda entry: entry.name.lower().endswith(EXTENSIONS) and is_no_folder(entry))
 
 
 def other_endings(directory: Path) -> Counter[str]:
@@ -133,7 +134,7 @@ def other_endings(directory: Path) -> Counter[str]:
 
     Raises InputError if it cannot be listed.
     """
-    left_out = listing(directory, os.DirEntry.is_file, any_name=True)
+    left_out = listing(directory, is_no_folder, any_name=True)
     endings = (os.path.splitext(name.lower())[1] or "no ending" for name in left_out)
     return Counter(ending for ending in endings if ending not in EXTENSIONS)
 

@@ -42,7 +42,6 @@ def test_only_files_with_a_known_ending_count_whatever_its_case(tmp_path):
     for name in ("notes.txt", ".hidden.jpg", "Thumbs.db", "j.gif", "jpg"):
         (folder / name).write_bytes(b"not a picture")
     (folder / "looks_like.jpg").mkdir()
-    os.mkfifo(folder / "pipe.jpg")
     (tmp_path / "own" / ".git").mkdir()
     (tmp_path / "own" / "read.me.jpg").write_bytes(b"beside the class folders")
     store = open_class_folders(tmp_path / "own", "own").store

@@ -160,6 +160,11 @@ def picture_link(root):
     (root / "birds" / "wren" / "9.png").symlink_to("nowhere.png")
 
 
+def picture_pipe(root):
+    write_classes(root / "birds", wren=2)
+    os.mkfifo(root / "birds" / "wren" / "9.png")
+
+
 UNREADABLE = {
     "link that leads nowhere": (link_nowhere, "gone: 1 fault"),
     "link to itself": (loop, "gone: 1 fault"),
@@ -167,6 +172,7 @@ UNREADABLE = {
     "name that is not UTF-8": (not_utf8, r"caf\xe9: the name is not UTF-8"),
     "class that leads nowhere": (class_link, "crow: a link that leads nowhere"),
     "picture that leads nowhere": (picture_link, "9.png: a link that leads nowhere"),
+    "picture that is a pipe": (picture_pipe, "9.png: is a pipe, expected a regular file"),
 }
 
 
@@ -176,7 +182,9 @@ def test_no_all_clear_where_one_of_two_sources_cannot_be_read(make, said, tmp_pa
     make(tmp_path)
     code, lines = check(monkeypatch, capsys, tmp_path)
     assert code == 1
-    assert any(said in line for line in lines) and any(line.startswith("zoo: complete") for line in lines)
+    assert sum(said in line for line in lines) == 1 and any(
+        line.startswith("zoo: complete") for line in lines
+    )
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

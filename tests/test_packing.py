@@ -126,6 +126,15 @@ def test_a_missing_picture_of_a_list_can_be_left_out(tmp_path):
     assert len(packed.notes) == 1 and "dog/1.png: no such file" in packed.notes[0]
 
 
+def test_class_folders_that_a_file_divides_are_packed_with_a_specification_of_their_own(tmp_path):
+    directory = write_classes(tmp_path / "data" / "mine", ant=2, cat=2, dog=3)
+    (directory / "splits.json").write_text('{"TRAIN": ["dog"], "TEST": ["ant"]}')
+    ((_, found),) = convert({"mine": open_source(directory.parent, "mine")}, tmp_path / "out")
+    spec = open_packed(found.directory, "mine").spec
+    assert spec.class_names == ("dog", "ant") and spec.images_per_class == (3, 2)
+    assert [len(spec.classes(split)) for split in ("TRAIN", "VALID", "TEST")] == [1, 0, 1]
+
+
 def test_a_broken_file_is_no_bad_record(source, tmp_path):
     """Nobody can say how much would be left out."""
     with (source / "3.tfrecords").open("ab") as file:

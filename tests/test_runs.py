@@ -166,8 +166,15 @@ def test_a_domain_left_out_once_keeps_what_decided_it(tmp_path):
         (
             "run.json",
             json.dumps({"format": 1, **ABOUT, "attacks": [{"kind": "pdg"}]}),
-            "expected a list of attacks",
+            "field 'attacks.0.epsilons' is missing",
         ),
+        (
+            "run.json",
+            json.dumps({"format": 1, **ABOUT, "attacks": [{"kind": "pgd", "epsilons": [3]}]}),
+            "field 'columns': expected pgd",
+        ),
+        ("rows.jsonl", json.dumps(row("a", 0, ways=0)) + "\n", "line 1: field 'ways': expected greater"),
+        ("merging.json", '{"a": {"how": "x", "epsilons": [[]]}}', "field 'a.epsilons.0': expected a number"),
         ("run.json", json.dumps({"format": 9, **ABOUT}), "format is 9, expected 1"),
         ("rows.jsonl", "nonsense\n", "rows.jsonl, line 1: not valid JSON"),
         ("rows.jsonl", '{"source": "a"}\n', "line 1: field 'index' is missing"),

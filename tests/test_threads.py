@@ -1,6 +1,8 @@
 """Threads: by default no more than the job has cores for; and what their number changes in a result."""
 
 import argparse
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from toy_autolora_runs import rows
 from toy_training import command
 
 from amt.cli.options import use_threads
+from amt.files.run_directory import RunDirectory
 from meta_dataset_readers.cores import available_cores
 
 # What the kernel's files say, and how many cores that is where the machine has 64.
@@ -86,3 +89,21 @@ def test_the_same_number_of_threads_gives_the_same_bits(threads, world, tmp_path
     one, other = tmp_path / "one", tmp_path / "other"
     assert same_tensors(one / "pool" / "last.safetensors", other / "pool" / "last.safetensors")
     assert rows(one / "test") == rows(other / "test")
+    assert noted(one / "pool") == noted(one / "test") == [threads]
+
+
+def noted(run: Path) -> list[int]:
+    return json.loads((run / "run.json").read_text())["threads"]
+
+
+@pytest.mark.parametrize("about", [{"kind": "a training"}, {}], ids=["training", "evaluation"])
+def test_a_run_goes_on_with_other_threads_and_says_so(about, tmp_path, monkeypatch, capsys):
+    """The default of another machine is no other setting; what is promised of bits no longer holds."""
+    told = []
+    for threads in (2, 2, 4, 2):
+        monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
+        with RunDirectory(tmp_path, {"settings": {}, **about}, results=[]):
+            told.append(capsys.readouterr().err)
+    assert told[:2] == ["", ""] and told[3] == ""
+    assert "ran with 2 CPU threads so far, and goes on with 4" in told[2] and "--threads 2" in told[2]
+    assert noted(tmp_path) == [2, 4]

@@ -1,7 +1,6 @@
 """The robustness levels of meta-training. Plain numbers: importable without torch."""
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING
 
 from meta_dataset_readers.settings import setting
@@ -12,6 +11,7 @@ if TYPE_CHECKING:
 STARTS = ("zero", "random1", "random2")
 # The levels of the paper's four LoRAs, in 1/255 of the pixel range.
 POOL_EPSILONS = (8.0, 6.0, 0.1, 0.01)
+_MOST = 10**6  # of every number of a level
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +74,11 @@ class Perturbation:
     def __post_init__(self) -> None:
         numbers = (self.epsilon, self.step_size, self.gamma, self.beta, *self.scalars)
         counts = (self.steps, *self.grids)
-        if not all(isinstance(n, int | float) and 0 <= n < math.inf for n in numbers):
-            raise ValueError(f"a level needs finite numbers of at least 0, found {numbers}")
-        if not all(isinstance(n, int) and n >= 0 for n in counts) or len(self.grids) != len(self.scalars):
+        if not all(isinstance(n, int | float) and 0 <= n <= _MOST for n in numbers):
+            raise ValueError(f"a level needs numbers from 0 to {_MOST}, found {numbers}")
+        if not all(isinstance(n, int) and 0 <= n <= _MOST for n in counts) or len(self.grids) != len(
+            self.scalars
+        ):
             raise ValueError(f"a level needs whole steps and as many grids as scalars, found {self}")
         if self.start not in STARTS:
             raise ValueError(f"start is {self.start!r}, expected one of {', '.join(STARTS)}")

@@ -190,6 +190,7 @@ def task_of(args: argparse.Namespace) -> "Task":
     from amt.few_shot import pictures, task_file
     from amt.few_shot.fitting import fit_pictures
     from amt.few_shot.pools import find_pool
+    from amt.files import checkpoint
     from amt.models.network import find_device
 
     file = find_pool(args.pool)
@@ -200,6 +201,7 @@ def task_of(args: argparse.Namespace) -> "Task":
             )
         return task_file.load(file).to(find_device(args.device))
     if args.support is None:
+        checkpoint.load(file)  # says what is wrong with a file that is neither
         raise InputError(
             f"{file}: is a pool, which knows no classes yet; give --support FOLDER with one folder of image "
             "files per class"

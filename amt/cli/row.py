@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     run = seeds.read_row(args.runs)
     found = leaderboard.content(run, args.name, args.tuned_on, args.candidates)
     text = leaderboard.dump(found)
+    leaderboard.parse(args.out, text)  # what could not be read back is not written
     replace_file(args.out, text)
-    leaderboard.read(args.out)
     say(f"wrote {args.out} ({len(text) / 1e3:.0f} kB, {len(run.seeds)} training seeds)")
     return 0

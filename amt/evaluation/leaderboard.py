@@ -16,7 +16,8 @@ from typing import Annotated, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from amt.evaluation.runs import Run, attack_from
+from amt.evaluation.noted import NotedAttack, Seed
+from amt.evaluation.runs import Run, check_columns
 from amt.evaluation.seeds import joined
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.files import parse_json, read_bytes
@@ -44,7 +45,7 @@ class _Domain(TypedDict):
 
 
 class _Seed(TypedDict):
-    seed: int
+    seed: Seed
     checkpoint: Text | None
     command: Text
     commit: NotRequired[Text | None]
@@ -57,7 +58,7 @@ class _File(TypedDict):
     arch: Text
     split: Text
     sampling: dict
-    attacks: list[dict]
+    attacks: list[NotedAttack]
     columns: Names
     sources: Names
     averages: dict[str, list[str]]
@@ -133,28 +134,23 @@ def read(path: Path) -> Run:
     Raises:
         InputError: there is none, it is too large, or anything in it is not what a row says.
     """
-    found = conform(str(path), parse_json(str(path), read_bytes(path, LARGEST)), _File)
+    return parse(path, read_bytes(path, LARGEST))
+
+
+def parse(path: Path, text: str | bytes) -> Run:
+    """The row that the text of the file `path` stands for; result and errors as of `read`."""
+    found = conform(str(path), parse_json(str(path), text), _File)
     if found["protocol"] != PROTOCOL:
         raise InputError(f"{path}: its protocol is {found['protocol']}, expected {PROTOCOL}")
-    _check_attacks(path, found)
+    check_columns(path, found)
+    for name, members in found["averages"].items():
+        if not members or not set(members) <= set(found["sources"]):
+            raise InputError(f"{path}: field 'averages.{name}': expected domains of the row")
     parts = [_part(path, found, seed) for seed in found["seeds"]]
     row = joined(parts, found["name"].replace("/", "-"))
     more = {field: found[field] for field in ("tuned_on", "candidates", "stamps", "suspect")}
     row.about.update(more)
     return row
-
-
-def _check_attacks(path: Path, found: Mapping) -> None:
-    try:
-        for values in found["attacks"]:
-            attack_from(values)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: field 'attacks': expected a list of attacks ({error})") from error
-    if "clean" not in found["columns"]:
-        raise InputError(f"{path}: field 'columns': expected clean among them")
-    for name, members in found["averages"].items():
-        if not members or not set(members) <= set(found["sources"]):
-            raise InputError(f"{path}: field 'averages.{name}': expected domains of the row")
 
 
 def _part(path: Path, found: Mapping, seed: Mapping) -> Run:

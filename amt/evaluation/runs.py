@@ -21,88 +21,19 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, NotRequired
-
-from pydantic import Field
-from typing_extensions import TypedDict
 
 from amt.attacks.kinds import Attack
+from amt.evaluation.noted import About, Accuracies, Corruptions, Merging, Row
 from amt.evaluation.samples import Sample, read_samples
 from amt.evaluation.sanity import Finding, judge
 from amt.evaluation.statistics import Summary, chance, over_seeds, summarise, with_averages
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.files import parse_json, read_bytes, read_json
-from meta_dataset_readers.json_fields import MOST, conform
+from meta_dataset_readers.json_fields import conform
 
 FORMAT = 1
 _ROWS_LARGEST = 2**30  # bytes of a file of rows; a million rows are half of that
 
-Accuracy = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=0, le=MOST)]
-Duration = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
-Names = list[str]
-
-
-class _About(TypedDict):
-    """run.json, and what results.json adds."""
-
-    settings: dict
-    deployments: dict[str, dict]
-    attacks: list[dict]
-    columns: Annotated[Names, Field(min_length=1)]
-    sources: Annotated[Names, Field(min_length=1)]
-    averages: dict[str, Names]
-    episodes: Annotated[int, Field(ge=1, le=10**9)]
-    seed: int
-    corruptions: NotRequired[Names]
-    unit: NotRequired[str]
-    split: NotRequired[str]
-    stamp: NotRequired[str]
-    episode_seconds: NotRequired[Duration]
-    peak_memory_mb: NotRequired[Duration]
-    skipped_records: NotRequired[Count]
-    versions: NotRequired[dict[str, str]]
-    command: NotRequired[str | None]
-    commit: NotRequired[str | None]
-    started: NotRequired[str | None]
-    arch: NotRequired[str | None]
-    checkpoint: NotRequired[str | None]
-
-
-class _Merging(TypedDict):
-    how: str
-    stamp: NotRequired[str]
-
-
-class _Checks(TypedDict):
-    images: Count
-    changed: Count
-    queries: NotRequired[Count]
-    zero_gradients: NotRequired[Count]
-    norms: NotRequired[dict[str, dict[str, float]]]  # counts, and losses
-    from_scratch: NotRequired[dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)]]]
-    no_gradient: NotRequired[dict[str, Count]]
-    missed: NotRequired[dict[str, dict[str, Count]]]
-
-
-class _Row(TypedDict):
-    """A row, without its accuracies."""
-
-    source: str
-    index: Count
-    ways: Count
-    support: Count
-    queries: Count
-    seconds: Duration
-    coefficients: list[Annotated[float, Field(ge=0, le=1 + 1e-3)]]
-    variants: NotRequired[dict[str, str]]
-    checks: NotRequired[_Checks]
-    skipped: NotRequired[Count]
-    nan_images: NotRequired[Count]
-
-
-_Accuracies = dict[str, Accuracy]
-_Corruptions = dict[str, Annotated[list[Accuracy], Field(min_length=5, max_length=5)]]
 UNITS = ("episode", "image")
 SEVERITIES = 5
 
@@ -284,7 +215,7 @@ def peek(folder: Path) -> Run:
     about = read_about(folder)
     if (folder / "results.json").exists():
         path = folder / "results.json"
-        about = conform(str(path), conform(str(path), read_json(path), dict) | about, _About)
+        about = conform(str(path), conform(str(path), read_json(path), dict) | about, About)
     merging = read_merging(folder)
     rows: dict[str, dict[int, dict]] = {source: {} for source in about["sources"]}
     for path in sorted(folder.glob("rows*.jsonl")):
@@ -335,17 +266,27 @@ def read_about(folder: Path) -> dict:
     path = folder / "run.json"
     if not path.is_file():
         raise InputError(f"{folder}: no run directory: it has no run.json")
-    about = conform(str(path), read_json(path), _About)
+    about = conform(str(path), read_json(path), About)
     if about.get("format") != FORMAT:
         raise InputError(f"{path}: format is {about.get('format')!r}, expected {FORMAT}")
     if about.get("unit", UNITS[0]) not in UNITS:
         raise InputError(f"{path}: unit is {about['unit']!r}, expected one of {', '.join(UNITS)}")
-    try:
-        for values in about["attacks"]:
-            attack_from(values)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: field 'attacks': expected a list of attacks ({error})") from error
+    check_columns(path, about)
     return about
+
+
+def check_columns(path: Path, about: Mapping) -> None:
+    """Raise an `InputError` unless the columns that a file names are those of its attacks, and clean."""
+    for number, values in enumerate(about["attacks"]):
+        try:
+            needed = attack_from(values).columns
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{path}: field 'attacks.{number}': expected an attack ({error})") from error
+        for column in ("clean", *needed):
+            if column not in about["columns"]:
+                raise InputError(f"{path}: field 'columns': expected {column} among them")
+    if "clean" not in about["columns"]:
+        raise InputError(f"{path}: field 'columns': expected clean among them")
 
 
 def read_merging(folder: Path) -> dict[str, dict]:
@@ -355,7 +296,7 @@ def read_merging(folder: Path) -> dict[str, dict]:
         InputError: merging.json is damaged.
     """
     path = folder / "merging.json"
-    return conform(str(path), read_json(path), dict[str, _Merging]) if path.exists() else {}
+    return conform(str(path), read_json(path), dict[str, Merging]) if path.exists() else {}
 
 
 def read_corruptions(folder: Path) -> dict[str, list[float]]:
@@ -365,7 +306,7 @@ def read_corruptions(folder: Path) -> dict[str, list[float]]:
         InputError: corruptions.json is damaged.
     """
     path = folder / "corruptions.json"
-    return conform(str(path), read_json(path), _Corruptions) if path.exists() else {}
+    return conform(str(path), read_json(path), Corruptions) if path.exists() else {}
 
 
 def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[dict]:
@@ -373,6 +314,6 @@ def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[dict]:
     lines = read_bytes(path, _ROWS_LARGEST).split(b"\n")[:-1]
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"
-        row = conform(where, parse_json(where, line), _Row)
-        conform(where, {column: row.get(column) for column in columns}, _Accuracies)
+        row = conform(where, parse_json(where, line), Row)
+        conform(where, {column: row.get(column) for column in columns}, Accuracies)
         yield row

@@ -15,6 +15,7 @@ from amt.attacks.kinds import BLACK_BOX, NORMS, WHITE_BOX, Attack, on_queries
 from amt.attacks.losses import loss_sum, misclassified
 from amt.attacks.perturb import Ball, ascend, input_gradient, pgd
 from amt.evaluation.evaluate import Measurement, attack_some, query_generators, union_column
+from amt.evaluation.noted import NormChecks
 from amt.evaluation.other_losses import missed, missing, own_losses
 from amt.evaluation.statistics import paired_difference
 from amt.models.network import CHUNK
@@ -236,7 +237,7 @@ def _escaped(probes: Sequence[dict], attacks: Sequence[Attack]) -> Iterator[Reas
 
 def _doubts(found: Sequence[dict], images: int) -> list[str]:
     """Reasons to doubt the white-box attacks of one norm."""
-    total = {name: sum(counts[name] for counts in found) for name in found[0]}
+    total = {name: sum(counts[name] for counts in found) for name in NormChecks.__annotations__}
     reasons = []
     if total["standing"] > MOST_STANDING * images:
         reasons.append(f"{total['standing']} of {images} images withstand a perturbation without limit")

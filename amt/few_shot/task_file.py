@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from amt.evaluation.noted import Count, Level, NotedTrim, Share
 from amt.few_shot.pools import network_of
 from amt.few_shot.task import Label, Task
 from amt.files import checkpoint, weight_files
@@ -29,12 +30,6 @@ KIND = "task"
 LARGEST_SIDE = 4096  # px, as of --image_size
 
 
-class _Trim(TypedDict):
-    layer: str
-    block: int
-    keep: float
-
-
 class _About(TypedDict):
     """What the header of a task says, as far as it is used."""
 
@@ -43,10 +38,10 @@ class _About(TypedDict):
     arch: str
     image_size: int
     classes: list[Label]
-    shots: list[int]
-    coefficients: list[float]
-    epsilons: list[float]
-    trims: list[_Trim]
+    shots: list[Count]
+    coefficients: list[Share]
+    epsilons: list[Level]
+    trims: list[NotedTrim]
 
 
 def save(path: Path, task: Task) -> None:
@@ -107,6 +102,11 @@ def load(path: Path) -> Task:
     n_classes = len(about["classes"])
     if n_classes < 2 or len(about["shots"]) != n_classes:
         raise InputError(f"{where}: {n_classes} classes, {len(about['shots'])} numbers of shots")
+    if len(set(map(str, about["classes"]))) < n_classes:
+        raise InputError(f"{where}: two classes have one name")
+    if about["epsilons"] and len(about["epsilons"]) != len(about["coefficients"]):
+        n_levels = len(about["epsilons"])
+        raise InputError(f"{where}: {len(about['coefficients'])} coefficients, {n_levels} epsilons")
     if not 1 <= about["image_size"] <= LARGEST_SIDE:
         raise InputError(f"{where}: image_size {about['image_size']}, expected 1 to {LARGEST_SIDE}")
     network = network_of(path, dict(about), None, about["image_size"])

@@ -39,6 +39,7 @@ HEADER = "amt"  # the field of a safetensors header that makes a file ours
 
 Levels = tuple[Perturbation, ...]
 Count = Annotated[int, Field(ge=0, le=MOST)]
+_Number = Annotated[float, Field(ge=-MOST, le=MOST)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +184,7 @@ class _About(TypedDict, total=False):
     tune: str
     protocol: dict
     settings: dict
-    history: list[dict]
+    history: list["_Note"]
     tuner: "_Tuner"
     published: str
     levels_from: str
@@ -194,12 +195,20 @@ class _Tuner(TypedDict, total=False):
     """The state of meta-tuning, and of fine-tuning."""
 
     episodes_done: Count
-    scalers: list[dict]
-    seen: list[list]
+    scalers: list[dict[str, _Number]]
+    seen: list[Annotated[list[_Number], Field(max_length=4)]]
     epoch: Count
     batch: Count
     accuracy: float | None
-    history: list[dict]
+    history: list["_Note"]
+
+
+class _Note(TypedDict, total=False):
+    """What is read of an epoch that is over: of meta-tuning, and of fine-tuning."""
+
+    score: _Number
+    robust: _Number
+    clean: _Number
 
 
 def parse_header(path: Path, text: str) -> dict:

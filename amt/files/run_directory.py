@@ -9,14 +9,17 @@ are compared under the lock, so two runs that start together cannot both take th
 
 import contextlib
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NotRequired
+from typing import Annotated, NotRequired
 
+import torch
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from amt.files.locks import Lock
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, say
 from meta_dataset_readers.files import LARGEST_LIST, parse_json, read_bytes, replace_file
 from meta_dataset_readers.json_fields import conform
 
@@ -32,6 +35,7 @@ class _About(TypedDict):
 
     settings: dict
     kind: NotRequired[str]
+    threads: NotRequired[Annotated[list[Annotated[int, Field(ge=1, le=10**6)]], Field(max_length=100)]]
 
 
 class RunDirectory:
@@ -40,7 +44,8 @@ class RunDirectory:
     Args:
         folder: created if missing.
         about: the content of run.json: `kind` (none for an evaluation), `settings`, and what else describes
-            the run.
+            the run. To it is added `threads`, the numbers of CPU threads that it ran with: one, or more where
+            it was continued with another.
         results: patterns of what the run writes here. Where there is any of it and neither run.json nor a
             file of `resumable`, the directory is somebody else's.
         flag: that names the directory, for messages.
@@ -69,7 +74,7 @@ class RunDirectory:
         resumable: Sequence[str] = (),
     ):
         self.folder, self.flag = folder, flag
-        self._about = json.loads(json.dumps(about))
+        self._about = json.loads(json.dumps({**about, "threads": [torch.get_num_threads()]}))
         self._results, self._resumable = results, resumable
         self._overwrite, self._part = overwrite, part
         self._renew = renew or self._unchanged
@@ -116,9 +121,22 @@ class RunDirectory:
         """The content of run.json from now on, where what is there may be continued."""
         path = self.folder / RUN_FILE
         if path.exists():
-            return self._renew(path, self._read(path), self._about)
+            earlier = self._read(path)
+            return self._renew(path, earlier, self._about) | self._threads(path, earlier)
         self._refuse_foreign()
         return self._about
+
+    def _threads(self, path: Path, earlier: Mapping) -> dict[str, list[int]]:
+        """The field of all numbers of threads so far; a new one is said, since sums may differ."""
+        before, now = earlier.get("threads", []), self._about["threads"]  # older versions noted none
+        if before and now[0] not in before:
+            ran = " and ".join(map(str, before))
+            say(
+                f"note: {path}: this run ran with {ran} CPU threads so far, and goes on with {now[0]}: sums "
+                f"may be rounded differently; --threads {before[-1]} goes on as before",
+                file=sys.stderr,
+            )
+        return {"threads": list(dict.fromkeys((*before, *now)))}
 
     def confirm(self) -> None:
         """Write run.json. Of a run of an older version, which has none, the settings are known by a file of

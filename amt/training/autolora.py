@@ -342,7 +342,7 @@ class FineTuner:
         self.epoch, self.batch = int(numbers["epoch"]), int(numbers["batch"])
         self._accuracy = None if numbers["accuracy"] is None else float(numbers["accuracy"])
         self._seen = [(int(right), int(count)) for right, count in numbers["seen"]]
-        self.history = [dict(note) for note in numbers["history"]]
+        self.history = [dict(note, robust=float(note["robust"])) for note in numbers["history"]]
 
 
 def _overwrite(student: Student, source: Student) -> None:
