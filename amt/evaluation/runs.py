@@ -27,6 +27,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from amt.attacks.kinds import Attack
+from amt.evaluation.answers import AnswersShape, check_answers
 from amt.evaluation.samples import Sample, read_samples
 from amt.evaluation.sanity import Finding, judge
 from amt.evaluation.statistics import Summary, chance, over_seeds, summarise, with_averages
@@ -67,6 +68,7 @@ class _About(TypedDict):
     started: NotRequired[str | None]
     arch: NotRequired[str | None]
     checkpoint: NotRequired[str | None]
+    class_names: NotRequired[Names]
 
 
 class _Merging(TypedDict):
@@ -99,6 +101,7 @@ class _Row(TypedDict):
     checks: NotRequired[_Checks]
     skipped: NotRequired[Count]
     nan_images: NotRequired[Count]
+    answers: NotRequired[AnswersShape]
 
 
 _Accuracies = dict[str, Accuracy]
@@ -288,7 +291,7 @@ def peek(folder: Path) -> Run:
     merging = read_merging(folder)
     rows: dict[str, dict[int, dict]] = {source: {} for source in about["sources"]}
     for path in sorted(folder.glob("rows*.jsonl")):
-        for row in _read_rows(path, about["columns"]):
+        for row in _read_rows(path, about["columns"], about.get("class_names", ())):
             if row["source"] in rows and row["index"] < about["episodes"]:
                 rows[row["source"]].setdefault(row["index"], row)
     kept = {source: [each[i] for i in sorted(each)] for source, each in rows.items() if each}
@@ -368,11 +371,12 @@ def read_corruptions(folder: Path) -> dict[str, list[float]]:
     return conform(str(path), read_json(path), _Corruptions) if path.exists() else {}
 
 
-def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[dict]:
+def _read_rows(path: Path, columns: Sequence[str], class_names: Sequence[str]) -> Iterator[dict]:
     """The complete lines of a file of rows."""
     lines = read_bytes(path, _ROWS_LARGEST).split(b"\n")[:-1]
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"
         row = conform(where, parse_json(where, line), _Row)
         conform(where, {column: row.get(column) for column in columns}, _Accuracies)
+        check_answers(where, row, columns, class_names)
         yield row
