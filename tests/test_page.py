@@ -22,7 +22,8 @@ from toy_runs import ATTACKS, DOMAINS, write_run
 from amt.attacks.kinds import Attack
 from amt.evaluation import runs
 from amt.report import charts, figures, panels
-from amt.report.document import ENVIRONMENT, SAMPLE_SIDE, page
+from amt.report.document import ENVIRONMENT, page
+from amt.report.example_tasks import SAMPLE_SIDE
 from amt.report.pictures import amplify, data_uri
 from amt.report.shown import label, robust_columns
 
@@ -101,21 +102,6 @@ def test_the_page_says_what_was_run(load):
         *("square500@8 ran as square, 500 queries", "none, the pretrained network", "731 MB"),
     ):
         assert said in reader.text, said
-
-
-def test_the_first_line_says_what_it_comes_to(load):
-    pool, weak, same = load("pool"), load("weak", strength=0.1), load("same")
-    clean, union = weak.summary("average", "clean"), pool.summary("average", "union")
-    told = f"{union.mean:.1f}% ±{union.interval:.1f}"
-    assert f" and {told} of attacked ones (union), over 3 domains, 20 episodes each." in page([pool])
-    text = page([pool, weak])
-    assert (
-        f"On clean images the highest accuracy is that of weak, {clean.mean:.1f}% ±{clean.interval:.1f}."
-        in text
-    )
-    assert f"Under union the highest accuracy is that of pool, {told}." in text
-    assert f"Under union the highest accuracy is that of pool and same, {told}." in page([pool, weak, same])
-    assert f"Under union all reach {told}." in page([pool, same])
 
 
 def test_a_page_asks_the_network_for_nothing_and_runs_no_script_but_its_own(load):
@@ -227,7 +213,7 @@ def test_runs_of_other_columns_and_domains_show_what_each_has(load):
     two = load("two", attacks=(Attack("square", (8,), queries=100),), domains=("digits", "fungi"))
     reader = Reader(page([one, two]))
     assert reader.text.count("\n–\n") == 4 + 2  # two runs of two domains and an average lack a column each
-    assert "they do not all cover the same domains and attacks" in reader.text
+    assert "They do not all cover the same domains and attacks" in reader.text
     assert "“average” covers other domains by run" in reader.text
     assert robust_columns(label([one, two])) == ["pgd20@8", "square100@8"]
     clean = load("clean", attacks=())
@@ -273,7 +259,9 @@ def test_a_sample_shows_its_images_its_factor_and_its_predictions(load):
     assert len(images) == 3 * 2 * len(DOMAINS)
     assert reader.text.count("amplified ×15.9") == 2 * len(DOMAINS)  # 127.5 / 8
     assert "6 of the 6 images kept with the runs" in reader.text
-    assert reader.text.count("✗") == len(DOMAINS) and "mini_signs, episode 0, pgd20@8" in reader.text
+    assert reader.text.count("✗") == len(DOMAINS) and {"mini_signs, episode 0", "pgd20@8"} <= set(
+        reader.text.split("\n")
+    )
     (sample, *_) = run.samples()
     assert decoded(images[0]).tolist() == sample.clean[0].tolist()
     assert decoded(images[2]).tolist() == sample.attacked[0].tolist()
@@ -292,7 +280,7 @@ def test_large_samples_are_reduced_and_a_perturbation_keeps_its_values():
 
 
 def test_images_have_a_budget_shared_by_all_episodes(load, monkeypatch):
-    monkeypatch.setattr("amt.report.document.SAMPLE_BUDGET", 1)
+    monkeypatch.setattr("amt.report.example_tasks.SAMPLE_BUDGET", 1)
     reader = Reader(page([load(samples=4)]))
     assert "1 of the 12 images kept with the runs" in reader.text
     assert sum(tag == "img" for tag, _ in reader.tags) == 3
@@ -306,7 +294,7 @@ def test_a_damaged_sample_is_said_in_one_line(load):
 
 def test_the_page_does_not_grow_with_the_episodes(load):
     few, many = (len(page([load(f"{n}", episodes=n)])) for n in (20, 120))
-    assert abs(many - few) < 0.03 * few < 5000
+    assert abs(many - few) < 0.03 * few and few < 250_000
 
 
 def test_the_same_runs_give_the_same_page(load):

@@ -273,17 +273,34 @@ def test_samples_show_every_class_before_and_after(tmp_path):
     assert 0 < abs(sample.perturbation).max() <= 8.01 and len(sample.class_names) == 4
     moved = sample.attacked.astype(float) - sample.clean
     assert abs(moved - sample.perturbation).max() <= 1.01  # both were rounded
+    assert sample.shots.tolist() == [1] * 4 and sample.support_labels.tolist() == [0, 1, 2, 3]
+    assert (sample.support == (255 * episode.support).round().byte().permute(0, 2, 3, 1).numpy()).all()
     right = measured.correct["clean"].float().mean()
     assert (sample.predicted_clean == sample.labels).mean() == pytest.approx(float(right), abs=0.5)
 
 
-@pytest.mark.parametrize("damage", ["cut", "pickle", "labels", "shape"])
+def test_a_sample_of_before_there_was_support_in_it_is_read(tmp_path):
+    episode, measured = measured_toy()
+    older = sample_of(episode, measured)._asdict()
+    with Writer(tmp_path, ABOUT | {"sources": ["tiny"]}) as out:
+        out.append(row("tiny", 2))
+    (tmp_path / "samples").mkdir()
+    for name in ("support", "support_labels", "shots"):
+        older.pop(name)
+    np.savez(tmp_path / "samples" / "tiny-2.npz", **older)
+    (sample,) = runs.load(tmp_path).samples()
+    assert len(sample.clean) == SAMPLED and len(sample.support) == len(sample.shots) == 0
+
+
+@pytest.mark.parametrize("damage", ["cut", "pickle", "labels", "shape", "support"])
 def test_a_damaged_sample_is_named(tmp_path, damage):
     episode, measured = measured_toy()
     with Writer(tmp_path, ABOUT | {"sources": ["tiny"]}) as out:
         sample = sample_of(episode, measured)
         if damage == "labels":
             sample = sample._replace(labels=sample.labels + 9)
+        if damage == "support":
+            sample = sample._replace(support_labels=sample.support_labels + 9)
         if damage == "shape":
             sample = sample._replace(attacked=sample.attacked[:-1])
         out.keep(sample)

@@ -1,5 +1,6 @@
 """test_meta_dataset.py from the flags to the results it leaves."""
 
+import csv
 import math
 from pathlib import Path
 
@@ -62,6 +63,23 @@ def test_evaluation_end_to_end_in_a_process_of_its_own(world, trained, tmp_path)
     with Image.open(tmp_path / "out" / "accuracy.png") as image:
         image.load()
         assert image.format == "PNG" and len(image.convert("RGB").getcolors(1 << 24)) > 10
+
+
+def test_every_answer_is_in_a_table(world, trained, tmp_path):
+    """With the picture's own place in the data; the answers come to the accuracies of the summary."""
+    _, results = evaluated(world, trained, tmp_path / "out", "--epsilon", 2, 8)
+    with (tmp_path / "out" / "answers.csv").open(newline="") as file:
+        answers = list(csv.DictReader(file))
+    rows = results["rows"]["tiny"]
+    assert len(answers) == sum(row["queries"] for row in rows)
+    for column, found in results["summary"]["tiny"].items():
+        by_episode = [[a["class"] == a[column] for a in answers if a["episode"] == str(k)] for k in range(2)]
+        assert 50 * sum(sum(each) / len(each) for each in by_episode) == pytest.approx(found["mean"])
+    sampling = EpisodeSampling(num_ways=5, num_support=1, num_query=1)
+    reader = EpisodeReader(world.data, "tiny", "TEST", sampling, 32, n_episodes=2)
+    origins = [(each.file, str(each.record)) for each in reader[0].query_origin]
+    assert [(a["file"], a["record"]) for a in answers if a["episode"] == "0"] == origins
+    assert [a["class"] for a in answers[:5]] == [reader[0].class_names[k] for k in reader[0].query_labels]
 
 
 def test_the_evaluated_episodes_can_be_written_out_and_validated_on(world, trained, tmp_path):

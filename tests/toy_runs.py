@@ -39,6 +39,7 @@ def write_run(
     stamp: str | None = None,
     averages: Mapping[str, Sequence[str]] | None = None,
     side: int = 32,
+    answers: bool = True,
     **about,
 ) -> Path:
     """Write a run of 5-way 5-shot episodes and return its folder.
@@ -50,6 +51,7 @@ def write_run(
         adapters: what they were trained for; none leaves the coefficients empty.
         samples: images of each sample episode, of which every domain has one; 0: no samples.
         suspect: domains whose first episode was probed with a result that nobody believes.
+        answers: whether rows have the answers to every image; older runs have none.
         about: replaces fields of run.json.
     """
     folder.mkdir(parents=True)
@@ -76,7 +78,7 @@ def write_run(
     merging = {domain: how_merged(adapters, stamp) for domain in domains}
     write_json(folder / "merging.json", merging)
     rows = [
-        row(domain, place, index, attacks, strength, seed, len(adapters))
+        row(domain, place, index, attacks, strength, seed, len(adapters), classes if answers else ())
         | (failed_probe(attacks) if domain in suspect and index == 0 else {})
         for place, domain in enumerate(domains)
         for index in range(episodes)
@@ -101,7 +103,14 @@ def write_run(
 
 
 def row(
-    domain: str, place: int, index: int, attacks: Sequence[Attack], strength: float, seed: int, adapters: int
+    domain: str,
+    place: int,
+    index: int,
+    attacks: Sequence[Attack],
+    strength: float,
+    seed: int,
+    adapters: int,
+    classes: Sequence[str] = (),
 ) -> dict:
     """An episode: runs of one seed share its difficulty, and so differ less than their intervals say."""
     luck = np.random.default_rng([seed, place, index]).normal(0, 0.06)
@@ -132,6 +141,26 @@ def row(
         "fit_seconds": round(seconds / 10, 4),
         "seconds": seconds,
         **variants,
+        **({"answers": answers(domain, index, accuracy, classes)} if classes else {}),
+    }
+
+
+def answers(domain: str, index: int, accuracy: Mapping[str, float], classes: Sequence[str]) -> dict:
+    """Ten images of each of five classes, as many right as the accuracies say; what is wrong is mostly taken
+    for the next class."""
+    labels = [k // 10 for k in range(50)]
+    order = np.random.default_rng([index, len(domain)]).permutation(50).tolist()
+    predicted = {}
+    for column, share in accuracy.items():
+        wrong = set(order[round(50 * share) :])
+        predicted[column] = [(label + (k in wrong) * (1 + k % 3 // 2)) % 5 for k, label in enumerate(labels)]
+    return {
+        "classes": list(classes),
+        "labels": labels,
+        "predicted": predicted,
+        "probability": {column: [0.5] * 50 for column in accuracy},
+        "files": [f"{domain}/{classes[label]}/{k}.png" for k, label in enumerate(labels)],
+        "records": [0] * 50,
     }
 
 

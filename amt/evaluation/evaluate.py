@@ -16,6 +16,7 @@ from torch import Tensor
 from amt.attacks.evaluation import Attacked, attack_queries, attack_support
 from amt.attacks.kinds import NORMS, ON_OTHERS, Attack, on_queries
 from amt.attacks.losses import misclassified
+from amt.evaluation.answers import Answers, answered, first_wrong, replaced, row_answers
 from amt.evaluation.statistics import summarise
 from amt.models.network import CHUNK, Network
 from amt.models.pool import Pool
@@ -32,6 +33,7 @@ class Measurement(NamedTuple):
         classifier: of the episode.
         predicted: (Q,) int64, the classes of the queries as they are.
         correct: by column, which queries are classified correctly (Q,) bool.
+        answers: by column, what the queries are taken for.
         attacked: by column of an attack on queries at its largest radius, the query images (Q, 3, H, W) as
             it left them; those that were wrong before are unchanged.
     """
@@ -40,6 +42,7 @@ class Measurement(NamedTuple):
     classifier: Classifier
     predicted: Tensor
     correct: dict[str, Tensor]
+    answers: dict[str, Answers]
     attacked: dict[str, Tensor]
 
 
@@ -78,33 +81,46 @@ def measure(
     clean = ~misclassified(logits, episode.query_labels)
     without_number = int(logits.isnan().any(1).sum())
     fitted = time.perf_counter()
-    correct, attacked, variants = {"clean": clean}, {}, {}
+    found = {"clean": _Column(clean, answered(logits, episode.query_labels, clean))}
+    attacked, variants = {}, {}
     shown = any(attack.kind in ON_OTHERS for attack in attacks)
     surrogates = [each(episode).logits for each in others] if shown else []
     for attack in attacks:
         if attack.kind == "support":
-            correct |= _under_support_attack(predict, episode, attack, clean, seed)
+            found |= _under_support_attack(predict, episode, attack, found["clean"], seed)
             continue
         left, images, ran = _under_query_attack(
-            classifier.logits, episode, attack, clean, surrogates, seed, numbers, chunk
+            classifier.logits, episode, attack, found["clean"], surrogates, seed, numbers, chunk
         )
-        correct, variants = correct | left, variants | ran
+        found, variants = found | left, variants | ran
         attacked[attack.columns[-1]] = images
-    correct |= _unions(attacks, correct)
+    for column, members in _union_members(attacks).items():
+        correct, answers = zip(*(found[member] for member in members), strict=True)
+        found[column] = _Column(torch.stack(correct).all(0), first_wrong(correct, answers))
+    answers = {column: each.answers for column, each in found.items()}
     row = {
         "source": episode.source,
         "index": episode.index,
         "ways": episode.n_way,
         "support": len(episode.support),
         "queries": len(predicted),
-        **{column: float(right.double().mean()) for column, right in correct.items()},
+        **{column: float(each.correct.double().mean()) for column, each in found.items()},
         "coefficients": [float(c) for c in classifier.coefficients],
         "fit_seconds": round(fitted - began, 4),
         "seconds": round(time.perf_counter() - began, 4),
         **({"nan_images": without_number} if without_number else {}),
         **({"variants": variants} if variants else {}),
+        "answers": row_answers(episode, answers),
     }
-    return Measurement(row, classifier, predicted, correct, attacked)
+    correct = {column: each.correct for column, each in found.items()}
+    return Measurement(row, classifier, predicted, correct, answers, attacked)
+
+
+class _Column(NamedTuple):
+    """Which queries (Q,) bool are classified correctly in a column, and what all are taken for."""
+
+    correct: Tensor
+    answers: Answers
 
 
 def attack_some(
@@ -161,66 +177,66 @@ def _under_query_attack(
     logits: Logits,
     episode: Episode,
     attack: Attack,
-    clean: Tensor,
+    clean: _Column,
     surrogates: Sequence[Logits],
     seed: int,
     numbers: Sequence[int] | None,
     chunk: int,
-) -> tuple[dict[str, Tensor], Tensor, dict[str, str]]:
-    """By column, which queries (Q,) bool are classified correctly, clean and within every radius up to its
-    own; the query images at the largest radius; by column what was run, where the episode decides it."""
-    left, images, correct, variants = clean, episode.query, {}, {}
+) -> tuple[dict[str, _Column], Tensor, dict[str, str]]:
+    """By column, which queries are classified correctly, clean and within every radius up to its own; the
+    query images at the largest radius; by column what was run, where the episode decides it."""
+    left, answers, images, columns, variants = *clean, episode.query, {}, {}
     for epsilon, column in zip(attack.epsilons, attack.columns, strict=True):
         left, images = left.clone(), images.clone()
         generators = query_generators(episode, seed, numbers)
-        for which in left.nonzero().squeeze(1).split(chunk):
+        for which in filter(len, left.nonzero().squeeze(1).split(chunk)):
             found = attack_some(attack, epsilon, logits, episode, which, generators, seed, surrogates)
             left[which], images[which] = ~found.fooled, found.images
             variants |= {column: found.variant} if found.variant else {}
-        correct[column] = left
-    return correct, images, variants
+            with torch.no_grad():
+                seen = answered(logits(found.images), episode.query_labels[which], ~found.fooled)
+            answers = replaced(answers, which, seen)
+        columns[column] = _Column(left, answers)
+    return columns, images, variants
 
 
 def _under_support_attack(
-    predict: Predictor, episode: Episode, attack: Attack, clean: Tensor, seed: int
-) -> dict[str, Tensor]:
-    """By column, which queries (Q,) bool are classified correctly, clean and under the most harmful move of
-    the support that was found within its radius: the one found there, or within a smaller radius."""
-    which, correct, left = clean.nonzero().squeeze(1), {}, clean
+    predict: Predictor, episode: Episode, attack: Attack, clean: _Column, seed: int
+) -> dict[str, _Column]:
+    """By column, which queries are classified correctly, clean and under the most harmful move of the support
+    that was found within its radius: the one found there, or within a smaller radius."""
+    which, columns, left = clean.correct.nonzero().squeeze(1), {}, clean
+
+    def fit(support: Tensor) -> Logits:
+        return predict(dataclasses.replace(episode, support=support.detach())).refit(support)
+
     for epsilon, column in zip(attack.epsilons, attack.columns, strict=True):
-        found = attack_support(
-            attack,
-            epsilon,
-            lambda support: predict(dataclasses.replace(episode, support=support.detach())).refit(support),
-            episode.support,
-            episode.query[which],
-            episode.query_labels[which],
-            stream(seed, episode.index, 2),
-        )
-        harmed = clean.clone()
+        query, labels = episode.query[which], episode.query_labels[which]
+        start = stream(seed, episode.index, 2)
+        found = attack_support(attack, epsilon, fit, episode.support, query, labels, start)
+        harmed = clean.correct.clone()
         harmed[which] = ~found.fooled
-        left = harmed if harmed.sum() < left.sum() else left
-        correct[column] = left
-    return correct
+        if harmed.sum() < left.correct.sum():
+            with torch.no_grad():
+                seen = answered(fit(found.images)(query), labels, ~found.fooled)
+            left = _Column(harmed, replaced(clean.answers, which, seen))
+        columns[column] = left
+    return columns
 
 
-def _unions(attacks: Sequence[Attack], correct: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The worst case per image over several attacks, by the column it is reported in."""
+def _union_members(attacks: Sequence[Attack]) -> dict[str, list[str]]:
+    """By the column that a worst case over several attacks is reported in, the columns that it is over."""
     unions = {}
     for norm in NORMS:
         group = on_queries(attacks, norm)
         if len(group) < 2:
             continue
         for epsilon in sorted({epsilon for attack in group for epsilon in attack.epsilons}):
-            within = [
-                correct[attack.column(radius)]
-                for attack in group
-                for radius in attack.epsilons
-                if radius <= epsilon
+            unions[union_column(norm, epsilon)] = [
+                attack.column(radius) for attack in group for radius in attack.epsilons if radius <= epsilon
             ]
-            unions[union_column(norm, epsilon)] = torch.stack(within).all(0)
     if len({(attack.norm, attack.kind == "support") for attack in attacks}) > 1:
-        unions["union"] = torch.stack(list(correct.values())).all(0)
+        unions["union"] = ["clean", *(column for attack in attacks for column in attack.columns)]
     return unions
 
 
@@ -231,9 +247,8 @@ def union_column(norm: str, epsilon: float) -> str:
 
 def columns(attacks: Sequence[Attack]) -> tuple[str, ...]:
     """All accuracies that `measure` gives, in order."""
-    one = torch.ones(1, dtype=torch.bool)
-    correct = {"clean": one} | {column: one for attack in attacks for column in attack.columns}
-    return (*correct, *_unions(attacks, correct))
+    found = dict.fromkeys(["clean", *(column for attack in attacks for column in attack.columns)])
+    return (*found, *_union_members(attacks))
 
 
 def evaluate(

@@ -18,6 +18,7 @@ Seed = Annotated[int, Field(ge=0, le=2**62)]
 Duration = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 Level = Annotated[float, Field(ge=0, le=10**6)]
 Share = Annotated[float, Field(ge=0, le=1 + 1e-3)]  # of an adapter
+Label = Annotated[int, Field(ge=0, le=10**6)]
 Names = list[str]
 
 
@@ -59,6 +60,7 @@ class About(TypedDict):
     started: NotRequired[str | None]
     arch: NotRequired[str | None]
     checkpoint: NotRequired[str | None]
+    class_names: NotRequired[Names]
 
 
 class NotedTrim(TypedDict):
@@ -116,6 +118,17 @@ class Checks(TypedDict):
     missed: NotRequired[dict[str, dict[str, Count]]]
 
 
+class NotedAnswers(TypedDict):
+    """See `answers`; `classes` are names by label, those of run.json where there are none."""
+
+    labels: list[Label]
+    predicted: dict[str, list[Label | None]]
+    probability: dict[str, list[Accuracy | None]]
+    classes: NotRequired[list[str]]
+    files: NotRequired[list[str]]
+    records: NotRequired[list[Count]]
+
+
 class Row(TypedDict):
     """A row, without its accuracies."""
 
@@ -130,6 +143,7 @@ class Row(TypedDict):
     checks: NotRequired[Checks]
     skipped: NotRequired[Count]
     nan_images: NotRequired[Count]
+    answers: NotRequired[NotedAnswers]
 
 
 Accuracies = dict[str, Accuracy]

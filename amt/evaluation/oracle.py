@@ -53,4 +53,10 @@ def best_row(rows: Sequence[Mapping], columns: Sequence[str]) -> dict:
     """
     best = max(rows, key=lambda row: row["clean"])
     seconds = {name: round(sum(row[name] for row in rows), 4) for name in ("fit_seconds", "seconds")}
-    return {**best, **{column: max(row[column] for row in rows) for column in columns}, **seconds}
+    by_column = {column: max(rows, key=lambda row, column=column: row[column]) for column in columns}
+    answers = best["answers"] | {
+        name: {column: row["answers"][name][column] for column, row in by_column.items()}
+        for name in ("predicted", "probability")
+    }
+    accuracies = {column: row[column] for column, row in by_column.items()}
+    return {**best, **accuracies, **seconds, "answers": answers}

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from amt.attacks.kinds import Attack
+from amt.evaluation.answers import check_answers
 from amt.evaluation.noted import About, Accuracies, Corruptions, Merging, Row
 from amt.evaluation.samples import Sample, read_samples
 from amt.evaluation.sanity import Finding, judge
@@ -219,7 +220,7 @@ def peek(folder: Path) -> Run:
     merging = read_merging(folder)
     rows: dict[str, dict[int, dict]] = {source: {} for source in about["sources"]}
     for path in sorted(folder.glob("rows*.jsonl")):
-        for row in _read_rows(path, about["columns"]):
+        for row in _read_rows(path, about["columns"], about.get("class_names", ())):
             if row["source"] in rows and row["index"] < about["episodes"]:
                 rows[row["source"]].setdefault(row["index"], row)
     kept = {source: [each[i] for i in sorted(each)] for source, each in rows.items() if each}
@@ -309,11 +310,12 @@ def read_corruptions(folder: Path) -> dict[str, list[float]]:
     return conform(str(path), read_json(path), Corruptions) if path.exists() else {}
 
 
-def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[dict]:
+def _read_rows(path: Path, columns: Sequence[str], class_names: Sequence[str]) -> Iterator[dict]:
     """The complete lines of a file of rows."""
     lines = read_bytes(path, _ROWS_LARGEST).split(b"\n")[:-1]
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"
         row = conform(where, parse_json(where, line), Row)
         conform(where, {column: row.get(column) for column in columns}, Accuracies)
+        check_answers(where, row, columns, class_names)
         yield row

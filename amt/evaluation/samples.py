@@ -14,11 +14,13 @@ from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.files import replace_file
 
-SAMPLED = 10  # images kept of an episode
+SAMPLED = 10  # queries kept of an episode
+SUPPORT_SAMPLED = 20  # support images kept of it
 _DTYPES = {
     **{"clean": "u1", "attacked": "u1", "perturbation": "f2"},
     **{"labels": "i8", "predicted_clean": "i8", "predicted_attacked": "i8"},
 }
+_SUPPORT = ("support", "support_labels", "shots")  # older samples have none
 
 
 class Sample(NamedTuple):
@@ -31,6 +33,9 @@ class Sample(NamedTuple):
         perturbation: (n, H, W, 3) float16, attacked - clean in 1/255 of the pixel range.
         labels, predicted_clean, predicted_attacked: (n,) int64.
         class_names: (N,).
+        support: (m, H, W, 3) uint8, the first support images of each class.
+        support_labels: (m,) int64.
+        shots: (N,) int64, how many support images each class has; empty in older samples and test sets.
     """
 
     source: str
@@ -43,13 +48,18 @@ class Sample(NamedTuple):
     predicted_clean: np.ndarray
     predicted_attacked: np.ndarray
     class_names: tuple[str, ...]
+    support: np.ndarray = np.empty((0, 1, 1, 3), np.uint8)
+    support_labels: np.ndarray = np.empty(0, np.int64)
+    shots: np.ndarray = np.empty(0, np.int64)
 
 
 def sample_of(episode: Episode, measured: Measurement) -> Sample:
-    """Up to `SAMPLED` queries of an episode, classes in turn, before and after the last attack on them."""
+    """Up to `SAMPLED` queries of an episode, classes in turn, before and after the last attack on them, and
+    up to `SUPPORT_SAMPLED` of its support images."""
     column, attacked = list(measured.attacked.items())[-1]
-    labels = episode.query_labels
-    chosen = (index_in_class(labels) * episode.n_way + labels).argsort()[:SAMPLED]
+    labels, shown = episode.query_labels, episode.support_labels
+    chosen = _in_turn(labels, episode.n_way)[:SAMPLED]
+    seen = _in_turn(shown, episode.n_way)[:SUPPORT_SAMPLED]
     clean, attacked = episode.query[chosen], attacked[chosen]
     with torch.no_grad():
         guesses = [measured.classifier.logits(images).argmax(1) for images in (clean, attacked)]
@@ -66,7 +76,17 @@ def sample_of(episode: Episode, measured: Measurement) -> Sample:
         (255 * (attacked - clean)).half().permute(0, 2, 3, 1).cpu().numpy(),
         *(numbers.cpu().numpy() for numbers in (labels[chosen], *guesses)),
         episode.class_names or tuple(f"class {label}" for label in range(episode.n_way)),
+        pixels(episode.support[seen]),
+        shown[seen].cpu().numpy(),
+        shown.bincount(minlength=episode.n_way * bool(len(shown))).cpu().numpy(),
     )
+
+
+def _in_turn(labels: Tensor, n_way: int) -> Tensor:
+    """The numbers of images so that classes follow each other in turn."""
+    if len(labels) == 0:
+        return labels
+    return (index_in_class(labels) * n_way + labels).argsort()
 
 
 def write_sample(folder: Path, sample: Sample) -> None:
@@ -89,7 +109,8 @@ def read_samples(folder: Path) -> list[Sample]:
 def _read_sample(path: Path) -> Sample:
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            found = {name: file[name] for name in Sample._fields}
+            found = {name: file[name] for name in Sample._fields if name not in _SUPPORT}
+            found |= {name: file[name] for name in _SUPPORT if name in file}
         texts = {
             "source": str(found["source"]),
             "index": int(found["index"]),
@@ -114,4 +135,16 @@ def _fits(sample: Sample) -> bool:
     good = good and shape == sample.attacked.shape == sample.perturbation.shape
     labels = (sample.labels, sample.predicted_clean, sample.predicted_attacked)
     names = len(sample.class_names)
-    return good and all(bool(((each >= 0) & (each < names)).all()) for each in labels)
+    good = good and all(bool(((each >= 0) & (each < names)).all()) for each in labels)
+    return good and _support_fits(sample)
+
+
+def _support_fits(sample: Sample) -> bool:
+    """The same of what older samples lack."""
+    images, labels, shots = sample.support, sample.support_labels, sample.shots
+    dtypes = images.dtype == "u1" and labels.dtype == shots.dtype == "i8"
+    good = (
+        dtypes and images.ndim == 4 and images.shape[-1] == 3 and len(shots) in (0, len(sample.class_names))
+    )
+    good = good and labels.shape == (len(images),) and shots.ndim == 1 and bool((shots >= 0).all())
+    return good and bool(((labels >= 0) & (labels < max(len(shots), 1))).all())

@@ -21,6 +21,7 @@ from amt.attacks.kinds import TARGETED, Attack, target_count
 from amt.data.labelled import Chosen, Labelled
 from amt.data.loading import Transform, batches
 from amt.evaluation import runs
+from amt.evaluation.answers import Answers, image_answers
 from amt.evaluation.evaluate import Measurement, measure
 from amt.evaluation.recording import description, ended, examine, interruptible, record
 from amt.evaluation.writer import Writer
@@ -145,12 +146,19 @@ def as_episode(images: Tensor, labels: Tensor, name: str, class_names: Sequence[
 
 
 def image_rows(
-    measured: Measurement, episode: Episode, numbers: Sequence[int], attacks: Sequence[Attack]
+    measured: Measurement,
+    episode: Episode,
+    numbers: Sequence[int],
+    attacks: Sequence[Attack],
+    origins: Sequence[str],
 ) -> list[dict]:
     """A row per image: its place in the test set, its label, the predicted class, and 1 or 0 per column.
 
     Times are equal shares. The rows of attacked images say what was run under the name of a column; the first
     row holds the results of checking the attacks, and how many images of the batch have NaN logits.
+
+    Args:
+        origins: where the images come from.
     """
     n = len(numbers)
     shares = {name: round(measured.row[name] / n, 6) for name in ("fit_seconds", "seconds")}
@@ -160,6 +168,7 @@ def image_rows(
         before |= dict(zip(attack.columns, ("clean", *attack.columns), strict=False))
     variants = measured.row.get("variants", {})
     labels, predicted = episode.query_labels.tolist(), measured.predicted.tolist()
+    answers = {column: Answers(*(each.cpu() for each in found)) for column, found in measured.answers.items()}
     first = {name: measured.row[name] for name in ("checks", "nan_images") if name in measured.row}
     rows = []
     for k, number in enumerate(numbers):
@@ -170,6 +179,7 @@ def image_rows(
                 **{"ways": episode.n_way, "support": 0, "queries": 1},
                 **{"label": labels[k], "predicted": predicted[k]},
                 **{column: int(right[k]) for column, right in correct.items()},
+                "answers": image_answers(k, labels[k], answers, origins[k]),
                 "coefficients": [],
                 **shares,
                 **({"variants": ran} if ran else {}),
@@ -206,6 +216,7 @@ def _description(
         "averages": {},
         "deployments": {tested.name: {}},
         "corruptions": list(corrupted),
+        "class_names": list(tested.class_names),
     }
     return description(attacks, **{"arch": network.arch, **about, "settings": settings, **known})
 
@@ -279,7 +290,8 @@ def _rows(
             numbers=numbers,
             chunk=tested.batch_size,
         )
-        yield image_rows(measured, episode, numbers, attacks)
+        origins = [tested.images.origin(number) for number in numbers]
+        yield image_rows(measured, episode, numbers, attacks, origins)
 
 
 def _accuracy(predict: Predictor, tested: TestSet, device: torch.device, interrupts: Interrupts) -> float:

@@ -17,6 +17,7 @@ from meta_dataset_readers.files import replace_file, size_of, to_disk
 
 WROTE = (
     *("rows*.jsonl", "results.json", "merging.json", "corruptions.json", "samples/*.npz", "samples"),
+    *("answers.csv", "classes.csv", "confusion.csv"),
     *("tensorboard/events.out.tfevents.*.evaluation", "tensorboard"),
 )
 

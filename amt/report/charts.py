@@ -18,6 +18,7 @@ from amt.report.shown import (
     attack_of,
     chances,
     columns,
+    curve_columns,
     domains,
     n_note,
     norm_of,
@@ -27,6 +28,7 @@ from amt.report.shown import (
     row_counts,
     span,
     spoken,
+    telling,
     union,
     units,
 )
@@ -34,18 +36,19 @@ from amt.report.tables import Cell, Table
 
 INTERVAL = ("±", "from", "to")
 CHANCE = "Dashed: chance, the accuracy of guessing."
+PER_CENT = ("accuracy, per cent", 0, 100, 100, (0, 25, 50, 75, 100))  # of every accuracy: honest, and alike
 
 
 def figures(shown: Sequence[Shown]) -> list[Figure | HeatMap]:
     """All figures of a report."""
     compared = differences(shown).figure if len(shown) > 1 else None
-    found = [scatter(shown), *curves(shown), compared, *heat_maps(shown), seconds(shown)]
+    found = [scatter(shown), hero(shown), *curves(shown), compared, *heat_maps(shown), seconds(shown)]
     return [figure for figure in found if figure is not None]
 
 
 def scatter(shown: Sequence[Shown]) -> Figure | None:
     """Robust against clean accuracy, a point per domain and run; None if nothing was attacked."""
-    robust = robust_columns(shown)
+    robust = telling(shown) * len(shown) or robust_columns(shown)
     series, rows = [], []
     for each, column in zip(shown, robust, strict=True):
         if column is None:
@@ -65,7 +68,7 @@ def scatter(shown: Sequence[Shown]) -> Figure | None:
         return None
     first = next(filter(None, robust))
     if len(set(robust)) == 1:
-        under, which = f"accuracy under {first}", f"Robust accuracy is column {first}."
+        under, which = f"accuracy under {first}", f"Robust accuracy is column {first}{_why(shown, first)}."
     else:
         own = "; ".join(f"{e.label} has {c}" for e, c in zip(shown, robust, strict=True))
         under, which = "robust accuracy", f"The runs share no attack: {own}."
@@ -75,35 +78,72 @@ def scatter(shown: Sequence[Shown]) -> Figure | None:
     rules = [round(each.run.chance(name), 6) for each in shown for name in each.run.rows]
     rules = tuple(dict.fromkeys(rules)) if len(set(rules)) == 1 else ()
     caption += f" {CHANCE}" * bool(rules)
-    axes = (Axis(f"{name}, per cent", 0, 100, least=10, rules=rules) for name in ("clean accuracy", under))
+    axes = (Axis(f"{name}, per cent", *PER_CENT[1:], rules=rules) for name in ("clean accuracy", under))
     panel = Panel("", "", *axes, tuple(series), labelled=True)
     table = Table(("domain", "run", "robust column", "clean", *INTERVAL, "robust", *INTERVAL, "n"), rows)
     return Figure("clean_robust", "Clean and robust accuracy", caption, (panel,), table)
 
 
+def _why(shown: Sequence[Shown], column: str) -> str:
+    """Why a column stands for robust accuracy, where others attack more."""
+    return ", the last at which a run is above chance" if column != curve_columns(shown)[-1] else ""
+
+
+def hero(shown: Sequence[Shown]) -> Figure | None:
+    """The curve of the headline, large: what stands for each run, a line per run; None without a curve."""
+    columns = [parts for column in curve_columns(shown) if (parts := attack_of(column)) is not None]
+    names = {each.whole for each in shown}
+    if not columns or len(names) > 1:
+        return None
+    attack, name = columns[0][0], names.pop()
+    norm = norm_of(attack)
+    found = _curves(shown, norm, {attack: attacks_by_norm(shown)[norm][attack]}, [name])
+    if found is None:
+        return None
+    title = "Accuracy as the attack grows"
+    (panel,) = found.panels
+    return found._replace(slug=f"curve_{norm}", title=title, panels=(panel._replace(large=True),))
+
+
 def curves(shown: Sequence[Shown]) -> list[Figure]:
-    """Accuracy against epsilon, a figure per norm, a panel per domain, a line per run and attack."""
-    found = []
-    names = union([(each.average for each in shown if each.average), domains(shown)])
+    """Accuracy against epsilon, a figure per norm, a panel per domain, a line per run and attack; what `hero`
+    shows is left out."""
+    found, large = [], hero(shown)
     for norm, attacks in attacks_by_norm(shown).items():
-        radii = [epsilon for radii in attacks.values() for epsilon in radii]
-        x = Axis(f"epsilon in 1/255, {NORMS[norm]}", 0, max(radii), max(radii), _epsilon_ticks(radii))
-        panels, rows = [], []
-        for name in names:
-            y = Axis("accuracy, per cent", 0, 100, 100, (0, 25, 50, 75, 100), rules=chances(shown, name))
-            if series := _lines(shown, name, attacks, rows):
-                counts = [clean.n for each in shown if (clean := each.summary(name, "clean")) is not None]
-                panels.append(Panel(name, n_note(counts), x, y, tuple(series)))
-        if panels:
-            caption = (
-                f"Accuracy under {', '.join(attacks)} against the size of the perturbation in the "
-                f"{NORMS[norm]} norm, clean at 0; bars: 95% bootstrap intervals, "
-                f"n {units(shown)} as noted. {CHANCE}"
-            )
-            table = Table(("domain", "run", "attack", "epsilon", "accuracy", *INTERVAL, "n"), rows)
-            title = f"Robustness curves, {NORMS[norm]}"
-            found.append(Figure(f"curves_{norm}", title, caption, tuple(panels), table))
+        names = union([(each.average for each in shown if each.average), domains(shown)])
+        if large is not None and large.slug == f"curve_{norm}" and len(attacks) == 1:
+            names.remove(large.panels[0].title)
+        if names and (figure := _curves(shown, norm, attacks, names)) is not None:
+            found.append(figure)
     return found
+
+
+def _curves(
+    shown: Sequence[Shown],
+    norm: str,
+    attacks: Mapping[str, Mapping[float, str]],
+    names: Sequence[str],
+) -> Figure | None:
+    radii = [epsilon for radii in attacks.values() for epsilon in radii]
+    x = Axis(f"epsilon in 1/255, {NORMS[norm]}", 0, max(radii), max(radii), _epsilon_ticks(radii))
+    panels, rows = [], []
+    for name in names:
+        rules = chances(shown, name)
+        if series := _lines(shown, name, attacks, rows):
+            counts = [clean.n for each in shown if (clean := each.summary(name, "clean")) is not None]
+            panels.append(
+                Panel(
+                    name, n_note(counts), x, Axis(*PER_CENT, rules=rules, rule_name="chance"), tuple(series)
+                )
+            )
+    if not panels:
+        return None
+    caption = (
+        f"Accuracy under {', '.join(attacks)} against the size of the perturbation in the {NORMS[norm]} "
+        f"norm, clean at 0; bars: 95% bootstrap intervals, n {units(shown)} as noted. {CHANCE}"
+    )
+    table = Table(("domain", "run", "attack", "epsilon", "accuracy", *INTERVAL, "n"), rows)
+    return Figure(f"curves_{norm}", f"Robustness curves, {NORMS[norm]}", caption, tuple(panels), table)
 
 
 def attacks_by_norm(shown: Sequence[Shown]) -> dict[str, dict[str, dict[float, str]]]:
@@ -174,6 +214,9 @@ def differences(shown: Sequence[Shown]) -> Differences:
     names = union((name for name, _ in found) for found in by_run.values())
     names.sort(key=lambda name: name in reference.run.averages)
     panels, rows = [], []
+    drawn = {"clean", *robust_columns(shown), *curve_columns(shown)}
+    reach = _reach(found[key] for found in by_run.values() for key in found if key[1] in drawn)
+    x = Axis("difference in points", -reach, reach, 2 * reach, rules=(0,))
     for column in reference.run.columns:
         here = {
             (name, label): found[name, column]
@@ -190,8 +233,7 @@ def differences(shown: Sequence[Shown]) -> Differences:
             (Cell(name + doubts[name, label]), Cell(label), Cell(column), *numbers(summary, "+.1f"))
             for (name, label), summary in here.items()
         ]
-        if here and column in {"clean", *robust_columns(shown)}:
-            x = Axis("difference in points", least=2, rules=(0,))
+        if here and column in drawn:
             panels.append(_rows_panel(column, x, names, here, shown, doubts))
     if not panels:
         return Differences(None, by_run, refusals)
@@ -204,6 +246,12 @@ def differences(shown: Sequence[Shown]) -> Differences:
     table = Table(("domain", "run", "column", "difference", *INTERVAL, "n"), rows)
     title = f"Differences from {reference.label}"
     return Differences(Figure("differences", title, caption, tuple(panels), table), by_run, refusals)
+
+
+def _reach(summaries: Iterable[Summary]) -> float:
+    """How far differences go from zero on either side, in tens of points: the same scale for all."""
+    ends = [abs(end) for summary in summaries for end in (summary.mean, summary.low, summary.high)]
+    return 10 * max(1, -(-max(ends, default=0) // 10))
 
 
 def _compared(shown: Sequence[Shown]) -> tuple[dict[str, dict[tuple[str, str], Summary]], tuple[str, ...]]:
@@ -290,9 +338,10 @@ def _merged_by(each: Shown) -> HeatMap | None:
         if share is not None
     ]
     caption = (
-        "Mean share of every adapter in the merged network, in per cent, ± 1.96 standard errors, "
-        f"{n_note(share.summary.n for *_, share in shares)}. The strip below runs from 0 to 100: a line "
-        "from the least to the most over the episodes, a box between the quartiles, a tick at the median."
+        "What the network that answers is made of: adapters are merged anew for every task, and a bar shows "
+        "the mean share of each, in per cent, which add up to 100. An adapter is told by its number and the "
+        f"epsilon, in 1/255, that it was trained for. {n_note(share.summary.n for *_, share in shares)} "
+        "tasks a bar; how far tasks differ is in the numbers."
     )
     title = f"Adapters merged by {each.label}"
     table = _shares_table(shares)

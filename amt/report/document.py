@@ -10,37 +10,33 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
-from typing import NamedTuple
 
 from jinja2 import Environment, StrictUndefined
-from PIL import Image
 
 from amt.attacks.kinds import KINDS
 from amt.evaluation.chance import MARK, is_below_chance
 from amt.evaluation.comparison import in_words
-from amt.evaluation.runs import SEVERITIES, Run, Sample, attack_from
+from amt.evaluation.runs import SEVERITIES, Run, attack_from
 from amt.evaluation.statistics import Summary
 from amt.report import charts, figures, panels
+from amt.report.by_class import by_domain
 from amt.report.charts import Differences
-from amt.report.pictures import amplify, data_uri
+from amt.report.example_tasks import SAMPLE_SIDE, example_tasks
+from amt.report.headline import cards, headline
 from amt.report.shown import (
     NORMS,
     Shown,
     between,
     columns,
     domains,
+    half,
     has_interval,
     label,
-    robust_columns,
-    row_counts,
     union,
     units,
 )
-from amt.report.tables import Cell, Table, corruption_rows, number
+from amt.report.tables import Cell, Table, corruption_rows
 
-SAMPLE_SIDE = 128  # pixels; larger samples are shown smaller
-SAMPLE_BUDGET = 2_000_000  # characters of images in a page
-MOST_IMAGES = 4  # of one episode
 MISSING = Cell("–", missing=True)
 ENVIRONMENT = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 ENVIRONMENT.globals |= {"drawings": figures.drawings, "legend": panels.legend, "swatch": figures.swatch}
@@ -54,11 +50,15 @@ def page(runs: Sequence[Run]) -> str:
     """
     shown = label(runs)
     compared = charts.differences(shown) if len(shown) > 1 else None
+    lead, said = headline(shown)
     return rendered(
         shown,
-        lead=summary_line(shown),
+        lead=lead,
+        said=said,
         notices=list(notices(shown, compared)),
-        cards=[card(each, shown, compared) for each in shown],
+        cards=cards(shown),
+        tasks_are=tasks_are(shown),
+        hero=charts.hero(shown),
         results=results(shown),
         doubts=doubts(shown),
         below_chance=below_chance(shown),
@@ -68,7 +68,8 @@ def page(runs: Sequence[Run]) -> str:
         refusals=[sentence(refusal) for refusal in compared.refusals] if compared else [],
         heat_maps=charts.heat_maps(shown),
         corruptions=corruptions(shown),
-        samples=samples(shown),
+        classes=by_domain(shown),
+        samples=example_tasks(shown),
         cost=cost(shown),
         seconds=charts.seconds(shown),
     )
@@ -79,7 +80,7 @@ def rendered(shown: Sequence[Shown], **parts) -> str:
     style, script, template = (_file(name) for name in ("page.css", "page.js", "page.html.j2"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     names = ("rankings", "doubts", "scatter", "curves", "compared", "refusals", "heat_maps", "corruptions")
-    absent = dict.fromkeys((*names, "samples", "cost", "seconds", "cards", "notices"))
+    absent = dict.fromkeys((*names, "samples", "cost", "seconds", "classes", "hero", "tasks_are"))
     text = ENVIRONMENT.from_string(template).render(
         style=style,
         script=script,
@@ -88,9 +89,10 @@ def rendered(shown: Sequence[Shown], **parts) -> str:
         few_shot=any(each.run.unit == "episode" for each in shown),
         units=units(shown),
         stamps=stamps(shown),
+        styles=[panels.distinct(each.place) for each in shown],
         sample_side=SAMPLE_SIDE,
         about=[(each.label, about(each)) for each in shown],
-        **(absent | {"cards": [], "notices": []} | parts),
+        **(absent | {"cards": [], "notices": [], "said": []} | parts),
     )
     return text.strip() + "\n"
 
@@ -99,48 +101,34 @@ def _file(name: str) -> str:
     return resources.files("amt.report").joinpath(name).read_text("utf-8")
 
 
-# --- the top ---------------------------------------------------------------------------------------------
+# --- the top -------------------------------------------------------------------------------------------
 
 
-def summary_line(shown: Sequence[Shown]) -> str:
-    """A few sentences in plain words."""
-    names = domains(shown)
-    if len(names) == 1 and units(shown) == "images":
-        over = f"{row_counts(shown)} of {names[0]}"
-    else:
-        over = f"{len(names)} domain{'s' * (len(names) != 1)}, {row_counts(shown)}"
-    robust = robust_columns(shown)
-    if len(shown) == 1:
-        (each,), (column,) = shown, robust
-        line = f"{each.label} classifies {_percent(each, 'clean')} of clean images correctly"
-        if column:
-            line += f" and {_percent(each, column)} of attacked ones ({column})"
-        return f"{line}, over {over}."
-    if len({frozenset(each.run.rows) for each in shown}) > 1 or len(set(robust)) > 1:
-        return f"{len(shown)} runs on {over}; they do not all cover the same domains and attacks."
-    sentences = [f"{len(shown)} runs on {over}", _highest(shown, "clean", "On clean images")]
-    if robust[0]:
-        sentences.append(_highest(shown, robust[0], f"Under {robust[0]}"))
-    return ". ".join(sentences) + "."
+def tasks_are(shown: Sequence[Shown]) -> str:
+    """What had to be done, in words, where all runs had the same to do."""
+    found = {f"{tasks(each.run)} {attacked(each.run)}" for each in shown}
+    return found.pop() if len(found) == 1 else ""
 
 
-def _percent(each: Shown, column: str) -> str:
-    found = each.summary(each.whole, column)
-    return f"{found.mean:.1f}% {half(found)}"
+def tasks(run: Run) -> str:
+    """What the rows of a run are, in a sentence."""
+    rows = run.every_row
+    ways = between(row["ways"] for row in rows)
+    if run.unit == "image":
+        return f"Every image of a test set is put into one of {ways} classes."
+    shots, queries = (between(row[name] for row in rows) for name in ("support", "queries"))
+    return (
+        f"Each task shows {shots} labelled images of {ways} classes and asks for the class of {queries} new "
+        "images."
+    )
 
 
-def half(summary: Summary) -> str:
-    return f"±{summary.interval:.1f}" if has_interval(summary) else "(no interval)"
-
-
-def _highest(shown: Sequence[Shown], column: str, where: str) -> str:
-    """Who is best, or that nobody is."""
-    means = [round(each.summary(each.whole, column).mean, 1) for each in shown]
-    best = [each for each, mean in zip(shown, means, strict=True) if mean == max(means)]
-    if len(best) == len(shown):
-        return f"{where} all reach {_percent(best[0], column)}"
-    names = " and ".join(each.label for each in best)
-    return f"{where} the highest accuracy is that of {names}, {_percent(best[0], column)}"
+def attacked(run: Run) -> str:
+    """What was done to the images of a run, in a sentence."""
+    words = [attack_from(values).name for values in run.about["attacks"]]
+    if not words:
+        return "Nothing is attacked."
+    return f"Attacked by {', '.join(words)}; chance is {run.chance(label([run])[0].whole):.1f} per cent."
 
 
 def stamps(shown: Sequence[Shown]) -> list[str]:
@@ -179,24 +167,6 @@ def sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}."
 
 
-def card(each: Shown, shown: Sequence[Shown], compared: Differences | None) -> dict:
-    """The run's averages in large print; `versus` is the difference from the first run."""
-    name, tiles = each.whole, []
-    robust = robust_columns(shown)[each.place]
-    for column in ("clean", *([robust] if robust else [])):
-        summary, versus = each.summary(name, column), None
-        if compared is not None and (found := compared.by_run.get(each.label, {}).get((name, column))):
-            versus = f"{number(found.mean, '+.1f')} {half(found)} points from {shown[0].label}"
-        numbers = {"mean": f"{summary.mean:.1f}", "half": half(summary), "versus": versus}
-        tiles.append({"column": column, **numbers, "doubt": each.run.suspect(name, column)})
-    over = f"average over {len(each.run.rows)} domains" if each.average else name
-    over = f"{over}, {each.summary(name, 'clean').n} {each.run.unit}s, per cent"
-    about = each.run.about
-    known = [f"seed {about['seed']}", *(f"{k} {about[k]}" for k in ("split", "commit") if about.get(k))]
-    style = panels.distinct(each.place)
-    return {"label": each.label, "style": style, "over": over, "tiles": tiles, "known": ", ".join(known)}
-
-
 # --- tables ----------------------------------------------------------------------------------------------
 
 
@@ -213,7 +183,8 @@ def results(shown: Sequence[Shown]) -> Table:
         ]
         for names in (domains(shown), averages)
     ]
-    return Table(("domain", *(["run"] if several else []), "n", "chance", *columns(shown)), *bodies)
+    heads = ("domain", *(["run"] if several else []), *columns(shown), "n", "chance")
+    return Table(heads, *bodies)
 
 
 def _result(each: Shown, name: str, among: Sequence[str], several: bool) -> list[Cell]:
@@ -223,11 +194,11 @@ def _result(each: Shown, name: str, among: Sequence[str], several: bool) -> list
     n = next(summary.n for summary in summaries if summary is not None)
     chance = each.run.chance(name)
     return [
-        Cell(name, note=note),
+        Cell(name, note=note, run=each.label if several else ""),
         *([Cell(each.label)] if several else []),
+        *(accuracy(each, name, column, s) for column, s in zip(among, summaries, strict=True)),
         Cell(str(n), n),
         Cell(f"{chance:.1f}", chance),
-        *(accuracy(each, name, column, s) for column, s in zip(among, summaries, strict=True)),
     ]
 
 
@@ -305,68 +276,6 @@ def _duration(seconds: float) -> str:
 
 def _memory(megabytes: float) -> str:
     return f"{megabytes:.0f} MB" if megabytes < 10_000 else f"{megabytes / 1000:.1f} GB"
-
-
-# --- samples ---------------------------------------------------------------------------------------------
-
-
-class Trio(NamedTuple):
-    """One image of a sample: as it was, what was done to it, and the result, as data URIs.
-
-    Args:
-        factor: of amplification; None where nothing was done.
-        label, before, after: names of its class, and of the classes predicted for clean and attacked.
-    """
-
-    clean: str
-    perturbation: str
-    attacked: str
-    factor: float | None
-    label: str
-    before: str
-    after: str
-
-
-def samples(shown: Sequence[Shown]) -> dict | None:
-    """The first images of every sample episode, round by round until the budget is spent.
-
-    Returns:
-        blocks: by episode, which it is and its images.
-        count, total: how many images are shown, and how many were kept with the runs.
-        shrunk: whether some have more than `SAMPLE_SIDE` pixels.
-    """
-    found = [(each, sample) for each in shown for sample in each.run.samples()]
-    order = {domain: k for k, domain in enumerate(domains(shown))}
-    found.sort(key=lambda pair: (order.get(pair[1].source, len(order)), pair[1].index, pair[0].place))
-    trios: list[list[Trio]] = [[] for _ in found]
-    spent = 0
-    for k in range(MOST_IMAGES):
-        for taken, (_, sample) in zip(trios, found, strict=True):
-            if k < len(sample.clean) and spent < SAMPLE_BUDGET:
-                taken.append(trio(sample, k))
-                spent += sum(map(len, taken[-1][:3]))
-    blocks = []
-    for (each, sample), taken in zip(found, trios, strict=True):
-        place = f", episode {sample.index}" * (each.run.unit == "episode")
-        where = f"{sample.source}{place}, {sample.column}" + f": {each.label}" * (len(shown) > 1)
-        blocks += [(where, taken)] if taken else []
-    if not blocks:
-        return None
-    shrunk = any(max(sample.clean.shape[1:3]) > SAMPLE_SIDE for _, sample in found)
-    total = sum(len(sample.clean) for _, sample in found)
-    return {"blocks": blocks, "count": sum(map(len, trios)), "total": total, "shrunk": shrunk}
-
-
-def trio(sample: Sample, k: int) -> Trio:
-    clean, attacked = (
-        data_uri(images[k], SAMPLE_SIDE, Image.Resampling.LANCZOS)
-        for images in (sample.clean, sample.attacked)
-    )
-    # An average of neighbours would show a smaller perturbation than there is: every value stays one of it.
-    pixels, factor = amplify(sample.perturbation[k])
-    shown = data_uri(pixels, SAMPLE_SIDE, Image.Resampling.NEAREST)
-    labels = (sample.labels, sample.predicted_clean, sample.predicted_attacked)
-    return Trio(clean, shown, attacked, factor, *(sample.class_names[each[k]] for each in labels))
 
 
 # --- what was run ----------------------------------------------------------------------------------------

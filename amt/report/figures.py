@@ -4,24 +4,20 @@ One drawing serves all. Nothing here depends on pyplot's state.
 """
 
 import io
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from unicodedata import east_asian_width
 
 import matplotlib
 import textalloc
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
-from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
-from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Affine2D
 
 from amt.evaluation.statistics import Summary
+from amt.report.lettering import printable, short
 from amt.report.panels import (
     Axis,
     Figure,
@@ -29,12 +25,12 @@ from amt.report.panels import (
     Panel,
     Point,
     Series,
-    Share,
     Style,
     distinct,
     legend,
     links,
 )
+from amt.report.shares import bars
 from amt.report.shown import has_interval
 from amt.report.svg import COLOURS, LINE, MUTED, PAGE, TEXT, mark, svg_element
 from amt.report.tables import number
@@ -66,8 +62,8 @@ SETTINGS = {
     "savefig.dpi": 200,
     "text.parse_math": False,  # a name from a file may hold a dollar sign
 }
-WIDTH = 5.2  # points, of a rather wide letter of text of 8 points
-WIDE, NARROW = (4.9, 3.7), (3.0, 3.1)  # inches, of a panel whose points carry names
+WIDE, NARROW = (5.2, 5.2), (3.0, 3.1)  # inches, of a panel whose points carry names
+LARGE = (5.6, 3.3)  # of the one that comes first
 
 
 # --- for paper -------------------------------------------------------------------------------------------
@@ -83,10 +79,10 @@ def write(figures: Sequence[Figure | HeatMap], folder: Path) -> list[Path]:
     for figure in figures:
         with matplotlib.rc_context(SETTINGS):
             if isinstance(figure, HeatMap):
-                drawing = _heat_map(figure)
+                drawing = bars(figure, LARGE[0])
             else:
                 drawing = compose(figure.panels, min(len(figure.panels), 3), entries=legend(figure.panels))
-            drawing.supxlabel(_printable(figure.caption), fontsize=6.5, color=MUTED, wrap=True)
+            drawing.supxlabel(printable(figure.caption), fontsize=6.5, color=MUTED, wrap=True)
             # A PDF says when it was made, unless told not to: the same runs give the same bytes.
             for kind, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
                 path = folder / f"{figure.slug}.{kind}"
@@ -164,13 +160,18 @@ def _mixed(column: str, place: int, found: Sequence[tuple[float, Summary]]) -> S
 def drawings(figure: Figure | HeatMap) -> list[Markup]:
     """A figure as SVG: a drawing per panel, where points carry names one for wide screens and paper and one
     for phones."""
-    if isinstance(figure, HeatMap):
-        with matplotlib.rc_context(SETTINGS):
-            return [svg_element(_heat_map(figure), "heat", figure.title, figure.slug)]
     found = []
+    if isinstance(figure, HeatMap):
+        for classes, width in (("panel wide", LARGE[0]), ("panel narrow", NARROW[0])):
+            with matplotlib.rc_context(SETTINGS):
+                drawing = bars(figure, width)
+                found.append(svg_element(drawing, classes, figure.title, f"{figure.slug} {classes}"))
+        return found
     for k, panel in enumerate(figure.panels):
         title = f"{figure.title}{': ' if panel.title else ''}{panel.title}"
-        sizes = [("panel wide", WIDE), ("panel narrow", NARROW)] if panel.labelled else [("panel", None)]
+        sizes = [("panel", None)]
+        if panel.labelled or panel.large:
+            sizes = [("panel wide", WIDE if panel.labelled else LARGE), ("panel narrow", NARROW)]
         for classes, size in sizes:
             with matplotlib.rc_context(SETTINGS):
                 found.append(
@@ -225,8 +226,8 @@ def compose(
 
 
 def _size(panels: Sequence[Panel]) -> tuple[float, float]:
-    if panels[0].labelled:
-        return WIDE
+    if panels[0].labelled or panels[0].large:
+        return WIDE if panels[0].labelled else LARGE
     names = max(len(panel.y.names) for panel in panels)
     most = max(len(panel.series) for panel in panels)
     return 3.0, (0.75 + names * (0.13 + 0.1 * most) if names else 2.2)
@@ -275,6 +276,10 @@ def _draw_axes(axes: Axes, panel: Panel) -> None:
         axes.axvline(value, color=TEXT, linewidth=0.8, linestyle=(0, (4, 3)))
     for value in panel.y.rules:
         axes.axhline(value, color=TEXT, linewidth=0.8, linestyle=(0, (4, 3)))
+        if panel.y.rule_name:
+            place = {"xy": (1, value), "xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+            look = {"ha": "right", "va": "bottom", "fontsize": 7, "color": MUTED}
+            mark(axes.annotate(panel.y.rule_name, xytext=(0, 1.5), **place, **look), "label")
     if panel.y.names:
         _name_rows(axes, panel.y.names)
 
@@ -369,65 +374,3 @@ def _label(axes: Axes, panel: Panel) -> None:
     for text in filter(None, texts):
         text.set_in_layout(False)
         mark(text, "label")
-
-
-def short(name: str, most: int = 24) -> str:
-    """A name as it is drawn: on one line, of printable characters, cut where `most` of usual width end."""
-    name = _printable(name)
-    if _fits(name, most):
-        return name
-    return next(cut for k in range(most, -1, -1) if _fits(cut := f"{name[:k]}…", most))
-
-
-def _printable(text: str) -> str:
-    """Without line breaks and control characters, which XML does not know."""
-    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
-
-
-def _fits(name: str, most: int) -> bool:
-    """Whether a name is no wider than `most` characters: in cells of a terminal, which tell how wide
-    letters are that the font lacks, and as the font draws them, where a W takes the room of two."""
-    if sum(2 if east_asian_width(each) in "WF" else 1 for each in name) > most:
-        return False
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        points, _, _ = text_to_path.get_text_width_height_descent(name, FontProperties(size=8), ismath=False)
-    return points <= WIDTH * most
-
-
-def _heat_map(heat: HeatMap) -> Drawing:
-    down, across = len(heat.rows), len(heat.columns)
-    longest = max(len(short(name)) for name in heat.rows)
-    size = (0.3 + 0.08 * longest + 0.95 * across, 0.5 + 0.5 * down)
-    drawing = Drawing(figsize=size, layout="constrained")
-    axes = drawing.subplots()
-    axes.set(xlim=(0, across), ylim=(down, 0))
-    axes.grid(False)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False)
-    axes.set_xticks([k + 0.5 for k in range(across)], heat.columns)
-    axes.set_yticks([k + 0.5 for k in range(down)], [short(name) for name in heat.rows])
-    for label, name in zip(axes.get_yticklabels(), heat.rows, strict=True):
-        mark(label, "name", [name], "text")
-    for i, line in enumerate(heat.cells):
-        for j, share in enumerate(line):
-            if share is None:
-                axes.text(j + 0.5, i + 0.5, "–", ha="center", va="center", color=MUTED)
-            else:
-                _draw_share(axes, share, j, i)
-    return drawing
-
-
-def _draw_share(axes: Axes, share: Share, x: float, y: float) -> None:
-    """A cell of a heat map: the mean in figures and as a shade, and a box plot from 0 to 100."""
-    mean = share.summary.mean
-    shade = {"color": COLOURS[0], "alpha": 0.42 * mean / 100, "linewidth": 0}
-    axes.add_patch(Rectangle((x, y), 0.97, 0.94, **shade))
-    half = f" ±{share.summary.interval:.1f}" if has_interval(share.summary) else ""
-    axes.text(x + 0.48, y + 0.34, f"{mean:.1f}{half}", ha="center", va="center")
-    least, lower, median, upper, most = (x + 0.12 + 0.72 * value / 100 for value in share.quartiles)
-    axes.hlines(y + 0.72, x + 0.12, x + 0.84, color=LINE, linewidth=0.6)
-    axes.hlines(y + 0.72, least, most, color=TEXT, linewidth=0.8)
-    box = {"facecolor": PAGE, "edgecolor": TEXT, "linewidth": 0.7}
-    axes.add_patch(Rectangle((lower, y + 0.64), upper - lower, 0.16, zorder=3, **box))
-    axes.vlines(median, y + 0.6, y + 0.84, color=TEXT, linewidth=1.3, zorder=4)

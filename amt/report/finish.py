@@ -12,6 +12,7 @@ from amt.evaluation import runs
 from amt.evaluation.chance import chance_notes, is_below_chance
 from amt.evaluation.dilution import dilution
 from amt.evaluation.runs import Run
+from amt.report.answer_files import write_answers
 from amt.report.tables import corruption_table, table
 from amt.report.tensorboard import write_events
 from meta_dataset_readers.errors import say
@@ -19,7 +20,8 @@ from meta_dataset_readers.files import replace_file
 
 
 def finish(run: Run, device: torch.device) -> None:
-    """Write results.json, the picture and the TensorBoard events of a complete run, and print its table.
+    """Write results.json, the tables of answers, the picture and the TensorBoard events of a complete run,
+    and print its table.
 
     Args:
         device: that this process worked on.
@@ -36,6 +38,7 @@ def finish(run: Run, device: torch.device) -> None:
     text = json.dumps(runs.summarise_run(run, more), indent=1)
     replace_file(out, text + "\n")
     write_events(run, run.folder / "tensorboard")
+    tables = write_answers(run)
     names = [*run.sources, *run.averages]
     lines = [(name, [run.summary(name, column) for column in run.columns]) for name in names]
     accuracy_picture(run.folder / "accuracy.png", run.columns, lines)
@@ -62,7 +65,8 @@ def finish(run: Run, device: torch.device) -> None:
         say(corruption_table(run.corruptions))
     if more["skipped_records"]:
         say(f"{more['skipped_records']} damaged records were passed over")
-    say(f"wrote {out} and {run.folder / 'accuracy.png'}")
+    also = ", ".join(path.name for path in [*tables, run.folder / "accuracy.png"])
+    say(f"wrote {out}; beside it {also}")
 
 
 def dilutions(run: Run) -> dict[str, str]:

@@ -66,6 +66,7 @@ class Axis(NamedTuple):
         ticks: where it has them; by default at round numbers.
         names: of the places 0, 1, ... from the top, instead of ticks.
         rules: values with a line across the panel; always in sight.
+        rule_name: what the lines are called, beside them.
     """
 
     label: str
@@ -75,6 +76,7 @@ class Axis(NamedTuple):
     ticks: tuple[float, ...] = ()
     names: tuple[str, ...] = ()
     rules: tuple[float, ...] = ()
+    rule_name: str = ""
 
 
 class Panel(NamedTuple):
@@ -83,6 +85,7 @@ class Panel(NamedTuple):
     Args:
         note: how many episodes.
         labelled: whether points carry their names, and lines lead from the first of a name to the others.
+        large: whether it is drawn larger than those in a grid.
     """
 
     title: str
@@ -91,6 +94,7 @@ class Panel(NamedTuple):
     y: Axis
     series: tuple[Series, ...]
     labelled: bool = False
+    large: bool = False
 
 
 class Figure(NamedTuple):

@@ -11,8 +11,8 @@ from amt.evaluation import leaderboard
 from amt.evaluation.comparison import compare, in_words
 from amt.evaluation.runs import Run
 from amt.report.charts import CHANCE, INTERVAL, Axis, Figure, Panel, Point, Series, distinct
-from amt.report.document import MISSING, accuracy, below_chance, half, rendered, results
-from amt.report.shown import Shown, chances, label, numbers, span, spoken
+from amt.report.document import MISSING, accuracy, below_chance, rendered, results
+from amt.report.shown import Shown, chances, half, label, numbers, span, spoken
 from amt.report.tables import Cell, Table, number
 
 
@@ -98,7 +98,7 @@ def plane(shown: Sequence[Shown], joined: Sequence[str] = ()) -> Figure | None:
         series.append(Series("the knob", distinct(len(alone)), knob, joined=True))
     rules = chances(shown, shown[0].whole)
     x, y = (
-        Axis(f"{name}, per cent", 0, 100, 10, rules=rules)
+        Axis(f"{name}, per cent", 0, 100, 100, (0, 25, 50, 75, 100), rules=rules)
         for name in ("clean accuracy", "mean accuracy under attack")
     )
     under = ", ".join(column for column in shown[0].run.columns if column != "clean")

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
+from amt.evaluation.chance import is_below_chance
 from amt.evaluation.runs import Run
 from amt.evaluation.statistics import Summary, summarise
 from amt.report.tables import Cell, number
@@ -87,6 +88,30 @@ def robust_columns(shown: Sequence[Shown]) -> list[str | None]:
     return [next((c for c in reversed(each.run.columns) if c != "clean"), None) for each in shown]
 
 
+def curve_columns(shown: Sequence[Shown]) -> list[str]:
+    """The columns of one robustness curve that all runs have: clean, then the attack that stands for robust
+    accuracy at every epsilon, and the worst case over everything if that is what stands for it.
+
+    Clean alone where the runs share no attack.
+    """
+    robust = robust_columns(shown)
+    if len(set(robust)) > 1 or robust[0] is None:
+        return ["clean"]
+    shared = [c for c in shown[0].run.columns if all(c in each.run.columns for each in shown)]
+    family = (attack_of(robust[0]) or (robust[0], 0))[0]
+    found = [c for c in shared if (parts := attack_of(c)) is not None and parts[0] == family]
+    found.sort(key=lambda column: attack_of(column)[1])
+    return ["clean", *found, *([robust[0]] if robust[0] not in found else [])]
+
+
+def telling(shown: Sequence[Shown]) -> list[str]:
+    """Of the curve the attacked column that tells most: the last one where a run is above chance, since
+    beyond it nothing is to be told apart; the first where none is. Empty without one."""
+    _, *attacked = curve_columns(shown)
+    above = [c for c in attacked if any(not is_below_chance(e.run, e.whole, c) for e in shown)]
+    return (above or attacked[:1])[-1:]
+
+
 def attack_of(column: str) -> tuple[str, float] | None:
     """The attack and the epsilon in the name of a column such as pgd20-l2@128; None if it has none."""
     attack, _, epsilon = column.rpartition("@")
@@ -121,6 +146,10 @@ def span(summary: Summary) -> tuple[float, float] | None:
 
 def has_interval(summary: Summary) -> bool:
     return math.isfinite(summary.interval)
+
+
+def half(summary: Summary) -> str:
+    return f"±{summary.interval:.1f}" if has_interval(summary) else "(no interval)"
 
 
 def spoken(summary: Summary, digits: str = ".1f") -> str:

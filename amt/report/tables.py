@@ -19,6 +19,7 @@ class Cell(NamedTuple):
         note: small print beside a name.
         doubt: why it is not to be believed.
         missing: whether there is no result; such a cell is sorted to the end.
+        run: named below the text where the column of runs has no room.
     """
 
     text: str
@@ -28,6 +29,7 @@ class Cell(NamedTuple):
     note: str = ""
     doubt: str | None = None
     missing: bool = False
+    run: str = ""
 
 
 class Table(NamedTuple):
