@@ -13,11 +13,11 @@ import platform
 import shlex
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import numpy
-import timm
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -66,7 +66,7 @@ def provenance() -> dict:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "timm": timm.__version__,
+            "timm": version("timm"),
             "numpy": numpy.__version__,
         },
     }
