@@ -107,9 +107,13 @@ def write(path: Path, tensors: Weights, about: dict) -> None:
     Raises:
         InputError: the place cannot be written to; what was there stays as it was.
     """
-    text = json.dumps(about, indent=1)
+    replace_described(path, content(tensors, about), json.dumps(about, indent=1) + "\n")
+
+
+def content(tensors: Weights, about: dict) -> bytes:
+    """The bytes of such a file."""
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    replace_described(path, serialise(held, {HEADER: text}), text + "\n")
+    return serialise(held, {HEADER: json.dumps(about, indent=1)})
 
 
 def replace_described(path: Path, content: bytes, text: str) -> None:
