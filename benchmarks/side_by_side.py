@@ -20,7 +20,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from harness import MIB, digits, peak_resident
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed as TimmPatchEmbed
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,6 +30,7 @@ from amt.cli import options
 from amt.models.architectures import ARCHS, base_arch, build_network
 from amt.models.network import Network, find_device
 from amt.models.pool import LoRAPool, adapted_layers
+from amt.models.vit import PatchEmbed
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.settings import positive_int
@@ -136,7 +137,7 @@ def counted(run: Callable[[], object]) -> Counts:
 
     def look(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
         nonlocal images
-        if isinstance(module, PatchEmbed):
+        if isinstance(module, PatchEmbed | TimmPatchEmbed):
             images += len(inputs[0])
 
     hook = register_module_forward_pre_hook(look)

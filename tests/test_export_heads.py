@@ -23,7 +23,7 @@ from amt.models.head_settings import Head, default_head
 from amt.models.heads import PoolStatistics, Statistics
 from amt.models.network import features
 from amt.models.pool import principal_pool
-from amt.tasks.classifier import fitted_head, head_classifier
+from amt.tasks.classifier import fitted_voices, head_classifier
 from meta_dataset_readers.errors import InputError
 
 SIDE = 8
@@ -53,13 +53,14 @@ def exported(network, pool, known, head: Head, shots: int):
     """The merged network with its head, and the logits of evaluation for some images."""
     episode = patterned_episode(1, shots=shots, queries=2, side=SIDE)
     merged = pool.merged(SHARES)
-    found = fitted_head(network, merged, episode.support, episode.support_labels, head, known.merged(SHARES))
+    labels = episode.support_labels
+    (voice,) = fitted_voices(network, merged, episode.support, labels, SHARES, head, known)
     task = export.Support(episode.support, episode.support_labels, ("one", "two", "three"))
     first = dataclasses.replace(episode, index=0)  # as an export fits its support
     ours = head_classifier(network, merged, first, SHARES, head, known)
     with torch.no_grad():
         logits = ours.logits(episode.query)
-    return export.merged_network(network, pool, SHARES, (), task, found), episode.query, logits
+    return export.merged_network(network, pool, SHARES, (), task, voice.head), episode.query, logits
 
 
 @pytest.mark.parametrize("shots", [1, 3])

@@ -286,7 +286,6 @@ def test_a_pool_is_found_by_name_file_and_folder(box, tmp_path, monkeypatch):
     ("name", "message"),
     [
         ("vit_mini_poll", "no pool 'vit_mini_poll': .* did you mean 'vit_mini_pool'"),
-        ("org/name", "names of a hub such as ORG/NAME are not fetched"),
         ("no/such/pool.safetensors", "no such file or folder"),
         (".", "holds no file .safetensors"),
     ],

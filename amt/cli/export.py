@@ -36,7 +36,7 @@ from amt.models.heads import Fitted, has_two
 from amt.models.network import Network
 from amt.models.pool import Pool
 from amt.models.weights import Coefficients, stream
-from amt.tasks.classifier import fitted_head
+from amt.tasks.classifier import fitted_voices
 from amt.tasks.merge import average_of, route
 from meta_dataset_readers.errors import InputError, say
 from meta_dataset_readers.settings import as_path, nonnegative_int, positive_int
@@ -129,8 +129,8 @@ def check_head(args: argparse.Namespace) -> None:
         raise InputError(f"--head is given {len(found)} times, an export has one")
     if found and args.support is None:
         raise InputError("--head is fitted to the images of --support FOLDER, which is missing")
-    if found and found[0].other is not None:
-        raise InputError("--head mix: two networks do not go into one export; export each with its own head")
+    for head in found:
+        export.check_single(head)
 
 
 def head_of(
@@ -151,9 +151,12 @@ def head_of(
     check_heads(found, saved.pool, saved.statistics, str(args.pool), network.module.num_features)
     if found[0].one_shot_note and not has_two(support.labels):
         say(f"note: --head {found[0].name}: {found[0].one_shot_note}")
-    statistics = saved.statistics and saved.statistics.merged(coefficients)
     merged = saved.pool.merged(coefficients, args.trim or ())
-    return fitted_head(network, merged, support.images, support.labels, found[0], statistics, args.seed)
+    images, labels = support.images, support.labels
+    (voice,) = fitted_voices(
+        network, merged, images, labels, coefficients, found[0], saved.statistics, seed=args.seed
+    )
+    return voice.head
 
 
 def check_pool(args: argparse.Namespace, pool: Pool) -> None:

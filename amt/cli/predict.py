@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from amt.attacks.kinds import Attack, parse_attack
 from amt.cli import options
 from amt.cli.options import Parser, check_output
+from amt.models.head_settings import Head
 from meta_dataset_readers.errors import DamagedRecord, InputError, one_line, printable, say
 from meta_dataset_readers.files import replace_file
 from meta_dataset_readers.settings import Number, as_path, nonnegative, nonnegative_int
@@ -107,6 +108,14 @@ def add_model(parser: Parser) -> None:
         "--image_size", type=Number(int, least=1, most=4096), help="side in pixels (default: the backbone's)"
     )
     options.add_merging(model)
+    options.add_head(model, "")
+    model.add_argument(
+        "--pretrained_checkpoint",
+        type=as_path,
+        metavar="FILE",
+        help="the weights the pool was trained from, which only --head mix other=pretrained needs (default: "
+        "shipped, or from timm's hub)",
+    )
     model.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto: cuda if there is one")
     model.add_argument("--threads", type=Number(int, least=1, most=1024), help="CPU threads")
     model.add_argument("--seed", type=nonnegative_int, default=0, help="decides everything random")
@@ -157,6 +166,7 @@ def check(args: argparse.Namespace) -> None:
             raise InputError(f"{flag} {file}: is a folder, expected the name of a file")
         if file is not None:
             check_output(file.parent, flag)
+    options.single_head(args)
     if any(a >= b for a, b in itertools.pairwise(args.epsilon)):
         raise InputError(f"--epsilon {' '.join(f'{e:g}' for e in args.epsilon)}: expected increasing values")
     args.epsilon = [epsilon for epsilon in args.epsilon if epsilon > 0]
@@ -195,10 +205,11 @@ def task_of(args: argparse.Namespace) -> "Task":
 
     file = find_pool(args.pool)
     if task_file.is_task(file):
-        if args.support is not None:
-            raise InputError(
-                f"{file}: is a saved task, which has its classes; expected a pool, or no --support"
-            )
+        for flag, what in (("support", "classes"), ("head", "head")):
+            if getattr(args, flag) is not None:
+                raise InputError(
+                    f"{file}: is a saved task, which has its {what}; expected a pool, or no --{flag}"
+                )
         return task_file.load(file).to(find_device(args.device))
     if args.support is None:
         checkpoint.load(file)  # says what is wrong with a file that is neither
@@ -216,7 +227,10 @@ def merging(args: argparse.Namespace) -> "Merging":
     """How the flags of `add_model` merge the pool."""
     from amt.few_shot.task import Merging
 
-    return Merging(options.routing(args), args.coefficients, tuple(args.trim), args.seed)
+    head = options.single_head(args)
+    trims = tuple(args.trim)
+    routing = options.routing(args)
+    return Merging(routing, args.coefficients, trims, args.seed, head, args.pretrained_checkpoint)
 
 
 def describe(task: "Task") -> None:
@@ -227,6 +241,10 @@ def describe(task: "Task") -> None:
     if single:
         say(f"note: one example only of {', '.join(map(printable, single))}; more make better answers")
     say(f"adapters merged: {adapters(task)}")
+    if task.head != Head():
+        say(f"head: {task.head.name}")
+        if task.head.one_shot_note and max(task.shots) == 1:
+            say(f"note: {task.head.one_shot_note}")
 
 
 def adapters(task: "Task") -> str:
@@ -299,6 +317,7 @@ def written(out: Path, task: "Task", answers: Sequence[Answer]) -> bytes:
         about = {
             "classes": list(task.classes),
             "coefficients": list(task.merged.coefficients),
+            "head": task.head.name,
             "epsilons": list(task.epsilons),
             "answers": [record(task, answer) for answer in answers],
         }

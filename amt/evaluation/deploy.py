@@ -41,6 +41,7 @@ from amt.tasks.classifier import (
     head_classifier,
     merged_networks,
     merged_predictor,
+    mixed_in,
     pretrained,
     prototype_classifier,
 )
@@ -207,11 +208,7 @@ def _fitters(
     def fitter(head: Head) -> Fitter:
         if head == Head():
             return prototype_classifier
-        second = None
-        if head.other == PRETRAINED:
-            second = pretrained(network)
-        elif isinstance(head.other, int) and pool is not None:
-            second = pool[head.other].merged((1.0,))
+        second = mixed_in(network, pool, head)
         return partial(head_classifier, head=head, statistics=statistics, second=second, seed=seed)
 
     return {head.name: fitter(head) for head in deployment.offered_heads}

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import stdtrit
 
 BOOTSTRAP_SAMPLES = 2000
 AT_ONCE = 2**20  # draws, which take some ten megabytes
@@ -146,6 +145,8 @@ def _satterthwaite(means: np.ndarray, domains: Sequence[Sequence[np.ndarray]], s
     variance = of_seeds + episodes
     if variance == 0:
         return 0.0
+    from scipy.special import stdtrit  # here: whoever classifies a picture does not wait for it
+
     freedom = sum(len(values) - 1 for values in drawn)
     df = variance**2 / (of_seeds**2 / (count - 1) + episodes**2 / freedom)
     return float(stdtrit(df, 0.975)) * variance**0.5

@@ -5,6 +5,7 @@ kind) into tensors and back. Constructing one stores parameters and reads nothin
 """
 
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -16,11 +17,13 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import Tensor
 
 from amt.attacks.kinds import parse_attack
-from amt.few_shot import pictures, task_file
+from amt.few_shot import hub, pictures, task_file
+from amt.few_shot.card import card
 from amt.few_shot.fitting import fit_pictures
-from amt.few_shot.pools import open_pool
+from amt.few_shot.pools import find_pool, local_pool, open_pool
 from amt.few_shot.task import Merging, Task, logits_of, standing
 from amt.files import export
+from amt.models.head_settings import Head, parse_head
 from amt.models.network import CHUNK, find_device
 from amt.models.trim import Trim
 from amt.models.weights import Coefficients
@@ -32,7 +35,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     """A classifier of images, fitted to a few labelled examples by merging a pool of adversarial LoRAs.
 
     Fitting trains nothing: the adapters are scored on the labelled images, the best are merged, and the mean
-    features of each class classify by cosine (AMT, section 3.4), as test_meta_dataset.py does it.
+    features of each class classify by cosine (AMT, section 3.4), as test_meta_dataset.py does it. Another
+    `head` classifies the features differently.
 
     Images are a folder of image files, paths, PIL pictures, uint8 arrays (N, H, W, 3), or floating-point
     arrays or tensors in [0, 1], of any size: the shorter side is resized to 256/224 of the network's image
@@ -44,6 +48,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             in 1/255 of the pixel range.
         coefficients: instead of the router, one share per adapter, of sum 1.
         trims: trimmings of the merged weights, see `Trim`.
+        head: what classifies the features: "prototypes", "centred", "lda", "ridge", "robust-lda" or "mix",
+            also with options, "robust-lda support=0.3 attack=0.3"; or a `Head`. robust-lda needs statistics,
+            which `amt pool --statistics` adds to a pool's file.
+        pretrained_checkpoint: the weights that the pool was trained from, which only "mix" reads; None: those
+            in the box, or of timm's hub.
         seed: decides everything random.
         image_size: side in pixels; None for the network's own.
         arch: the backbone, where the pool's file does not name it.
@@ -77,6 +86,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         augment_probability: float = Routing.augment_probability,
         coefficients: Coefficients | None = None,
         trims: Sequence[Trim] = (),
+        head: str | Head = Head.kind,
+        pretrained_checkpoint: str | os.PathLike | None = None,
         seed: int = 0,
         image_size: int | None = None,
         arch: str | None = None,
@@ -90,29 +101,116 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.augment_probability = augment_probability
         self.coefficients = coefficients
         self.trims = trims
+        self.head = head
+        self.pretrained_checkpoint = pretrained_checkpoint
         self.seed = seed
         self.image_size = image_size
         self.arch = arch
         self.device = device
 
     @classmethod
-    def from_pretrained(cls, pool: str | os.PathLike, **parameters: Any) -> Self:
-        """A classifier, not yet fitted, of a pool that is there.
+    def from_pretrained(
+        cls,
+        pool: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        **parameters: Any,
+    ) -> Self:
+        """A classifier of a pool that is there, not yet fitted; or a fitted one, if that was saved.
 
         Args:
-            pool: the name of a pool in the box, a file, or a folder with best.safetensors, last.safetensors
-                or a single .safetensors.
-            parameters: as of the constructor.
+            pool: the name of a pool in the box, a file, a folder with best.safetensors, last.safetensors or a
+                single .safetensors, or the name ORG/NAME of a repository on Hugging Face's hub.
+            revision, token, cache_dir, force_download, local_files_only: of the hub, as its mixins have them.
+            parameters: as of the constructor, over those that `save_pretrained` wrote.
 
         Raises:
-            InputError: there is no such pool, or its file is no pool.
+            InputError: there is no such pool, its file is no pool, or the hub cannot be reached.
 
         >>> FewShotClassifier.from_pretrained("vit_mini_pool", top_k=1).top_k
         1
         """
-        found = cls(pool, **parameters)
-        open_pool(pool, found.arch, found.image_size)
+        cache = None if cache_dir is None else Path(cache_dir)
+        here = local_pool(pool)
+        file = here or find_pool(pool, hub.Hub(revision, token, cache, force_download, local_files_only))
+        if task_file.is_task(file):
+            if unknown := parameters.keys() - {"device"}:
+                raise InputError(f"{file}: is a fitted classifier, which takes no {min(unknown)}")
+            return cls.load(file, **parameters)
+        found = cls(file if here is None else pool, **(hub.parameters_beside(file) | parameters))
+        open_pool(file, found.arch, found.image_size)
         return found
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        """Write a folder that `from_pretrained` reads: config.json, model.safetensors and, if there is none,
+        the model card README.md. What was fitted is written, and if nothing was the pool.
+
+        Args:
+            save_directory: the folder, made if it is not there.
+            repo_id: ORG/NAME, for the model card and for the hub; None for the folder's name.
+            push_to_hub: whether to push as well; `push_to_hub_kwargs` are then as of `push_to_hub`.
+
+        Returns:
+            The address of the commit, if it was pushed.
+
+        Raises:
+            InputError: the pool is not there, the place cannot be written to, or the hub refuses.
+
+        >>> FewShotClassifier("vit_mini_pool", top_k=1).save_pretrained("own")
+        >>> FewShotClassifier.from_pretrained("own").top_k
+        1
+        """
+        folder = Path(save_directory)
+        name = repo_id or folder.absolute().name
+        task = self.task_.to("cpu") if hasattr(self, "task_") else None
+        tensors, about = task_file.packed(task) if task else open_pool(self.pool, self.arch).packed()
+        hub.save(folder, self.get_params(), tensors, about, card(name, about, task))
+        return hub.push(name, folder, **push_to_hub_kwargs) if push_to_hub else None
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = hub.MESSAGE,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        branch: str | None = None,
+        create_pr: bool | None = None,
+    ) -> str:
+        """Put what `save_pretrained` writes into a repository on the hub; the address of the commit.
+
+        Args:
+            repo_id: ORG/NAME; the repository is made if it is not there.
+            commit_message, private, token, branch, create_pr: as huggingface_hub's mixins have them.
+
+        Raises:
+            InputError: the pool is not there, the hub cannot be reached, or refuses.
+
+        >>> FewShotClassifier("vit_mini_pool").push_to_hub("me/my-pool")  # doctest: +SKIP
+        'https://huggingface.co/me/my-pool/commit/...'
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, repo_id=repo_id)
+            return hub.push(
+                repo_id,
+                Path(folder),
+                commit_message=commit_message,
+                private=private,
+                token=token,
+                branch=branch,
+                create_pr=create_pr,
+            )
 
     @classmethod
     def load(cls, file: str | os.PathLike, device: str = "auto") -> Self:
@@ -130,7 +228,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         (2,)
         """
         task = task_file.load(Path(file))
-        found = cls(file, device=device, image_size=task.image_size, arch=task.merged.network.arch)
+        network, head = task.merged.network, task.head.name
+        found = cls(file, device=device, image_size=network.image_size, arch=network.arch, head=head)
         return found._fitted(task.to(find_device(device)))
 
     def fit(self, X: Any, y: Any = None) -> Self:
@@ -264,11 +363,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         task_file.save(Path(file), self.task_)
 
     def export(self, file: str | os.PathLike) -> list[Path]:
-        """Write the merged network and its prototypes for other tools, by the file's ending: .onnx for ONNX
+        """Write the merged network and its head for other tools, by the file's ending: .onnx for ONNX
         runtimes, .pt2 for torch.export, .safetensors for timm. The paths written, that of `file` first.
 
         Raises:
-            InputError: another ending, a missing package, or a place that cannot be written to.
+            InputError: another ending, a missing package, a mixture of two networks, or a place that cannot
+                be written to.
 
         >>> clf = FewShotClassifier("vit_mini_pool").fit("photos/support")
         >>> [path.name for path in clf.export("net.safetensors")]
@@ -278,11 +378,14 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         path, formats = Path(file), {".onnx": "onnx", ".pt2": "torch", ".safetensors": "timm"}
         if path.suffix not in formats:
             raise InputError(f"{path}: expected a name that ends in {', '.join(formats)}")
+        export.check_single(self.task_.head)
         return export.save(path, formats[path.suffix], self.task_.to("cpu").merged)
 
     def _merging(self) -> Merging:
         routing = Routing(self.beta, self.gamma, self.top_k, self.augment_probability, self.route_epsilon)
-        return Merging(routing, self.coefficients, tuple(self.trims), self.seed)
+        head = parse_head(self.head.split()) if isinstance(self.head, str) else self.head
+        weights = None if self.pretrained_checkpoint is None else Path(self.pretrained_checkpoint)
+        return Merging(routing, self.coefficients, tuple(self.trims), self.seed, head, weights)
 
     def _fitted(self, task: Task, classes: np.ndarray | None = None) -> Self:
         self.task_ = task

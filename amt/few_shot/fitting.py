@@ -10,6 +10,7 @@ import torch
 from amt.few_shot import pictures
 from amt.few_shot.pools import open_pool
 from amt.few_shot.task import Merging, Task, fit
+from amt.models.head_settings import PRETRAINED
 from amt.models.network import find_device
 from meta_dataset_readers.errors import InputError
 
@@ -45,6 +46,8 @@ def fit_pictures(
     if len(items) > pictures.MOST_SUPPORT:
         raise InputError(f"{where}{len(items)} images, a support set has {pictures.MOST_SUPPORT} at most")
     opened = open_pool(pool, arch, image_size).to(find_device(device))
+    if merging.head.other == PRETRAINED:
+        opened = opened.with_pretrained(merging.pretrained)
     images = pictures.images(items, opened.network.image_size)
     task = fit(opened, images, torch.from_numpy(numbers.astype(np.int64)), classes.tolist(), merging)
     return task, classes

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
+from amt.few_shot.hub import Hub, fetch, is_name
 from amt.files import checkpoint
-from amt.files.pretrained import CHECKPOINTS
+from amt.files.pretrained import CHECKPOINTS, load_network
 from amt.models.architectures import base_arch
+from amt.models.heads import PoolStatistics
 from amt.models.network import Network, untrained
 from amt.models.pool import Pool
+from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError, nearest
 from meta_dataset_readers.files import size_of
 
@@ -28,54 +31,82 @@ class OpenPool:
 
     Args:
         file: it comes from.
-        network: its structure, whose own weights are not used.
+        network: its structure, whose own weights are not used unless `with_pretrained` made it.
         pool: the members.
         about: what the file says of itself.
+        statistics: of the members' features, for heads that need them; None: the file has none.
     """
 
     file: Path
     network: Network
     pool: Pool
     about: dict[str, Any]
+    statistics: PoolStatistics | None = None
 
     def to(self, device: torch.device | str) -> "OpenPool":
         """The same on another device, itself if it is there."""
         if self.network.device == torch.device(device):
             return self
         network = dataclasses.replace(self.network, module=copy.deepcopy(self.network.module).to(device))
-        return dataclasses.replace(self, network=network, pool=self.pool.to(device))
+        known = self.statistics and self.statistics.to(device)
+        return dataclasses.replace(self, network=network, pool=self.pool.to(device), statistics=known)
+
+    def packed(self) -> tuple[Weights, dict[str, Any]]:
+        """The tensors and the text of a file of this pool, without what only its training needs."""
+        about = {name: value for name, value in self.about.items() if name != "tuner"}
+        named = about | {"arch": self.network.arch}
+        return checkpoint.packed(checkpoint.Checkpoint(self.pool, named, statistics=self.statistics))
+
+    def with_pretrained(self, weights: Path | None = None) -> "OpenPool":
+        """The same with a network that has its pretrained weights, which mixing with them needs.
+
+        Args:
+            weights: their file; None: see `find_weights`.
+
+        Raises:
+            InputError: there are none, or they do not fit.
+        """
+        side = self.network.image_size
+        network = load_network(self.network.arch, weights, self.network.device, image_size=side)
+        return dataclasses.replace(self, network=network)
 
 
-def find_pool(name: str | os.PathLike) -> Path:
+def find_pool(name: str | os.PathLike, hub: Hub = Hub()) -> Path:  # noqa: B008  frozen
     """The file of a pool, or of a saved task.
 
     Args:
-        name: a file, a folder with best.safetensors, last.safetensors or one single .safetensors, or the name
-            of a pool in the box.
+        name: a file, a folder with best.safetensors, last.safetensors or one single .safetensors, the name of
+            a pool in the box, or ORG/NAME on the hub.
+        hub: how files are asked for there.
 
     Raises:
         InputError: there is no such thing.
     """
-    path = Path(os.path.expanduser(name))
-    if path.is_dir():
-        return _in_folder(path)
-    if path.exists():
-        return path
-    for ending in _ENDINGS:
-        if path.name == str(name) and (BOX / f"{name}{ending}").is_file():
-            return BOX / f"{name}{ending}"
+    found = local_pool(name)
+    if found is not None:
+        return found
     text = str(name)
-    if text.count("/") == 1 and not text.startswith((".", "/", "~")) and not path.suffix:
-        raise InputError(
-            f"no folder {text!r} here, and names of a hub such as ORG/NAME are not fetched: download its "
-            "file, and give that"
-        )
+    if is_name(text) and not text.endswith(_ENDINGS):
+        return fetch(text, hub)
+    path = Path(text)
     if len(path.parts) > 1 or path.suffix:
         raise InputError(f"{text}: no such file or folder, expected a pool")
     boxed = [file.stem for file in BOX.glob("*") if file.suffix in _ENDINGS]
     raise InputError(
         f"no pool {text!r}: neither a file, nor a folder, nor in the box; {nearest(text, boxed)}"
     )
+
+
+def local_pool(name: str | os.PathLike) -> Path | None:
+    """`find_pool` without the hub: None for what is not on this computer. Raises InputError for a folder that
+    holds no pool."""
+    path = Path(os.path.expanduser(name))
+    if path.is_dir():
+        return _in_folder(path)
+    if path.exists():
+        return path
+    boxed = [BOX / f"{name}{ending}" for ending in _ENDINGS] if path.name == str(name) else []
+    return next((file for file in boxed if file.is_file()), None)
 
 
 def _in_folder(folder: Path) -> Path:
@@ -111,7 +142,7 @@ def _opened(file: Path, _state: tuple[int, int], arch: str | None, image_size: i
     saved = checkpoint.load(file)
     network = network_of(file, saved.about, arch, image_size)
     checkpoint.check_architecture(file, saved.pool, network.weights, network.arch)
-    return OpenPool(file, network, saved.pool, saved.about)
+    return OpenPool(file, network, saved.pool, saved.about, saved.statistics)
 
 
 def network_of(file: Path, about: dict[str, Any], arch: str | None, image_size: int | None) -> Network:

@@ -1,6 +1,6 @@
 """A task: a pool merged for the classes of a support set, and all that is needed to answer without it.
 
-    support set -> `route` -> coefficients -> merged weights, prototypes        `fit`
+    support set -> `route` -> coefficients -> merged weights, head              `fit`
     images -> logits -> probabilities                                           `logits_of`
     images -> until which epsilon each answer stands                            `standing`
 
@@ -11,21 +11,23 @@ same seed. Knows no folder and no picture; `task_file` reads and writes tasks.
 import copy
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from amt.attacks.kinds import Attack
-from amt.evaluation.deploy import check_fit
+from amt.evaluation.deploy import check_fit, check_heads
 from amt.evaluation.evaluate import measure
 from amt.evaluation.settings import Deployment
 from amt.few_shot.pools import OpenPool
 from amt.files.export.merged import MergedNetwork, Support, merged_network
-from amt.models.network import CHUNK, features, fixed_features
+from amt.models.head_settings import Head
+from amt.models.network import CHUNK, Network, features, fixed_features
 from amt.models.trim import Trim
-from amt.models.weights import Coefficients, stream
-from amt.tasks.classifier import Classifier
+from amt.models.weights import Coefficients, Merged, Weights, stream
+from amt.tasks.classifier import Classifier, FeaturesOf, Voice, fitted_voices, mixed_in, spoken
 from amt.tasks.merge import route
 from amt.tasks.settings import Routing
 from meta_dataset_readers.episode import Episode
@@ -39,11 +41,14 @@ class Task:
     """A classifier of N classes, fitted to a support set.
 
     Args:
-        merged: weights, prototypes and head, on the device that answers.
+        merged: weights and fitted head, on the device that answers.
         classes: the N labels, as they are given and returned.
         shots: how many support images each class had.
         epsilons: what each adapter was trained for, in 1/255 of the pixel range; empty where nobody knows.
         about: where it comes from, plain JSON values.
+        head: what was fitted.
+        factor, second: of a head that mixes two networks: what the logits of `merged` are multiplied by, and
+            the other one; None for any other head.
     """
 
     merged: MergedNetwork
@@ -51,6 +56,9 @@ class Task:
     shots: tuple[int, ...]
     epsilons: tuple[float, ...]
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
+    head: Head = dataclasses.field(default_factory=Head)
+    factor: Tensor | None = None
+    second: Voice | None = None
 
     @property
     def image_size(self) -> int:
@@ -62,28 +70,35 @@ class Task:
         """Where it answers."""
         return self.merged.network.device
 
-    def logits(self, images: Tensor) -> Tensor:
-        """Logits of images on the device: (n, 3, S, S) in [0, 1] -> (n, N), differentiable."""
-        return self.classified(features(self.merged.network, self.merged.weights, images))
-
-    def classified(self, found: Tensor) -> Tensor:
-        """Logits (n, N) of features (n, D): the head."""
+    @property
+    def voices(self) -> tuple[Voice, ...]:
+        """The network with its head, or the two whose logits are added."""
         assert self.merged.head is not None, "a task has a head"
-        return self.merged.head(found)
+        own = Voice(self.merged.weights, self.merged.head, self.factor)
+        return (own,) if self.second is None else (own, self.second)
+
+    def logits(self, images: Tensor, features_of: FeaturesOf = features) -> Tensor:
+        """Logits of images on the device: (n, 3, S, S) in [0, 1] -> (n, N), differentiable."""
+        return spoken(self.merged.network, self.voices, images, features_of)
 
     def to(self, device: torch.device | str) -> "Task":
         """The same on another device."""
-        merged = self.merged
-        assert merged.head is not None, "a task has a head"
-        held = {name: part.to(device) for name, part in vars(merged.head).items() if isinstance(part, Tensor)}
+        merged, (own, *others) = self.merged, (_moved(voice, device) for voice in self.voices)
         module = copy.deepcopy(merged.network.module).to(device)
-        moved = dataclasses.replace(
-            merged,
-            network=dataclasses.replace(merged.network, module=module),
-            weights={name: tensor.to(device) for name, tensor in merged.weights.items()},
-            head=dataclasses.replace(merged.head, **held),
+        network = dataclasses.replace(merged.network, module=module)
+        moved = dataclasses.replace(merged, network=network, weights=own.weights, head=own.head)
+        return dataclasses.replace(
+            self, merged=moved, factor=own.factor, second=others[0] if others else None
         )
-        return dataclasses.replace(self, merged=moved)
+
+
+def _moved(voice: Voice, device: torch.device | str) -> Voice:
+    held = {name: part.to(device) for name, part in vars(voice.head).items() if isinstance(part, Tensor)}
+    return Voice(
+        {name: tensor.to(device) for name, tensor in voice.weights.items()},
+        dataclasses.replace(voice.head, **held),
+        None if voice.factor is None else voice.factor.to(device),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,30 +109,38 @@ class Merging:
         routing: the router's settings; used without `coefficients`.
         coefficients: instead, one number per adapter, of sum 1.
         trims: trimmings of the merged weights.
-        seed: of the router's augmentation, or attack.
+        seed: of the router's augmentation, or attack, and of views of a single example per class.
+        head: what classifies the features.
+        pretrained: the file of weights that the pool was trained from, which only a head reads that mixes
+            them in; None: see `find_weights`.
     """
 
     routing: Routing = dataclasses.field(default_factory=Routing)
     coefficients: Coefficients | None = None
     trims: tuple[Trim, ...] = ()
     seed: int = 0
+    head: Head = dataclasses.field(default_factory=Head)
+    pretrained: Path | None = None
 
 
 def fit(opened: OpenPool, images: Tensor, labels: Tensor, classes: Sequence[Label], merging: Merging) -> Task:
     """The task of a support set.
 
     Args:
-        opened: a pool, on the device that is to answer.
+        opened: a pool, on the device that is to answer; `with_pretrained` if the head mixes those weights in.
         images: (S, 3, H, W) float32 in [0, 1], at the network's image size.
         labels: (S,) int64 in 0..N-1; every class has an image.
         classes: the N labels.
 
     Raises:
-        InputError: coefficients of another number or sum than the pool takes, or trimmings of no layer of it.
+        InputError: coefficients of another number or sum than the pool takes, trimmings of no layer of it, or
+            a head that needs what the pool does not have.
     """
     network, pool = opened.network, opened.pool
     asked = Deployment(coefficients=merging.coefficients, trims=merging.trims, routings=(merging.routing,))
     check_fit(asked, pool, str(opened.file))
+    dim: Any = network.module.num_features
+    check_heads([merging.head], pool, opened.statistics, str(opened.file), dim)
     support = Support(images.to(network.device), labels.to(network.device), tuple(map(str, classes)))
     shares = (1.0,) if merging.coefficients is None and len(pool) == 1 else merging.coefficients
     if shares is None:
@@ -127,18 +150,43 @@ def fit(opened: OpenPool, images: Tensor, labels: Tensor, classes: Sequence[Labe
         merged = merged_network(network, pool, shares, merging.trims, support)
     except ValueError as error:
         raise InputError(f"coefficients {' '.join(f'{c:g}' for c in shares)}: {error}") from error
+    merged, factor, second = _with_head(opened, merged, support, merging)
     shots = tuple(labels.bincount(minlength=len(classes)).tolist())
     about = {"pool": opened.file.name, "seed": merging.seed}
     unknown = opened.about.get("levels_from") == "nowhere"  # of a published pool
     epsilons = () if unknown else tuple(level.epsilon for level in pool.levels)
-    return Task(merged, tuple(classes), shots, epsilons, about)
+    return Task(merged, tuple(classes), shots, epsilons, about, merging.head, factor, second)
+
+
+def _with_head(
+    opened: OpenPool, merged: MergedNetwork, support: Support, merging: Merging
+) -> tuple[MergedNetwork, Tensor | None, Voice | None]:
+    """The merged network with the head that is asked for, and what the latter mixes in; see `Task`."""
+    if merging.head == Head():
+        return merged, None, None
+    own, *others = fitted_voices(
+        opened.network,
+        Merged(merged.weights, merged.scale, merged.bias),
+        support.images,
+        support.labels,
+        merged.coefficients,
+        merging.head,
+        opened.statistics,
+        mixed_in(opened.network, opened.pool, merging.head),
+        merging.seed,
+    )
+    found = dataclasses.replace(merged, head=own.head)
+    return found, own.factor, others[0] if others else None
 
 
 def logits_of(task: Task, images: Tensor) -> Tensor:
     """Logits of any number of images, without graph: (n, 3, S, S) in [0, 1] -> (n, N), on the CPU."""
-    network, weights = task.merged.network, task.merged.weights
-    parts = [fixed_features(network, weights, part.to(task.device)) for part in images.split(CHUNK)]
-    return task.classified(torch.cat(parts)).cpu()
+
+    def features_of(network: Network, weights: Weights, images: Tensor) -> Tensor:
+        parts = [fixed_features(network, weights, part.to(task.device)) for part in images.split(CHUNK)]
+        return torch.cat(parts)
+
+    return task.logits(images, features_of).cpu()
 
 
 class Standing(NamedTuple):

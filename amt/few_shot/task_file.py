@@ -1,16 +1,21 @@
 """Tasks on disk: one safetensors file that answers without the pool and without the support set.
 
-Its tensors are `weights/NAME`, `prototypes`, `scale` and `bias`; the header's field `amt` is one JSON text
-with classes, image size, coefficients and provenance, repeated in the .json beside it.
+    weights/NAME, scale, bias                  the merged network, scale and bias of its cosines (1,)
+    prototypes; origin                         of a head by cosine: (N, D), and (D,) where it is centred
+    head/weight, head/bias                     of any other: (N, D) and (N,)
+    factor; second/...                         of a mixture: what the logits are multiplied by, (1,), and the
+                                               same for the second network
+
+The header's field `amt` is one JSON text with classes, image size, coefficients, head and provenance, which
+the .json beside it repeats.
 """
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
 from typing_extensions import TypedDict
 
 from amt.evaluation.noted import Count, Level, NotedTrim, Share
@@ -18,9 +23,12 @@ from amt.few_shot.pools import network_of
 from amt.few_shot.task import Label, Task
 from amt.files import checkpoint, weight_files
 from amt.files.export.merged import MergedNetwork
-from amt.models.heads import Cosine
+from amt.models.head_settings import COSINE, Head, parse_head
+from amt.models.heads import Cosine, Linear
 from amt.models.network import Network
 from amt.models.trim import Trim
+from amt.models.weights import Weights
+from amt.tasks.classifier import Voice
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.files import parse_json, size_of
 from meta_dataset_readers.json_fields import conform
@@ -42,6 +50,7 @@ class _About(TypedDict):
     coefficients: list[Share]
     epsilons: list[Level]
     trims: list[NotedTrim]
+    head: NotRequired[str]  # older files have prototypes and do not say so
 
 
 def save(path: Path, task: Task) -> None:
@@ -52,11 +61,15 @@ def save(path: Path, task: Task) -> None:
     """
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: expected a name that ends in .safetensors")
-    merged = task.merged
-    assert merged.prototypes is not None
-    tensors = {f"weights/{name}": tensor for name, tensor in merged.weights.items()}
-    tensors |= {"prototypes": merged.prototypes}
-    tensors |= {"scale": torch.tensor([merged.scale]), "bias": torch.tensor([merged.bias])}
+    checkpoint.write(path, *packed(task))
+
+
+def packed(task: Task) -> tuple[Weights, dict[str, Any]]:
+    """The tensors and the text of a task's file."""
+    merged, (own, *others) = task.merged, task.voices
+    tensors = {"scale": torch.tensor([merged.scale]), "bias": torch.tensor([merged.bias])} | _tensors(own)
+    for other in others:  # whose tensors may be those of the first, which the format does not take twice
+        tensors |= {f"second/{name}": tensor.clone() for name, tensor in _tensors(other).items()}
     about = {
         "format": FORMAT,
         "kind": KIND,
@@ -67,10 +80,48 @@ def save(path: Path, task: Task) -> None:
         "coefficients": list(merged.coefficients),
         "epsilons": list(task.epsilons),
         "trims": [dataclasses.asdict(trim) for trim in merged.trims],
+        "head": task.head.name,
         **task.about,
         **checkpoint.provenance(),
     }
-    checkpoint.write(path, tensors, about)
+    return tensors, about
+
+
+def _tensors(voice: Voice) -> Weights:
+    """A network with its head, by the names of the module's docstring."""
+    head, found = voice.head, {f"weights/{name}": tensor for name, tensor in voice.weights.items()}
+    if isinstance(head, Cosine):
+        found |= {"prototypes": head.centres}
+        found |= {name: torch.tensor([float(getattr(head, name))]) for name in ("scale", "bias")}
+        found |= {} if head.origin is None else {"origin": head.origin}
+    else:
+        found |= {"head/weight": head.weight, "head/bias": head.bias}
+    return found if voice.factor is None else found | {"factor": voice.factor.reshape(1)}
+
+
+def _shapes(network: Network, head: Head, n_classes: int) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of `_tensors`, without the second network's."""
+    module: Any = network.module
+    dim = module.num_features
+    found = {f"weights/{name}": tuple(tensor.shape) for name, tensor in network.weights.items()}
+    if head.kind in COSINE:
+        found |= {"prototypes": (n_classes, dim), "scale": (1,), "bias": (1,)}
+        found |= {"origin": (dim,)} if head.kind != Head.kind else {}
+    else:
+        found |= {"head/weight": (n_classes, dim), "head/bias": (n_classes,)}
+    return found if head.other is None else found | {"factor": (1,)}
+
+
+def _voice(tensors: Weights, prefix: str = "") -> Voice:
+    """The inverse of `_tensors`, of the tensors whose names begin with `prefix`."""
+    held = {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
+    weights = {name.removeprefix("weights/"): t for name, t in held.items() if name.startswith("weights/")}
+    if "prototypes" in held:
+        scale, bias = float(held["scale"]), float(held["bias"])
+        head = Cosine(held["prototypes"], scale, bias, held.get("origin"))
+    else:
+        head = Linear(held["head/weight"], held["head/bias"])
+    return Voice(weights, head, held["factor"][0] if "factor" in held else None)
 
 
 def is_task(path: Path) -> bool:
@@ -109,30 +160,40 @@ def load(path: Path) -> Task:
         raise InputError(f"{where}: {len(about['coefficients'])} coefficients, {n_levels} epsilons")
     if not 1 <= about["image_size"] <= LARGEST_SIDE:
         raise InputError(f"{where}: image_size {about['image_size']}, expected 1 to {LARGEST_SIDE}")
+    head = _head(where, about)
     network = network_of(path, dict(about), None, about["image_size"])
-    shapes: dict[str, tuple[int, ...]] = {
-        f"weights/{name}": tuple(tensor.shape) for name, tensor in network.weights.items()
-    }
-    module: Any = network.module
-    shapes |= {"prototypes": (n_classes, module.num_features), "scale": (1,), "bias": (1,)}
-    tensors = weight_files.check_fit(path, content.data, shapes)
+    shapes = _shapes(network, head, n_classes)
+    if head.other is not None:
+        shapes |= {f"second/{name}": shape for name, shape in shapes.items()}
+    tensors = weight_files.check_fit(path, content.data, shapes | {"scale": (1,), "bias": (1,)})
+    own = _voice(tensors)
     return Task(
-        _merged(about, network, tensors),
+        _merged(about, network, tensors, own),
         tuple(about["classes"]),
         tuple(about["shots"]),
         tuple(about["epsilons"]),
         {name: value for name, value in found.items() if name not in _About.__annotations__},
+        head,
+        own.factor,
+        None if head.other is None else _voice(tensors, "second/"),
     )
 
 
-def _merged(about: _About, network: Network, tensors: dict[str, Tensor]) -> MergedNetwork:
+def _head(where: str, about: _About) -> Head:
+    try:
+        return parse_head(about.get("head", Head.kind).split())
+    except (InputError, ValueError) as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def _merged(about: _About, network: Network, tensors: Weights, own: Voice) -> MergedNetwork:
     return MergedNetwork(
         network,
-        {name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")},
+        own.weights,
         tuple(about["coefficients"]),
         tuple(Trim(**trim) for trim in about["trims"]),
         float(tensors["scale"]),
         float(tensors["bias"]),
         tuple(map(str, about["classes"])),
-        Cosine(tensors["prototypes"], float(tensors["scale"]), float(tensors["bias"])),
+        own.head,
     )

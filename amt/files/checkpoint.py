@@ -13,11 +13,11 @@ import platform
 import shlex
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import numpy
-import timm
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -67,7 +67,7 @@ def provenance() -> dict:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "timm": timm.__version__,
+            "timm": version("timm"),
             "numpy": numpy.__version__,
         },
     }
@@ -108,9 +108,13 @@ def write(path: Path, tensors: Weights, about: dict) -> None:
     Raises:
         InputError: the place cannot be written to; what was there stays as it was.
     """
-    text = json.dumps(about, indent=1)
+    replace_described(path, content(tensors, about), json.dumps(about, indent=1) + "\n")
+
+
+def content(tensors: Weights, about: dict) -> bytes:
+    """The bytes of such a file."""
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    replace_described(path, serialise(held, {HEADER: text}), text + "\n")
+    return serialise(held, {HEADER: json.dumps(about, indent=1)})
 
 
 def replace_described(path: Path, content: bytes, text: str) -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 from amt.files import state_dicts, weight_files
@@ -245,6 +244,8 @@ def _is_table(table: Tensor, network: Network) -> bool:
 def _resized(table: Tensor, like: Tensor, network: Network) -> Tensor:
     if table.shape == like.shape:
         return table
+    from timm.layers.pos_embed import resample_abs_pos_embed
+
     own = _own_tokens(network)
     side = math.isqrt(like.shape[1] - own)
     return resample_abs_pos_embed(table, [side, side], num_prefix_tokens=own)

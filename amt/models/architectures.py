@@ -2,6 +2,7 @@
 
 There are two kinds of names: `ARCHS`, vision transformers without a head, for few-shot tasks; and
 `CLASSIFIERS`, which are fine-tuned on one data set. `timm:NAME` is either. Knows no file and no weights.
+timm and torchvision are imported for the networks that are theirs: they take longer than most tasks.
 """
 
 import dataclasses
@@ -11,14 +12,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import timm
-from timm.layers.drop import DropPath
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from amt.models.resnet import ResNet
+from amt.models.vit import VisionTransformer
 from amt.models.wide_resnet import WideResNet
 from meta_dataset_readers.errors import InputError, first_line, nearest
 
@@ -95,16 +91,16 @@ ARCHS = {
 
 
 class _Residual(NamedTuple):
-    block: type[BasicBlock | Bottleneck]
+    block: str  # of torchvision
     depths: tuple[int, ...]
     widths: tuple[int, ...] = (64, 128, 256, 512)
 
 
 _RESNETS = {
-    "resnet18": _Residual(BasicBlock, (2, 2, 2, 2)),
-    "resnet34": _Residual(BasicBlock, (3, 4, 6, 3)),
-    "resnet50": _Residual(Bottleneck, (3, 4, 6, 3)),
-    "resnet_mini": _Residual(BasicBlock, (1, 1, 1), (8, 16, 32)),
+    "resnet18": _Residual("BasicBlock", (2, 2, 2, 2)),
+    "resnet34": _Residual("BasicBlock", (3, 4, 6, 3)),
+    "resnet50": _Residual("Bottleneck", (3, 4, 6, 3)),
+    "resnet_mini": _Residual("BasicBlock", (1, 1, 1), (8, 16, 32)),
 }
 _WIDE = {"wrn28-10": (28, 10)}  # depth and widening
 _OF_TIMM = {
@@ -144,6 +140,8 @@ def base_arch(name: str) -> str:
 
 
 def _check_timm_name(arch: str) -> None:
+    import timm
+
     name = arch.removeprefix(TIMM)
     known = {*timm.list_models(), *timm.list_models(pretrained=True)}
     if name not in known:
@@ -153,18 +151,10 @@ def _check_timm_name(arch: str) -> None:
 
 
 def build_network(arch: Arch) -> nn.Module:
-    """A randomly initialised timm VisionTransformer (LayerNorm eps 1e-6, exact GELU) without a head."""
-    network = timm.models.VisionTransformer(
-        img_size=arch.pretrained_size,
-        patch_size=arch.patch_size,
-        embed_dim=arch.dim,
-        depth=arch.depth,
-        num_heads=arch.heads,
-        mlp_ratio=arch.mlp_ratio,
-        num_classes=0,
-        global_pool="token",
-    )
-    return freeze(network)
+    """A randomly initialised vision transformer (LayerNorm eps 1e-6, exact GELU) without a head, in eval mode
+    and without parameter gradients, for images of any size."""
+    shape = arch.pretrained_size, arch.patch_size, arch.dim, arch.depth, arch.heads, arch.mlp_ratio
+    return VisionTransformer(*shape).eval().requires_grad_(False)
 
 
 def build_timm_network(arch: str) -> nn.Module:
@@ -173,13 +163,16 @@ def build_timm_network(arch: str) -> nn.Module:
     Raises:
         InputError: it is not a ViT for images of any size with one layer `qkv` for queries, keys and values.
     """
+    import timm
+    from timm.models.eva import Eva
+
     try:
         network = timm.create_model(
             arch.removeprefix(TIMM), pretrained=False, num_classes=0, dynamic_img_size=True
         )
     except TypeError:  # the network has no such option
         network = None
-    if not isinstance(network, VisionTransformer | Eva):
+    if not isinstance(network, timm.models.VisionTransformer | Eva):
         raise InputError(f"--arch {arch!r} is no plain vision transformer that takes images of any size")
     if not any(name.endswith("attn.qkv.weight") for name, _ in network.named_parameters()):
         raise InputError(
@@ -224,8 +217,7 @@ def classifier_maker(arch: str, n_classes: int, side: int) -> Callable[[], nn.Mo
     if side < SMALLEST and (arch in _RESNETS or arch in _WIDE):
         raise InputError(f"--arch {arch!r}: {side} px are too small, expected {SMALLEST} px or more")
     if arch in _RESNETS:
-        block, depths, widths = _RESNETS[arch]
-        return functools.partial(ResNet, block, depths, widths, n_classes, side < SMALL)
+        return functools.partial(_build_resnet, _RESNETS[arch], n_classes, side < SMALL)
     if arch in _WIDE:
         return functools.partial(WideResNet, *_WIDE[arch], n_classes)
     if arch in _OF_TIMM or arch.startswith(TIMM):
@@ -235,8 +227,19 @@ def classifier_maker(arch: str, n_classes: int, side: int) -> Callable[[], nn.Mo
     )
 
 
+def _build_resnet(kind: _Residual, n_classes: int, small: bool) -> nn.Module:
+    from torchvision.models import resnet
+
+    from amt.models.resnet import ResNet
+
+    return ResNet(getattr(resnet, kind.block), kind.depths, kind.widths, n_classes, small)
+
+
 def _build_timm_classifier(arch: str, n_classes: int, side: int) -> nn.Module:
     """A random network of timm for images of `side` pixels."""
+    import timm
+    from timm.layers.drop import DropPath
+
     if arch.startswith(TIMM):
         _check_timm_name(arch)
     name = _OF_TIMM.get(arch, arch.removeprefix(TIMM))
@@ -268,7 +271,7 @@ def _check_patches(arch: str, module: nn.Module, side: int) -> None:
         )
 
 
-def _keep_resolution(module: timm.models.ResNet) -> None:
+def _keep_resolution(module: Any) -> None:
     """Give a ResNet of timm the stem for small images."""
     if isinstance(module.conv1, nn.Conv2d):
         wide = module.conv1.out_channels

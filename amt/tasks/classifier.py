@@ -85,27 +85,101 @@ def head_classifier(
         second: the network whose logits are mixed in, if `head` mixes.
         seed: decides, with the episode's index, the augmented views of the support.
     """
-    labels = episode.support_labels
+    fitted_to = functools.partial(
+        fitted_voices,
+        network,
+        merged,
+        labels=episode.support_labels,
+        coefficients=coefficients,
+        head=head,
+        statistics=statistics,
+        second=second,
+        seed=seed,
+        index=episode.index,
+    )
+
+    def refit(support: Tensor) -> Logits:
+        return functools.partial(spoken, network, fitted_to(support=support, features_of=features))
+
+    voices = fitted_to(support=episode.support)
+    return Classifier(functools.partial(spoken, network, voices), refit, coefficients)
+
+
+class Voice(NamedTuple):
+    """What one network says of the images of a task.
+
+    Args:
+        weights: of the network.
+        head: fitted to the support under these weights.
+        factor: a scalar, of its logits, where those of two networks are added; None for one alone.
+    """
+
+    weights: Weights
+    head: Fitted
+    factor: Tensor | None = None
+
+
+FeaturesOf = Callable[[Network, Weights, Tensor], Tensor]
+
+
+def spoken(
+    network: Network, voices: Sequence[Voice], images: Tensor, features_of: FeaturesOf = features
+) -> Tensor:
+    """The logits of a task, those of two networks added: (n, 3, H, W) in [0, 1] -> (n, N)."""
+    found = [
+        logits if voice.factor is None else voice.factor * logits
+        for voice in voices
+        for logits in [voice.head(features_of(network, voice.weights, images))]
+    ]
+    return found[0] if len(found) == 1 else found[0] + found[1]
+
+
+def fitted_voices(
+    network: Network,
+    merged: Merged,
+    support: Tensor,
+    labels: Tensor,
+    coefficients: Coefficients = (),
+    head: Head = Head(),  # noqa: B008  frozen
+    statistics: PoolStatistics | None = None,
+    second: Merged | None = None,
+    seed: int = 0,
+    index: int = 0,
+    features_of: FeaturesOf = fixed_features,
+) -> tuple[Voice, ...]:
+    """What `spoken` takes: one network with its head, or two if `head` mixes.
+
+    Args:
+        support, labels: (S, 3, H, W) in [0, 1], and (S,) int64 in 0..N-1.
+        index: of the episode; 0 for the first of a run, or the only one.
+        features_of: `features` for a graph that reaches the support.
+        network, merged, coefficients, head, statistics, second, seed: as of `head_classifier`.
+    """
     parts = [_Part(network, merged, head, statistics and statistics.merged(coefficients))]
     if second is not None and head.other is not None:
         alone = tuple(float(p == head.other) for p in range(len(coefficients)))
         other = () if head.other == PRETRAINED else alone
         parts.append(_Part(network, second, head, statistics and statistics.merged(other)))
-    views = functools.partial(support_views, network, seed=seed, index=episode.index)
     needs_views = not has_two(labels) and (head.views > 0 or len(parts) > 1)
-
-    def fitted_to(support: Tensor, features_of: Callable[[Network, Weights, Tensor], Tensor]) -> Logits:
-        moved = views(support) if needs_views else None
-        found = [part.fitted(support, labels, moved, features_of) for part in parts]
-        if len(found) == 1:
-            return found[0].logits
-        (own, a), (other, b) = ((each.logits, SPREAD / spread(each.on_support)) for each in found)
-        share = head.share
-        return lambda images: share * a * own(images) + (1 - share) * b * other(images)
-
-    return Classifier(
-        fitted_to(episode.support, fixed_features), lambda support: fitted_to(support, features), coefficients
+    views = support_views(network, support, seed=seed, index=index) if needs_views else None
+    found = [part.fitted(support, labels, views, features_of) for part in parts]
+    if len(found) == 1:
+        return (Voice(merged.weights, found[0].head),)
+    shares = (head.share, 1 - head.share)
+    return tuple(
+        Voice(part.merged.weights, each.head, share * (SPREAD / spread(each.on_support)))
+        for part, each, share in zip(parts, found, shares, strict=True)
     )
+
+
+def mixed_in(network: Network, pool: Pool | None, head: Head) -> Merged | None:
+    """The network whose logits a head mixes in: a member of the pool, or the network's own weights, which
+    are the pretrained ones; None for a head that does not mix."""
+    if head.other == PRETRAINED:
+        return pretrained(network)
+    if isinstance(head.other, int) and pool is not None:
+        return pool[head.other].merged((1.0,))
+    return None
 
 
 VIEWS = 8  # of each support image, where there is one for each class
@@ -122,31 +196,10 @@ def support_views(network: Network, support: Tensor, *, seed: int, index: int) -
     return torch.stack(seen)
 
 
-def fitted_head(
-    network: Network,
-    merged: Merged,
-    support: Tensor,
-    labels: Tensor,
-    head: Head,
-    statistics: Statistics | None = None,
-    seed: int = 0,
-) -> Fitted:
-    """The head alone, of one network, as `head_classifier` fits it to the first episode of a run.
-
-    Args:
-        support, labels: (S, 3, H, W) in [0, 1], and (S,) int64 in 0..N-1.
-        statistics: of the merged network, for heads that need them.
-    """
-    seen = head.views > 0 and not has_two(labels)
-    views = support_views(network, support, seed=seed, index=0) if seen else None
-    return _Part(network, merged, head, statistics).fitted(support, labels, views, fixed_features).head
-
-
 class _Found(NamedTuple):
-    """A fitted network: its head, its logits function, and its logits of the support, or of its views."""
+    """A fitted network: its head, and its logits of the support, or of its views."""
 
     head: Fitted
-    logits: Logits
     on_support: Tensor
 
 
@@ -163,7 +216,7 @@ class _Part(NamedTuple):
         support: Tensor,
         labels: Tensor,
         views: Tensor | None,
-        features_of: Callable[[Network, Weights, Tensor], Tensor],
+        features_of: FeaturesOf,
     ) -> _Found:
         weights, scale, bias = self.merged
         scale, bias = (scale, bias) if self.head.kind in COSINE else (SPREAD, 0.0)
@@ -175,7 +228,7 @@ class _Part(NamedTuple):
         found = fit(self.head, seen, labels, self.statistics, scale, bias, by_view)
         # The only image of a class says little of how its logits spread, views of it say more.
         on_support = found(seen if by_view is None else by_view.flatten(0, 1))
-        return _Found(found, lambda images: found(features(self.network, weights, images)), on_support)
+        return _Found(found, on_support)
 
 
 def pretrained(network: Network) -> Merged:

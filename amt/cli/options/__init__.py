@@ -14,6 +14,7 @@ from amt.cli.options.testing import (
     part,
     routing,
     selection,
+    single_head,
     test_sources,
     testing_parser,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "routing",
     "sampling",
     "selection",
+    "single_head",
     "test_sources",
     "testing_parser",
     "training_parser",

@@ -82,6 +82,18 @@ def heads(args: argparse.Namespace) -> tuple[Head, ...] | None:
     return found
 
 
+def single_head(args: argparse.Namespace) -> Head:
+    """The head that --head names where there is one classifier; the default if it is not given.
+
+    Raises:
+        InputError: it makes no sense, or there are several.
+    """
+    found = heads(args) or (Head(),)
+    if len(found) > 1:
+        raise InputError(f"--head is given {len(found)} times, expected once: a classifier has one head")
+    return found[0]
+
+
 def testing_parser() -> Parser:
     """The flags of test_meta_dataset.py."""
     parser = Parser("Evaluate a pool per domain: route, merge, trim, classify; clean and under attack.")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from amt.files.checkpoint import provenance
 from amt.files.digests import serialise
+from amt.models.head_settings import Head
 from amt.models.heads import Cosine, Fitted, Linear, prototypes
 from amt.models.network import Network, features, resize_positions
 from amt.models.pool import LoRAPool, Pool
@@ -26,6 +27,15 @@ def check_kind(pool: Pool, to: str, where: str = "the pool") -> None:
     if to in ("peft", "published") and not isinstance(pool, LoRAPool):
         raise InputError(
             f"{where} holds complete networks, and --to {to} takes LoRAs only; expected timm, onnx or torch"
+        )
+
+
+def check_single(head: Head) -> None:
+    """Raise an `InputError` for a head that mixes two networks: an export has one."""
+    if head.other is not None:
+        raise InputError(
+            "--head mix: two networks do not go into one export; export each with its own head, or save the "
+            "task: amt predict --save"
         )
 
 
