@@ -171,7 +171,7 @@ def _packed(directory: Path, spec: DatasetSpec, fresh: bool, notes: Sequence[str
 
 
 def _check_place(directory: Path, originals: Sequence[Path]) -> None:
-    place = directory.resolve()
+    place = Path(os.path.realpath(directory))  # unlike `resolve` it takes a link to itself as it is
     for original in originals:
         if place.is_relative_to(original.resolve()) or original.resolve().is_relative_to(place):
             raise InputError(f"--out: {directory}: lies inside the source {original}, or around it")

@@ -86,9 +86,10 @@ def one_line(error: InputError | OSError) -> str:
     """The line that tells of an error; empty for one that is no fault of an input."""
     if isinstance(error, InputError):
         return f"error: {_short(printable(error))}"
+    named = _short(printable(error.filename)) if error.filename else ""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # the last by `ulimit -f`
-        return f"error: {printable(error.filename)}: {error.strerror}" if error.filename else ""
-    where = f"{printable(error.filename)}: " if error.filename else ""
+        return f"error: {named}: {error.strerror}" if named else ""
+    where = f"{named}: " if named else ""
     return f"error: {where}{error.strerror}; make room and run the same command again"
 
 

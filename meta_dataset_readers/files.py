@@ -48,6 +48,7 @@ def reading(
     Raises:
         InputError: the path leads to nothing or to something else than a regular file, or the disk complains.
     """
+    _check_name(path, error)
     try:
         with open(path, "rb", buffering, opener=_without_waiting) as file:
             _check_regular(path, os.fstat(file.fileno()).st_mode, error)
@@ -61,6 +62,7 @@ def size_of(path: str | Path, error: type[InputError] = InputError, *, what: str
 
     Raises InputError as `reading`.
     """
+    _check_name(path, error)
     try:
         found = os.stat(path)
     except OSError as problem:
@@ -99,6 +101,11 @@ def map_array(path: Path, *, what: str = "file") -> "np.memmap":
 
 def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # opening a pipe would wait for its writer
+
+
+def _check_name(path: str | Path, error: type[InputError]) -> None:
+    if "\0" in os.fspath(path):  # a list may name it, and `open` raises another error
+        raise error(f"{path}: no such file: the name holds a NUL")
 
 
 def _check_regular(path: str | Path, mode: int, error: type[InputError]) -> None:

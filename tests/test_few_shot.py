@@ -245,6 +245,9 @@ def damaged(text: str, **changes) -> str:
         ({"image_size": 10**9}, "image_size 1000000000, expected 1 to 4096"),
         ({"format": 2}, "format 2, expected 1"),
         ({"coefficients": "much"}, "field 'coefficients': expected a list"),
+        ({"coefficients": [10**30, 0]}, "field 'coefficients.0': expected less than"),
+        ({"epsilons": [8]}, "2 coefficients, 1 epsilons"),
+        ({"classes": ["cat", "cat"]}, "two classes have one name"),
     ],
 )
 def test_damaged_tasks_are_one_line(fitted, tmp_path, changes, message):

@@ -119,6 +119,7 @@ def test_a_file_is_read_once_and_up_to_its_bound(tmp_path):
     with reading(file) as opened:
         assert stat.S_ISREG(os.fstat(opened.fileno()).st_mode)
     fails("no such checkpoint", lambda: read_bytes(tmp_path / "y", 9, what="checkpoint"))
+    fails("the name holds a NUL", lambda: read_bytes("y\0z", 9))
     fails("cannot be read: File name too long", lambda: read_bytes(tmp_path / ("y" * 300), 9))
 
 

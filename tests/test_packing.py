@@ -327,6 +327,9 @@ def test_the_copy_may_not_lie_in_a_source_or_in_the_way(source, tmp_path):
     (tmp_path / "link").symlink_to(source)
     with pytest.raises(InputError, match="lies inside the source"):
         pack(source, tmp_path / "link")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match="Too many levels of symbolic links"):
+        pack(source, tmp_path / "loop")
     (tmp_path / "full" / "birds").mkdir(parents=True)
     (tmp_path / "full" / "birds" / "thesis.tex").write_text("precious")
     with pytest.raises(InputError, match=r"holds 'thesis\.tex' and is no packed source"):

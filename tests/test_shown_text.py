@@ -34,6 +34,16 @@ def test_an_error_is_one_line(text, shown, capsys):
     assert capsys.readouterr().err == f"error: {shown}: no such file\n"
 
 
+def test_an_error_does_not_fill_the_screen(capsys):
+    def main():
+        raise InputError(f"run.json: format is {'y' * 10**6}, expected 1")
+
+    with pytest.raises(SystemExit):
+        exit_on_bad_input(main)
+    said = capsys.readouterr().err
+    assert len(said) < 2100 and said.startswith("error: run.json") and said.endswith("y, expected 1\n")
+
+
 def test_a_table_keeps_its_lines_and_a_poor_terminal_gets_escapes():
     poor = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     say("a\nb", "é", file=poor)

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -62,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
         if args.nValEpisode
     ]
     last = args.output_dir / "last.safetensors"
-    if args.overwrite and args.resume and args.resume.resolve() == last.resolve():
+    if args.overwrite and args.resume and os.path.realpath(args.resume) == os.path.realpath(last):
         raise InputError(f"--overwrite would remove --resume {args.resume}; name another --output_dir")
     first = None  # what there is to start from without `last`; faults in it are told before a folder is made
     if args.resume is not None and not (last.exists() and last.samefile(args.resume)):

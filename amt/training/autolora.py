@@ -342,6 +342,8 @@ class FineTuner:
         self.epoch, self.batch = int(numbers["epoch"]), int(numbers["batch"])
         self._accuracy = None if numbers["accuracy"] is None else float(numbers["accuracy"])
         self._seen = [(int(right), int(count)) for right, count in numbers["seen"]]
+        if not all(0 <= right <= count != 0 for right, count in self._seen):
+            raise ValueError("a batch has more right answers than images, or none of them")
         self.history = [dict(note, robust=float(note["robust"])) for note in numbers["history"]]
 
 

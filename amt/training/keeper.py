@@ -183,9 +183,11 @@ def fine_tuning_state(path: Path) -> tuple[Weights, dict]:
         about = checkpoint.parse_header(path, content.header[checkpoint.HEADER])
     except KeyError as error:
         raise InputError(f"{path}: no state of a fine-tuning ({error!r})") from error
-    for name in ("kind", "protocol", "tuner"):
+    for name in ("format", "kind", "protocol", "tuner"):
         if name not in about:
             raise InputError(f"{path}: no state of a fine-tuning ({name} is missing)")
+    if about["format"] != checkpoint.FORMAT:
+        raise InputError(f"{path}: format {about['format']!r}, expected {checkpoint.FORMAT}")
     kind = about["kind"]
     if kind != FINE_TUNING:
         raise InputError(f"{path}: a {kind}, expected the state of a fine-tuning")
