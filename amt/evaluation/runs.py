@@ -5,7 +5,8 @@
     RUN/rows.jsonl     a line per episode, appended and synchronised with the disk; of part I of N processes
                        rows.IofN.jsonl
     RUN/samples/       a few episodes' images, clean and attacked, as .npz
-    RUN/results.json   the summary, written when every episode is there
+    RUN/results.json   the summary, written when every episode is there; beside it tables of all answers, see
+                       report/answer_files.py
 
 A test set that is classified as a whole is a run like any other: its unit is the image, so there is a row for
 each, whose accuracies are 0 or 1; and perhaps there is

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from amt.evaluation.chance import is_below_chance
 from amt.evaluation.comparison import compare
 from amt.evaluation.statistics import Summary
 from amt.report.panels import Axis, Figure, HeatMap, Panel, Point, Series, Share, distinct
@@ -86,7 +87,10 @@ def scatter(shown: Sequence[Shown]) -> Figure | None:
 
 def _why(shown: Sequence[Shown], column: str) -> str:
     """Why a column stands for robust accuracy, where others attack more."""
-    return ", the last at which a run is above chance" if column != curve_columns(shown)[-1] else ""
+    if column == curve_columns(shown)[-1]:
+        return ""
+    above = any(not is_below_chance(each.run, each.whole, column) for each in shown)
+    return ", the last at which a run is above chance" if above else ", the weakest; no run is above chance"
 
 
 def hero(shown: Sequence[Shown]) -> Figure | None:

@@ -22,7 +22,6 @@ from amt.report.shown import (
     norm_of,
     robust_columns,
     row_counts,
-    units,
 )
 from amt.report.tables import number
 
@@ -54,10 +53,9 @@ class Said(NamedTuple):
 def headline(shown: Sequence[Shown]) -> tuple[str, list[Said]]:
     """What was run in one line, and what came out in sentences."""
     names = domains(shown)
-    if len(names) == 1 and units(shown) == "images":
-        over = f"{row_counts(shown)} of {names[0]}"
-    else:
-        over = f"{len(names)} domain{'s' * (len(names) != 1)}, {row_counts(shown)}"
+    over = f"{len(names)} domains, {row_counts(shown)}"
+    if len(names) == 1:
+        over = f"{row_counts(shown).removesuffix(' each')} of {names[0]}"
     if len(shown) == 1:
         return f"One run on {over}.", [Said(shown[0], _alone(shown[0]))]
     if len({frozenset(each.run.rows) for each in shown}) > 1 or len(set(robust_columns(shown))) > 1:
