@@ -12,12 +12,12 @@ give the same answers; figures are medians with least and greatest:
     prototypical network  written by hand on timm's model: features, means, cosine, and nothing else
 
 "Bare" is the time of the same number of forward passes of timm's own model, in the same chunks. A first
-answer is that of `python -m amt predict` with pictures in files, in fresh processes: wall time, and CPU time
-of the process. Weights are random; the rate of one large product says how fast the machine is at the time.
+answer is that of `python -m amt predict` with pictures in files, in fresh processes: wall time, CPU time, and
+how much of it `import torch` alone takes. Weights are random; the rate of one large product says how fast the
+machine is at the time.
 """
 
 import argparse
-import copy
 import dataclasses
 import json
 import resource
@@ -28,9 +28,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
+import timm
 import torch
 import torch.nn.functional as F
 from harness import machine, spread
@@ -41,7 +42,9 @@ from torch import Tensor
 from amt.cli.options import Parser
 from amt.few_shot.classifier import FewShotClassifier
 from amt.files import checkpoint
-from amt.models.network import CHUNK, Network, resize_positions
+from amt.files.export.merged import at_image_size
+from amt.files.export.timm_model import timm_call
+from amt.models.network import CHUNK, Network
 from amt.models.weights import stream
 from meta_dataset_readers.errors import exit_on_bad_input
 from meta_dataset_readers.settings import positive_int
@@ -95,17 +98,17 @@ def by_hand(network: Network, support: Images, labels: np.ndarray, queries: Imag
 
 
 def chunked(network: Network, images: Images) -> Tensor:
-    """Features (n, D) by timm's own forward pass, in chunks; the module is `of_one_size`."""
+    """Features (n, D) by timm's own forward pass, in chunks; the module is `of_timm`."""
     normal = network.normalise(torch.from_numpy(images))
     with torch.no_grad():
         return torch.cat([network.module(part) for part in normal.split(CHUNK)])
 
 
-def of_one_size(network: Network) -> Network:
-    """The network with the position table of its image size: timm's own forward pass resizes none."""
-    module: Any = copy.deepcopy(network.module)
-    grid = network.image_size // network.patch_size
-    module.pos_embed = torch.nn.Parameter(resize_positions(module.pos_embed, (grid, grid)))
+def of_timm(network: Network) -> Network:
+    """timm's own model with the same weights, made for the network's image size."""
+    call = timm_call(network, network.image_size)
+    module = timm.create_model(call.name, **call.options)
+    module.load_state_dict(at_image_size(network, network.weights))
     return dataclasses.replace(network, module=module)
 
 
@@ -117,7 +120,7 @@ def sides(arch: str, folder: Path) -> tuple[dict[str, Callable[[], object]], dic
         FewShotClassifier(write_pool(folder / f"{arch}-{n}.safetensors", network, n), augment_probability=1.0)
         for n in (1, POOL)
     )
-    network = of_one_size(network)
+    network = of_timm(network)
     check_alike(one.fit(support, labels).predict(queries), by_hand(network, support, labels, queries))
     routed = len(support) * 2 * POOL
 
@@ -155,8 +158,16 @@ def take_turns(runs: dict[str, Callable[[], object]], turns: int) -> dict[str, l
     return seconds
 
 
-def cold_starts(arch: str, folder: Path, starts: int, threads: int) -> tuple[list[float], list[float]]:
-    """Wall and CPU seconds of `amt predict` in fresh processes: 25 examples, one picture, no attack."""
+class Cold(NamedTuple):
+    """Seconds of fresh processes: wall and CPU time of a first answer, CPU time of `import torch` alone."""
+
+    wall: list[float]
+    cpu: list[float]
+    torch: list[float]
+
+
+def cold_starts(arch: str, folder: Path, starts: int, threads: int) -> Cold:
+    """`amt predict` in fresh processes, 25 examples, one picture, no attack; in turns with `import torch`."""
     rng = np.random.default_rng(0)
     for label in range(N_WAY):
         (folder / "support" / f"class {label}").mkdir(parents=True, exist_ok=True)
@@ -175,14 +186,21 @@ def cold_starts(arch: str, folder: Path, starts: int, threads: int) -> tuple[lis
         str(threads),
         "--epsilon",
     ]
-    walls, cpus = [], []
+    found = Cold([], [], [])
     for _ in range(starts):
-        before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-        walls.append(time.perf_counter() - began)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        cpus.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    return walls, cpus
+        wall, cpu = process_seconds(command)
+        found.wall.append(wall)
+        found.cpu.append(cpu)
+        found.torch.append(process_seconds([sys.executable, "-c", "import torch"])[1])
+    return found
+
+
+def process_seconds(command: list[str]) -> tuple[float, float]:
+    """Wall and CPU seconds of a process."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def table(seconds: dict[str, list[float]], images: dict[str, int]) -> list[str]:
@@ -210,10 +228,12 @@ def main() -> int:
         for arch in args.arch:
             runs, images = sides(arch, Path(name))
             seconds = take_turns(runs, args.turns)
-            walls, cpus = cold_starts(arch, Path(name), args.starts, threads)
+            cold = cold_starts(arch, Path(name), args.starts, threads)
             print("", arch, "", *table(seconds, images), sep="\n")
-            print(f"\nfirst answer of a cold process: {spread(walls)} s, {spread(cpus)} s of CPU", flush=True)
-            results[arch] = {"seconds": seconds, "cold": {"wall": walls, "cpu": cpus}}
+            torch_alone = f"`import torch` alone {spread(cold.torch)}"
+            print(f"\nfirst answer of a cold process: {spread(cold.wall)} s, {spread(cold.cpu)} s of CPU")
+            print(f"of these {torch_alone}", flush=True)
+            results[arch] = {"seconds": seconds, "cold": cold._asdict()}
     if args.json:
         args.json.write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
     return 0

@@ -37,10 +37,11 @@ def test_as_many_images_go_through_as_the_table_says(tmp_path, monkeypatch):
 
 
 def test_a_run_writes_its_table_and_its_figures(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "cold_starts", lambda *_: ([2.0], [1.5]))
+    monkeypatch.setattr(bench, "cold_starts", lambda *_: bench.Cold([2.0], [1.5], [0.9]))
     ended = called(bench.main, ["predict.py", "--quick", "--threads", 1, "--json", tmp_path / "all.json"])
     assert ended.code == 0, ended.err
     assert "| ours, routed | " in ended.out and "2 (2-2) s, 1.5 (1.5-1.5) s of CPU" in ended.out
+    assert "`import torch` alone 0.9 (0.9-0.9)" in ended.out
     found = json.loads((tmp_path / "all.json").read_text())
     assert set(found["results"]["vit_mini"]["seconds"]) == {
         *("ours, one adapter", "ours, routed", "prototypical network by hand"),

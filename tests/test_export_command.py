@@ -171,8 +171,9 @@ def test_faults_are_one_line(flags, message, mini, tmp_path):
 
 def test_places_that_cannot_be_written_are_one_line(mini, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "is a folder" in complaint(mini, "--to", "timm", "--adapter", 0, "--out", tmp_path)
-    assert "a new or an empty folder" in complaint(mini, "--to", "peft", "--adapter", 0, "--out", tmp_path)
+    assert "is a folder" in complaint(mini, "--to", "onnx", "--adapter", 0, "--out", tmp_path)
+    for to in ("peft", "timm"):
+        assert "a new or an empty folder" in complaint(mini, "--to", to, "--adapter", 0, "--out", tmp_path)
     for to, name in (("timm", "a.safetensors"), ("peft", "a"), ("published", "a.pth")):
         place = tmp_path / "file" / name
         assert "cannot be written" in complaint(mini, "--to", to, "--adapter", 0, "--out", place)

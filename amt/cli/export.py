@@ -1,6 +1,7 @@
 """Write a pool, or the network it becomes for one task, in the formats of other tools.
 
     python -m amt export POOL --to timm --support FOLDER --out net.safetensors    a state dict for timm
+    python -m amt export POOL --to timm --support FOLDER --out NET                a folder for timm, and a hub
     python -m amt export POOL --to peft --adapter 0 --out ADAPTER                 a folder for PEFT
     python -m amt export POOL --to onnx --coefficients 0.7 0.3 0 0 --out net.onnx pixels in, features out
     python -m amt export POOL --to torch --support FOLDER --out net.pt2           the same for torch.export
@@ -47,7 +48,12 @@ def parser() -> Parser:
     parser = Parser(__doc__.partition("\n")[0], "python -m amt export")
     parser.add_argument("pool", type=as_path, help="checkpoint of LoRAs, ours or published")
     parser.add_argument("--to", choices=FORMATS, required=True, help="whose format")
-    parser.add_argument("--out", type=as_path, required=True, help="the file, for peft the folder, to write")
+    parser.add_argument(
+        "--out",
+        type=as_path,
+        required=True,
+        help="the file to write; the folder for peft, and for timm if the name has no ending",
+    )
     parser.add_argument("--arch", help="backbone (default: what the checkpoint says)")
     parser.add_argument(
         "--pretrained_checkpoint",

@@ -364,7 +364,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     def export(self, file: str | os.PathLike) -> list[Path]:
         """Write the merged network and its head for other tools, by the file's ending: .onnx for ONNX
-        runtimes, .pt2 for torch.export, .safetensors for timm. The paths written, that of `file` first.
+        runtimes, .pt2 for torch.export, .safetensors for timm; without ending a folder for timm. The paths
+        written, that of `file` first.
 
         Raises:
             InputError: another ending, a missing package, a mixture of two networks, or a place that cannot
@@ -375,9 +376,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         ['net.safetensors', 'net.safetensors.README.txt', 'net.safetensors.prototypes.safetensors']
         """
         check_is_fitted(self, "task_")
-        path, formats = Path(file), {".onnx": "onnx", ".pt2": "torch", ".safetensors": "timm"}
+        path, formats = Path(file), {".onnx": "onnx", ".pt2": "torch", ".safetensors": "timm", "": "timm"}
         if path.suffix not in formats:
-            raise InputError(f"{path}: expected a name that ends in {', '.join(formats)}")
+            known = ", ".join(filter(None, formats))
+            raise InputError(f"{path}: expected a name that ends in {known}, or a folder's, without ending")
         export.check_single(self.task_.head)
         return export.save(path, formats[path.suffix], self.task_.to("cpu").merged)
 

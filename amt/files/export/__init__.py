@@ -1,6 +1,7 @@
 """Ways out: what a pool has learnt, in the formats of other people's tools.
 
-    timm        the merged network of one task as a state dict that timm's own model takes, in safetensors
+    timm        the merged network of one task as a state dict that timm's own model takes, in safetensors; or
+                as a folder that `timm.create_model("local-dir:FOLDER")` takes
     peft        one LoRA, or a merge of several, as an adapter of Hugging Face's PEFT for the timm model
     torch       the merged feature extractor as a torch.export program (.pt2): pixels in, features out
     onnx        the same for ONNX runtimes
@@ -35,6 +36,7 @@ from amt.files.export.peft import adapter_files, peft_adapter
 from amt.files.export.programs import exported_program, onnx_model, torch_program
 from amt.files.export.published_layout import published_state
 from amt.files.export.readme import export_readme, loading_lines, published_readme
+from amt.files.export.timm_folder import timm_folder
 from amt.files.export.timm_model import timm_call, timm_state
 from amt.models.pool import Pool
 from meta_dataset_readers.errors import InputError
@@ -72,7 +74,8 @@ def save(path: Path, to: str, merged: MergedNetwork, pool: Pool | None = None) -
     whole, appears at once or not at all.
 
     Args:
-        path: a file, which is replaced if it is there; for "peft" a folder that is empty or not there.
+        path: a file, which is replaced if it is there; for "peft", and for "timm" if the name has no ending,
+            a folder that is empty or not there.
         pool: what `merged` was merged from, which only "peft" needs.
 
     Returns:
@@ -85,7 +88,9 @@ def save(path: Path, to: str, merged: MergedNetwork, pool: Pool | None = None) -
     about = describe(merged, to)
     if to == "peft":
         assert pool is not None, "an adapter holds the factors of a pool"
-        return _save_adapter(path, merged, pool, about)
+        return _save_folder(path, adapter_files(path, merged, pool, about))
+    if is_folder(path, to):
+        return _save_folder(path, timm_folder(path, merged, about))
     if to == "timm":
         content = serialise(timm_state(merged), as_metadata(about))
     else:
@@ -113,17 +118,23 @@ def save_published(path: Path, pool: Pool, adapter: int | None = None) -> list[P
 
 def check_place(path: Path, to: str) -> None:
     """Raise an `InputError` if an export in this format cannot be written to `path`."""
-    if to == "peft":
+    if is_folder(path, to):
         try:
             taken = os.path.lexists(path) and (not path.is_dir() or any(path.iterdir()))
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from error
         if taken:
-            raise InputError(f"{path}: is there already, expected a new or an empty folder for the adapter")
+            raise InputError(f"{path}: is there already, expected a new or an empty folder")
     elif path.is_dir():
         raise InputError(f"{path}: is a folder, expected the name of a file")
     elif not path.name.endswith(ending := _ENDINGS.get(to, "")):
-        raise InputError(f"{path}: expected a name that ends in {ending}, as {to} reads no other")
+        folder = ", or a folder's, without ending" if to == "timm" else ""
+        raise InputError(f"{path}: expected a name that ends in {ending}, as {to} reads no other{folder}")
+
+
+def is_folder(path: Path, to: str) -> bool:
+    """Whether an export in this format to `path` is a folder."""
+    return to == "peft" or (to == "timm" and not path.suffix)
 
 
 def _save_beside(path: Path, content: bytes, merged: MergedNetwork, about: dict) -> list[Path]:
@@ -142,8 +153,7 @@ def _save_beside(path: Path, content: bytes, merged: MergedNetwork, about: dict)
     return list(files)
 
 
-def _save_adapter(folder: Path, merged: MergedNetwork, pool: Pool, about: dict) -> list[Path]:
-    files = adapter_files(folder, merged, pool, about)
+def _save_folder(folder: Path, files: dict[str, bytes]) -> list[Path]:
     write_folder(folder, files)
     return [folder, *(folder / name for name in files)]
 
