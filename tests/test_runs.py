@@ -13,7 +13,7 @@ from conftest import fails, patterned_episode
 from amt.attacks.kinds import Attack
 from amt.evaluation import runs
 from amt.evaluation.evaluate import columns, measure
-from amt.evaluation.samples import SAMPLED, sample_of
+from amt.evaluation.samples import LARGEST, SAMPLED, sample_of
 from amt.evaluation.writer import Writer
 from amt.tasks.classifier import Classifier
 
@@ -292,7 +292,7 @@ def test_a_sample_of_before_there_was_support_in_it_is_read(tmp_path):
     assert len(sample.clean) == SAMPLED and len(sample.support) == len(sample.shots) == 0
 
 
-@pytest.mark.parametrize("damage", ["cut", "pickle", "labels", "shape", "support"])
+@pytest.mark.parametrize("damage", ["cut", "pickle", "labels", "shape", "support", "bomb"])
 def test_a_damaged_sample_is_named(tmp_path, damage):
     episode, measured = measured_toy()
     with Writer(tmp_path, ABOUT | {"sources": ["tiny"]}) as out:
@@ -310,4 +310,14 @@ def test_a_damaged_sample_is_named(tmp_path, damage):
         path.write_bytes(path.read_bytes()[:200])
     if damage == "pickle":
         np.savez(path, clean=np.array([{}], dtype=object))
+    if damage == "bomb":
+        np.savez_compressed(path, clean=np.zeros(LARGEST + 1, np.uint8))
     fails("no sample of images", runs.load(tmp_path).samples)
+
+
+def test_a_pipe_among_the_samples_does_not_hang(tmp_path):
+    with Writer(tmp_path, ABOUT | {"sources": ["tiny"]}) as out:
+        out.append(row("tiny", 2))
+    (tmp_path / "samples").mkdir()
+    os.mkfifo(tmp_path / "samples" / "x.npz")
+    fails("x.npz: is a pipe", runs.load(tmp_path).samples)

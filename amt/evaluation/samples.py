@@ -1,6 +1,7 @@
 """A few images of an episode, clean and attacked, for people to look at: RUN/samples/SOURCE-INDEX.npz."""
 
 import io
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,10 +13,11 @@ from amt.evaluation.evaluate import Measurement
 from amt.models.heads import index_in_class
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
-from meta_dataset_readers.files import replace_file
+from meta_dataset_readers.files import read_bytes, replace_file
 
 SAMPLED = 10  # queries kept of an episode
 SUPPORT_SAMPLED = 20  # support images kept of it
+LARGEST = 2**28  # bytes of a file; forty images of 512 px are a third of that
 _DTYPES = {
     **{"clean": "u1", "attacked": "u1", "perturbation": "f2"},
     **{"labels": "i8", "predicted_clean": "i8", "predicted_attacked": "i8"},
@@ -107,8 +109,10 @@ def read_samples(folder: Path) -> list[Sample]:
 
 
 def _read_sample(path: Path) -> Sample:
+    content = read_bytes(path, LARGEST)
     try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+        _check_size(content)
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
             found = {name: file[name] for name in Sample._fields if name not in _SUPPORT}
             found |= {name: file[name] for name in _SUPPORT if name in file}
         texts = {
@@ -124,6 +128,14 @@ def _read_sample(path: Path) -> Sample:
     if not good:
         raise InputError(f"{path}: no sample of images (its arrays do not fit each other)")
     return sample
+
+
+def _check_size(content: bytes) -> None:
+    """Raise ValueError for a file that unpacks to more than any sample has."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > LARGEST:
+        raise ValueError(f"unpacks to {unpacked} bytes, at most {LARGEST} are read")
 
 
 def _fits(sample: Sample) -> bool:
