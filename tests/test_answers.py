@@ -16,6 +16,7 @@ from amt.evaluation import runs
 from amt.evaluation.answers import answered, first_wrong
 from amt.evaluation.classes import by_class, confusions, gather, most_confused
 from amt.evaluation.evaluate import columns, measure
+from amt.evaluation.test_set import as_episode, image_rows
 from amt.report.answer_files import NAMES, write_answers
 from amt.tasks.classifier import Classifier
 
@@ -87,6 +88,22 @@ def test_logits_that_are_no_numbers_are_no_answer():
     assert answers["predicted"]["pgd1@1"][0] is None
 
 
+def test_of_a_test_set_every_picture_has_a_row_with_its_answers():
+    episode = patterned_episode(0, n_way=3, queries=4)
+    tested = as_episode(episode.query, episode.query_labels, "toys", "abc")
+    swapped = episode.query[[0, 2, 1]].flatten(1)  # right about the first class alone
+    near = flat_classifier(lambda images: -torch.cdist(images.flatten(1), swapped))
+    found = measure(lambda _: near, tested, ATTACKS[:1], chunk=5)
+    rows = image_rows(found, tested, range(20, 32), ATTACKS[:1], [f"file {k}" for k in range(20, 32)])
+    for row, label in zip(rows, tested.query_labels.tolist(), strict=True):
+        answers = row["answers"]
+        assert answers["files"] == [f"file {row['index']}"] and answers["labels"] == [label]
+        assert answers["predicted"]["clean"] == [row["predicted"]] and "classes" not in answers
+        for column, (predicted,) in answers["predicted"].items():
+            assert row[column] == (predicted == label)
+    assert len({row["pgd2@4"] for row in rows} | {row["clean"] for row in rows}) == 2
+
+
 # --- by class --------------------------------------------------------------------------------------------
 
 ABOUT = {
@@ -146,6 +163,8 @@ def test_the_names_of_a_test_set_are_those_of_its_run(tmp_path):
     assert [(each.name, each.mean) for each in by_class(found, "clean")] == [("x", 0), ("z", 100)]
     assert math.isinf(by_class(found, "clean")[0].interval)
     assert {(e.true, e.other) for e in confusions(found, "clean")} == {(a, b) for a in "xz" for b in "xyz"}
+    header, first, _ = write_answers(run)[0].read_text().splitlines()
+    assert header == "domain,image,file,record,class,clean,p(clean)" and first == "a,0,,,x,y,0.5"
 
 
 def test_tables_for_other_programs_hold_every_answer(tmp_path):
