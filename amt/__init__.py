@@ -15,8 +15,9 @@ The method's own parts:
 A name is imported when it is first used.
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from meta_dataset_readers.importing import imported
 
 if TYPE_CHECKING:
     from amt.attacks.evaluation import attack_queries, attack_support
@@ -91,7 +92,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(imported(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
