@@ -1,5 +1,6 @@
 """Imports cost what they need: help, errors and names come without torch."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 import amt
 import meta_dataset_readers
+from meta_dataset_readers import importing
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "timm", "torchvision", "h5py", "numpy", "PIL", "matplotlib", "yaml"}
@@ -70,6 +72,24 @@ def test_a_task_of_a_network_in_the_table_comes_without_what_takes_seconds():
     slow = {"timm", "torchvision", "torch._dynamo", "sympy", "scipy.special", "matplotlib", "gradio", "httpx"}
     assert not loaded(f"{names}\n{build}") & (slow - {"scipy.special"})  # which scikit-learn needs
     assert not loaded(f"from amt.few_shot import fitting, pictures, task_file\n{build}") & slow
+
+
+def test_importing_leaves_the_search_for_garbage_as_it_was(monkeypatch):
+    """It is off meanwhile, on again afterwards, also where the import fails; who has it off keeps it off."""
+    seen = []
+    monkeypatch.setattr(importing.importlib, "import_module", lambda name: seen.append(gc.isenabled()))
+    importing.imported("anything")
+    assert seen == [False] and gc.isenabled()
+    monkeypatch.undo()
+    with pytest.raises(ModuleNotFoundError):
+        importing.imported("meta_dataset_readers.nonsense")
+    assert gc.isenabled() and importing.imported("amt.attacks.kinds").parse_attack
+    gc.disable()
+    try:
+        importing.imported("amt.attacks.kinds")
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("package", [amt, meta_dataset_readers])

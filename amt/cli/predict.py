@@ -27,6 +27,7 @@ from amt.cli.options import Parser, check_output
 from amt.models.head_settings import Head
 from meta_dataset_readers.errors import DamagedRecord, InputError, one_line, printable, say
 from meta_dataset_readers.files import replace_file
+from meta_dataset_readers.lazy import imported
 from meta_dataset_readers.settings import Number, as_path, nonnegative, nonnegative_int
 
 if TYPE_CHECKING:
@@ -124,10 +125,10 @@ def add_model(parser: Parser) -> None:
 def main(argv: Sequence[str]) -> int:
     args = parser().parse(argv)
     check(args)
-    found = list(files(args.images))
-    # Only now torch is imported: nobody waits for it who mistyped a flag.
+    imported("amt.few_shot.fitting")  # and with it torch: nobody waits for it who mistyped a flag
     from amt.few_shot import task_file
 
+    found = list(files(args.images))
     options.use_threads(args)
     task = task_of(args)
     describe(task)
