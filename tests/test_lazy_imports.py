@@ -10,7 +10,7 @@ import pytest
 
 import amt
 import meta_dataset_readers
-from meta_dataset_readers import importing
+from meta_dataset_readers import lazy
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "timm", "torchvision", "h5py", "numpy", "PIL", "matplotlib", "yaml"}
@@ -77,16 +77,16 @@ def test_a_task_of_a_network_in_the_table_comes_without_what_takes_seconds():
 def test_importing_leaves_the_search_for_garbage_as_it_was(monkeypatch):
     """It is off meanwhile, on again afterwards, also where the import fails; who has it off keeps it off."""
     seen = []
-    monkeypatch.setattr(importing.importlib, "import_module", lambda name: seen.append(gc.isenabled()))
-    importing.imported("anything")
+    monkeypatch.setattr(lazy.importlib, "import_module", lambda name: seen.append(gc.isenabled()))
+    lazy.imported("anything")
     assert seen == [False] and gc.isenabled()
     monkeypatch.undo()
     with pytest.raises(ModuleNotFoundError):
-        importing.imported("meta_dataset_readers.nonsense")
-    assert gc.isenabled() and importing.imported("amt.attacks.kinds").parse_attack
+        lazy.imported("meta_dataset_readers.nonsense")
+    assert gc.isenabled() and lazy.imported("amt.attacks.kinds").parse_attack
     gc.disable()
     try:
-        importing.imported("amt.attacks.kinds")
+        lazy.imported("amt.attacks.kinds")
         assert not gc.isenabled()
     finally:
         gc.enable()
