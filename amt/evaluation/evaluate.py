@@ -263,7 +263,7 @@ def evaluate(
     >>> from amt.tasks.classifier import pretrained_predictor
     >>> rows = evaluate(pretrained_predictor(network), [episode], [Attack("pgd", (8,), steps=2)])
     >>> sorted(next(rows))[:3]
-    ['clean', 'coefficients', 'fit_seconds']
+    ['answers', 'clean', 'coefficients']
     """
     for episode in episodes:
         yield measure(predict, episode, attacks, seed, others).row
