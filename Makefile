@@ -46,7 +46,7 @@ wheel-test: $(STAMP) ## build the wheel and use it in an environment of its own 
 	$(PY) -m tools.try_wheel $(if $(PYTHON),--python "$(PYTHON)")
 
 demo: $(STAMP) ## make small data sets, meta-train on them, evaluate
-	@echo "demo: data sets, training, evaluation; about five minutes on two cores"
+	@echo "demo: data sets, training, evaluation; about eight minutes on one core"
 	$(PY) -m meta_dataset_readers.mini --out data/mini
 	$(PY) main.py @recipes/mini_demo.args
 	@rm -rf results/mini_demo*  # of another pool they would not be continued

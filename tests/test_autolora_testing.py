@@ -456,7 +456,7 @@ def test_the_page_speaks_of_images(whole, other):
     for word in ("episode", "Few-shot", "support images", "-way", "ways,"):
         assert word not in visible, word
     assert "70, of 5 classes" in visible and "on the same images" in visible
-    assert visible.count("fog") == 1 and "Sample images" in visible
+    assert visible.count("fog") == 1 and "Example images" in visible
     assert "Common corruptions" not in page([runs.load(whole)])
 
 
