@@ -185,7 +185,7 @@ class Problem:
         few = slice(0, 48)
         right = int((found[few] == labels[few]).sum())
         for epsilon in (2.0 ** (-half / 2) for half in itertools.count(-14)):
-            _, fooled = pgd(
+            _, fooled, _ = pgd(
                 logits_of,
                 self.images[few],
                 labels[few],

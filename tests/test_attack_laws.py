@@ -79,7 +79,7 @@ def test_epsilon_zero_is_the_clean_image(network, pool, episode, start):
     loss_of = climb(logits_of, episode.query_labels)
     attacked = ascend(loss_of, episode.query, deltas, level.pyramid, level.steps)
     assert torch.equal(attacked, episode.query)
-    attacked, _ = pgd(
+    attacked, *_ = pgd(
         logits_of,
         episode.query,
         episode.query_labels,
@@ -116,7 +116,7 @@ def test_pgd_stays_in_the_ball_and_in_range(network, pool, epsilon, share, steps
     episode = make_episode(seed)
     logits_of = classifier(network, pool.merge([1.0, 0.0, 0.0]), episode)
     clean = episode.query.clone()
-    attacked, fooled = pgd(
+    attacked, fooled, _ = pgd(
         logits_of,
         episode.query,
         episode.query_labels,

@@ -316,7 +316,7 @@ def test_images_made_for_another_network_go_on_after_it_is_fooled():
     plane = Plane()
     images, labels = plane.images([1.0], "linf"), torch.zeros(1, dtype=torch.int64)
     ball = Ball("linf", 8 / 255, 1 / 255)
-    stopped, _ = pgd(plane, images, labels, ball, 10, generator())
+    stopped, *_ = pgd(plane, images, labels, ball, 10, generator())
     start = ball.start(images, generator())
     going = ascend(lambda moved: F.cross_entropy(plane(moved), labels), images, start, ball, 10)
     assert plane(going)[0, 0] < plane(stopped)[0, 0] < 0

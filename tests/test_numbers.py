@@ -99,7 +99,7 @@ def test_an_attack_that_reaches_nan_has_fooled_the_network():
         return torch.full((len(images), 2), math.nan, requires_grad=True) + images.sum()
 
     images, labels = torch.rand(2, 3, 2, 2), torch.zeros(2, dtype=torch.int64)
-    _, fooled = pgd(fragile, images, labels, Ball("linf", 0.1, 0.1), 1, torch.Generator())
+    _, fooled, _ = pgd(fragile, images, labels, Ball("linf", 0.1, 0.1), 1, torch.Generator())
     assert fooled.all()
     assert misclassified(torch.tensor([[1.0, 0.0], [math.nan, 0.0]]), labels).tolist() == [False, True]
 

@@ -17,7 +17,7 @@ from amt.attacks.kinds import Attack
 from amt.attacks.levels import Perturbation
 from amt.attacks.library import library_attack
 from amt.attacks.losses import kl_sum, loss_sum, misclassified
-from amt.attacks.perturb import Ball, ascend, end_of_ascent, input_gradient, pgd
+from amt.attacks.perturb import Ball, ascend, end_of_ascent, filled, input_gradient, pgd
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -28,11 +28,13 @@ class Attacked(NamedTuple):
     Args:
         images: in [0, 1], within epsilon of the originals: queries (Q, 3, H, W), or support (S, 3, H, W).
         fooled: (Q,) bool, which queries the attacked classifier gets wrong.
+        logits: (Q, N) of the queries, which say so.
         variant: what was run, where the episode decides it; empty otherwise.
     """
 
     images: Tensor
     fooled: Tensor
+    logits: Tensor
     variant: str = ""
 
 
@@ -76,11 +78,12 @@ def attack_queries(
     """
     fooled = torch.zeros_like(labels, dtype=torch.bool)
     if n_way == 1 or len(images) == 0:
-        return Attacked(images, fooled)
+        return Attacked(images, fooled, images.new_zeros(len(images), n_way))
     if attack.kind == "transfer" and not others:
         raise ValueError("a transfer attack needs a surrogate, the network that its images are made on")
     others = others[:1] if attack.kind == "transfer" else others
-    found, states = images.clone(), [generator.get_state() for generator in generators]
+    found, seen = images.clone(), images.new_empty(len(images), 0)
+    states = [generator.get_state() for generator in generators]
     for part in attack.parts():
         for surrogate in others if part.kind == "transfer" else (logits,):
             left = (~fooled).nonzero().squeeze(1)
@@ -88,9 +91,9 @@ def attack_queries(
                 break
             own = [_rewound(generators[k], states[k]) for k in left.tolist()] if part.kind in _OURS else []
             task = _Task(part, epsilon, logits, images[left], labels[left], n_way)
-            moved, wrong = _attacked(task, surrogate, own, seed)
-            found[left], fooled[left] = moved, wrong
-    return Attacked(found, fooled, attack.variant(n_way, len(others)))
+            found[left], fooled[left], logits_there = _attacked(task, surrogate, own, seed)
+            seen = filled(seen, left, logits_there)
+    return Attacked(found, fooled, seen, attack.variant(n_way, len(others)))
 
 
 _OURS = ("pgd", "pyramid", "transfer")  # not the library's
@@ -114,8 +117,8 @@ def _rewound(generator: torch.Generator, state: Tensor) -> torch.Generator:
 
 def _attacked(
     task: _Task, surrogate: Logits, generators: Sequence[torch.Generator], seed: int
-) -> tuple[Tensor, Tensor]:
-    """The images as one part of an attack leaves them, and which of them are misclassified."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The images as one part of an attack leaves them, which of them are misclassified, and their logits."""
     kind = task.attack.kind
     if kind == "pgd":
         return _pgd(task, generators)
@@ -124,7 +127,8 @@ def _attacked(
     else:
         found = library_attack(*task, seed)
     with torch.no_grad():
-        return found, misclassified(task.logits(found), task.labels)
+        seen = task.logits(found)
+    return found, misclassified(seen, task.labels), seen
 
 
 def attack_support(
@@ -154,14 +158,14 @@ def attack_support(
     torch.Size([4])
     """
     ball = _ball(attack, epsilon)
-    worst = Attacked(support, torch.zeros_like(labels, dtype=torch.bool))
+    worst = Attacked(support, torch.zeros_like(labels, dtype=torch.bool), query.new_empty(len(query), 0))
 
     def look(points: Tensor) -> Tensor:
         nonlocal worst
         logits = fit(points)(query)
         wrong = misclassified(logits, labels)
-        if wrong.sum() > worst.fooled.sum():
-            worst = Attacked(points.detach(), wrong)
+        if not worst.logits.shape[1] or wrong.sum() > worst.fooled.sum():
+            worst = Attacked(points.detach(), wrong, logits.detach())
         return logits
 
     def loss_at(points: Tensor) -> Tensor | None:
@@ -180,10 +184,11 @@ def _ball(attack: Attack, epsilon: float) -> Ball:
     return Ball(attack.norm, epsilon / 255, attack.step_at(epsilon) / 255)
 
 
-def _pgd(task: _Task, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+def _pgd(task: _Task, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor, Tensor]:
     """PGD, restarted from another point for the images that withstood."""
     attack, images, labels = task.attack, task.images, task.labels
     found, fooled = images.clone(), torch.zeros_like(labels, dtype=torch.bool)
+    seen = images.new_empty(len(images), 0)
     for _ in range(attack.restarts):
         left = (~fooled).nonzero().squeeze(1)
         if len(left) == 0:
@@ -191,8 +196,9 @@ def _pgd(task: _Task, generators: Sequence[torch.Generator]) -> tuple[Tensor, Te
         own = [generators[k] for k in left.tolist()]
         loss_of = _objective(task._replace(images=images[left], labels=labels[left]))
         ball, steps = _ball(attack, task.epsilon), attack.budget
-        found[left], fooled[left] = pgd(task.logits, images[left], labels[left], ball, steps, own, loss_of)
-    return found, fooled
+        moved, wrong, logits = pgd(task.logits, images[left], labels[left], ball, steps, own, loss_of)
+        found[left], fooled[left], seen = moved, wrong, filled(seen, left, logits)
+    return found, fooled, seen
 
 
 def _to_the_end(task: _Task, generators: Sequence[torch.Generator]) -> Tensor:

@@ -275,6 +275,13 @@ def _length(images: Tensor) -> Tensor:
     return images.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
 
 
+def filled(logits: Tensor, which: Tensor, found: Tensor) -> Tensor:
+    """Logits (Q, N), those of the images `which` (n,) replaced by `found` (n, N); (Q, 0) has none yet."""
+    logits = logits if logits.shape[1] else found.new_empty(len(logits), found.shape[1])
+    logits[which] = found
+    return logits
+
+
 def pgd(
     logits_of: Callable[[Tensor], Tensor],
     images: Tensor,
@@ -283,7 +290,7 @@ def pgd(
     steps: int,
     generator: Generators,
     loss_of: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Projected gradient ascent from a random start (Madry et al. 2018), the attack of evaluation.
 
     An image is left alone as soon as it is misclassified, at any of the steps + 1 points. That makes the
@@ -300,20 +307,24 @@ def pgd(
             summed over the images; None for the cross-entropy.
 
     Returns:
-        Attacked images (Q, 3, H, W) in [0, 1] within the ball, and whether each is misclassified (Q,) bool.
+        Attacked images (Q, 3, H, W) in [0, 1] within the ball, whether each is misclassified (Q,) bool, and
+        the logits (Q, N) that say so, without graph.
 
     >>> ball = Ball("linf", epsilon=8 / 255, step_size=2 / 255)
-    >>> attacked, fooled = pgd(logits, images, labels, ball, 2, torch.Generator())
+    >>> attacked, fooled, found = pgd(logits, images, labels, ball, 2, torch.Generator())
     >>> attacked.shape == images.shape
     True
     """
     attacked = ball.start(images, generator)
     fooled = torch.zeros_like(labels, dtype=torch.bool)
     active = torch.arange(len(images), device=images.device)  # where points are, the images not yet fooled
+    seen = images.new_empty(len(images), 0)
 
     def look(points: Tensor) -> Tensor:
+        nonlocal seen
         logits = logits_of(points)
         fooled[active] = misclassified(logits, labels[active])
+        seen = filled(seen, active, logits.detach())
         return logits
 
     def loss_at(points: Tensor) -> Tensor | None:
@@ -335,7 +346,7 @@ def pgd(
     if not fooled.all():
         with torch.no_grad():
             look(points)
-    return attacked, fooled
+    return attacked, fooled, seen
 
 
 def perturb_weights(

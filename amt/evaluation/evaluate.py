@@ -193,8 +193,7 @@ def _under_query_attack(
             found = attack_some(attack, epsilon, logits, episode, which, generators, seed, surrogates)
             left[which], images[which] = ~found.fooled, found.images
             variants |= {column: found.variant} if found.variant else {}
-            with torch.no_grad():
-                seen = answered(logits(found.images), episode.query_labels[which], ~found.fooled)
+            seen = answered(found.logits, episode.query_labels[which], ~found.fooled)
             answers = replaced(answers, which, seen)
         columns[column] = _Column(left, answers)
     return columns, images, variants
@@ -217,8 +216,7 @@ def _under_support_attack(
         harmed = clean.correct.clone()
         harmed[which] = ~found.fooled
         if harmed.sum() < left.correct.sum():
-            with torch.no_grad():
-                seen = answered(fit(found.images)(query), labels, ~found.fooled)
+            seen = answered(found.logits, labels, ~found.fooled)
             left = _Column(harmed, replaced(clean.answers, which, seen))
         columns[column] = left
     return columns

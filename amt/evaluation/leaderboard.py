@@ -138,7 +138,11 @@ def read(path: Path) -> Run:
 
 
 def parse(path: Path, text: str | bytes) -> Run:
-    """The row that the text of the file `path` stands for; result and errors as of `read`."""
+    """The row that the text of the file `path` stands for, as `read` returns it.
+
+    Raises:
+        InputError: the text is no row, or one of another protocol.
+    """
     found = conform(str(path), parse_json(str(path), text), _File)
     if found["protocol"] != PROTOCOL:
         raise InputError(f"{path}: its protocol is {found['protocol']}, expected {PROTOCOL}")

@@ -70,7 +70,7 @@ def probe(
     counts: dict = {"images": len(images), "queries": len(right), "changed": changed}
     if len(images) == 0 or episode.n_way == 1:
         return counts
-    _, fell = pgd(again, images, own, Ball("linf", 0, 0), steps=1, generator=stream(seed, 0))
+    _, fell, _ = pgd(again, images, own, Ball("linf", 0, 0), steps=1, generator=stream(seed, 0))
     counts["changed"] += int(fell.sum())
 
     counts["no_gradient"] = _flat(logits, images, own, attacks, episode.n_way)

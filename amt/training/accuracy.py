@@ -70,7 +70,7 @@ def validate(
         right, count = right + len(correct), count + len(labels)
         if len(correct) == 0:
             continue
-        _, fooled = pgd(
+        _, fooled, _ = pgd(
             logits_of,
             images[correct],
             labels[correct],
