@@ -76,7 +76,9 @@ class OrderedLoader(DataLoader):
             item = next(iterator, _END)
             found = pickle.loads(item) if isinstance(item, bytes) else item
         except (RuntimeError, OSError, EOFError) as error:
-            wait([each.sentinel for each in self._processes], timeout=_DYING)
+            ended = wait([each.sentinel for each in self._processes], timeout=_DYING)
+            for each in self._processes:  # its files close a moment before there is an exit code
+                each.join(_DYING if each.sentinel in ended else 0)
             dead = [each.exitcode for each in self._processes if each.exitcode]
             if not dead:
                 raise

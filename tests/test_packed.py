@@ -35,7 +35,7 @@ from meta_dataset_readers.errors import DamagedRecord, InputError
 from meta_dataset_readers.packed import open_packed
 from meta_dataset_readers.protocol import EpisodeSampling
 from meta_dataset_readers.reader import EpisodeReader
-from meta_dataset_readers.spec import DatasetSpec, load_spec
+from meta_dataset_readers.spec import SPEC_FILE, DatasetSpec, load_spec
 from meta_dataset_readers.store import ImageStore, Source
 from meta_dataset_readers.tfrecord import open_records
 
@@ -130,9 +130,8 @@ def pixel_source(directory: Path) -> Source:
     rng = np.random.default_rng(0)
     arrays = [[rng.integers(0, 256, (5, 7, 3), dtype=np.uint8) for _ in range(n)] for n in (2, 3)]
     splits = {"TRAIN": range(0), "VALID": range(0, 1), "TEST": range(1, 2)}
-    return Source(
-        DatasetSpec("pixels", directory, splits, (2, 3), ("a/b", "ü")), PixelStore(arrays), "square"
-    )
+    spec = DatasetSpec("pixels", directory, splits, (2, 3), ("a/b", "ü"), told_by="pixels.npy")
+    return Source(spec, PixelStore(arrays), "square")
 
 
 def test_a_layout_without_picture_files_or_specification_is_packed_without_loss(tmp_path):
@@ -141,7 +140,8 @@ def test_a_layout_without_picture_files_or_specification_is_packed_without_loss(
     list(convert({"pixels": original}, tmp_path / "out"))
     copy = open_packed(tmp_path / "out" / "pixels", "pixels")
     assert copy.resize == "square"
-    assert copy.spec == DatasetSpec(**vars(original.spec) | {"directory": tmp_path / "out" / "pixels"})
+    here = {"directory": tmp_path / "out" / "pixels", "told_by": SPEC_FILE}
+    assert copy.spec == DatasetSpec(**vars(original.spec) | here)
     for class_id, arrays in enumerate(original.store.arrays):
         assert copy.store.count(class_id) == len(arrays)
         for index, array in enumerate(arrays):
