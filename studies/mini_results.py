@@ -21,6 +21,8 @@ from meta_dataset_readers.files import replace_file
 from studies.mini_study import GAMMAS, KNOB, ORACLE, REFERENCE, ROWS
 
 AVERAGE = "average"
+BEST = "best single"
+OF_THE_POOL = [row.name for row in ROWS if row.trainings == ("pool",) and row.name != BEST]
 GAMMA_ROWS = [f"weight perturbation, gamma {gamma:g}" for gamma in GAMMAS]
 HEAD = """# Results of the mini study
 
@@ -119,13 +121,19 @@ def section(title: str, rows: dict[str, Run], picture: str) -> str:
         others = [name for name in rows if name not in (REFERENCE, *GAMMA_ROWS)]
         parts += ["Paired differences from the pretrained network, in points:\n"]
         parts += [differences(rows, REFERENCE, others), ""]
+    pools = [name for name in OF_THE_POOL if name in rows]
+    if BEST in rows and pools:
+        parts += [
+            "The same pools otherwise: paired differences from the best single adapter with prototypes:\n"
+        ]
+        parts += [differences(rows, BEST, pools), ""]
     gammas = [name for name in GAMMA_ROWS if name in rows]
     if len(gammas) > 1:
         parts += [f"Does the weight perturbation help? Paired differences from {gammas[0]}:\n"]
         parts += [differences(rows, gammas[0], gammas[1:]), ""]
     parts += ["Means, in brackets those of each seed:\n", means(rows), ""]
     parts += [f"![clean and robust accuracy, {title}]({picture})\n"]
-    parts += ["The joined points are the knob from clean to robust; the oracle is no method.", ""]
+    parts += ["Joined points are the knob from clean to robust; the oracle is no method.", ""]
     return "\n".join(parts)
 
 

@@ -213,7 +213,8 @@ def compose(
     grid = drawing.subplots(down, across, squeeze=False).flat
     if entries:
         handles = [_handle(*entry) for entry in entries]
-        ncols = min(len(handles), max(1, int(width * across / 1.2)))
+        widest = 0.55 + 0.075 * max(len(each.get_label()) for each in handles)  # inches, roughly
+        ncols = min(len(handles), max(1, int(width * across / widest)))
         drawing.legend(handles=handles, loc="outside upper center", ncols=ncols, handlelength=3.2)
     for axes, panel in zip(grid, panels, strict=False):
         _draw(axes, panel)

@@ -107,5 +107,5 @@ def plane(shown: Sequence[Shown], joined: Sequence[str] = ()) -> Figure | None:
         f"intervals. {CHANCE}"
     )
     table = Table(("row", "clean", *INTERVAL, "under attack", "n"), rows)
-    panel = Panel("", "", x, y, tuple(series))
+    panel = Panel("", "", x, y, tuple(series), labelled=True)
     return Figure("plane", "Clean and robust accuracy", caption, (panel,), table)
