@@ -39,6 +39,11 @@ class Episode:
         class names."""
         return int(self.support_labels.max()) + 1 if len(self.support_labels) else len(self.class_names)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """A name for every class by label, also where the source gives none."""
+        return self.class_names or tuple(f"class {label}" for label in range(self.n_way))
+
     def to(self, device) -> "Episode":
         """The same episode with its four tensors on `device`."""
         return dataclasses.replace(

@@ -74,12 +74,16 @@ def _some(answers: Answers, which: Tensor) -> Answers:
 
 def row_answers(episode: Episode, by_column: Mapping[str, Answers]) -> dict:
     """The "answers" of an episode's row, see `noted.NotedAnswers`."""
-    names = episode.class_names or tuple(f"class {label}" for label in range(episode.n_way))
     origin = {}
     if episode.query_origin:
         origin["files"] = [each.file for each in episode.query_origin]
         origin["records"] = [each.record for each in episode.query_origin]
-    return {"classes": list(names), "labels": episode.query_labels.tolist(), **_lists(by_column), **origin}
+    return {
+        "classes": list(episode.names),
+        "labels": episode.query_labels.tolist(),
+        **_lists(by_column),
+        **origin,
+    }
 
 
 def image_answers(k: int, label: int, by_column: Mapping[str, Answers], origin: str) -> dict:

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.sparse import coo_matrix, csr_matrix
 
+from amt.evaluation.answers import NONE
 from amt.evaluation.runs import Run
-
-NONE = -1
 
 
 class ClassAccuracy(NamedTuple):

@@ -77,7 +77,7 @@ def sample_of(episode: Episode, measured: Measurement) -> Sample:
         pixels(attacked),
         (255 * (attacked - clean)).half().permute(0, 2, 3, 1).cpu().numpy(),
         *(numbers.cpu().numpy() for numbers in (labels[chosen], *guesses)),
-        episode.class_names or tuple(f"class {label}" for label in range(episode.n_way)),
+        episode.names,
         pixels(episode.support[seen]),
         shown[seen].cpu().numpy(),
         shown.bincount(minlength=episode.n_way * bool(len(shown))).cpu().numpy(),
