@@ -86,10 +86,8 @@ def differences(rows: dict[str, Run], reference: str, names: Sequence[str]) -> s
 def _difference(found: Summary | None) -> str:
     if found is None:
         return "–"
-    sure = abs(found.mean) > found.interval and (found.low > 0 or found.high < 0)
-    return (
-        f"{found.mean:+.1f} ±{found.interval:.1f} [{found.low:+.1f}, {found.high:+.1f}]{'*' if sure else ''}"
-    )
+    star = "*" * abs(found.decided)
+    return f"{found.mean:+.1f} ±{found.interval:.1f} [{found.low:+.1f}, {found.high:+.1f}]{star}"
 
 
 def means(rows: dict[str, Run]) -> str:

@@ -81,12 +81,11 @@ def per_seed(ours: Run, theirs: Run, columns: Sequence[str]) -> list[str]:
 
 def cell(difference: Summary) -> str:
     """For example `+3.1 +- 1.2 [+1.9, +4.2]*`."""
-    sure = abs(difference.mean) > difference.interval and (difference.low > 0 or difference.high < 0)
     if not math.isfinite(difference.interval):
         return f"{difference.mean:+.1f} +- n/a "
     return (
         f"{difference.mean:+.1f} +- {difference.interval:.1f} "
-        f"[{difference.low:+.1f}, {difference.high:+.1f}]{'*' if sure else ' '}"
+        f"[{difference.low:+.1f}, {difference.high:+.1f}]{'*' if difference.decided else ' '}"
     )
 
 

@@ -38,6 +38,13 @@ class Summary(NamedTuple):
     low: float
     high: float
 
+    @property
+    def decided(self) -> int:
+        """Of a difference: 1 or -1 where both of its intervals exclude zero on that side; else 0."""
+        least = min(self.low, self.mean - self.interval)
+        most = max(self.high, self.mean + self.interval)
+        return (least > 0) - (most < 0)
+
     def __str__(self) -> str:
         return f"{self.mean:.1f} +- {f'{self.interval:.1f}' if math.isfinite(self.interval) else 'n/a'}"
 

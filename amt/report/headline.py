@@ -18,7 +18,6 @@ from amt.report.shown import (
     curve_columns,
     domains,
     half,
-    has_interval,
     norm_of,
     robust_columns,
     row_counts,
@@ -104,12 +103,8 @@ def _verdict(shown: Sequence[Shown], column: str, between: Callable[[Shown, Show
 
 
 def decided(difference: Summary | None) -> int:
-    """1 or -1 where both intervals of a difference exclude zero on that side; else 0."""
-    if difference is None or not has_interval(difference):
-        return 0
-    least = min(difference.low, difference.mean - difference.interval)
-    most = max(difference.high, difference.mean + difference.interval)
-    return (least > 0) - (most < 0)
+    """`Summary.decided`; 0 where there is no difference."""
+    return 0 if difference is None else difference.decided
 
 
 def _sentences(shown: Sequence[Shown], found: Sequence[Verdict]) -> list[Said]:
