@@ -2,6 +2,7 @@
 fraction of the work for a device. Counted on a pretended one, see pretended_device.py."""
 
 import dataclasses
+import signal
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import moved_apart, patterned_episode, random_backbone
 from pretended_device import Seen, on_device, pretended
 from torch import Tensor
 from toy_pools import LEVELS, RANK, make_episode, quick, tensors
+from toy_training import command, signal_after
 
 from amt.attacks.levels import Perturbation
 from amt.attacks.perturb import Ball, Pyramid, ascend, pgd
@@ -23,6 +25,7 @@ from amt.models.pool import (
     pretrained_pool,
     principal_pool,
 )
+from amt.training import meta_tune
 from amt.training.meta_tune import Tuner, started, together
 from amt.training.settings import TuneSettings
 
@@ -94,6 +97,21 @@ def test_a_run_goes_on_with_another_number_of_levels_at_once(network):
     first.step(make_episode(2))
     again.step(make_episode(2))
     assert differing(tensors(again.pool), tensors(first.pool)) == []
+
+
+def test_main_trains_as_many_levels_at_once_as_it_is_told(world, tmp_path, monkeypatch):
+    """Where memory is short; the same run may go on with another number."""
+    passes = []
+    seen = meta_tune.query_outcome
+    monkeypatch.setitem(
+        meta_tune.OUTCOMES, "adsv", lambda *given: (passes.append(len(given[1])), seen(*given))[1]
+    )
+    short = ("--epochs", 1, "--nEpisode", 2, "--nValEpisode", 0, "--statistics_episodes", 0)
+    with monkeypatch.context() as patch:
+        signal_after(patch, 1, signal.SIGTERM)
+        assert command("main", *world.train(tmp_path, *short, "--levels_at_once", 1)).code == 143
+    assert command("main", *world.train(tmp_path, *short)).code == 0
+    assert passes == [1, 1, 2]
 
 
 @pytest.mark.parametrize("tune", ["lora", "full"])
