@@ -12,7 +12,7 @@ from torch import Tensor
 from toy_pools import LEVELS, RANK, make_episode, quick, tensors
 from toy_training import command, signal_after
 
-from amt.attacks.levels import Perturbation
+from amt.attacks.levels import Perturbation, together
 from amt.attacks.perturb import Ball, Pyramid, ascend, pgd
 from amt.models.architectures import Arch
 from amt.models.heads import cosine_logits
@@ -26,7 +26,7 @@ from amt.models.pool import (
     principal_pool,
 )
 from amt.training import meta_tune
-from amt.training.meta_tune import Tuner, started, together
+from amt.training.meta_tune import Tuner, started
 from amt.training.settings import TuneSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")

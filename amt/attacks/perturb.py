@@ -257,7 +257,7 @@ class Pyramid:
         """
         n = len(images) // len(pyramids)
 
-        def column(values: Sequence[Any]) -> Tensor:
+        def column(values: list[Any]) -> Tensor:
             found = torch.stack(values) if isinstance(values[0], Tensor) else constant(tuple(values), images)
             found = found.to(images).view(len(values), 1, -1, 1, 1)
             return found.expand(-1, n, -1, -1, -1).flatten(0, 1)

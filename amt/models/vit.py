@@ -12,6 +12,7 @@ knows: this one is there at once. Any other ViT is timm's own, see `architecture
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,11 +59,11 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, tokens, D), row after row."""
-        weight, bias = self.proj.weight, self.proj.bias
-        if weight.ndim == 4:
+        if self.proj.weight.ndim == 4:
             return self.proj(x).flatten(2).transpose(1, 2)
-        parts = zip(x.chunk(len(weight)), weight, bias, strict=True)
-        found = [F.conv2d(part, each, own, self.patch_size) for part, each, own in parts]
+        of_networks: Any = (self.proj.weight, self.proj.bias)
+        parts = zip(x.chunk(len(self.proj.weight)), *of_networks, strict=True)
+        found = [F.conv2d(part, weight, bias, self.patch_size) for part, weight, bias in parts]
         return torch.cat(found).flatten(2).transpose(1, 2)
 
 

@@ -38,7 +38,7 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor
 
 from amt.attacks.constants import constant
-from amt.attacks.levels import Perturbation
+from amt.attacks.levels import Perturbation, together
 from amt.attacks.losses import cross_entropy_sum, kl_sum
 from amt.attacks.perturb import Pyramid, ascend, perturb_weights
 from amt.models.head_settings import default_head
@@ -322,7 +322,8 @@ class Tuner:
         for parameter in parameters:
             parameter.grad = None
         seconds = (time.perf_counter() - began) / len(numbers)
-        return [StepRecord(*row[1:], lr, outcome.clean.shape[-1], seconds) for row in told]
+        n_way = outcome.clean.shape[-1]
+        return [StepRecord(*row[1:6], lr=lr, n_way=n_way, seconds_per_step=seconds) for row in told]
 
     def _descend(self, p: int, gradients: Sequence[Tensor | None], lr: float) -> None:
         """One step of SGD on level p, by the scaled gradients of its parameters."""
@@ -418,23 +419,6 @@ def learning_rate(settings: TuneSettings, epoch: int) -> float:
     )
     schedule.step(epoch)
     return schedule.optimizer.param_groups[0]["lr"]
-
-
-def together(levels: Sequence[Perturbation], most: int) -> list[tuple[int, ...]]:
-    """Which levels go through the network together, by their numbers: at most so many, which have attack
-    steps, grids and scalars in common, and either all move the weights or none does.
-
-    >>> together([Perturbation(8, 2), Perturbation(6, 2, steps=3), Perturbation(1, 1)], 4)
-    [(0, 2), (1,)]
-    """
-    alike: dict[tuple, list[int]] = {}
-    for p, level in enumerate(levels):
-        alike.setdefault((level.steps, level.grids, level.scalars, level.gamma > 0), []).append(p)
-    return [
-        tuple(numbers[first : first + most])
-        for numbers in alike.values()
-        for first in range(0, len(numbers), most)
-    ]
 
 
 def _parameters(member: Pool) -> dict[str, Tensor]:
