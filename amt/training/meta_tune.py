@@ -93,7 +93,7 @@ def query_outcome(
 
     images = _attacked(pool.levels, divergence, query, start)
     attacked = level_features(network, weights, images)
-    gamma, beta = (_numbers(pool.levels, name, target) for name in ("gamma", "beta"))
+    gamma, beta = _numbers(pool.levels, "gamma", pool.scale), _numbers(pool.levels, "beta", target)
     if any(level.gamma > 0 for level in pool.levels):
         uphill = robust_loss(settled(clean), settled(attacked), episode.query_labels, beta)
         moved = perturb_weights((loss_scale * uphill.total).sum(), pool.factors, gamma)
