@@ -82,8 +82,8 @@ def query_outcome(
         head: what classifies the queries, see `TuneSettings`.
     """
     # Each graph gets weights of its own, since taking the weight perturbation's gradient frees its graph.
-    classify, weights, fixed = _fitted_to_support(network, pool, episode, head)
-    settled = detached(classify)  # the support has no part in the move of the weights
+    # The support has no part in the move of the weights: there its head is settled.
+    heads, weights, settled, fixed = _fitted_to_support(network, pool, episode, head)
     query = _for_each(pool, episode.query)
     clean = level_features(network, weights, query)
     target = settled(clean).detach()
@@ -99,7 +99,7 @@ def query_outcome(
         moved = perturb_weights((loss_scale * uphill.total).sum(), pool.factors, gamma)
         both = torch.cat([query, images], dim=1)
         clean, attacked = level_features(network, pool.with_factors(moved).stack(), both).chunk(2, dim=1)
-    clean_logits, attacked_logits = classify(clean), classify(attacked)
+    clean_logits, attacked_logits = _classified(heads, clean), _classified(heads, attacked)
     loss = robust_loss(clean_logits, attacked_logits, episode.query_labels, beta)
     return QueryOutcome(loss, clean_logits, attacked_logits)
 
@@ -117,14 +117,14 @@ def querying_outcome(
     The attack increases the cross-entropy with the true labels, under weights and prototypes as they are.
     Arguments as of `query_outcome`, queries (Q, 3, H, W); the levels' `gamma` and `beta` are not used.
     """
-    classify, weights, fixed = _fitted_to_support(network, pool, episode, head)
+    heads, weights, _, fixed = _fitted_to_support(network, pool, episode, head)
     query = _for_each(pool, episode.query)
 
     def mistakes(images: Tensor) -> Tensor:
         return (loss_scale * cross_entropy_sum(fixed(images), episode.query_labels)).sum()
 
     images = _attacked(pool.levels, mistakes, query, start)
-    attacked = classify(level_features(network, weights, images))
+    attacked = _classified(heads, level_features(network, weights, images))
     with torch.no_grad():
         clean = fixed(query)  # for the record: nothing is learnt from it
     return QueryOutcome(_cross_entropy_alone(attacked, episode.query_labels), clean, attacked)
@@ -145,7 +145,7 @@ def natural_outcome(
     images = _for_each(pool, torch.cat([episode.support, episode.query]))
     both = level_features(network, pool.stack(), images)
     support, query = both.split([len(episode.support), len(episode.query)], dim=1)
-    clean = _fit(pool, head, support, episode.support_labels)(query)
+    clean = _classified(_fit(pool, head, support, episode.support_labels), query)
     return QueryOutcome(_cross_entropy_alone(clean, episode.query_labels), clean, clean)
 
 
@@ -163,30 +163,35 @@ def _numbers(levels: Sequence[Perturbation], name: str, like: Tensor) -> Tensor:
     return constant(tuple(getattr(level, name) for level in levels), like)
 
 
-def _fit(pool: Pool, head: str | None, support: Tensor, labels: Tensor) -> Fitted:
-    """The heads of all members as one, fitted to support features (P, S, D), with graph; the scale is the
-    one that is trained."""
+def _fit(pool: Pool, head: str | None, support: Tensor, labels: Tensor) -> list[Fitted]:
+    """The head of every member fitted to its support features (P, S, D), with graph; the scale is the one
+    that is trained."""
     kind = default_head(head or "prototypes")
-    own = zip(support, pool.scale, pool.bias, strict=True)
-    return stacked([fit(kind, seen, labels, scale=scale, bias=bias) for seen, scale, bias in own])
+    own = zip(support, pool.scale.split(1), pool.bias.split(1), strict=True)
+    return [fit(kind, seen, labels, scale=scale, bias=bias) for seen, scale, bias in own]
+
+
+def _classified(heads: list[Fitted], queries: Tensor) -> Tensor:
+    """Logits (P, Q, N) of features (P, Q, D), head by head: their gradients are then those of each alone."""
+    return torch.stack([fitted(seen) for fitted, seen in zip(heads, queries, strict=True)])
 
 
 def _fitted_to_support(
     network: Network, pool: Pool, episode: Episode, head: str | None
-) -> tuple[Fitted, Weights, Callable[[Tensor], Tensor]]:
-    """All members fitted to the support set: the head with graph, weights with a graph of their own for the
-    queries, and the classifier images (P, Q, 3, H, W) -> logits (P, Q, N) for the attack, differentiable by
-    the images alone."""
+) -> tuple[list[Fitted], Weights, Fitted, Callable[[Tensor], Tensor]]:
+    """All members fitted to the support set: heads with graph; weights with a graph of their own for the
+    queries; and without graph all heads as one, and the classifier images (P, Q, 3, H, W) -> logits (P, Q, N)
+    for the attack, differentiable by the images alone."""
     support = level_features(network, pool.stack(), _for_each(pool, episode.support))
-    classify = _fit(pool, head, support, episode.support_labels)
+    heads = _fit(pool, head, support, episode.support_labels)
+    settled = stacked([detached(fitted) for fitted in heads])
     weights = pool.stack()
     still = {name: weight.detach() for name, weight in weights.items()}
-    fixed_head = detached(classify)
 
     def fixed(images: Tensor) -> Tensor:
-        return fixed_head(level_features(network, still, images))
+        return settled(level_features(network, still, images))
 
-    return classify, weights, fixed
+    return heads, weights, settled, fixed
 
 
 def _attacked(
