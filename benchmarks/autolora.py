@@ -57,8 +57,8 @@ from torch.utils.flop_counter import flop_registry
 
 from amt.attacks.perturb import Ball, pgd
 from amt.cli import options
+from amt.models.branch import Student
 from amt.models.network import build_classifier, logits
-from amt.models.pool import Student
 from amt.models.weights import stream
 from amt.training.accuracy import accuracy, validate
 from amt.training.autolora import FineTuner, new_student

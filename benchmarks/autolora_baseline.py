@@ -17,8 +17,8 @@ from baseline import pgd
 from torch import Tensor, nn
 
 from amt.attacks.kinds import Attack
+from amt.models.branch import Student
 from amt.models.network import Network
-from amt.models.pool import Student
 from amt.models.weights import stream
 from amt.training.accuracy import Accuracy
 from amt.training.autolora_settings import Adversary

@@ -29,8 +29,8 @@ from toy_autolora import (
     tuner_of,
 )
 
+from amt.models.branch import Student, factor_shapes, natural_weights
 from amt.models.network import Network, logits
-from amt.models.pool import Student, factor_shapes, natural_weights
 from amt.models.weights import stream
 from amt.training.accuracy import validate
 from amt.training.autolora import new_student

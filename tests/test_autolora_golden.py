@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from amt.attacks.perturb import Ball, ascend
+from amt.models.branch import Student, factor_shapes, natural_weights, new_factors
 from amt.models.network import Network, logits
-from amt.models.pool import Student, factor_shapes, low_rank, natural_weights, new_factors
+from amt.models.pool import low_rank
 from amt.models.resnet import ResNet
 from amt.training.accuracy import accuracy
 from amt.training.autolora import FineTuner

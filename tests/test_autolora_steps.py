@@ -30,8 +30,8 @@ from amt.cli.fine_tune import contents, fine_tune, restore
 from amt.data.labelled import ArrayImages
 from amt.data.loading import batches, transforms
 from amt.files.signals import Interrupted
+from amt.models.branch import new_factors
 from amt.models.network import logits
-from amt.models.pool import new_factors
 from amt.models.weights import stream
 from amt.training.autolora import FineTuner
 from amt.training.autolora_settings import Adversary

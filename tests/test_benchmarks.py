@@ -87,8 +87,8 @@ def test_baseline_takes_our_training_step():
         leaves = {name: factor.requires_grad_() for name, factor in before.factors.items()}
         leaves["scale"] = before.scale.requires_grad_()
         leaf_pool = dataclasses.replace(before.with_factors(leaves), scale=leaves["scale"])
-        outcome = query_outcome(network, leaf_pool, episode, LEVEL, start)
-        gradients = torch.autograd.grad(outcome.loss.total, list(leaves.values()))
+        outcome = query_outcome(network, leaf_pool, episode, start)
+        gradients = torch.autograd.grad(outcome.loss.total.sum(), list(leaves.values()))
 
         (record,) = tuner.step(episode)
         loss = baseline.training_step(model, optimiser, NO_SCALING, episode, LEVEL, start)

@@ -12,7 +12,7 @@ PACKAGES = ("models", "attacks", "tasks", "training", "evaluation", "few_shot")
 MODULES = [path for package in PACKAGES for path in sorted((ROOT / "amt" / package).glob("*.py"))]
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-SHAPE = re.compile(r"\([A-Za-z0-9]+( \w+)?,[^)]*\)|\b[Ss]calars?\b|any shape")
+SHAPE = re.compile(r"\((\.\.\.|[A-Za-z0-9]+( \w+)?),[^)]*\)|\b[Ss]calars?\b|any shape")
 SAYS_RAISES = re.compile(r"\b[Rr]aises?\b")
 
 

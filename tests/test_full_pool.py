@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toy_baselines import ARCH, Plain, identical
+from toy_pools import trainable
 
 from amt.attacks.levels import Perturbation
 from amt.cli import checkpoint as describing
@@ -28,7 +29,7 @@ from amt.models.network import Network
 from amt.models.pool import FullPool, Pool, pretrained_pool, principal_pool
 from amt.models.trim import Trim
 from amt.models.weights import trim_singular_values
-from amt.training.meta_tune import ALONE, Tuner, natural_outcome, querying_outcome
+from amt.training.meta_tune import Tuner, natural_outcome, querying_outcome
 from amt.training.settings import TuneSettings
 from meta_dataset_readers.episode import Episode
 
@@ -71,7 +72,7 @@ def test_a_one_hot_merge_is_that_member_bit_for_bit(pool):
     for p in range(len(pool)):
         one_hot = [float(k == p) for k in range(len(pool))]
         assert identical(pool.merge(one_hot), {name: each[p] for name, each in pool.weights.items()})
-        assert identical(pool[p].merge(ALONE), pool.merge(one_hot))
+        assert identical(pool[p].merge((1.0,)), pool.merge(one_hot))
         assert [float(part) for part in pool.head(one_hot)] == [pool.scale[p], pool.bias[p]]
         assert pool[p].levels == (pool.levels[p],)
 
@@ -155,7 +156,7 @@ def test_plain_full_tuning_is_torchs_own_training(network):
         (record,) = tuner.step(episode)
         assert record.total == record.natural == pytest.approx(loss.item(), rel=1e-5)
         assert record.clean_accuracy == record.robust_accuracy and record.robust == 0
-    assert close(tuner.pool.merge(ALONE), plain.weights()) == []
+    assert close(tuner.pool.merge((1.0,)), plain.weights()) == []
     assert tuner.pool.scale.item() == pytest.approx(plain.scale.item(), rel=1e-6)
 
 
@@ -169,7 +170,7 @@ def test_full_tuning_trains_every_weight_of_every_member(network, episode, metho
         records = tuner.step(episode)
     assert len(records) == len(levels) and all(record.total > 0 for record in records)
     for p in range(len(levels)):
-        trained = tuner.pool[p].merge(ALONE)
+        trained = tuner.pool[p].merge((1.0,))
         assert [name for name in trained if torch.equal(trained[name], before[name])] == []
         assert tuner.pool.scale[p] != 10 and tuner.pool.bias[p] == 0
     assert identical(network.weights, before)
@@ -200,12 +201,12 @@ def test_adversarial_querying_is_torchs_own_training_on_attacked_queries(network
     loss = F.cross_entropy(logits, episode.query_labels)
     loss.backward()
 
-    leaf = tuner_of(network, pretrained_pool(network.weights, [ORDINARY]), "querying")._members[0]
-    outcome = querying_outcome(network, leaf, episode, ORDINARY, [start])
-    outcome.loss.total.backward()
-    assert torch.allclose(outcome.attacked, logits, atol=1e-4)
+    leaf = trainable(pretrained_pool(network.weights, [ORDINARY]))
+    outcome = querying_outcome(network, leaf, episode, [start])
+    outcome.loss.total.sum().backward()
+    assert torch.allclose(outcome.attacked[0], logits, atol=1e-4)
     clean = plain(episode.support, episode.support_labels, inner)
-    assert torch.allclose(outcome.clean, clean, atol=1e-4) and not outcome.clean.requires_grad
+    assert torch.allclose(outcome.clean[0], clean, atol=1e-4) and not outcome.clean.requires_grad
     assert outcome.loss.total.item() == pytest.approx(loss.item(), rel=1e-4)
     expected = {name: weight.grad for name, weight in plain.network.named_parameters()}
     found = {name: factor.grad[0] for name, factor in leaf.factors.items()}
@@ -252,7 +253,7 @@ def test_querying_without_room_is_plain_meta_tuning(network, episode, tune):
     (zero,) = nothing.pyramid.start(episode.query, torch.Generator())
     with torch.no_grad():
         plain = natural_outcome(network, start, episode)
-    outcome = querying_outcome(network, start, episode, nothing, [zero])
+    outcome = querying_outcome(network, start, episode, [zero])
     assert torch.allclose(outcome.loss.total, plain.loss.total, atol=1e-5)
     assert torch.allclose(outcome.attacked, outcome.clean, atol=1e-5)
 
@@ -265,7 +266,7 @@ def test_the_loss_under_attack_falls_when_querying_trains(network, tune):
 
     def loss() -> float:
         start = ORDINARY.pyramid.start(episode.query, torch.Generator().manual_seed(0))
-        return querying_outcome(network, tuner.pool, episode, ORDINARY, start).loss.total.item()
+        return querying_outcome(network, tuner.pool, episode, start).loss.total.item()
 
     before = loss()
     for _ in range(15):

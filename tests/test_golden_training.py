@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import torch
 from amt_golden import (
     NormalisedLevel,
     arrays,
@@ -16,9 +17,8 @@ from amt_golden import (
 from torch import Tensor
 from toy_pools import trainable
 
-from amt.attacks.levels import Perturbation
 from amt.attacks.perturb import ascend
-from amt.models.network import features
+from amt.models.network import level_features
 from amt.models.pool import LoRAPool
 from amt.training import meta_tune
 from amt.training.losses import robust_loss
@@ -41,11 +41,11 @@ class Step:
     def level(self) -> NormalisedLevel:
         return level_of(self.settings, gamma=self.settings["gamma"])
 
-    @property
-    def injection(self) -> tuple[Perturbation, list[Tensor]]:
-        """A level of no steps and a start, whose attack gives the recorded images."""
+    def injected(self, pool: LoRAPool) -> tuple[LoRAPool, Episode, list[Tensor]]:
+        """The pool at a level without steps, the episode, and a start that gives the recorded images."""
         still = dataclasses.replace(self.level, steps=0, grids=(0,), scalars=(1.0,))
-        return still, [self.data["x_adv"] - self.episode.query]
+        start = [self.data["x_adv"] - self.episode.query]
+        return dataclasses.replace(pool, levels=(still,)), self.episode, start
 
 
 def steps() -> list[Step]:
@@ -105,14 +105,13 @@ def test_training_step(single):
     assert all_steps
     for number, step in enumerate(all_steps):
         pool = trainable(pool_before(number, all_steps, single.pool))
-        level, start = step.injection
-        outcome = query_outcome(single.raw, pool, step.episode, level, start)
-        assert_close(outcome.clean, step.data["logits_clean"], 1e-5, f"step {number}")
-        assert_close(outcome.attacked, step.data["logits_adv"], 1e-5, f"step {number}")
+        outcome = query_outcome(single.raw, *step.injected(pool))
+        assert_close(outcome.clean[0], step.data["logits_clean"], 1e-5, f"step {number}")
+        assert_close(outcome.attacked[0], step.data["logits_adv"], 1e-5, f"step {number}")
         for part in ("natural", "robust"):
-            assert_close(getattr(outcome.loss, part), step.data[f"loss_{part}"], 1e-5, f"step {number}")
-        assert_close(outcome.loss.total, step.data["loss"], 1e-5, f"step {number}")
-        outcome.loss.total.backward()
+            assert_close(getattr(outcome.loss, part)[0], step.data[f"loss_{part}"], 1e-5, f"step {number}")
+        assert_close(outcome.loss.total[0], step.data["loss"], 1e-5, f"step {number}")
+        outcome.loss.total.sum().backward()
         assert assert_gradients(pool, step.data, "grad", number) == len(pool.factors) + 1
 
 
@@ -125,20 +124,19 @@ def test_training_step_split_at_the_support(single, monkeypatch):
         seen = []
 
         def cut_at_support(network, weights, images, step=step, seen=seen):
-            out = features(network, weights, images)
-            if images is step.episode.support:
+            out = level_features(network, weights, images)
+            if torch.equal(images[0], step.episode.support):
                 seen.append(out.detach().requires_grad_())
                 return seen[-1]
             return out
 
         with monkeypatch.context() as patch:
-            patch.setattr(meta_tune, "features", cut_at_support)
-            level, start = step.injection
-            outcome = query_outcome(single.raw, pool, step.episode, level, start)
-        outcome.loss.total.backward()
+            patch.setattr(meta_tune, "level_features", cut_at_support)
+            outcome = query_outcome(single.raw, *step.injected(pool))
+        outcome.loss.total.sum().backward()
         assert len(seen) == 1
-        assert_close(seen[0], step.data["supp_f"], 3e-6, f"step {number}")
-        assert_close(seen[0].grad, step.data["grad_supp_f"], 2e-5, f"step {number}")
+        assert_close(seen[0][0], step.data["supp_f"], 3e-6, f"step {number}")
+        assert_close(seen[0].grad[0], step.data["grad_supp_f"], 2e-5, f"step {number}")
         compared += assert_gradients(pool, step.data, "grad_query_only", number)
     assert compared > 0
 
@@ -160,10 +158,11 @@ def test_attack_inside_the_training_step(single, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(meta_tune, "ascend", watched)
-            outcome = query_outcome(single.raw, pool, step.episode, step.level, start)
+            pool = dataclasses.replace(pool, levels=(step.level,))
+            outcome = query_outcome(single.raw, pool, step.episode, start)
         different = (attacks[0] - step.data["x_adv"]).abs() > 1e-4
         assert different.float().mean() < 0.05, f"step {number}"
-        assert_close(outcome.loss.total, step.data["loss"], 0.05, f"step {number}")
+        assert_close(outcome.loss.total[0], step.data["loss"], 0.05, f"step {number}")
         compared += 1
     assert compared > 0
 
@@ -176,9 +175,8 @@ def test_optimiser_with_momentum(single, monkeypatch):
     all_steps = steps()
     waiting = iter(all_steps)
 
-    def injected(network, pool, episode, level, start, loss_scale, head):
-        level, start = next(waiting).injection
-        return query_outcome(network, pool, episode, level, start, loss_scale)
+    def injected(network, pool, _episode, _start, loss_scale, _head):
+        return query_outcome(network, *next(waiting).injected(pool), loss_scale)
 
     monkeypatch.setitem(meta_tune.OUTCOMES, "adsv", injected)
     first = all_steps[0].settings

@@ -71,4 +71,4 @@ def quick(**changes) -> TuneSettings:
 
 def outcome_of(network: Network, pool: LoRAPool, episode: Episode, level: Perturbation, **keywords):
     start = level.pyramid.start(episode.query, torch.Generator().manual_seed(3))
-    return query_outcome(network, pool, episode, level, start, **keywords)
+    return query_outcome(network, dataclasses.replace(pool, levels=(level,)), episode, start, **keywords)

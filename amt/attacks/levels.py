@@ -1,6 +1,7 @@
 """The robustness levels of meta-training. Plain numbers: importable without torch."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from meta_dataset_readers.settings import setting
@@ -93,3 +94,20 @@ class Perturbation:
     def scaled(self, factor: float) -> "Perturbation":
         """The same level with epsilon and step size multiplied by `factor`."""
         return dataclasses.replace(self, epsilon=self.epsilon * factor, step_size=self.step_size * factor)
+
+
+def together(levels: Sequence[Perturbation], most: int) -> list[tuple[int, ...]]:
+    """Which levels go through the network together, by their numbers: at most so many, which have attack
+    steps, grids and scalars in common, and either all move the weights or none does.
+
+    >>> together([Perturbation(8, 2), Perturbation(6, 2, steps=3), Perturbation(1, 1)], 4)
+    [(0, 2), (1,)]
+    """
+    alike: dict[tuple, list[int]] = {}
+    for p, level in enumerate(levels):
+        alike.setdefault((level.steps, level.grids, level.scalars, level.gamma > 0), []).append(p)
+    return [
+        tuple(numbers[first : first + most])
+        for numbers in alike.values()
+        for first in range(0, len(numbers), most)
+    ]

@@ -12,12 +12,23 @@ def kl_sum(clean: Tensor, attacked: Tensor) -> Tensor:
     """sum_i KL(softmax(clean_i) || softmax(attacked_i)), the divergence of TRADES (Zhang et al. 2019).
 
     Args:
-        clean, attacked: logits (n, N), float; gradient flows into both.
+        clean, attacked: logits (..., n, N), float; gradient flows into both.
 
     Returns:
-        A scalar >= 0, the sum over the n images.
+        Sums over the n images (...), >= 0.
     """
-    return F.kl_div(F.log_softmax(attacked, 1), F.log_softmax(clean, 1), reduction="sum", log_target=True)
+    divergence = F.kl_div(
+        F.log_softmax(attacked, -1), F.log_softmax(clean, -1), reduction="none", log_target=True
+    )
+    return divergence.sum((-2, -1))
+
+
+def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of logits (..., n, N), float, with labels (n,) int64 in 0..N-1: sums over the n images
+    (...)."""
+    rows = logits.flatten(0, -2)
+    each = F.cross_entropy(rows, labels.expand(*logits.shape[:-1]).flatten(), reduction="none")
+    return each.view(logits.shape[:-1]).sum(-1)
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ autograd for is the gradient with respect to the points.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from amt.attacks.constants import constant
 from amt.attacks.losses import misclassified
 
 Generators = torch.Generator | Sequence[torch.Generator]
@@ -26,6 +28,7 @@ Points = TypeVar("Points")  # the state of an attack: a tensor, or a list with o
 
 # A power of two: exact in float32, and in float16 it keeps small gradients from being flushed to zero.
 LOSS_SCALE = 2.0**10
+PATIENCE = 4  # steps of `pgd` on a GPU from one count of the images that are left to the next
 
 
 class Geometry(Protocol[Points]):
@@ -240,9 +243,29 @@ class Pyramid:
     def clip(self, images: Tensor) -> Tensor:
         """Clip images (n, 3, H, W) to the valid range; a value exactly at a limit passes half its gradient,
         as published."""
-        upper = torch.as_tensor(self.upper, dtype=images.dtype, device=images.device)
-        lower = torch.as_tensor(self.lower, dtype=images.dtype, device=images.device)
+        lower, upper = (
+            limit.to(images) if isinstance(limit, Tensor) else constant(limit, images)
+            for limit in (self.lower, self.upper)
+        )
         return torch.maximum(torch.minimum(images, upper), lower)
+
+    @classmethod
+    def joined(cls, pyramids: Sequence["Pyramid"], images: Tensor) -> "Pyramid":
+        """One pyramid for images (P n, 3, H, W), of which each of P pyramids has n, one after the other.
+
+        They may differ in epsilon and step size, and in the noise of the start, which is theirs to draw.
+        """
+        n = len(images) // len(pyramids)
+
+        def column(values: list[Any]) -> Tensor:
+            found = torch.stack(values) if isinstance(values[0], Tensor) else constant(tuple(values), images)
+            found = found.to(images).view(len(values), 1, -1, 1, 1)
+            return found.expand(-1, n, -1, -1, -1).flatten(0, 1)
+
+        epsilon = column([each.epsilon for each in pyramids])
+        return dataclasses.replace(
+            pyramids[0], epsilon=epsilon, step_size=column([each.step_size for each in pyramids])
+        )
 
     def step(self, points: Sequence[Tensor], gradient: Sequence[Tensor], images: Tensor) -> list[Tensor]:
         """One signed step of every grid (n, 3, rows, columns) at once, clamped to epsilon; the images are not
@@ -293,8 +316,10 @@ def pgd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Projected gradient ascent from a random start (Madry et al. 2018), the attack of evaluation.
 
-    An image is left alone as soon as it is misclassified, at any of the steps + 1 points. That makes the
-    attack at least as strong as one judged at its last point, and far cheaper on networks that break easily.
+    An image is left as it is as soon as it is misclassified, at any of the steps + 1 points. That makes the
+    attack at least as strong as one judged at its last point, and far cheaper on networks that break easily:
+    such an image goes through the network no more, on the CPU from the next step on, else within `PATIENCE`
+    steps.
 
     Args:
         logits_of: (n, 3, H, W) in [0, 1] -> (n, N), differentiable; called on subsets of the images.
@@ -317,19 +342,28 @@ def pgd(
     """
     attacked = ball.start(images, generator)
     fooled = torch.zeros_like(labels, dtype=torch.bool)
-    active = torch.arange(len(images), device=images.device)  # where points are, the images not yet fooled
+    active = torch.arange(len(images), device=images.device)  # the images that are still worked on
+    rest: Tensor | None = active  # which of these go on; None where that is not looked up
+    # A device must have done all its work before it can tell how many images are left.
+    patience = 1 if images.device.type == "cpu" else PATIENCE
+    numbers = itertools.count(1)
     seen = images.new_empty(len(images), 0)
 
     def look(points: Tensor) -> Tensor:
         nonlocal seen
         logits = logits_of(points)
-        fooled[active] = misclassified(logits, labels[active])
-        seen = filled(seen, active, logits.detach())
+        before, found = fooled[active], logits.detach()
+        if seen.shape[1]:  # the logits that fooled stay, whatever other images share the pass
+            found = torch.where(before.unsqueeze(1), seen[active], found)
+        seen = filled(seen, active, found)
+        fooled[active] = before | misclassified(logits, labels[active])
         return logits
 
     def loss_at(points: Tensor) -> Tensor | None:
+        nonlocal rest
         logits = look(points)
-        if fooled.all():
+        rest = None if next(numbers) % patience else (~fooled[active]).nonzero().squeeze(1)
+        if rest is not None and len(rest) == 0:
             return None
         if loss_of is None:
             return LOSS_SCALE * F.cross_entropy(logits, labels[active], reduction="sum")
@@ -337,34 +371,46 @@ def pgd(
 
     def move(points: Tensor, direction: Tensor) -> Tensor:
         nonlocal active
-        left = ~fooled[active]
-        active = active[left]
-        attacked[active] = ball.step(points[left], direction[left], images[active])
-        return attacked[active]
+        if rest is not None:
+            active, points, direction = active[rest], points[rest], direction[rest]
+        moved = ball.step(points, direction, images[active])
+        if rest is None:
+            moved = torch.where(fooled[active].view(-1, 1, 1, 1), points, moved)
+        attacked[active] = moved
+        return moved
 
-    points = end_of_ascent(attacked[active], partial(input_gradient, loss_at), move, steps)
-    if not fooled.all():
+    points = end_of_ascent(attacked, partial(input_gradient, loss_at), move, steps)
+    if rest is None or len(rest):
         with torch.no_grad():
             look(points)
     return attacked, fooled, seen
 
 
-def perturb_weights(
-    loss: Tensor, factors: dict[str, Tensor], radius: float, loss_scale: float = 1.0
-) -> dict[str, Tensor]:
-    """Move every factor uphill on `loss` by `radius` times its own Frobenius norm (method of AMT, ADSV).
+def perturb_weights(loss: Tensor, factors: dict[str, Tensor], radius: Tensor | float) -> dict[str, Tensor]:
+    """Move every factor of P members uphill on `loss` by `radius` times its own Frobenius norm (method of
+    AMT, ADSV).
 
     w' = w + radius * ||w|| / ||g|| * g with g = d loss / d w; the move itself carries no graph, so the
-    gradient with respect to w' is the gradient with respect to w.
+    gradient with respect to w' is the gradient with respect to w. What multiplies a member's loss cancels.
 
     Args:
-        loss: scalar whose graph reaches every factor; its graph is freed.
-        factors: tensors of any shape that require gradients, by name.
-        radius: relative size of the move (the paper's gamma).
-        loss_scale: see `ascend`; it cancels.
+        loss: scalar, the sum of the members' losses, whose graph reaches every factor; its graph is freed.
+        factors: tensors (P, ...) that require gradients, by name; a member's factor is a row.
+        radius: relative size of the moves (the paper's gamma), of every member or (P,).
     """
-    gradients = torch.autograd.grad(loss * loss_scale, list(factors.values()))
+    gradients = torch.autograd.grad(loss, list(factors.values()))
     return {
-        name: factor + radius * (factor.detach().norm() / (gradient.norm() + 1e-20)) * gradient
+        name: factor
+        + _of_rows(radius * (_norms(factor.detach()) / (_norms(gradient) + 1e-20)), gradient) * gradient
         for (name, factor), gradient in zip(factors.items(), gradients, strict=True)
     }
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """(P, ...) -> (P,)."""
+    return rows.flatten(1).norm(dim=1)
+
+
+def _of_rows(numbers: Tensor, rows: Tensor) -> Tensor:
+    """Numbers (P,) in a shape that broadcasts over rows (P, ...)."""
+    return numbers.view(-1, *[1] * (rows.ndim - 1))

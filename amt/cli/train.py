@@ -269,7 +269,7 @@ def fresh(args: argparse.Namespace, network: Network) -> Tuner:
             pool = principal_pool(network.weights, args.rank, levels)
         except ValueError as error:
             raise InputError(f"--rank is {args.rank}: {error}") from error
-    return Tuner(network, pool, options.tune_settings(args))
+    return Tuner(network, pool, options.tune_settings(args), args.levels_at_once)
 
 
 def restored(args: argparse.Namespace, network: Network, path: Path) -> tuple[Tuner, list[dict]]:
@@ -286,7 +286,8 @@ def restored(args: argparse.Namespace, network: Network, path: Path) -> tuple[Tu
     found |= {"tune": pool.tune, "rank": pool.rank, "levels": list(map(dataclasses.asdict, pool.levels))}
     found, settings = json.loads(json.dumps(found)), asked(args, network)
     check_same(path, [(name, found.get(name), value) for name, value in settings.items()])
-    tuner = Tuner(network, pool.to(network.device), options.tune_settings(args))
+    pool = pool.to(network.device)
+    tuner = Tuner(network, pool, options.tune_settings(args), args.levels_at_once)
     try:
         tuner.restore(saved.momentum, saved.about["tuner"])
         history, size = saved.about["history"], tuner.settings.episodes_per_epoch

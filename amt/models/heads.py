@@ -50,8 +50,8 @@ def index_in_class(labels: Tensor) -> Tensor:
 def cosine_logits(
     features: Tensor, prototypes: Tensor, scale: Tensor | float = 1.0, bias: Tensor | float = 0.0
 ) -> Tensor:
-    """scale * (cos(feature, prototype) + bias): (Q, D) and (N, D) -> (Q, N)."""
-    cosines = F.normalize(features, dim=1, eps=1e-12) @ F.normalize(prototypes, dim=1, eps=1e-12).T
+    """scale * (cos(feature, prototype) + bias): (..., Q, D) and (..., N, D) -> (..., Q, N)."""
+    cosines = F.normalize(features, dim=-1, eps=1e-12) @ F.normalize(prototypes, dim=-1, eps=1e-12).mT
     return scale * (cosines + bias)
 
 
@@ -63,9 +63,9 @@ class Cosine:
     """scale * (cos(feature - origin, centre) + bias).
 
     Args:
-        centres: (N, D).
-        scale, bias: of the logits.
-        origin: (D,), or None for zero.
+        centres: (N, D), or (P, N, D) of P networks.
+        scale, bias: of the logits; of P networks (P, 1, 1).
+        origin: (D,), of P networks (P, 1, D), or None for zero.
     """
 
     centres: Tensor
@@ -74,21 +74,21 @@ class Cosine:
     origin: Tensor | None = None
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Logits: (Q, D) -> (Q, N)."""
+        """Logits: (..., Q, D) -> (..., Q, N)."""
         moved = features if self.origin is None else features - self.origin
         return cosine_logits(moved, self.centres, self.scale, self.bias)
 
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """weight feature + bias, of (N, D) and (N,)."""
+    """weight feature + bias, of (N, D) and (N,), or (P, N, D) and (P, 1, N) of P networks."""
 
     weight: Tensor
     bias: Tensor
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Logits: (Q, D) -> (Q, N)."""
-        return features @ self.weight.T + self.bias
+        """Logits: (..., Q, D) -> (..., Q, N)."""
+        return features @ self.weight.mT + self.bias
 
 
 Fitted = Cosine | Linear
@@ -98,6 +98,13 @@ def detached(fitted: Fitted) -> Fitted:
     """The same head, of any shape, without graph."""
     held = {name: value.detach() for name, value in vars(fitted).items() if isinstance(value, Tensor)}
     return dataclasses.replace(fitted, **held)
+
+
+def stacked(heads: Sequence[Fitted]) -> Fitted:
+    """The heads of P networks as one, from features (P, Q, D) to logits (P, Q, N); of one kind."""
+    held = {name: value for name, value in vars(heads[0]).items() if isinstance(value, Tensor)}
+    rows = {name: torch.stack([torch.atleast_2d(getattr(head, name)) for head in heads]) for name in held}
+    return dataclasses.replace(heads[0], **rows)
 
 
 def spread(logits: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from amt.attacks.constants import constant
 from amt.models import architectures
 from amt.models.architectures import (
     ALIASES,
@@ -33,6 +34,7 @@ from amt.models.architectures import (
     Origin,
     Triple,
 )
+from amt.models.vit import VisionTransformer
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError, first_line
 
@@ -80,6 +82,11 @@ class Network:
     def parameters(self) -> tuple[str, ...]:
         """Names of the parameters, which gradients train; the other weights are buffers."""
         return tuple(name for name, _ in self.module.named_parameters())
+
+    @functools.cached_property
+    def dims(self) -> dict[str, int]:
+        """Numbers of dimensions of the parameters, by name."""
+        return {name: parameter.ndim for name, parameter in self.module.named_parameters()}
 
     @functools.cached_property
     def names(self) -> frozenset[str]:
@@ -199,15 +206,8 @@ class Network:
         return images * std + mean
 
     def _statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        # A traced tensor must not be cached.
-        make = _statistics.__wrapped__ if torch.compiler.is_compiling() else _statistics
-        return make(self.mean, self.std, images.dtype, images.device)
-
-
-@functools.lru_cache(maxsize=8)  # otherwise every pass would send them to the device
-def _statistics(mean: Triple, std: Triple, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    found = torch.tensor([mean, std], dtype=dtype, device=device).view(2, 3, 1, 1)
-    return found[0], found[1]
+        mean, std = (constant(numbers, images).view(3, 1, 1) for numbers in (self.mean, self.std))
+        return mean, std
 
 
 def features(network: Network, weights: Weights, images: Tensor) -> Tensor:
@@ -256,6 +256,26 @@ def logits(network: Network, weights: Weights, images: Tensor, training: bool = 
         network.module.eval()
 
 
+def level_features(network: Network, weights: Weights, images: Tensor) -> Tensor:
+    """Features of P networks of one structure, each with images of its own: (P, N, 3, H, W) float in [0, 1]
+    -> (P, N, D) float32.
+
+    One pass where there are several and the structure is made for it (`VisionTransformer`), else a pass for
+    each.
+
+    Args:
+        weights: by name, (P, ...) where the networks differ, see `Pool.stack`; the others are shared.
+    """
+    levels = len(images)
+    if levels > 1 and isinstance(network.module, VisionTransformer):
+        return features(network, weights, images.flatten(0, 1)).unflatten(0, (levels, -1))
+
+    def alone(p: int) -> Weights:
+        return {name: each[p] if each.ndim > network.dims[name] else each for name, each in weights.items()}
+
+    return torch.stack([features(network, alone(p), images[p]) for p in range(levels)])
+
+
 def fixed_features(network: Network, weights: Weights, images: Tensor) -> Tensor:
     """`features` of any number of images, without graph: (N, 3, H, W) -> (N, D)."""
     with torch.no_grad():
@@ -294,21 +314,22 @@ def _identity(network: Network, weights: Weights) -> Weights:
 
 
 def resize_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Position table (1, 1 + N, D) resized to (1, 1 + grid[0] * grid[1], D); the CLS row is kept.
+    """Position tables (P, 1 + N, D) or (P, 1, 1 + N, D) resized to 1 + grid[0] * grid[1] rows; the CLS row is
+    kept.
 
     The rule of the official DINO code: bicubic, with 0.1 added to the target side so that the division
     cannot round down, and the scale factor used as given (so the 0.1 moves the sampling points, too).
     """
-    side = math.isqrt(table.shape[1] - 1)
+    *outer, rows, dim = table.shape
+    side = math.isqrt(rows - 1)
     if grid == (side, side):
         return table
-    dim = table.shape[-1]
-    patches = table[:, 1:].reshape(1, side, side, dim).permute(0, 3, 1, 2)
+    patches = table[..., 1:, :].reshape(-1, side, side, dim).permute(0, 3, 1, 2)
     scale = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
     patches = F.interpolate(
         patches, scale_factor=scale, mode="bicubic", align_corners=False, recompute_scale_factor=False
     )
-    return torch.cat([table[:, :1], patches.permute(0, 2, 3, 1).reshape(1, -1, dim)], dim=1)
+    return torch.cat([table[..., :1, :], patches.permute(0, 2, 3, 1).reshape(*outer, -1, dim)], dim=-2)
 
 
 _BLOCK = re.compile(r"layer(\d+)\.(\d+)\.")  # of a ResNet, torchvision's or timm's

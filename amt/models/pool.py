@@ -1,4 +1,4 @@
-"""Pools of adapters, and AutoLoRa's branch: low-rank factors over one residual, as plain data.
+"""Pools of adapters: low-rank factors over one residual, or complete networks, as plain data.
 
     W       =   W_res   +   sum_p  c_p      B_p        A_p            per adapted layer; sum_p c_p = 1
     (out, in)  (out, in)           ()   (out/g, r)   (r, in)          per group of output rows
@@ -8,20 +8,11 @@
     B A  (g, out/g, in), viewed in the shape of W: (out, in), or (out, in, kh, kw) for a convolution
 
 All members of a `LoRAPool` share W_res, so a merge is exact whatever the members. A `FullPool` has complete
-networks as members, sum_p c_p W_p: every weight is a factor. AutoLoRa's `Student` has one member, its branch:
-
-    adversarial thread    W                 the deployed network; the branch is not seen
-    natural thread        W + B A / r       W and its BatchNorm parameters without gradient
-
-    A    (r k, C_in k)        a convolution C_out x C_in/g x k x k with g groups; a linear layer is k = 1
-    B    (C_out/g k, r k)     A ~ N(0, 1), B = 0: at first the two threads are one
-
-The gradient reaches W from the adversarial thread alone, A and B from the natural one, the classifier from
-both. Knows no training and no file.
+networks as members, sum_p c_p W_p: every weight is a factor. Knows no training and no file.
 
 LoRA: Hu et al. 2021, arxiv.org/abs/2106.09685. Start from the leading singular triplets: Meng et al. 2024,
 arxiv.org/abs/2404.02948, and eq. 5 of the AMT paper. Full meta-training: Hu et al. 2022 (P>M>F),
-arxiv.org/abs/2204.07305. The branch: Xu et al. 2024 (AutoLoRa), section 4.1, arxiv.org/abs/2310.01818.
+arxiv.org/abs/2204.07305.
 """
 
 import dataclasses
@@ -32,7 +23,6 @@ import torch
 from torch import Tensor
 
 from amt.attacks.levels import Perturbation
-from amt.models.network import Network
 from amt.models.weights import Merged, Trim, Weights, trim_singular_values
 
 VIT_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -42,6 +32,15 @@ def low_rank(A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
     """B A of A (g, r, in) and B (g, out/g, r) in the shape of `weight`, (out, in) or (out, in, kh, kw),
     which the product fills in the order of memory."""
     return (B @ A).reshape(weight.shape)
+
+
+def plus_low_rank(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """W + B_p A_p of P members in one product: A (P, g, r, in) and B (P, g, out/g, r) -> (P, ...) over the
+    shape of `weight`."""
+    members, groups = A.shape[:2]
+    blocks = weight.reshape(groups, len(weight) // groups, -1)
+    blocks = blocks.expand(members, -1, -1, -1).flatten(0, 1)
+    return torch.baddbmm(blocks, B.flatten(0, 1), A.flatten(0, 1)).view(members, *weight.shape)
 
 
 def adapted_layers(weights: Weights, layers: Sequence[str] = VIT_LAYERS) -> list[str]:
@@ -113,6 +112,11 @@ class Pool:
 
     def with_factors(self, factors: dict[str, Tensor]) -> Self:
         """The same pool with other factors (P, ...), of the names and shapes of `factors`."""
+        raise NotImplementedError
+
+    def stack(self) -> Weights:
+        """Complete weights of every member at once, by name: (P, ...) where members differ, without the P
+        where they are shared. A gradient reaches every factor."""
         raise NotImplementedError
 
     def _mixture(self, shares: dict[int, float]) -> Weights:
@@ -266,17 +270,20 @@ class LoRAPool(Pool):
             B={name: factors[f"{name}.lora_B"] for name in self.B},
         )
 
+    def stack(self) -> Weights:
+        """Complete weights of every member, see `Pool`: adapted ones are (P, ...)."""
+        adapted = {name: plus_low_rank(self.residual[name], self.A[name], self.B[name]) for name in self.A}
+        return self.residual | adapted
+
     def _mixture(self, shares: dict[int, float]) -> Weights:
         """W_res + sum_p c_p B_p A_p, each sum as one product of rank k r for k members."""
 
-        def update(name: str, weight: Tensor) -> Tensor:
+        def mixed(name: str) -> Tensor:
             wide_A = torch.cat([self.A[name][p] for p in shares], dim=1)
             wide_B = torch.cat([share * self.B[name][p] for p, share in shares.items()], dim=2)
-            return low_rank(wide_A, wide_B, weight)
+            return plus_low_rank(self.residual[name], wide_A[None], wide_B[None])[0]
 
-        return self.residual | {
-            name: weight + update(name, weight) for name, weight in self.residual.items() if name in self.A
-        }
+        return self.residual | {name: mixed(name) for name in self.A}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,6 +324,10 @@ class FullPool(Pool):
     def with_factors(self, factors: dict[str, Tensor]) -> "FullPool":
         """The same pool with other weights (P, ...), of the names and shapes of `factors`."""
         return dataclasses.replace(self, weights={name: factors[name] for name in self.weights})
+
+    def stack(self) -> Weights:
+        """Complete weights of every member, see `Pool`: all are (P, ...)."""
+        return self.weights
 
     def _mixture(self, shares: dict[int, float]) -> Weights:
         """sum_p c_p W_p as W_k + sum_p c_p (W_p - W_k), k the first member with c_k != 0: so a single member,
@@ -367,82 +378,3 @@ def _untrained_head(weights: Weights, members: int) -> tuple[Tensor, Tensor]:
     """Logit scales and biases that training starts from (Hu et al. 2022): (P,) of 10, (P,) of 0."""
     like = next(iter(weights.values()))
     return like.new_full((members,), 10.0), like.new_zeros(members)
-
-
-# AutoLoRa's branch
-
-
-@dataclasses.dataclass(frozen=True)
-class Student:
-    """All tensors of a fine-tuning; the trained ones are leaves.
-
-    Args:
-        weights: the complete state dict that is deployed; training writes to its running statistics.
-        factors: `<weight>.lora_A` and `<weight>.lora_B`; empty without a branch.
-        norms: a second set of BatchNorm parameters and statistics, named as in `weights`; empty without.
-    """
-
-    weights: Weights
-    factors: Weights = dataclasses.field(default_factory=dict)
-    norms: Weights = dataclasses.field(default_factory=dict)
-
-    @property
-    def tensors(self) -> Weights:
-        """All tensors by name, in a fixed order: `weights/NAME`, `factors/NAME`, `norms/NAME`."""
-        return {
-            f"{field.name}/{name}": tensor
-            for field in dataclasses.fields(self)
-            for name, tensor in sorted(getattr(self, field.name).items())
-        }
-
-    def copy(self) -> "Student":
-        """The same values in tensors of its own, without gradients."""
-        return Student.of_tensors({name: tensor.detach().clone() for name, tensor in self.tensors.items()})
-
-    @classmethod
-    def of_tensors(cls, tensors: Weights) -> "Student":
-        """The inverse of `tensors`."""
-        parts: dict[str, Weights] = {field.name: {} for field in dataclasses.fields(cls)}
-        for name, tensor in tensors.items():
-            part, _, rest = name.partition("/")
-            parts[part][rest] = tensor
-        return cls(**parts)
-
-
-def factor_shapes(network: Network, name: str, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The shapes of A and B for the weight called `name`."""
-    layer: Any = network.module.get_submodule(name.removesuffix(".weight"))
-    out, inside, *kernel = layer.weight.shape
-    groups, (rows, columns) = getattr(layer, "groups", 1), kernel or (1, 1)
-    return (rank * rows, inside * groups * columns), (out // groups * rows, rank * rows)
-
-
-def new_factors(
-    network: Network, names: tuple[str, ...], rank: int, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """The untrained branch for the weights called `names`, float32 on the CPU: A (r k, C_in k) standard
-    normal, B (C_out/g k, r k) zero."""
-    factors = {}
-    for name in names:
-        shape_A, shape_B = factor_shapes(network, name, rank)
-        factors[f"{name}.lora_A"] = torch.randn(shape_A, generator=generator)
-        factors[f"{name}.lora_B"] = torch.zeros(shape_B)
-    return factors
-
-
-def natural_weights(network: Network, student: Student, rank: int) -> Weights:
-    """The weights of the natural thread: gradients reach the factors and the classifier only.
-
-    With a second BatchNorm set the thread uses that one, without gradient; otherwise it shares the network's,
-    whose running statistics it updates in turn.
-    """
-    fixed = {
-        name: weight if network.is_head(name) else weight.detach() for name, weight in student.weights.items()
-    }
-    fixed |= {name: norm.detach() for name, norm in student.norms.items()}
-    factors = student.factors
-    adapted = [name.removesuffix(".lora_A") for name in factors if name.endswith(".lora_A")]
-    return fixed | {
-        name: fixed[name] + low_rank(factors[f"{name}.lora_A"], factors[f"{name}.lora_B"], fixed[name]) / rank
-        for name in adapted
-    }

@@ -2,18 +2,45 @@
 
     images -> patches, linear -> CLS token, positions -> blocks of attention and MLP -> LayerNorm -> CLS token
 
+Any weight may have a leading P, of P networks: then the images are P times as many, one network's after the
+other's, and go through all of them in one pass. Attention never looks from image to image, so it takes them
+as they come.
+
 A state dict of timm's VisionTransformer without a head fits, and gives the same features bit for bit; of one
 seed both draw the same weights. timm itself takes seconds to import, as it brings every architecture that it
 knows: this one is there at once. Any other ViT is timm's own, see `architectures.build_timm_network`.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 EPS = 1e-6  # of every LayerNorm
+
+
+class Linear(nn.Linear):
+    """A linear layer, or P of them side by side: weight (P, out, in), bias (out,) or (P, out)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, tokens, in) -> (N, tokens, out)."""
+        if self.weight.ndim == 2:
+            return F.linear(x, self.weight, self.bias)
+        rows = x.reshape(len(self.weight), -1, x.shape[-1])
+        return torch.baddbmm(self.bias.unsqueeze(-2), rows, self.weight.mT).view(*x.shape[:-1], -1)
+
+
+class LayerNorm(nn.LayerNorm):
+    """A LayerNorm, or P of them side by side: weight and bias (P, D)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, tokens, D) -> (N, tokens, D)."""
+        if self.weight.ndim == 1:
+            return super().forward(x)
+        rows = F.layer_norm(x, self.normalized_shape, eps=self.eps).view(len(self.weight), -1, x.shape[-1])
+        return torch.addcmul(self.bias[:, None], rows, self.weight[:, None]).view_as(x)
 
 
 class PatchEmbed(nn.Module):
@@ -32,7 +59,12 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, tokens, D), row after row."""
-        return self.proj(x).flatten(2).transpose(1, 2)
+        if self.proj.weight.ndim == 4:
+            return self.proj(x).flatten(2).transpose(1, 2)
+        of_networks: Any = (self.proj.weight, self.proj.bias)
+        parts = zip(x.chunk(len(self.proj.weight)), *of_networks, strict=True)
+        found = [F.conv2d(part, weight, bias, self.patch_size) for part, weight, bias in parts]
+        return torch.cat(found).flatten(2).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -41,8 +73,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.num_heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, tokens, D) -> (N, tokens, D)."""
@@ -58,8 +90,8 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, tokens, D) -> (N, tokens, D)."""
@@ -71,9 +103,9 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, hidden: int):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, EPS)
+        self.norm1 = LayerNorm(dim, EPS)
         self.attn = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, EPS)
+        self.norm2 = LayerNorm(dim, EPS)
         self.mlp = Mlp(dim, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,7 +140,7 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + (image_size // patch_size) ** 2, dim))
         self.blocks = nn.Sequential(*(Block(dim, heads, int(dim * mlp_ratio)) for _ in range(depth)))
-        self.norm = nn.LayerNorm(dim, EPS)
+        self.norm = LayerNorm(dim, EPS)
         _draw(self.pos_embed)
         nn.init.normal_(self.cls_token, std=1e-6)
         for layer in self.blocks.modules():
@@ -120,9 +152,16 @@ class VisionTransformer(nn.Module):
         """Normalised images (N, 3, H, W), of as many whole patches as the position table is for, to features
         (N, D), those of the CLS token."""
         x = self.patch_embed(x)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
+        x = torch.cat([_rows(self.cls_token, len(x)), x], dim=1) + _rows(self.pos_embed, len(x))
         x = self.norm(self.blocks(x))
         return x[:, 0] if self.global_pool else x
+
+
+def _rows(table: Tensor, count: int) -> Tensor:
+    """A table (1, T, D) for every image (count, T, D), or P tables (P, 1, T, D) for count / P each."""
+    if table.ndim == 3:
+        return table.expand(count, -1, -1)
+    return table.expand(-1, count // len(table), -1, -1).flatten(0, 1)
 
 
 def _draw(weight: Tensor) -> None:

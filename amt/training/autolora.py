@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from amt.models.branch import Student, natural_weights, new_factors
 from amt.models.network import Network, logits
-from amt.models.pool import Student, natural_weights, new_factors
 from amt.models.weights import Weights, stream
 from amt.training.autolora_settings import Settings
 from amt.training.objectives import (
@@ -195,7 +195,7 @@ class FineTuner:
         similarity = self._similarity(images, attacked, labels, weighing)
         outcome = self._outcome(images, attacked, labels, weighing)
         check_loss(
-            outcome.loss.total,
+            outcome.loss.total.item(),
             f"epoch {self.epoch + 1}, batch {self.batch + 1}, learning rate {rate:g}",
         )
         self._optimiser.param_groups[0]["lr"] = rate

@@ -2,14 +2,14 @@
 
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from amt.attacks.losses import kl_sum
+from amt.attacks.losses import cross_entropy_sum, kl_sum
 
 
 class RobustLoss(NamedTuple):
-    """`total` = `natural` + beta * `robust`; three scalars. See `robust_loss` for what `natural` is."""
+    """`total` = `natural` + beta * `robust`; scalars, or (P,) for P networks. See `robust_loss` for what
+    `natural` is."""
 
     total: Tensor
     natural: Tensor
@@ -17,22 +17,22 @@ class RobustLoss(NamedTuple):
 
 
 def robust_loss(
-    clean: Tensor, attacked: Tensor, labels: Tensor, beta: float, share: float = 1.0
+    clean: Tensor, attacked: Tensor, labels: Tensor, beta: Tensor | float, share: float = 1.0
 ) -> RobustLoss:
     """Cross-entropy plus beta times the mean KL from clean to attacked.
 
     Args:
-        clean, attacked: logits (Q, N) of the clean and the attacked queries, neither detached.
+        clean, attacked: logits (..., Q, N) of the clean and the attacked queries, neither detached.
         labels: (Q,) int64 in 0..N-1.
-        beta: weight of the robust term; AutoLoRa's lambda_2.
+        beta: weight of the robust term, a number or (...); AutoLoRa's lambda_2.
         share: of the clean logits in the cross-entropy, in [0, 1]; the attacked ones have the rest. 1 is
             TRADES; AutoLoRa (Xu et al. 2024, eq. 6) has lambda_1 here.
 
     Returns:
-        Three scalars, means over the queries, with graph.
+        Means over the queries (...), with graph.
     """
-    natural = F.cross_entropy(clean, labels)
+    natural = cross_entropy_sum(clean, labels) / len(labels)
     if share != 1:
-        natural = share * natural + (1 - share) * F.cross_entropy(attacked, labels)
+        natural = share * natural + (1 - share) * (cross_entropy_sum(attacked, labels) / len(labels))
     robust = kl_sum(clean, attacked) / len(labels)
     return RobustLoss(natural + beta * robust, natural, robust)

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from amt.attacks.losses import kl_sum
 from amt.attacks.perturb import ascend
+from amt.models.branch import Student, natural_weights
 from amt.models.network import Network, logits
-from amt.models.pool import Student, natural_weights
 from amt.models.weights import Weights
 from amt.training.autolora_settings import Adversary
 from amt.training.losses import RobustLoss, robust_loss

@@ -3,6 +3,7 @@
 Knows no method and no files.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -15,10 +16,10 @@ class NonFiniteLoss(ArithmeticError):
     """The loss or a weight became NaN or infinite; the message says where in the run."""
 
 
-def check_loss(loss: Tensor, where: str) -> None:
-    """Raise `NonFiniteLoss` unless a loss, a scalar, is finite."""
-    if not loss.isfinite():
-        raise NonFiniteLoss(f"loss is {loss.item()} at {where}")
+def check_loss(loss: float, where: str) -> None:
+    """Raise `NonFiniteLoss` unless a loss is finite."""
+    if not math.isfinite(loss):
+        raise NonFiniteLoss(f"loss is {loss} at {where}")
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:

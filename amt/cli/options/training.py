@@ -72,6 +72,13 @@ def training_parser() -> Parser:
     add_flags(training, TuneSettings)
     episodes = Number(int, least=1, most=10**9)
     training.add_argument("--nEpisode", type=episodes, default=2000, help="episodes per epoch and source")
+    training.add_argument(
+        "--levels_at_once",
+        type=COUNT,
+        metavar="N",
+        help="levels that go through the network in one pass; fewer need less memory, and the result is the "
+        "same up to rounding (ours) (default: all)",
+    )
     training.add_argument("--sched", choices=["cosine"], default="cosine", help="schedule of the rate")
     training.add_argument("--val_sources", nargs="+", metavar="SOURCE", help="default: the base sources")
     training.add_argument(

@@ -1,0 +1,51 @@
+"""What is noted of the steps of meta-tuning: plain numbers. Knows no tensors."""
+
+import math
+from typing import NamedTuple
+
+
+class StepRecord(NamedTuple):
+    """The record of one level's step: plain numbers, accuracies in [0, 1]."""
+
+    total: float
+    natural: float
+    robust: float
+    clean_accuracy: float
+    robust_accuracy: float
+    lr: float
+    n_way: int
+    seconds_per_step: float
+
+
+class EpochSums(NamedTuple):
+    """Sums over one level's steps since an epoch began, which show a collapse.
+
+    Args:
+        steps: how many.
+        excess: of |natural loss - ln(ways)|.
+        divergence: of the robust loss.
+        ways: of the last step.
+    """
+
+    steps: int
+    excess: float
+    divergence: float
+    ways: int
+
+    def plus(self, record: StepRecord) -> "EpochSums":
+        """The sums with one more step."""
+        excess = abs(record.natural - math.log(record.n_way))
+        return EpochSums(self.steps + 1, self.excess + excess, self.divergence + record.robust, record.n_way)
+
+    def collapsed(self, robust: bool) -> bool:
+        """Whether the level looks like a constant network: loss at ln(ways), KL divergence at zero.
+
+        Args:
+            robust: whether the level trains against an adversary (only then is there a divergence).
+        """
+        if self.steps == 0 or self.excess / self.steps >= 0.01:
+            return False
+        return not robust or self.divergence / self.steps < 1e-3
+
+
+NO_STEPS = EpochSums(0, 0.0, 0.0, 0)

@@ -1,0 +1,164 @@
+"""A pretended GPU on the CPU: tensors that claim to be on cuda:0, hold CPU values, and are counted.
+
+    with pretended() as seen:
+        step(on_device(network), on_device(episode))
+    seen.kernels, seen.reads, seen.copies
+
+    kernels    operations that compute; views are free
+    reads      values that the CPU asks for, each of which waits: item, tolist, nonzero, an index of bools
+    copies     tensors that are sent to the device
+
+An operation that mixes the device with the CPU raises, as on a GPU; a CPU scalar may come along.
+"""
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from amt.attacks import constants
+from amt.models.network import Network
+
+CUDA = torch.device("cuda:0")
+aten = torch.ops.aten
+WAITING = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default)
+INDEXING = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
+
+
+@dataclasses.dataclass
+class Seen:
+    kernels: int = 0
+    reads: int = 0
+    copies: int = 0
+
+
+SEEN = Seen()
+
+
+class OnDevice(Tensor):
+    """A tensor that claims to be on cuda:0; `held` has its values."""
+
+    held: Tensor
+    device = property(lambda self: CUDA)  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, held: Tensor):
+        made = torch.Tensor._make_wrapper_subclass(
+            cls,
+            held.size(),
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=torch.device("cpu"),
+        )
+        made.held = held
+        return made
+
+    def __repr__(self):
+        return f"OnDevice({self.held!r})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        given = tree_leaves((args, kwargs))
+        strangers = [x for x in given if isinstance(x, Tensor) and not isinstance(x, OnDevice) and x.ndim]
+        if strangers:
+            raise RuntimeError(f"{func} mixes cuda:0 and cpu: {[tuple(x.shape) for x in strangers]}")
+        indexed_by_bools = func in INDEXING and any(
+            x.dtype == torch.bool for x in tree_leaves(args[1]) if isinstance(x, Tensor)
+        )
+        SEEN.reads += func in WAITING or indexed_by_bools
+        SEEN.kernels += not func.is_view
+        found = func(*tree_map(held, args), **tree_map(held, kwargs or {}))
+        if func._schema.is_mutable:
+            return args[0]
+        return tree_map(lambda x: OnDevice(x) if isinstance(x, Tensor) else x, found)
+
+
+def held(value: Any) -> Any:
+    return value.held if isinstance(value, OnDevice) else value
+
+
+class _Moved(torch.autograd.Function):
+    """To the device, with gradients on the way back."""
+
+    @staticmethod
+    def forward(_ctx, x):
+        return OnDevice(x.detach())
+
+    @staticmethod
+    def backward(_ctx, gradient):
+        return gradient.held
+
+
+class _Placing(TorchFunctionMode):
+    """Factories that are asked for the device, and what goes to and fro."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is Tensor.tolist and isinstance(args[0], OnDevice):
+            SEEN.reads += 1
+            return args[0].held.tolist()
+        if func is Tensor.to:
+            return self._moved(func, *args, **kwargs)
+        if func is nn.functional.one_hot and isinstance(args[0], OnDevice):  # C++ asks for the device itself
+            SEEN.reads += len(args) + len(kwargs) == 1  # the largest label
+            SEEN.kernels += 2
+            return OnDevice(func(args[0].held, *args[1:], **kwargs))
+        if _is_cuda(kwargs.get("device")) and not isinstance(args[0], OnDevice):
+            SEEN.copies += func is torch.tensor
+            return OnDevice(func(*args, **kwargs | {"device": "cpu"}))
+        return func(*args, **kwargs)
+
+    def _moved(self, func, this, *where, **kwargs):
+        kwargs.pop("non_blocking", None)  # memory that is not pinned is copied while the CPU waits
+        target = kwargs.pop("device", None)
+        like = [x.device for x in where if isinstance(x, Tensor)]
+        named = [torch.device(x) for x in where if isinstance(x, str | torch.device)]
+        target = next(iter([*like, *named]), target)
+        dtypes = [x.dtype if isinstance(x, Tensor) else x for x in where]
+        dtype = next((x for x in dtypes if isinstance(x, torch.dtype)), this.dtype)
+        if _is_cuda(target) and not isinstance(this, OnDevice):
+            SEEN.copies += 1
+            this = _Moved.apply(this)
+        elif target is not None and not _is_cuda(target) and isinstance(this, OnDevice):
+            SEEN.reads += 1
+            this = this.held
+        return this if dtype == this.dtype else func(this, dtype, **kwargs)
+
+
+def _is_cuda(device) -> bool:
+    return device is not None and torch.device(device).type == "cuda"
+
+
+def on_device(value: Any) -> Any:
+    """A network, a dataclass of tensors or a tensor, on the pretended device."""
+    if isinstance(value, Network):
+        network = dataclasses.replace(value, module=copy.deepcopy(value.module))
+        for part in network.module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    part._parameters[name] = nn.Parameter(OnDevice(parameter.data), requires_grad=False)
+        return network
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(value, **{name: on_device(each) for name, each in vars(value).items()})
+    if isinstance(value, dict):
+        return {name: on_device(each) for name, each in value.items()}
+    return OnDevice(value) if isinstance(value, Tensor) else value
+
+
+@contextlib.contextmanager
+def pretended() -> Iterator[Seen]:
+    """Count from zero what is done on the device."""
+    SEEN.__init__()
+    constants._made.cache_clear()
+    try:
+        with _Placing():
+            yield SEEN
+    finally:
+        constants._made.cache_clear()
