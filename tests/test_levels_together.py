@@ -211,11 +211,12 @@ def test_pgd_counts_what_is_left_every_few_steps_only(steps):
         draws = torch.Generator().manual_seed(1)
         return pgd(logits_of, move(images), labels, Ball("linf", 8 / 255, 0.5 / 255), steps, draws), seen
 
-    (attacked, fooled), each_step = found()
+    (attacked, fooled, logits), each_step = found()
     with pretended() as seen:
-        (there, fooled_there), now_and_then = found(on_device)
+        (there, fooled_there, logits_there), now_and_then = found(on_device)
     assert 0 < fooled.sum() < 6
     assert torch.equal(there.held, attacked) and torch.equal(fooled_there.held, fooled)
+    assert torch.allclose(logits_there.held, logits, atol=1e-6)
     assert seen.reads == steps // 4
     assert sum(each_step) < sum(now_and_then) < 6 * (steps + 1)
 

@@ -152,7 +152,7 @@ class VisionTransformer(nn.Module):
         """Normalised images (N, 3, H, W), of as many whole patches as the position table is for, to features
         (N, D), those of the CLS token."""
         x = self.patch_embed(x)
-        x = torch.cat([_rows(self.cls_token, len(x)), x], dim=1) + _rows(self.pos_embed, len(x))
+        x = torch.cat([_rows(self.cls_token, x.shape[0]), x], dim=1) + _rows(self.pos_embed, x.shape[0])
         x = self.norm(self.blocks(x))
         return x[:, 0] if self.global_pool else x
 
