@@ -241,25 +241,60 @@ def test_a_head_that_needs_statistics_says_so():
 
 def test_statistics_of_a_pool_merge_join_and_come_back():
     one, two = statistics(1), statistics(2)
-    pool = PoolStatistics(torch.stack([one.source, two.source]), torch.stack([one.attack, two.attack]), one)
+    pool = two_members(one, two)
     assert pool.merged(()) is one
     assert torch.equal(pool.merged((0.0, 1.0)).attack, two.attack)
     assert torch.allclose(pool.merged((0.25, 0.75)).source, 0.25 * one.source + 0.75 * two.source)
     assert torch.allclose(pool.averaged().merged((1.0,)).source, pool.merged((0.5, 0.5)).source)
-    again = PoolStatistics.of_tensors(pool.tensors, 2)
-    assert all(torch.equal(again.tensors[name], each) for name, each in pool.tensors.items())
     assert PoolStatistics.concat([pool, pool]).source.shape == (4, DIM, DIM)
 
 
+def two_members(one: Statistics, two: Statistics) -> PoolStatistics:
+    return PoolStatistics(torch.stack([one.source, two.source]), torch.stack([one.attack, two.attack]), one)
+
+
+@given(st.integers(0, 1000), st.floats(-12, 6))
+def test_a_file_keeps_half_of_each_symmetric_matrix_in_half_precision(seed, exponent):
+    """Whatever its size; what was kept once is kept as it is."""
+    one, two = (Statistics(*(10**exponent * each for each in statistics(seed + k))) for k in (0, 1))
+    pool = two_members(one, Statistics(two.source, torch.zeros(DIM, DIM)))
+    kept = pool.tensors
+    again = PoolStatistics.of_tensors(kept, 2)
+    assert kept["triangles"].shape == (3, 2, DIM * (DIM + 1) // 2) and kept["triangles"].dtype == torch.half
+    for name in ("source", "attack"):
+        before, after = getattr(pool, name), getattr(again, name)
+        assert torch.equal(after, after.mT)
+        assert ((after - before).abs().amax((1, 2)) <= 2**-11 * before.abs().amax((1, 2))).all()
+    assert all(torch.equal(found, kept[name]) for name, found in again.tensors.items())
+
+
+def test_statistics_of_older_files_are_taken_as_they_are():
+    pool = two_members(statistics(1), statistics(2))
+    older = {"source": pool.source, "attack": pool.attack}
+    older |= {f"pretrained_{name}": each for name, each in pool.pretrained._asdict().items()}
+    again = PoolStatistics.of_tensors(older, 2)
+    assert torch.equal(again.source, pool.source) and torch.equal(
+        again.pretrained.attack, pool.pretrained.attack
+    )
+    for change in ({"source": torch.ones(3, DIM, DIM)}, {"attack": torch.ones(2, DIM, 5)}):
+        with pytest.raises(ValueError, match="expected"):
+            PoolStatistics.of_tensors(older | change, 2)
+
+
 @pytest.mark.parametrize(
-    "change", [{"source": torch.ones(3, DIM, DIM)}, {"attack": torch.ones(2, DIM, 5)}, None]
+    "change",
+    [
+        {"triangles": torch.ones(3, 2, 5)},
+        {"triangles": torch.ones(2, 2, 6)},
+        {"triangles": torch.ones(())},
+        {"units": torch.ones(3)},
+        {"more": torch.ones(3)},
+    ],
 )
 def test_tensors_that_are_no_statistics_are_refused(change):
-    one = statistics()
-    tensors = PoolStatistics(one.source.repeat(2, 1, 1), one.attack.repeat(2, 1, 1), one).tensors
-    tensors = {"source": tensors["source"]} if change is None else tensors | change
+    tensors = two_members(statistics(1), statistics(2)).tensors
     with pytest.raises(ValueError, match="expected"):
-        PoolStatistics.of_tensors(tensors, 2)
+        PoolStatistics.of_tensors(tensors | change, 2)
 
 
 # --- how heads are asked for -----------------------------------------------------------------------------

@@ -20,6 +20,7 @@ Everything is differentiable through support and query. Knows no network and no 
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -161,20 +162,34 @@ class PoolStatistics:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name: source and attack (P, D, D), pretrained_source, pretrained_attack (D, D)."""
-        own = {"source": self.source, "attack": self.attack}
-        return own | {f"pretrained_{name}": each for name, each in self.pretrained._asdict().items()}
+        """All that a file keeps, by name: `triangles` (P + 1, 2, D (D + 1) / 2) float16 and `units`
+        (P + 1, 2) float32, a row for each member and one for the pretrained network, each of source and
+        attack.
+
+        A unit is a power of two, so that half precision holds the largest number of every matrix: estimates
+        from some tens of episodes have fewer digits than that.
+        """
+        pairs = [*zip(self.source, self.attack, strict=True), tuple(self.pretrained)]
+        matrices = torch.stack([torch.stack(pair) for pair in pairs]).float()
+        rows, columns = torch.triu_indices(*matrices.shape[-2:])
+        largest = matrices.abs().amax((-2, -1))
+        _, exponents = torch.frexp(largest * (1 + 2**-12))  # of the next power of two if it rounds up to it
+        units = torch.ldexp(torch.ones_like(matrices[..., 0, 0]), exponents - 15)
+        return {"triangles": (matrices[..., rows, columns] / units[..., None]).half(), "units": units}
 
     @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor], members: int) -> "PoolStatistics":
-        """The inverse of `tensors`.
+        """The inverse of `tensors`. Older files hold `source` and `attack` (P, D, D), `pretrained_source` and
+        `pretrained_attack` (D, D), which are taken as they are.
 
         Raises:
-            ValueError: a name or a shape is wrong for so many members: (P, D, D) and (D, D).
+            ValueError: a name or a shape is wrong for so many members.
         """
+        if tensors.keys() == {"triangles", "units"}:
+            return cls._unpacked(tensors["triangles"], tensors["units"], members)
         names = ("source", "attack", "pretrained_source", "pretrained_attack")
         if tensors.keys() != set(names):
-            raise ValueError(f"found {', '.join(sorted(tensors))}, expected {', '.join(names)}")
+            raise ValueError(f"found {', '.join(sorted(tensors))}, expected triangles, units")
         dim = tensors["source"].shape[-1] if tensors["source"].ndim else 0
         for name in names:
             expected = (dim, dim) if name.startswith("pretrained_") else (members, dim, dim)
@@ -182,6 +197,24 @@ class PoolStatistics:
                 raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, expected {expected}")
         pretrained = Statistics(tensors["pretrained_source"], tensors["pretrained_attack"])
         return cls(tensors["source"], tensors["attack"], pretrained)
+
+    @classmethod
+    def _unpacked(cls, triangles: Tensor, units: Tensor, members: int) -> "PoolStatistics":
+        """From triangles (P + 1, 2, T) and units (P + 1, 2)."""
+        numbers = triangles.shape[-1] if triangles.ndim else 0
+        dim = (math.isqrt(8 * numbers + 1) - 1) // 2
+        kinds = (members + 1, 2)
+        if dim == 0 or tuple(triangles.shape) != (*kinds, dim * (dim + 1) // 2):
+            raise ValueError(
+                f"triangles has shape {tuple(triangles.shape)}, expected {(*kinds, 'D (D + 1) / 2')}"
+            )
+        if tuple(units.shape) != kinds:
+            raise ValueError(f"units has shape {tuple(units.shape)}, expected {kinds}")
+        rows, columns = torch.triu_indices(dim, dim)
+        matrices = units.new_empty(*kinds, dim, dim)
+        matrices[..., rows, columns] = matrices[..., columns, rows] = triangles.float() * units[..., None]
+        source, attack = matrices.unbind(1)
+        return cls(source[:-1], attack[:-1], Statistics(source[-1], attack[-1]))
 
     @staticmethod
     def concat(parts: Sequence["PoolStatistics"]) -> "PoolStatistics":
