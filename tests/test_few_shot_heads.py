@@ -1,6 +1,7 @@
 """The classifier of one's own pictures with other heads than prototypes: the same answers as evaluation, on
 disk, under attack, in an export and in the command; what is missing is one line."""
 
+import dataclasses
 import json
 import pickle
 from functools import partial
@@ -235,3 +236,35 @@ def test_heads_that_make_no_sense_are_one_line_each(photos):
     ):
         ended = predict(*words, *flags)
         assert ended.code == 2 and message in ended.err and ended.err.count("\n") == 1, flags
+
+
+def test_a_file_recommends_a_head_and_whoever_names_one_has_that_instead(photos, known, tmp_path):
+    """`amt pool --head` writes it down; measured statistics recommend robust-lda."""
+    out = tmp_path / "pool.safetensors"
+    ended = called(amt, ["amt", "pool", known, "--head", "mix", "share=0.7", "--out", out])
+    assert ended.code == 0, ended.err
+    assert "share=0.7" in called(amt, ["amt", "checkpoint", out]).out
+    own, explicit = FewShotClassifier(out), FewShotClassifier(known, head="mix share=0.7")
+    expected = explicit.fit(photos / "support").logits(photos / "new")
+    assert np.array_equal(own.fit(photos / "support").logits(photos / "new"), expected)
+    assert FewShotClassifier(out, head="lda").fit(photos / "support").task_.head.kind == "lda"
+    flags = ["--support", photos / "support", photos / "new", "--epsilon", "--device", "cpu"]
+    assert f"head: {own.task_.head.name}" in predict(out, *flags).out
+    assert "head:" not in predict(known, *flags).out
+    assert predict(out, *flags, "--head", "prototypes").out == predict(known, *flags).out
+
+
+@pytest.mark.parametrize("head", ["robust-llda", "lda support=much", "", 3])
+def test_a_recommendation_that_makes_no_sense_is_one_line(photos, known, tmp_path, head):
+    saved, file = checkpoint.load(known), tmp_path / "pool.safetensors"
+    checkpoint.save(file, dataclasses.replace(saved, about=saved.about | {"head": head}))
+    clf = FewShotClassifier(file)
+    fails("pool.safetensors: damaged header field 'head'", lambda: clf.fit(photos / "support"))
+    assert FewShotClassifier(file, head="lda").fit(photos / "support").task_.head.kind == "lda"
+
+
+def test_a_head_that_the_pool_has_no_statistics_for_is_not_recommended(known, tmp_path):
+    bare, out = tmp_path / "bare.safetensors", tmp_path / "out.safetensors"
+    checkpoint.save(bare, dataclasses.replace(checkpoint.load(known), statistics=None))
+    ended = called(amt, ["amt", "pool", bare, "--head", "mix", "--out", out])
+    assert ended.code == 2 and "holds no statistics for --head robust-lda" in ended.err and not out.exists()

@@ -91,6 +91,8 @@ def describe_pool(found: Checkpoint, content: Content) -> Lines:
     ]
     if about.get("epoch") is not None:
         lines.append(("epoch", str(about["epoch"])))
+    if about.get("head") is not None:
+        lines.append(("head", f"{about['head']}, it recommends"))
     notes = about.get("notes", [])
     return lines + [("note", str(note)) for note in (notes if isinstance(notes, list) else [notes])]
 

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from amt.files import checkpoint
 from amt.files.checkpoint import Checkpoint
+from amt.models.head_settings import RECOMMENDED
 from amt.models.network import Network
 from amt.models.pool import Pool
 from amt.tasks.classifier import pretrained
@@ -38,7 +39,8 @@ def with_statistics(
     workers: int,
     watch: Watch = iter,
 ) -> Checkpoint:
-    """The checkpoint with the statistics of its pool, and a note of how they were measured."""
+    """The checkpoint with the statistics of its pool, a note of how they were measured, and a
+    recommendation of the head that uses them."""
     network = dataclasses.replace(network, autocast=None)
     shown = (each.to(network.device) for each in watch(episode_loader(episodes, workers)))
     pool = saved.pool.to(network.device)
@@ -49,7 +51,9 @@ def with_statistics(
         "seed": seed,
         "attack": f"pgd{STEPS}@{255 * EPSILON:g}",
     }
-    return dataclasses.replace(saved, statistics=found, about=saved.about | {"statistics": note})
+    return dataclasses.replace(
+        saved, statistics=found, about=saved.about | {"statistics": note, "head": RECOMMENDED}
+    )
 
 
 def complete(files: Iterable[Path], measured: Callable[[Checkpoint], Checkpoint]) -> list[Path]:
@@ -66,7 +70,7 @@ def complete(files: Iterable[Path], measured: Callable[[Checkpoint], Checkpoint]
         if twin is None:
             twin = measured(saved)
             known.append(twin)
-        about = saved.about | {"statistics": twin.about["statistics"]}
+        about = saved.about | {name: twin.about[name] for name in ("statistics", "head")}
         checkpoint.save(path, dataclasses.replace(saved, statistics=twin.statistics, about=about))
         written.append(path)
     return written

@@ -9,6 +9,7 @@ seen from the residual they share, with one rank and on the same layers; complet
 architecture. A file of several members adds all of them, so that a published pool of any size can be given
 its levels. --statistics adds the covariances that heads such as robust-lda need, measured on TRAIN episodes
 of the meta-training sources (docs/explanation/robust-lda.md). Without it, those that all files hold are kept.
+--head writes down what `amt predict` classifies with unless it is told otherwise.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 from amt.cli import head_statistics, options
 from amt.cli.options import Parser
 from amt.cli.options.common import PROCESSES, SIDE, THREADS, check_episodes
+from amt.evaluation.deploy import check_heads
 from amt.files import checkpoint
 from amt.files.checkpoint import Checkpoint
 from amt.files.pretrained import load_network
@@ -44,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
         nargs="+",
         help="what the members were trained for, in 1/255 of the pixel range (default: what the files say)",
     )
+    options.add_head(parser, "", "what all files recommend")
     add_measuring(parser)
     args = parser.parse(argv)
     check(args)
@@ -68,6 +71,7 @@ def main(argv: Sequence[str]) -> int:
         about["arch"] = archs.pop()
     saved = joined(args.files, found, Checkpoint(pool, about))
     saved = measured(args, saved) if args.statistics else saved
+    saved = saved if args.head is None else recommending(args, saved)
     checkpoint.save(args.out, saved)
     levels = ", ".join(f"{level.epsilon:g}" for level in pool.levels)
     kind = "complete networks" if pool.rank is None else f"LoRAs of rank {pool.rank}"
@@ -96,7 +100,8 @@ def add_measuring(parser: Parser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise an `InputError` for --statistics without what it needs."""
+    """Raise an `InputError` for --statistics without what it needs, and for a --head that makes no sense."""
+    options.single_head(args)
     if not args.statistics:
         return
     for flag in ("data_path", "base_sources"):
@@ -122,7 +127,22 @@ def joined(files: Sequence[Path], found: Sequence[Checkpoint], saved: Checkpoint
         return saved
     notes = [each.about.get("statistics") for each in found]
     about = saved.about | {"statistics": notes[0] if len(notes) == 1 else notes}
+    heads = {each.about.get("head") for each in found}
+    about |= {"head": heads.pop()} if len(heads) == 1 and None not in heads else {}
     return dataclasses.replace(saved, statistics=PoolStatistics.concat(parts), about=about)
+
+
+def recommending(args: argparse.Namespace, saved: Checkpoint) -> Checkpoint:
+    """The pool with a note of the head that --head names.
+
+    Raises:
+        InputError: the head needs what the pool does not have.
+    """
+    head = options.single_head(args)
+    known = saved.statistics
+    dim = 0 if known is None else known.source.shape[-1]
+    check_heads([head], saved.pool, known, str(args.files[0]), dim)
+    return dataclasses.replace(saved, about=saved.about | {"head": head.name})
 
 
 def measured(args: argparse.Namespace, saved: Checkpoint) -> Checkpoint:

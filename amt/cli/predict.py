@@ -109,7 +109,7 @@ def add_model(parser: Parser) -> None:
         "--image_size", type=Number(int, least=1, most=4096), help="side in pixels (default: the backbone's)"
     )
     options.add_merging(model)
-    options.add_head(model, "")
+    options.add_head(model, "", "what the pool's file recommends, else prototypes")
     model.add_argument(
         "--pretrained_checkpoint",
         type=as_path,
@@ -228,7 +228,7 @@ def merging(args: argparse.Namespace) -> "Merging":
     """How the flags of `add_model` merge the pool."""
     from amt.few_shot.task import Merging
 
-    head = options.single_head(args)
+    head = None if args.head is None else options.single_head(args)
     trims = tuple(args.trim)
     routing = options.routing(args)
     return Merging(routing, args.coefficients, trims, args.seed, head, args.pretrained_checkpoint)

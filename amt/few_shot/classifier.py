@@ -35,8 +35,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     """A classifier of images, fitted to a few labelled examples by merging a pool of adversarial LoRAs.
 
     Fitting trains nothing: the adapters are scored on the labelled images, the best are merged, and the mean
-    features of each class classify by cosine (AMT, section 3.4), as test_meta_dataset.py does it. Another
-    `head` classifies the features differently.
+    features of each class classify by cosine (AMT, section 3.4), as test_meta_dataset.py does it, unless
+    `head` or the pool's file names another head.
 
     Images are a folder of image files, paths, PIL pictures, uint8 arrays (N, H, W, 3), or floating-point
     arrays or tensors in [0, 1], of any size: the shorter side is resized to 256/224 of the network's image
@@ -49,8 +49,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         coefficients: instead of the router, one share per adapter, of sum 1.
         trims: trimmings of the merged weights, see `Trim`.
         head: what classifies the features: "prototypes", "centred", "lda", "ridge", "robust-lda" or "mix",
-            also with options, "robust-lda support=0.3 attack=0.3"; or a `Head`. robust-lda needs statistics,
-            which `amt pool --statistics` adds to a pool's file.
+            also with options, "robust-lda support=0.3 attack=0.3"; or a `Head`; None: what the pool's file
+            recommends, see `OpenPool.head`. robust-lda needs statistics, which `amt pool --statistics` adds.
         pretrained_checkpoint: the weights that the pool was trained from, which only "mix" reads; None: those
             in the box, or of timm's hub.
         seed: decides everything random.
@@ -86,7 +86,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         augment_probability: float = Routing.augment_probability,
         coefficients: Coefficients | None = None,
         trims: Sequence[Trim] = (),
-        head: str | Head = Head.kind,
+        head: str | Head | None = None,
         pretrained_checkpoint: str | os.PathLike | None = None,
         seed: int = 0,
         image_size: int | None = None,

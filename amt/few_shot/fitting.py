@@ -46,7 +46,7 @@ def fit_pictures(
     if len(items) > pictures.MOST_SUPPORT:
         raise InputError(f"{where}{len(items)} images, a support set has {pictures.MOST_SUPPORT} at most")
     opened = open_pool(pool, arch, image_size).to(find_device(device))
-    if merging.head.other == PRETRAINED:
+    if (merging.head or opened.head).other == PRETRAINED:
         opened = opened.with_pretrained(merging.pretrained)
     images = pictures.images(items, opened.network.image_size)
     task = fit(opened, images, torch.from_numpy(numbers.astype(np.int64)), classes.tolist(), merging)

@@ -135,7 +135,7 @@ class _Config(TypedDict, total=False):
     augment_probability: float
     coefficients: list[float] | None
     trims: list[_Trim]
-    head: str | dict[str, Any]
+    head: str | dict[str, Any] | None
     seed: int
     image_size: int | None
     arch: str | None

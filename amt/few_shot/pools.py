@@ -13,6 +13,7 @@ from amt.few_shot.hub import Hub, fetch, is_name
 from amt.files import checkpoint
 from amt.files.pretrained import CHECKPOINTS, load_network
 from amt.models.architectures import base_arch
+from amt.models.head_settings import Head, parse_head
 from amt.models.heads import PoolStatistics
 from amt.models.network import Network, untrained
 from amt.models.pool import Pool
@@ -42,6 +43,18 @@ class OpenPool:
     pool: Pool
     about: dict[str, Any]
     statistics: PoolStatistics | None = None
+
+    @property
+    def head(self) -> Head:
+        """What the file recommends to classify features with; prototypes if it says nothing.
+
+        Raises:
+            InputError: it names no head.
+        """
+        try:
+            return parse_head(str(self.about.get("head", Head.kind)).split())
+        except (InputError, ValueError) as error:
+            raise InputError(f"{self.file}: damaged header field 'head': {error}") from error
 
     def to(self, device: torch.device | str) -> "OpenPool":
         """The same on another device, itself if it is there."""

@@ -110,7 +110,7 @@ class Merging:
         coefficients: instead, one number per adapter, of sum 1.
         trims: trimmings of the merged weights.
         seed: of the router's augmentation, or attack, and of views of a single example per class.
-        head: what classifies the features.
+        head: what classifies the features; None: what the pool's file recommends.
         pretrained: the file of weights that the pool was trained from, which only a head reads that mixes
             them in; None: see `find_weights`.
     """
@@ -119,7 +119,7 @@ class Merging:
     coefficients: Coefficients | None = None
     trims: tuple[Trim, ...] = ()
     seed: int = 0
-    head: Head = dataclasses.field(default_factory=Head)
+    head: Head | None = None
     pretrained: Path | None = None
 
 
@@ -140,7 +140,8 @@ def fit(opened: OpenPool, images: Tensor, labels: Tensor, classes: Sequence[Labe
     asked = Deployment(coefficients=merging.coefficients, trims=merging.trims, routings=(merging.routing,))
     check_fit(asked, pool, str(opened.file))
     dim: Any = network.module.num_features
-    check_heads([merging.head], pool, opened.statistics, str(opened.file), dim)
+    head = merging.head or opened.head
+    check_heads([head], pool, opened.statistics, str(opened.file), dim)
     support = Support(images.to(network.device), labels.to(network.device), tuple(map(str, classes)))
     shares = (1.0,) if merging.coefficients is None and len(pool) == 1 else merging.coefficients
     if shares is None:
@@ -150,19 +151,19 @@ def fit(opened: OpenPool, images: Tensor, labels: Tensor, classes: Sequence[Labe
         merged = merged_network(network, pool, shares, merging.trims, support)
     except ValueError as error:
         raise InputError(f"coefficients {' '.join(f'{c:g}' for c in shares)}: {error}") from error
-    merged, factor, second = _with_head(opened, merged, support, merging)
+    merged, factor, second = _with_head(opened, merged, support, head, merging.seed)
     shots = tuple(labels.bincount(minlength=len(classes)).tolist())
     about = {"pool": opened.file.name, "seed": merging.seed}
     unknown = opened.about.get("levels_from") == "nowhere"  # of a published pool
     epsilons = () if unknown else tuple(level.epsilon for level in pool.levels)
-    return Task(merged, tuple(classes), shots, epsilons, about, merging.head, factor, second)
+    return Task(merged, tuple(classes), shots, epsilons, about, head, factor, second)
 
 
 def _with_head(
-    opened: OpenPool, merged: MergedNetwork, support: Support, merging: Merging
+    opened: OpenPool, merged: MergedNetwork, support: Support, head: Head, seed: int
 ) -> tuple[MergedNetwork, Tensor | None, Voice | None]:
     """The merged network with the head that is asked for, and what the latter mixes in; see `Task`."""
-    if merging.head == Head():
+    if head == Head():
         return merged, None, None
     own, *others = fitted_voices(
         opened.network,
@@ -170,10 +171,10 @@ def _with_head(
         support.images,
         support.labels,
         merged.coefficients,
-        merging.head,
+        head,
         opened.statistics,
-        mixed_in(opened.network, opened.pool, merging.head),
-        merging.seed,
+        mixed_in(opened.network, opened.pool, head),
+        seed,
     )
     found = dataclasses.replace(merged, head=own.head)
     return found, own.factor, others[0] if others else None

@@ -12,6 +12,7 @@ from meta_dataset_readers.errors import InputError, nearest
 
 MIX = "mix"
 PRETRAINED = "pretrained"
+RECOMMENDED = "robust-lda"  # for pools whose file has the statistics
 LEAST_IDENTITY = 0.01  # of the sum of all shares: below it float32 features make no sound inverse
 
 _LDA = {"support": 0.5, "identity": 0.5}

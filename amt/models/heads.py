@@ -162,8 +162,8 @@ class PoolStatistics:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All that a file keeps, by name: `triangles` (P + 1, 2, D (D + 1) / 2) float16 and `units`
-        (P + 1, 2) float32, a row for each member and one for the pretrained network, each of source and
+        """All that a file keeps, by name: `triangles` (R, 2, D (D + 1) / 2) float16 and `units` (R, 2)
+        float32. The R = P + 1 rows are of the members and of the pretrained network, each of source and
         attack.
 
         A unit is a power of two, so that half precision holds the largest number of every matrix: estimates

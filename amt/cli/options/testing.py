@@ -56,7 +56,7 @@ def add_merging(group: argparse._ArgumentGroup) -> None:
     add_flags(group, Routing, several=_SEARCHED)
 
 
-def add_head(group: argparse._ArgumentGroup, several: str) -> None:
+def add_head(group: argparse._ArgumentGroup, several: str, default: str = "prototypes") -> None:
     """The flag of what classifies the features; `several` says what giving it more than once does."""
     group.add_argument(
         "--head",
@@ -65,7 +65,7 @@ def add_head(group: argparse._ArgumentGroup, several: str) -> None:
         metavar=("NAME", "OPTION=VALUE"),
         help="what classifies the features: prototypes, centred, lda, ridge, robust-lda, or mix of two "
         "networks, with shares such as support=0.3 attack=0.3 identity=0.4, and for mix of=robust-lda "
-        f"share=0.8 other=pretrained{several} (default: prototypes; docs/explanation/robust-lda.md)",
+        f"share=0.8 other=pretrained{several} (default: {default}; docs/explanation/robust-lda.md)",
     )
 
 
