@@ -238,29 +238,48 @@ def test_heads_that_make_no_sense_are_one_line_each(photos):
         assert ended.code == 2 and message in ended.err and ended.err.count("\n") == 1, flags
 
 
-def test_a_file_recommends_a_head_and_whoever_names_one_has_that_instead(photos, known, tmp_path):
-    """`amt pool --head` writes it down; measured statistics recommend robust-lda."""
+def test_a_file_recommends_what_is_used_unless_something_else_is_named(photos, known, tmp_path):
+    """`amt pool` writes it down: the head, and the shares of the adapters instead of the router."""
     out = tmp_path / "pool.safetensors"
-    ended = called(amt, ["amt", "pool", known, "--head", "mix", "share=0.7", "--out", out])
+    words = ["--head", "mix", "share=0.7", "--coefficients", 0, 1]
+    ended = called(amt, ["amt", "pool", known, *words, "--out", out])
     assert ended.code == 0, ended.err
-    assert "share=0.7" in called(amt, ["amt", "checkpoint", out]).out
-    own, explicit = FewShotClassifier(out), FewShotClassifier(known, head="mix share=0.7")
-    expected = explicit.fit(photos / "support").logits(photos / "new")
-    assert np.array_equal(own.fit(photos / "support").logits(photos / "new"), expected)
-    assert FewShotClassifier(out, head="lda").fit(photos / "support").task_.head.kind == "lda"
+    shown = called(amt, ["amt", "checkpoint", out]).out
+    assert "share=0.7" in shown and "--coefficients 0.0 1.0" in shown
+
+    def fitted(file, **given) -> FewShotClassifier:
+        return FewShotClassifier(file, **given).fit(photos / "support")
+
+    own, explicit = fitted(out), fitted(known, head="mix share=0.7", coefficients=(0, 1))
+    assert np.array_equal(own.logits(photos / "new"), explicit.logits(photos / "new"))
+    assert fitted(out, head="lda").task_.head.kind == "lda"
+    routed = fitted(known, head="lda").coefficients_
+    assert routed.tolist() not in ([0, 1], [1, 0])
+    assert fitted(out, head="lda", coefficients="route").coefficients_.tolist() == routed.tolist()
+    assert (
+        fitted(out, head="lda", top_k=1).coefficients_.tolist()
+        == fitted(known, top_k=1).coefficients_.tolist()
+    )
+    assert fitted(out, head="lda", coefficients=(0.5, 0.5)).coefficients_.tolist() == [0.5, 0.5]
+    fails("expected numbers, 'route' or None", lambda: fitted(out, coefficients="router"))
+
     flags = ["--support", photos / "support", photos / "new", "--epsilon", "--device", "cpu"]
     assert f"head: {own.task_.head.name}" in predict(out, *flags).out
     assert "head:" not in predict(known, *flags).out
-    assert predict(out, *flags, "--head", "prototypes").out == predict(known, *flags).out
+    assert predict(out, *flags, "--head", "prototypes", "--top_k", 2).out == predict(known, *flags).out
 
 
-@pytest.mark.parametrize("head", ["robust-llda", "lda support=much", "", 3])
-def test_a_recommendation_that_makes_no_sense_is_one_line(photos, known, tmp_path, head):
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("head", "robust-llda"), ("head", "lda support=much"), ("head", ""), ("head", 3)]
+    + [("coefficients", value) for value in ("1", 3, ["1", "0"], [1.0], [0.5, 0.6])],
+)
+def test_a_recommendation_that_makes_no_sense_is_one_line(photos, known, tmp_path, field, value):
     saved, file = checkpoint.load(known), tmp_path / "pool.safetensors"
-    checkpoint.save(file, dataclasses.replace(saved, about=saved.about | {"head": head}))
+    checkpoint.save(file, dataclasses.replace(saved, about=saved.about | {field: value}))
     clf = FewShotClassifier(file)
-    fails("pool.safetensors: damaged header field 'head'", lambda: clf.fit(photos / "support"))
-    assert FewShotClassifier(file, head="lda").fit(photos / "support").task_.head.kind == "lda"
+    fails("coefficients|damaged header field 'head'", lambda: clf.fit(photos / "support"))
+    clf.set_params(head="lda", coefficients=(0.5, 0.5)).fit(photos / "support")
 
 
 def test_a_head_that_the_pool_has_no_statistics_for_is_not_recommended(known, tmp_path):

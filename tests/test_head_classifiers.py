@@ -245,6 +245,10 @@ def test_training_measures_what_testing_uses_in_processes_of_their_own(world, tr
     """main.py's statistics are those that amt pool measures on the same episodes, and testing needs them."""
     pool = trained[1] / "last.safetensors"
     assert about(pool)["statistics"]["episodes"] == 1 and checkpoint.load(pool).statistics is not None
+    epsilons = [level["epsilon"] for level in about(pool)["levels"]]
+    recommended = about(pool)["coefficients"]
+    assert about(pool)["head"] == "robust-lda" and sum(recommended) == 1
+    assert recommended.index(1) == epsilons.index(max(epsilons))
     bare, again = tmp_path / "bare.safetensors", tmp_path / "again.safetensors"
     saved = checkpoint.load(pool)
     checkpoint.save(bare, dataclasses.replace(saved, statistics=None, momentum={}))

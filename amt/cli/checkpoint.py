@@ -92,7 +92,9 @@ def describe_pool(found: Checkpoint, content: Content) -> Lines:
     if about.get("epoch") is not None:
         lines.append(("epoch", str(about["epoch"])))
     if about.get("head") is not None:
-        lines.append(("head", f"{about['head']}, it recommends"))
+        lines.append(("recommends", f"--head {about['head']}"))
+    if about.get("coefficients") is not None:
+        lines.append(("recommends", f"--coefficients {' '.join(map(str, about['coefficients']))}"))
     notes = about.get("notes", [])
     return lines + [("note", str(note)) for note in (notes if isinstance(notes, list) else [notes])]
 

@@ -18,6 +18,8 @@ from amt.training.head_statistics import EPSILON, STEPS, measure_statistics
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.reader import EpisodeReader, SourceMixture, episode_loader
 
+RECOMMENDATIONS = ("head", "coefficients")  # fields of a file: what a classifier of it uses
+
 # The episodes of a dataset, prepared by so many processes, maybe ended by a signal.
 Watch = Callable[[Iterable[Episode]], Iterable[Episode]]
 
@@ -39,8 +41,8 @@ def with_statistics(
     workers: int,
     watch: Watch = iter,
 ) -> Checkpoint:
-    """The checkpoint with the statistics of its pool, a note of how they were measured, and a
-    recommendation of the head that uses them."""
+    """The checkpoint with the statistics of its pool, a note of how they were measured, and what is
+    recommended with them: the most robust member, classified by a head that uses them."""
     network = dataclasses.replace(network, autocast=None)
     shown = (each.to(network.device) for each in watch(episode_loader(episodes, workers)))
     pool = saved.pool.to(network.device)
@@ -52,8 +54,16 @@ def with_statistics(
         "attack": f"pgd{STEPS}@{255 * EPSILON:g}",
     }
     return dataclasses.replace(
-        saved, statistics=found, about=saved.about | {"statistics": note, "head": RECOMMENDED}
+        saved,
+        statistics=found,
+        about=saved.about | {"statistics": note, "head": RECOMMENDED, "coefficients": most_robust(pool)},
     )
+
+
+def most_robust(pool: Pool) -> list[float]:
+    """All for the member of the largest epsilon, of equals the first."""
+    epsilons = [level.epsilon for level in pool.levels]
+    return [float(p == epsilons.index(max(epsilons))) for p in range(len(pool))]
 
 
 def complete(files: Iterable[Path], measured: Callable[[Checkpoint], Checkpoint]) -> list[Path]:
@@ -70,7 +80,7 @@ def complete(files: Iterable[Path], measured: Callable[[Checkpoint], Checkpoint]
         if twin is None:
             twin = measured(saved)
             known.append(twin)
-        about = saved.about | {name: twin.about[name] for name in ("statistics", "head")}
+        about = saved.about | {name: twin.about[name] for name in ("statistics", *RECOMMENDATIONS)}
         checkpoint.save(path, dataclasses.replace(saved, statistics=twin.statistics, about=about))
         written.append(path)
     return written

@@ -9,7 +9,7 @@ seen from the residual they share, with one rank and on the same layers; complet
 architecture. A file of several members adds all of them, so that a published pool of any size can be given
 its levels. --statistics adds the covariances that heads such as robust-lda need, measured on TRAIN episodes
 of the meta-training sources (docs/explanation/robust-lda.md). Without it, those that all files hold are kept.
---head writes down what `amt predict` classifies with unless it is told otherwise.
+--head and --coefficients write down what `amt predict` uses unless it is told otherwise.
 """
 
 import argparse
@@ -19,9 +19,11 @@ from functools import partial
 from pathlib import Path
 
 from amt.cli import head_statistics, options
+from amt.cli.head_statistics import RECOMMENDATIONS
 from amt.cli.options import Parser
 from amt.cli.options.common import PROCESSES, SIDE, THREADS, check_episodes
-from amt.evaluation.deploy import check_heads
+from amt.evaluation.deploy import check_fit, check_heads
+from amt.evaluation.settings import Deployment
 from amt.files import checkpoint
 from amt.files.checkpoint import Checkpoint
 from amt.files.pretrained import load_network
@@ -46,7 +48,8 @@ def main(argv: Sequence[str]) -> int:
         nargs="+",
         help="what the members were trained for, in 1/255 of the pixel range (default: what the files say)",
     )
-    options.add_head(parser, "", "what all files recommend")
+    options.add_head(parser, "", "what the file recommends")
+    add_flags(parser, Deployment, "coefficients")
     add_measuring(parser)
     args = parser.parse(argv)
     check(args)
@@ -71,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
         about["arch"] = archs.pop()
     saved = joined(args.files, found, Checkpoint(pool, about))
     saved = measured(args, saved) if args.statistics else saved
-    saved = saved if args.head is None else recommending(args, saved)
+    saved = recommending(args, saved)
     checkpoint.save(args.out, saved)
     levels = ", ".join(f"{level.epsilon:g}" for level in pool.levels)
     kind = "complete networks" if pool.rank is None else f"LoRAs of rank {pool.rank}"
@@ -127,22 +130,26 @@ def joined(files: Sequence[Path], found: Sequence[Checkpoint], saved: Checkpoint
         return saved
     notes = [each.about.get("statistics") for each in found]
     about = saved.about | {"statistics": notes[0] if len(notes) == 1 else notes}
-    heads = {each.about.get("head") for each in found}
-    about |= {"head": heads.pop()} if len(heads) == 1 and None not in heads else {}
+    if len(found) == 1:
+        about |= {name: found[0].about[name] for name in RECOMMENDATIONS if name in found[0].about}
     return dataclasses.replace(saved, statistics=PoolStatistics.concat(parts), about=about)
 
 
 def recommending(args: argparse.Namespace, saved: Checkpoint) -> Checkpoint:
-    """The pool with a note of the head that --head names.
+    """The pool with notes of the head and the coefficients that the flags name.
 
     Raises:
-        InputError: the head needs what the pool does not have.
+        InputError: the head needs what the pool does not have, or the coefficients do not fit.
     """
-    head = options.single_head(args)
-    known = saved.statistics
-    dim = 0 if known is None else known.source.shape[-1]
-    check_heads([head], saved.pool, known, str(args.files[0]), dim)
-    return dataclasses.replace(saved, about=saved.about | {"head": head.name})
+    notes, where = {}, str(args.files[0])
+    if args.head is not None:
+        head, known = options.single_head(args), saved.statistics
+        check_heads([head], saved.pool, known, where, 0 if known is None else known.source.shape[-1])
+        notes["head"] = head.name
+    if args.coefficients is not None:
+        check_fit(Deployment(coefficients=args.coefficients), saved.pool, where)
+        notes["coefficients"] = list(args.coefficients)
+    return dataclasses.replace(saved, about=saved.about | notes)
 
 
 def measured(args: argparse.Namespace, saved: Checkpoint) -> Checkpoint:

@@ -230,7 +230,7 @@ def merging(args: argparse.Namespace) -> "Merging":
 
     head = None if args.head is None else options.single_head(args)
     trims = tuple(args.trim)
-    routing = options.routing(args)
+    routing = options.routing(args) if options.routed(args) else None
     return Merging(routing, args.coefficients, trims, args.seed, head, args.pretrained_checkpoint)
 
 

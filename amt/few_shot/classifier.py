@@ -35,8 +35,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     """A classifier of images, fitted to a few labelled examples by merging a pool of adversarial LoRAs.
 
     Fitting trains nothing: the adapters are scored on the labelled images, the best are merged, and the mean
-    features of each class classify by cosine (AMT, section 3.4), as test_meta_dataset.py does it, unless
-    `head` or the pool's file names another head.
+    features of each class classify by cosine (AMT, section 3.4), as test_meta_dataset.py does it. A pool's
+    file may recommend other shares of the adapters and another head, see `OpenPool`.
 
     Images are a folder of image files, paths, PIL pictures, uint8 arrays (N, H, W, 3), or floating-point
     arrays or tensors in [0, 1], of any size: the shorter side is resized to 256/224 of the network's image
@@ -46,7 +46,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         pool: a pool in the box by its name, a file, or the folder of a training; see `from_pretrained`.
         beta, gamma, top_k, route_epsilon, augment_probability: of the router, see `Routing`; route_epsilon is
             in 1/255 of the pixel range.
-        coefficients: instead of the router, one share per adapter, of sum 1.
+        coefficients: instead of the router, one share per adapter, of sum 1; None: those that the pool's file
+            recommends, unless a setting of the router is not the default; "route": the router's.
         trims: trimmings of the merged weights, see `Trim`.
         head: what classifies the features: "prototypes", "centred", "lda", "ridge", "robust-lda" or "mix",
             also with options, "robust-lda support=0.3 attack=0.3"; or a `Head`; None: what the pool's file
@@ -84,7 +85,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         top_k: int = Routing.top_k,
         route_epsilon: float = Routing.epsilon,
         augment_probability: float = Routing.augment_probability,
-        coefficients: Coefficients | None = None,
+        coefficients: Coefficients | str | None = None,
         trims: Sequence[Trim] = (),
         head: str | Head | None = None,
         pretrained_checkpoint: str | os.PathLike | None = None,
@@ -387,7 +388,13 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         routing = Routing(self.beta, self.gamma, self.top_k, self.augment_probability, self.route_epsilon)
         head = parse_head(self.head.split()) if isinstance(self.head, str) else self.head
         weights = None if self.pretrained_checkpoint is None else Path(self.pretrained_checkpoint)
-        return Merging(routing, self.coefficients, tuple(self.trims), self.seed, head, weights)
+        shares = self.coefficients
+        asked = routing if shares == "route" or routing != Routing() else None
+        if isinstance(shares, str):
+            if shares != "route":
+                raise InputError(f"coefficients is {shares!r}, expected numbers, 'route' or None")
+            shares = None
+        return Merging(asked, shares, tuple(self.trims), self.seed, head, weights)
 
     def _fitted(self, task: Task, classes: np.ndarray | None = None) -> Self:
         self.task_ = task

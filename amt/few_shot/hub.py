@@ -133,7 +133,7 @@ class _Config(TypedDict, total=False):
     top_k: int
     route_epsilon: float
     augment_probability: float
-    coefficients: list[float] | None
+    coefficients: list[float] | str | None
     trims: list[_Trim]
     head: str | dict[str, Any] | None
     seed: int
@@ -154,7 +154,7 @@ def parameters_beside(file: Path) -> dict[str, Any]:
     known = {name: value for name, value in found.items() if name in _Config.__annotations__}
     if "trims" in known:
         known["trims"] = tuple(Trim(**trim) for trim in known["trims"])
-    if known.get("coefficients") is not None:
+    if isinstance(known.get("coefficients"), list):
         known["coefficients"] = tuple(known["coefficients"])
     if isinstance(known.get("head"), dict):
         try:
@@ -168,7 +168,7 @@ def plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of a constructor that config.json has a place for, as JSON has them."""
     held = {name: parameters[name] for name in _Config.__annotations__ if name in parameters}
     held["trims"] = [dataclasses.asdict(trim) for trim in held.get("trims", ())]
-    if held.get("coefficients") is not None:
+    if not isinstance(held.get("coefficients"), str | None):
         held["coefficients"] = [float(share) for share in held["coefficients"]]
     if isinstance(held.get("head"), Head):
         held["head"] = dataclasses.asdict(held["head"])

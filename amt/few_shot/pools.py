@@ -17,7 +17,7 @@ from amt.models.head_settings import Head, parse_head
 from amt.models.heads import PoolStatistics
 from amt.models.network import Network, untrained
 from amt.models.pool import Pool
-from amt.models.weights import Weights
+from amt.models.weights import Coefficients, Weights
 from meta_dataset_readers.errors import InputError, nearest
 from meta_dataset_readers.files import size_of
 
@@ -55,6 +55,20 @@ class OpenPool:
             return parse_head(str(self.about.get("head", Head.kind)).split())
         except (InputError, ValueError) as error:
             raise InputError(f"{self.file}: damaged header field 'head': {error}") from error
+
+    @property
+    def coefficients(self) -> Coefficients | None:
+        """The share of each member that the file recommends; None if it says nothing.
+
+        Raises:
+            InputError: it names no shares.
+        """
+        found = self.about.get("coefficients")
+        if found is None:
+            return None
+        if not isinstance(found, list) or not all(isinstance(share, int | float) for share in found):
+            raise InputError(f"{self.file}: damaged header field 'coefficients': expected a list of numbers")
+        return tuple(found)
 
     def to(self, device: torch.device | str) -> "OpenPool":
         """The same on another device, itself if it is there."""

@@ -106,7 +106,8 @@ class Merging:
     """How the pool becomes one network for a task.
 
     Args:
-        routing: the router's settings; used without `coefficients`.
+        routing: the router's settings, used without `coefficients`; None: the shares that the pool's file
+            recommends, or where it recommends none a router with the default settings.
         coefficients: instead, one number per adapter, of sum 1.
         trims: trimmings of the merged weights.
         seed: of the router's augmentation, or attack, and of views of a single example per class.
@@ -115,7 +116,7 @@ class Merging:
             them in; None: see `find_weights`.
     """
 
-    routing: Routing = dataclasses.field(default_factory=Routing)
+    routing: Routing | None = None
     coefficients: Coefficients | None = None
     trims: tuple[Trim, ...] = ()
     seed: int = 0
@@ -137,16 +138,19 @@ def fit(opened: OpenPool, images: Tensor, labels: Tensor, classes: Sequence[Labe
             a head that needs what the pool does not have.
     """
     network, pool = opened.network, opened.pool
-    asked = Deployment(coefficients=merging.coefficients, trims=merging.trims, routings=(merging.routing,))
+    shares, routing = merging.coefficients, merging.routing or Routing()
+    if merging.routing is None and shares is None:
+        shares = opened.coefficients
+    asked = Deployment(coefficients=shares, trims=merging.trims, routings=(routing,))
     check_fit(asked, pool, str(opened.file))
     dim: Any = network.module.num_features
     head = merging.head or opened.head
     check_heads([head], pool, opened.statistics, str(opened.file), dim)
     support = Support(images.to(network.device), labels.to(network.device), tuple(map(str, classes)))
-    shares = (1.0,) if merging.coefficients is None and len(pool) == 1 else merging.coefficients
+    shares = (1.0,) if shares is None and len(pool) == 1 else shares
     if shares is None:
         draws = stream(merging.seed, 0, 1)  # as of the first episode of a run
-        shares = route(network, pool, support.images, support.labels, draws, merging.routing)
+        shares = route(network, pool, support.images, support.labels, draws, routing)
     try:
         merged = merged_network(network, pool, shares, merging.trims, support)
     except ValueError as error:

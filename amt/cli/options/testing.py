@@ -334,6 +334,12 @@ def routing(args: argparse.Namespace) -> Routing:
     return found
 
 
+def routed(args: argparse.Namespace) -> bool:
+    """Whether any flag of the router is given."""
+    given = (args.blend_beta, args.blend_gamma, args.top_k, args.route_epsilon)
+    return any(each is not None for each in given) or args.aug_prob != Routing.augment_probability
+
+
 def selection(args: argparse.Namespace) -> str:
     """How settings are chosen, one of `SELECTS`: --select_on SOURCE is a way of --select valid."""
     return "valid" if args.select_on and args.select == "none" else args.select
