@@ -30,8 +30,8 @@ from amt.models.architectures import (
 )
 from amt.models.network import Network, features, find_device
 from amt.models.pool import principal_pool
-from amt.training.meta_tune import Tuner
 from amt.training.settings import TuneSettings
+from amt.training.tuner import Tuner
 from meta_dataset_readers.errors import InputError
 
 ARCH = Arch(patch_size=4, dim=24, depth=2, heads=2, pretrained_size=16, image_size=16, mlp_ratio=2.0)
