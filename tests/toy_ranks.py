@@ -1,6 +1,7 @@
-"""Commands of several ranks at toy size: processes as torchrun starts them, forked from one that has imported
-torch already, as each would need seconds for that."""
+"""Ranks at toy size: processes as torchrun starts them, forked from one that has imported torch already, as
+each would need seconds for that."""
 
+import functools
 import importlib.util
 import multiprocessing
 import os
@@ -15,48 +16,36 @@ from commands import ROOT, Ended
 
 from meta_dataset_readers.errors import exit_on_bad_input
 
-PATIENCE = 120  # seconds until a test gives up; all of them take a few
+PATIENCE = 240  # seconds until a test gives up; all of them take a few
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["amt.cli.train", "amt.cli.fine_tune", "toy_ranks"])
+_CONTEXT.set_forkserver_preload(["amt.cli.train", "amt.cli.fine_tune", "amt.cli.test", "toy_ranks"])
+
+Work = Callable[[], object]
 
 
 class Running:
-    """The ranks of one command.
+    """Ranks at work.
 
     Args:
-        words: of every rank's command line after `main.py`.
+        work: what each of them does; can be pickled, see `program`.
         place: a folder for what they print.
-        before: by rank what it does before it starts.
-        environment: of all of them, besides what torchrun sets.
+        world: how many are said to be there, if not so many.
     """
 
-    def __init__(
-        self,
-        words: Sequence[Sequence],
-        place: Path,
-        before: dict[int, Callable[[], None]] | None = None,
-        environment: dict[str, str] | None = None,
-    ):
+    def __init__(self, work: Sequence[Work], place: Path, world: int | None = None):
         place.mkdir(parents=True, exist_ok=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        common |= {"WORLD_SIZE": str(len(words)), "LOCAL_WORLD_SIZE": str(len(words)), **(environment or {})}
-        self._files = [(place / f"out{rank}", place / f"err{rank}") for rank in range(len(words))]
+            port = free.getsockname()[1]
+        size = str(world or len(work))
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": size}
+        self._files = [(place / f"out{rank}", place / f"err{rank}") for rank in range(len(work))]
         self.processes = []
-        for rank, own in enumerate(words):
-            variables = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            given = (list(map(str, own)), variables, self._files[rank], (before or {}).get(rank))
-            self.processes.append(_CONTEXT.Process(target=_rank, args=given))
-        for process in self.processes:
+        for rank, own in enumerate(work):
+            variables = common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": size}
+            process = _CONTEXT.Process(target=_rank, args=(own, variables, self._files[rank]))
             process.start()
-
-    def shows(self, rank: int, text: str) -> None:
-        """Wait until a rank has printed `text`."""
-        end = time.monotonic() + PATIENCE
-        while not any(file.exists() and text in file.read_text() for file in self._files[rank]):
-            assert time.monotonic() < end and self.processes[rank].is_alive(), self.ended()
-            time.sleep(0.02)
+            self.processes.append(process)
 
     def ended(self) -> list[Ended]:
         """How they ended, by rank."""
@@ -65,25 +54,51 @@ class Running:
             process.kill()
             process.join()
         printed = [[file.read_text() if file.exists() else "" for file in pair] for pair in self._files]
-        return [Ended(each.exitcode, *pair) for each, pair in zip(self.processes, printed, strict=True)]
+        return [Ended(each.exitcode or 0, *pair) for each, pair in zip(self.processes, printed, strict=True)]
 
 
-def ranks(words: Sequence, world: int, place: Path, **more) -> list[Ended]:
-    """So many ranks of one command, to their end."""
-    return Running([words] * world, place, **more).ended()
+def together(work: Work, world: int, place: Path) -> list[Ended]:
+    """So many ranks that do the same, to their end."""
+    return Running([work] * world, place).ended()
 
 
-def _rank(words: list[str], variables: dict[str, str], files: Sequence[Path], before) -> None:
-    os.environ.update(variables)
-    for number, file in enumerate(files, 1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
-    if before:
-        before()
+def program(*words) -> Work:
+    """main.py with these words on its command line."""
+    return functools.partial(_program, [str(word) for word in words])
+
+
+def signalled(work: Work, step: int, number: int, of: int | None = None) -> Work:
+    """The same work, in which a rank (None: all) sends itself a signal when so many episodes are done."""
+    return functools.partial(_signalled, work, step, number, of)
+
+
+def _program(words: list[str]) -> None:
     sys.argv = ["main.py", *words]
     spec = importlib.util.spec_from_file_location("main", ROOT / "main.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     exit_on_bad_input(module.main)
+
+
+def _signalled(work: Work, step: int, number: int, of: int | None) -> None:
+    from amt.training.keeper import Keeper
+
+    log_step = Keeper.log_step
+
+    def noisy(self, done, *rest):
+        log_step(self, done, *rest)
+        if done == step and of in (None, int(os.environ["RANK"])):
+            os.kill(os.getpid(), number)
+            time.sleep(0.05)
+
+    Keeper.log_step = noisy
+    work()
+
+
+def _rank(work: Work, variables: dict[str, str], files: Sequence[Path]) -> None:
+    os.environ.update(variables)
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    work()

@@ -124,16 +124,16 @@ class Ranks:
             return [list(tensors)]
         import torch
 
-        there = [tensor for tensor in tensors if tensor is not None]
-        sent = self._to_send(torch.cat([tensor.flatten() for tensor in there]))
+        flat = _flat(tensors)
+        sent = self._to_send(flat)
         found = [torch.empty_like(sent) for _ in range(self.world)]
         self._call("all_gather", found, sent)
+        return [_parted(each.to(flat.device), tensors) for each in found]
 
-        def parted(flat: "Tensor") -> "list[Tensor | None]":
-            parts = iter(flat.to(there[0].device).split([tensor.numel() for tensor in there]))
-            return [None if tensor is None else next(parts).view(tensor.shape) for tensor in tensors]
-
-        return [parted(flat) for flat in found]
+    def added(self, tensors: "Sequence[Tensor | None]") -> "list[Tensor | None]":
+        """The sums of every rank's tensors, one by one; all have the same shapes, and None at the same
+        places."""
+        return list(tensors) if self.world == 1 else _parted(self.total(_flat(tensors)), tensors)
 
     def gathered(self, thing: Thing) -> list[Thing]:
         """Every rank's thing, by rank; whatever can be pickled."""
@@ -170,13 +170,15 @@ class Ranks:
         return found
 
     def check_same(self, facts: dict[str, Any]) -> None:
-        """Raise an `InputError` that names the first fact in which this rank differs from rank 0."""
-        for name, value in self.shared(facts).items():
-            if facts.get(name) != value:
-                raise InputError(
-                    f"rank {self.rank} was started with {name} {facts.get(name)}, rank 0 with {value}; "
-                    "start all ranks with the same command, on the same data"
-                )
+        """Raise an `InputError`, on all ranks, that names the first fact in which one differs from rank 0."""
+        first, *others = self.gathered(facts)
+        for rank, theirs in enumerate(others, 1):
+            for name, value in first.items():
+                if theirs.get(name) != value:
+                    raise InputError(
+                        f"rank {rank} was started with {name} {theirs.get(name)}, rank 0 with {value}; "
+                        "start all ranks with the same command, on the same data"
+                    )
 
     def _to_send(self, tensor: "Tensor") -> "Tensor":
         return tensor.detach() if self._by_nccl else tensor.detach().cpu()
@@ -190,6 +192,17 @@ class Ranks:
             late = "timed out" in str(error).lower()
             what = f"did not answer within {self._seconds:g} s; see --rank_timeout" if late else "has ended"
             raise LostRank(f"another rank {what}") from error
+
+
+def _flat(tensors: "Sequence[Tensor | None]") -> "Tensor":
+    import torch
+
+    return torch.cat([tensor.detach().flatten() for tensor in tensors if tensor is not None])
+
+
+def _parted(flat: "Tensor", like: "Sequence[Tensor | None]") -> "list[Tensor | None]":
+    parts = iter(flat.split([tensor.numel() for tensor in like if tensor is not None]))
+    return [None if tensor is None else next(parts).view(tensor.shape) for tensor in like]
 
 
 ALONE = Ranks()
