@@ -1,4 +1,4 @@
-"""Meta-training by several processes: what each of them does, and that it is the run of one, bit for bit."""
+"""Training by several processes is that of one: meta-training bit for bit, AutoLoRa up to rounding."""
 
 import functools
 import json
@@ -11,14 +11,20 @@ from commands import Ended, about, same_tensors
 from conftest import moved_apart
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from toy_autolora import METHODS, SHORT, chosen, data, network, start_of
+from toy_autolora_runs import command as autolora
+from toy_autolora_runs import rows
 from toy_pools import RANK, make_episode, make_network, quick, tensors
 from toy_ranks import Running, program, signalled, together
 from toy_training import World, assert_refused, command, scalars, signal_after, write_source
 
 from amt.attacks.levels import Perturbation
 from amt.files import ranks
+from amt.models.branch import Student
 from amt.models.pool import Pool, principal_pool
+from amt.training.accuracy import accuracy, validate
+from amt.training.autolora import FineTuner, new_student
 from amt.training.tuner import Tuner, share
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,9 +33,9 @@ LEVELS = tuple(Perturbation(e, e / 4, steps=2, grids=(2, 0), scalars=(2.0, 1.0))
 
 
 @given(st.integers(1, 6), st.integers(1, 5), st.data())
-def test_every_level_sees_every_episode_of_a_step_once(levels, episodes, data):
+def test_every_level_sees_every_episode_of_a_step_once(levels, episodes, draw):
     """While there are levels enough no rank has another's, and none has two more than another."""
-    world = data.draw(st.integers(1, levels * episodes))
+    world = draw.draw(st.integers(1, levels * episodes))
     shares = [share(rank, world, levels) for rank in range(world)]
     todo = [(p, k) for each in shares for p in each.levels for k in each.episodes(episodes)]
     assert sorted(todo) == [(p, k) for p in range(levels) for k in range(episodes)]
@@ -55,10 +61,10 @@ STEPS = {
 def trained(case: str, team: ranks.Ranks) -> tuple[Pool, dict[str, torch.Tensor], dict]:
     """The pool, momentum and numbers after two steps."""
     levels, episodes, at_once, how = STEPS[case]
-    network = make_network()
-    pool = moved_apart(principal_pool(network.weights, RANK, LEVELS[:levels]))
+    net = make_network()
+    pool = moved_apart(principal_pool(net.weights, RANK, LEVELS[:levels]))
     settings = quick(lr=1e-3, episodes_per_step=episodes, episodes_per_epoch=2 * episodes, **how)
-    tuner = Tuner(network, pool, settings, at_once, team)
+    tuner = Tuner(net, pool, settings, at_once, team)
     total = 2 * episodes
     mine = [make_episode(k) for k in tuner.own_episodes(total)]
     size = len(mine) // 2
@@ -102,12 +108,12 @@ def test_a_step_of_several_ranks_is_that_of_one(tmp_path, world):
 
 def test_a_step_of_several_episodes_follows_the_mean_of_their_gradients():
     """Without momentum and perturbations: each episode alone moves the weights by its own part."""
-    network = make_network()
-    pool = moved_apart(principal_pool(network.weights, RANK, LEVELS[:1]))
+    net = make_network()
+    pool = moved_apart(principal_pool(net.weights, RANK, LEVELS[:1]))
 
     def moved(size: int, *episodes: int) -> dict[str, torch.Tensor]:
         settings = quick(lr=0.1, momentum=0, method="standard", episodes_per_step=size, episodes_per_epoch=4)
-        tuner = Tuner(network, pool, settings)
+        tuner = Tuner(net, pool, settings)
         tuner.step(*map(make_episode, episodes))
         return {name: each - tensors(pool)[name] for name, each in tensors(tuner.pool).items()}
 
@@ -115,6 +121,82 @@ def test_a_step_of_several_episodes_follows_the_mean_of_their_gradients():
     for name, found in both.items():
         torch.testing.assert_close(found, (one[name] + other[name]) / 2, rtol=1e-3, atol=1e-6)
     assert not torch.equal(one["scale"], other["scale"])
+
+
+# AutoLoRa
+
+
+FINE_TUNINGS = {
+    "resnet": [*METHODS, "measured"],
+    "vit": ["autolora", "ALF"],
+}
+SIZES = (8, 5, 1)  # of batches; of the last one rank has nothing
+
+
+def fine_tuned(kind: str, case: str, team: ranks.Ranks) -> tuple[dict[str, torch.Tensor], list]:
+    """State and records of three batches and their epoch's end, in float64: up to rounding 1e-16 is 0."""
+    how = METHODS.get(case, {"similarity_every": 1, "whole_passes": True})
+    net = network(kind)
+    student = new_student(net, start_of(net), chosen(**how), start_of(net, seed=5))
+    student = Student.of_tensors(double(student.tensors))
+    seen = [(images.double(), labels, labels) for images, labels in (data(5, seed=9), data(3, seed=8))]
+    tuner = FineTuner(
+        net, student, chosen(**how), len(SIZES), lambda weights: accuracy(tuner.network, weights, seen), team
+    )
+    records = []
+    for number, size in enumerate(SIZES):
+        images, labels = data(size, seed=number)
+        record = tuner.step(images.double(), labels)._replace(seconds=0)
+        records.append([*record[:-1], *(record.similarity or {}).values()])
+    found = validate(tuner.network, tuner.student.weights, seen, SHORT, seed=1)
+    tuner.end_epoch(*found)
+    return tuner.state()[0], [*records, list(found)]
+
+
+def double(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: each.double() if each.is_floating_point() else each for name, each in weights.items()}
+
+
+def write_fine_tunings(folder: Path) -> None:
+    torch.set_num_threads(1)
+    with ranks.together(100) as team:
+        for kind, case in ((kind, case) for kind, cases in FINE_TUNINGS.items() for case in cases):
+            state, records = fine_tuned(kind, case, team)
+            save_file(state, folder / f"{kind} {case} {team.rank}.safetensors")
+            (folder / f"{kind} {case}.json").write_text(json.dumps(records))
+
+
+def test_a_batch_of_several_ranks_is_that_of_one(tmp_path):
+    """Weights, BatchNorm statistics, momentum, accuracies and what weighs the loss, for all methods; and the
+    ranks hold the same bits."""
+    for ended in together(functools.partial(write_fine_tunings, tmp_path), 2, tmp_path):
+        assert ended == (0, "", ""), ended
+    for kind, case in ((kind, case) for kind, cases in FINE_TUNINGS.items() for case in cases):
+        state, records = fine_tuned(kind, case, ranks.ALONE)
+        files = [tmp_path / f"{kind} {case} {rank}.safetensors" for rank in range(2)]
+        assert same_tensors(*files)
+        found = load_file(files[0])
+        assert found.keys() == state.keys()
+        for name, each in state.items():
+            torch.testing.assert_close(found[name], each, rtol=1e-6, atol=1e-6, msg=f"{kind} {case} {name}")
+        there = json.loads((tmp_path / f"{kind} {case}.json").read_text())
+        for one, other in zip(there, records, strict=True):
+            assert one == pytest.approx(other, rel=1e-5, abs=1e-6), (kind, case)
+
+
+def test_a_fine_tuning_by_ranks_stops_goes_on_and_is_tested(cifar, tmp_path):
+    """The batch that a signal to one rank arrives in is the last for all; rank 0 tests at the end."""
+    work = program("autolora", *cifar.flags(tmp_path / "run", "--rank_timeout", 100))
+    stopped = signalled(work, step=2, number=signal.SIGTERM, of=1)
+    first, other = together(stopped, 2, tmp_path / "stopped")
+    assert first.code == 143 and "stopped after 0 epochs and 2 batches" in first.out, first
+    assert other == (143, "", "")
+    first, other = together(work, 2, tmp_path / "finished")
+    assert first.code == 0 and "goes on after 0 epochs and 2 batches" in first.out, first
+    assert other == (0, "", "")
+    folder = tmp_path / "run" / "AFF"
+    assert [note["epoch"] for note in about(folder / "last.safetensors")["history"]] == [1, 2]
+    assert len(rows(folder / "test")) == 20
 
 
 # The command
@@ -200,6 +282,31 @@ def test_a_rank_that_is_killed_ends_the_run_and_costs_no_more_than_a_step(runs, 
 
 
 # Bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (("--batch_size", 2), "3 ranks for --batch_size 2"),
+        (("--eval_only",), "--eval_only"),
+        (("--published", "--dualBN", 1), "--dualBN"),
+    ],
+)
+def test_what_ranks_cannot_fine_tune_is_refused(cifar, tmp_path, monkeypatch, flags, word):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    ended = autolora(*cifar.flags(tmp_path / "out", *flags))
+    assert ended.code == 2 and word in ended.err and not (tmp_path / "out").exists(), ended
+
+
+def test_only_the_first_process_of_a_machine_tells_what_is_wrong_with_flags(runs, tmp_path, monkeypatch):
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    flags = runs.flags(tmp_path / "out", "--lr", "much")
+    for local, said in (("0", "error: argument --lr"), ("1", "")):
+        monkeypatch.setenv("LOCAL_RANK", local)
+        ended = command("main", *flags)
+        assert ended.code == 2 and ended.err.startswith(said) and bool(ended.err) == bool(said)
 
 
 def test_ranks_without_anything_to_do_are_refused_before_work_starts(runs, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ def main(argv: Sequence[str]) -> int:
             from amt.cli import dry_run
 
             return dry_run.fine_tuning(args)
+        options.check_ranks(args)
         check_output(args.output, "--output")
     # Only now torch is imported: nobody waits for it who asks for --help or mistyped a flag.
     from amt.cli import fine_tune

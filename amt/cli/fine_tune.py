@@ -59,7 +59,6 @@ def main(args: argparse.Namespace, attacks: Sequence[Attack]) -> int:
 def run_of(args: argparse.Namespace, attacks: Sequence[Attack], ranks: Ranks) -> int:
     """Fine-tune as one of the ranks, and test as the first one; the exit code."""
     use_threads(args)
-    check_ranks(args, ranks)
     device = find_device(args.device)
     torch.backends.cudnn.deterministic = True
     splits = open_data(args)
@@ -118,23 +117,6 @@ def run_of(args: argparse.Namespace, attacks: Sequence[Attack], ranks: Ranks) ->
     if len(options.modes(args)) > 1:
         summarise(args)
     return 0
-
-
-def check_ranks(args: argparse.Namespace, ranks: Ranks) -> None:
-    """Raise an `InputError` for what several ranks cannot do together."""
-    if ranks.world == 1:
-        return
-    if args.eval_only:
-        raise InputError(f"--eval_only: is done by one process, not by {ranks.world} ranks")
-    if args.published and args.dualBN:
-        raise InputError(
-            f"--published --dualBN 1: repeats a fault over a whole batch, for one process, not {ranks.world} "
-            "ranks"
-        )
-    for mode in options.modes(args):
-        size = options.settings(args, mode).batch_size
-        if size < ranks.world:
-            raise InputError(f"{ranks.world} ranks for --batch_size {size}: start at most {size}")
 
 
 def digest(splits: Splits) -> str:

@@ -202,7 +202,7 @@ def _flat(tensors: "Sequence[Tensor | None]") -> "Tensor":
 
 def _parted(flat: "Tensor", like: "Sequence[Tensor | None]") -> "list[Tensor | None]":
     parts = iter(flat.split([tensor.numel() for tensor in like if tensor is not None]))
-    return [None if tensor is None else next(parts).view(tensor.shape) for tensor in like]
+    return [None if tensor is None else next(parts).view(tensor.shape).to(tensor.dtype) for tensor in like]
 
 
 ALONE = Ranks()
