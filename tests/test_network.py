@@ -457,6 +457,16 @@ def test_the_automatic_device_is_cuda_where_there_is_one(monkeypatch):
     assert find_device("auto") == torch.device("cpu")
 
 
+def test_processes_of_torchrun_share_the_devices_of_a_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    for rank in range(3):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        found = [find_device(name) for name in ("auto", "cuda", "cuda:1")]
+        assert [each.index for each in found] == [rank % 2, rank % 2, 1]
+
+
 def test_image_sizes_below_a_patch_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"--image_size is 3, expected at least a patch of 4 px"):
         load_network("vit_mini", image_size=3)

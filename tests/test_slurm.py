@@ -1,5 +1,5 @@
-"""The Slurm scripts of docs/how-to/clusters.md, run as they stand there, where Slurm's commands only note that they
-were called."""
+"""The Slurm scripts of docs/how-to/clusters.md, run as they stand there, where Slurm's commands only note that
+they were called."""
 
 import os
 import re
@@ -46,13 +46,9 @@ class Cluster:
     def start(self, script: str, *flags, **variables) -> subprocess.Popen:
         """A job as Slurm starts it, which prints into `log`."""
         path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
-        slurm = {
-            "SLURM_JOB_ID": "7",
-            "SLURM_JOB_NUM_NODES": "1",
-            "SLURM_JOB_NODELIST": "node[1]",
-            "PORT": "0",
-        }
-        own = {"PATH": path, "NOTES": str(self.notes), "SLURM_GPUS_ON_NODE": "2", "OMP_NUM_THREADS": "1"}
+        slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node[1]"}
+        slurm |= {"SLURM_GPUS_ON_NODE": "2", "PORT": "0"}
+        own = {"PATH": path, "NOTES": str(self.notes), "OMP_NUM_THREADS": "1"}
         with (self.folder / "log").open("wb") as log:
             return subprocess.Popen(
                 ["bash", self.folder / script, *map(str, flags)],
