@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from amt.models.trim import Trim
     from amt.tasks.merge import route
     from amt.tasks.settings import Routing
-    from amt.training.meta_tune import Tuner, meta_tune
     from amt.training.settings import TuneSettings
+    from amt.training.tuner import Tuner, meta_tune
     from meta_dataset_readers.protocol import EpisodeSampling
     from meta_dataset_readers.reader import EpisodeReader
 
@@ -79,7 +79,7 @@ __getattr__, __dir__ = imported_when_used(
         "amt.models.trim": ("Trim",),
         "amt.tasks.merge": ("route",),
         "amt.tasks.settings": ("Routing",),
-        "amt.training.meta_tune": ("Tuner", "meta_tune"),
+        "amt.training.tuner": ("Tuner", "meta_tune"),
         "amt.training.settings": ("TuneSettings",),
         "meta_dataset_readers.protocol": ("EpisodeSampling",),
         "meta_dataset_readers.reader": ("EpisodeReader",),

@@ -60,8 +60,8 @@ from amt.models.weights import stream
 from amt.tasks.classifier import merged_predictor
 from amt.tasks.merge import route
 from amt.tasks.settings import Routing
-from amt.training.meta_tune import Tuner
 from amt.training.settings import TuneSettings
+from amt.training.tuner import Tuner
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import exit_on_bad_input
 

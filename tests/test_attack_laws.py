@@ -22,7 +22,7 @@ from amt.models.trim import Trim
 from amt.tasks.classifier import merged_predictor
 from amt.tasks.merge import blend, route
 from amt.tasks.settings import Routing
-from amt.training.meta_tune import Tuner
+from amt.training.tuner import Tuner
 from meta_dataset_readers.episode import Episode
 
 

@@ -20,8 +20,9 @@ from amt.models.weights import stream
 from amt.tasks.classifier import merged_predictor
 from amt.tasks.merge import route
 from amt.tasks.settings import Routing
-from amt.training.meta_tune import Tuner, query_outcome
+from amt.training.meta_tune import query_outcome
 from amt.training.settings import TuneSettings
+from amt.training.tuner import Tuner
 from meta_dataset_readers.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -29,8 +29,9 @@ from amt.models.network import Network
 from amt.models.pool import FullPool, Pool, pretrained_pool, principal_pool
 from amt.models.trim import Trim
 from amt.models.weights import trim_singular_values
-from amt.training.meta_tune import Tuner, natural_outcome, querying_outcome
+from amt.training.meta_tune import natural_outcome, querying_outcome
 from amt.training.settings import TuneSettings
+from amt.training.tuner import Tuner
 from meta_dataset_readers.episode import Episode
 
 ORDINARY = Perturbation(8, 2, steps=3, gamma=0.0, beta=0.0, grids=(0,), scalars=(1.0,), start="random1")

@@ -22,8 +22,9 @@ from amt.models.network import level_features
 from amt.models.pool import LoRAPool
 from amt.training import meta_tune
 from amt.training.losses import robust_loss
-from amt.training.meta_tune import Tuner, query_outcome
+from amt.training.meta_tune import query_outcome
 from amt.training.settings import TuneSettings
+from amt.training.tuner import Tuner
 from meta_dataset_readers.episode import Episode
 
 pytestmark = golden

@@ -28,8 +28,8 @@ from amt.files.learn2learn import EpisodeTaskset, TasksetEpisodes, task_of
 from amt.models.architectures import Arch
 from amt.models.pool import principal_pool
 from amt.tasks.classifier import pretrained_predictor
-from amt.training.meta_tune import Tuner
 from amt.training.settings import TuneSettings
+from amt.training.tuner import Tuner
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.protocol import EpisodeSampling

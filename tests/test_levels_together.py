@@ -26,8 +26,9 @@ from amt.models.pool import (
     principal_pool,
 )
 from amt.training import meta_tune
-from amt.training.meta_tune import Tuner, started
+from amt.training.meta_tune import started
 from amt.training.settings import TuneSettings
+from amt.training.tuner import Tuner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

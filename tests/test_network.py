@@ -30,8 +30,8 @@ from amt.models.architectures import (
 )
 from amt.models.network import Network, features, find_device
 from amt.models.pool import principal_pool
-from amt.training.meta_tune import Tuner
 from amt.training.settings import TuneSettings
+from amt.training.tuner import Tuner
 from meta_dataset_readers.errors import InputError
 
 ARCH = Arch(patch_size=4, dim=24, depth=2, heads=2, pretrained_size=16, image_size=16, mlp_ratio=2.0)
@@ -455,6 +455,16 @@ def test_the_automatic_device_is_cuda_where_there_is_one(monkeypatch):
     assert find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert find_device("auto") == torch.device("cpu")
+
+
+def test_processes_of_torchrun_share_the_devices_of_a_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    for rank in range(3):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        found = [find_device(name) for name in ("auto", "cuda", "cuda:1")]
+        assert [each.index for each in found] == [rank % 2, rank % 2, 1]
 
 
 def test_image_sizes_below_a_patch_are_refused(tmp_path):

@@ -34,7 +34,7 @@ from amt.cli import options
 from amt.cli.options import autolora as autolora_options
 from amt.models.architectures import ARCHS, Arch, build_network
 from amt.models.network import build_classifier
-from amt.training.meta_tune import Tuner
+from amt.training.tuner import Tuner
 from meta_dataset_readers.bscd import CHESTX_FINDINGS, CHESTX_IMAGES, CHESTX_LABELS, ISIC_IMAGES, ISIC_LABELS
 from meta_dataset_readers.sampling import check_sampling
 from meta_dataset_readers.spec import load_spec

@@ -16,7 +16,7 @@ from toy_training import assert_refused, command, error_line, scalars, signal_af
 from amt.files import checkpoint
 from amt.files.run_directory import RunDirectory
 from amt.training.keeper import Keeper
-from amt.training.meta_tune import Tuner
+from amt.training.tuner import Tuner
 from meta_dataset_readers.reader import EpisodeReader
 
 

@@ -12,7 +12,7 @@ from toy_training import command, error_line, scalars
 
 from amt.cli import options
 from amt.files import checkpoint
-from amt.training.meta_tune import Tuner
+from amt.training.tuner import Tuner
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.protocol import EpisodeSampling
 from meta_dataset_readers.reader import EpisodeReader, SourceMixture

@@ -27,9 +27,10 @@ from amt.files.checkpoint import Checkpoint
 from amt.models.network import Network
 from amt.models.pool import LoRAPool, principal_pool
 from amt.training import meta_tune
-from amt.training.meta_tune import NO_STEPS, StepRecord, Tuner, learning_rate
 from amt.training.optimiser import NonFiniteLoss
+from amt.training.records import NO_STEPS, StepRecord
 from amt.training.settings import TuneSettings
+from amt.training.tuner import Tuner, learning_rate
 
 # Mixed precision
 

@@ -9,16 +9,19 @@ from collections.abc import Sequence
 
 from amt.cli.options import autolora as options
 from amt.cli.options import check_output
+from amt.files import ranks
 
 
 def main(argv: Sequence[str]) -> int:
-    args = options.parse(list(argv))
-    attacks = options.attacks(args)
-    if args.dry_run is not None:
-        from amt.cli import dry_run
+    with ranks.one_voice():
+        args = options.parse(list(argv))
+        attacks = options.attacks(args)
+        if args.dry_run is not None:
+            from amt.cli import dry_run
 
-        return dry_run.fine_tuning(args)
-    check_output(args.output, "--output")
+            return dry_run.fine_tuning(args)
+        options.check_ranks(args)
+        check_output(args.output, "--output")
     # Only now torch is imported: nobody waits for it who asks for --help or mistyped a flag.
     from amt.cli import fine_tune
 

@@ -8,6 +8,7 @@ RUN/MODE/test is a run directory as of test_meta_dataset.py. The same command co
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ from amt.evaluation.test_set import TestSet, check_attacks, check_labels, test
 from amt.evaluation.writer import WROTE
 from amt.files import checkpoint, version
 from amt.files import robust_weights as pretrained
+from amt.files.ranks import Ranks, together
 from amt.files.robust_weights import CLASSIFIER, Pretrained
 from amt.files.run_directory import RUN_FILE, check_same, settings_pairs
 from amt.files.signals import Interrupted
@@ -50,6 +52,12 @@ def main(args: argparse.Namespace, attacks: Sequence[Attack]) -> int:
     Args:
         attacks: of the tests.
     """
+    with together(args.rank_timeout) as ranks:
+        return run_of(args, attacks, ranks)
+
+
+def run_of(args: argparse.Namespace, attacks: Sequence[Attack], ranks: Ranks) -> int:
+    """Fine-tune as one of the ranks, and test as the first one; the exit code."""
     use_threads(args)
     device = find_device(args.device)
     torch.backends.cudnn.deterministic = True
@@ -94,15 +102,27 @@ def main(args: argparse.Namespace, attacks: Sequence[Attack]) -> int:
 
     if args.eval_only:
         return tested(args.output, found.weights, args.checkpoint)
+    best = {}
     for mode in options.modes(args):
         settings = options.settings(args, mode)
-        code, weights = tuned(args, network, found, splits, settings, device)
-        code = code or tested(args.output / mode, weights, args.output / mode / "best.safetensors")
+        code, best[mode] = tuned(args, network, found, splits, settings, device, ranks)
+        if code:
+            return code
+    if not ranks.first:
+        return 0
+    for mode, weights in best.items():
+        code = tested(args.output / mode, weights, args.output / mode / "best.safetensors")
         if code:
             return code
     if len(options.modes(args)) > 1:
         summarise(args)
     return 0
+
+
+def digest(splits: Splits) -> str:
+    """What tells whether two ranks read the same data: the labels, and the first picture."""
+    labels = b"".join(part.labels.numpy().tobytes() for part in (splits.train, splits.validation))
+    return hashlib.blake2b(labels + splits.train.image(0).tobytes(), digest_size=8).hexdigest()
 
 
 def open_data(args: argparse.Namespace) -> Splits:
@@ -162,6 +182,7 @@ def tuned(
     splits: Splits,
     settings: Settings,
     device: torch.device,
+    ranks: Ranks,
 ) -> tuple[int, Weights]:
     """Fine-tune one mode, or go on with it: an exit code, and the weights of the best validation epoch."""
     augmented, plain = transforms(args.resize, options.large_crops(args))
@@ -191,15 +212,20 @@ def tuned(
 
     weights = {name: weight.to(device) for name, weight in found.weights.items()}
     student = new_student(network, weights, settings, found.natural_norms)
-    tuner = FineTuner(network, student, settings, len(training(0, 0)), training_accuracy)
+    tuner = FineTuner(network, student, settings, len(training(0, 0)), training_accuracy, ranks)
     described_by = {**data_protocol(args), **dataclasses.asdict(settings)}
     protocol = json.loads(json.dumps(described_by, sort_keys=True))
-    run = keeper(args, settings.mode, protocol)
+    if ranks.world > 1:
+        ranks.check_same(protocol | {"data of digest": digest(splits)})
+    run = keeper(args, settings.mode, protocol, ranks)
     about = described_network(network, splits.class_names, protocol)
     with run:
-        if run.last.exists():
+        if ranks.first and run.last.exists():
             restore(tuner, run.last, protocol)
             say(f"{run.folder}: goes on after {tuner.epoch} epochs and {tuner.batch} batches")
+        if ranks.world > 1:  # all go on from what rank 0 has
+            tensors, numbers = tuner.state()
+            tuner.restore(*ranks.shared(({name: each.cpu() for name, each in tensors.items()}, numbers)))
         if not tuner.finished:
             held_out = batches(
                 splits.validation, plain, args.test_batch_size, seed=0, workers=args.num_workers
@@ -213,7 +239,7 @@ def tuned(
     return 0, tuner.best.weights
 
 
-def keeper(args: argparse.Namespace, mode: str, protocol: dict) -> Keeper:
+def keeper(args: argparse.Namespace, mode: str, protocol: dict, ranks: Ranks) -> Keeper:
     """Of the run of one mode, in a folder of its own below --output."""
     return Keeper(
         args.output / mode,
@@ -223,6 +249,7 @@ def keeper(args: argparse.Namespace, mode: str, protocol: dict) -> Keeper:
         overwrite=args.overwrite,
         minutes=args.save_every_minutes,
         results=[f"test/{pattern}" for pattern in (*WROTE, RUN_FILE)],
+        ranks=ranks,
     )
 
 

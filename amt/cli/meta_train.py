@@ -6,6 +6,7 @@ amt train --arch vit_mini_amt --data_path data/mini --base_sources mini_objects 
 from collections.abc import Sequence
 
 from amt.cli import options
+from amt.files import ranks
 
 
 def main(argv: Sequence[str], prog: str | None = "amt train") -> int:
@@ -20,12 +21,13 @@ def main(argv: Sequence[str], prog: str | None = "amt train") -> int:
     """
     parser = options.training_parser()
     parser.prog = prog or parser.prog
-    args = parser.parse(argv)
-    options.check_training(args)
-    if args.dry_run is not None:
-        from amt.cli import dry_run
+    with ranks.one_voice():
+        args = parser.parse(argv)
+        options.check_training(args)
+        if args.dry_run is not None:
+            from amt.cli import dry_run
 
-        return dry_run.training(args)
+            return dry_run.training(args)
     # Only now torch is imported: nobody waits for it who asks for --help or mistyped a flag.
     from amt.cli import train
 

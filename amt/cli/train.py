@@ -6,6 +6,8 @@ through epochs in plain sight: step, save, validate, save.
 
 import argparse
 import dataclasses
+import functools
+import hashlib
 import itertools
 import json
 import math
@@ -16,27 +18,37 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset, Subset
 
 from amt.cli import head_statistics, options
 from amt.evaluation.evaluate import validate
 from amt.files import checkpoint
 from amt.files.pretrained import load_network
+from amt.files.ranks import Ranks, together
 from amt.files.run_directory import check_same
 from amt.files.signals import Interrupted
 from amt.models.network import Network, find_device
 from amt.models.pool import pretrained_pool, principal_pool
 from amt.models.weights import Weights
 from amt.training.keeper import Keeper, brief, check_resumable, scalars
-from amt.training.meta_tune import Tuner
+from amt.training.tuner import Tuner, steps
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError, say
 from meta_dataset_readers.reader import EpisodeReader, SourceMixture, episode_loader
 from meta_dataset_readers.stored_episodes import open_episodes
 
+OLDER = {"episodes_per_step": 1}  # settings that older runs do not name
+
 
 def main(args: argparse.Namespace) -> int:
     """Train as the flags say, or continue; the exit code."""
+    with together(args.rank_timeout) as ranks:
+        return run_of(args, ranks)
+
+
+def run_of(args: argparse.Namespace, ranks: Ranks) -> int:
+    """Train as one of the ranks; the exit code. What there is to start from is rank 0's."""
     options.check_output(args.output_dir)
     options.use_threads(args)
     settings = options.tune_settings(args)
@@ -62,38 +74,75 @@ def main(args: argparse.Namespace) -> int:
         for source in args.val_sources or options.training_sources(args)
         if args.nValEpisode
     ]
-    last = args.output_dir / "last.safetensors"
-    if args.overwrite and args.resume and os.path.realpath(args.resume) == os.path.realpath(last):
-        raise InputError(f"--overwrite would remove --resume {args.resume}; name another --output_dir")
-    first = None  # what there is to start from without `last`; faults in it are told before a folder is made
-    if args.resume is not None and not (last.exists() and last.samefile(args.resume)):
-        first = restored(args, network, args.resume)
-        if len(first[1]) == settings.epochs:
-            raise InputError(f"{args.resume}: this run is finished, nothing is left to resume")
-    elif args.overwrite or not last.exists():
-        first = fresh(args, network), []
+    described = asked(args, network)
+    if ranks.world > 1:
+        ranks.check_same(described | {"a first episode of digest": digest(episodes[0])})
+    first = beginning(args, network) if ranks.first else None
     run = Keeper(
         args.output_dir,
         "a meta-tuning",
-        asked(args, network),
+        described,
         overwrite=args.overwrite,
         minutes=args.save_every_minutes,
+        older=OLDER,
+        ranks=ranks,
     )
     with run:
-        found = [restored(args, network, run.last)] if run.last.exists() else []
+        found = [restored(args, network, run.last)] if ranks.first and run.last.exists() else []
         found += [first] if first else []
-        tuner, history = max(found, key=lambda each: each[0].episodes_done)
-        if len(history) == settings.epochs:
-            code = with_statistics(args, run, network, open_source)
-            say(f"done already: {run.last}; --overwrite starts anew")
-            return code
-        code = train(args, run, tuner, history, episodes, validation)
-        if len(history) < settings.epochs:
-            return code
+        furthest = max(found, key=lambda each: each[0].episodes_done, default=None)
+        tuner, history = shared_out(args, network, furthest, ranks)
+        already = "" if len(history) < settings.epochs else " already"
+        if not already:
+            code = train(args, run, tuner, history, episodes, validation, ranks)
+            if len(history) < settings.epochs:
+                return code
+        if not ranks.first:
+            return 0
+        run.goes_on_alone()
         code = with_statistics(args, run, network, open_source)
-        if code == 0:
-            say(f"done: {run.last}")
+        if already or code == 0:
+            say(f"done{already}: {run.last}{'; --overwrite starts anew' if already else ''}")
         return code
+
+
+def beginning(args: argparse.Namespace, network: Network) -> tuple[Tuner, list[dict]] | None:
+    """What there is to start from besides the last.safetensors of the run's own directory; faults in it are
+    told before a folder is made."""
+    last = args.output_dir / "last.safetensors"
+    if args.overwrite and args.resume and os.path.realpath(args.resume) == os.path.realpath(last):
+        raise InputError(f"--overwrite would remove --resume {args.resume}; name another --output_dir")
+    if args.resume is not None and not (last.exists() and last.samefile(args.resume)):
+        found = restored(args, network, args.resume)
+        if len(found[1]) == found[0].settings.epochs:
+            raise InputError(f"{args.resume}: this run is finished, nothing is left to resume")
+        return found
+    return (fresh(args, network), []) if args.overwrite or not last.exists() else None
+
+
+def shared_out(
+    args: argparse.Namespace, network: Network, start: tuple[Tuner, list[dict]] | None, ranks: Ranks
+) -> tuple[Tuner, list[dict]]:
+    """The tuner of this rank's share, and the history: rank 0's `start`, which others need not have."""
+    if start is not None and ranks.world == 1:
+        return start
+    sent = None
+    if start is not None:
+        pool, buffers, numbers = start[0].gathered()
+        sent = pool.to("cpu"), {name: each.cpu() for name, each in buffers.items()}, numbers, start[1]
+    shared = ranks.shared(sent)
+    assert shared is not None  # rank 0 has a start
+    pool, buffers, numbers, history = shared
+    pool = pool.to(network.device)
+    tuner = Tuner(network, pool, options.tune_settings(args), args.levels_at_once, ranks)
+    tuner.restore(buffers, numbers)
+    return tuner, history
+
+
+def digest(episode: Episode) -> str:
+    """What tells whether two ranks read the same pictures."""
+    pixels = torch.cat([episode.support, episode.query])
+    return hashlib.blake2b(pixels.numpy().tobytes(), digest_size=8).hexdigest()
 
 
 def train(
@@ -103,6 +152,7 @@ def train(
     history: list[dict],
     episodes: SourceMixture,
     validation: Sequence[Dataset],
+    ranks: Ranks,
 ) -> int:
     """Train to the end, or to the first signal; the exit code.
 
@@ -111,18 +161,19 @@ def train(
         episodes: of the whole run.
     """
     settings, total, skipped = tuner.settings, len(episodes), set()
+    size = settings.episodes_per_step
     content = partial(contents, about(args, tuner.network), tuner, history)
     run.begin("meta-tuning", "episode", total, tuner.episodes_done)
     if tuner.pool.levels[0].start == "zero" and settings.method == "adsv":
         run.say("warning: from --delta_init zero the attack's first gradient vanishes; it may never start")
-    left = Subset(episodes, range(tuner.episodes_done, total))
-    coming = run.watch(episode_loader(left, args.num_workers))
+    loader = episode_loader(Subset(episodes, tuner.own_episodes(total)), args.num_workers)
+    coming = run.watch(steps(loader, len(tuner.share.episodes(size))))
 
     for epoch in range(len(history), settings.epochs):
         end = (epoch + 1) * settings.episodes_per_epoch
-        for episode in itertools.islice(coming, end - tuner.episodes_done):
-            skipped.update(episode.skipped)
-            records = tuner.step(episode.to(tuner.network.device))
+        for own in itertools.islice(coming, (end - tuner.episodes_done) // size):
+            skipped.update(line for episode in own for line in episode.skipped)
+            records = tuner.step(*(episode.to(tuner.network.device) for episode in own))
             shown: dict[str, float] = {}
             for p, record in enumerate(records):
                 shown |= scalars(f"level{p}", record, without=["n_way"])
@@ -134,7 +185,7 @@ def train(
         if tuner.episodes_done < end:
             break
         try:
-            note = judged(run, tuner, validation, args.num_workers, skipped)
+            note = judged(run, tuner, validation, args.num_workers, skipped, ranks)
         except Interrupted:
             break
         best = max((old["score"] for old in history if "score" in old), default=-math.inf)
@@ -143,6 +194,7 @@ def train(
             run.save_best(*content(resumable=False))
         run.save_last(*content())
 
+    skipped = set().union(*ranks.gathered(skipped))
     if skipped:
         say(f"{len(skipped)} damaged records were passed over")
     if len(history) < settings.epochs:
@@ -178,7 +230,12 @@ def with_statistics(
 
 
 def judged(
-    run: Keeper, tuner: Tuner, validation: Sequence[Dataset], workers: int, skipped: set[str]
+    run: Keeper,
+    tuner: Tuner,
+    validation: Sequence[Dataset],
+    workers: int,
+    skipped: set[str],
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """The note of the epoch that has just ended: its levels that have collapsed, and the validation.
 
@@ -205,7 +262,10 @@ def judged(
             yield episode.to(tuner.network.device)
 
     with run.passes(tuner.network.module):
-        levels = validate(tuner.network, tuner.pool, fixed(), robust=tuner.settings.adversarial)
+        own = validate(tuner.network, tuner.pool, fixed(), robust=tuner.settings.adversarial)
+    # Where several ranks train a level they all validate it; the first one's word counts.
+    found = ranks.gathered(dict(zip(tuner.share.levels, own, strict=True)))
+    levels = [level for _, level in sorted(functools.reduce(lambda a, b: b | a, found).items())]
     # One number to choose the best epoch by: the mean of every level's clean and robust accuracy.
     score = statistics.fmean(value for level in levels for value in level.values())
     for p, level in enumerate(levels):
@@ -218,8 +278,8 @@ def judged(
 def contents(
     about: dict, tuner: Tuner, history: list[dict], resumable: bool = True
 ) -> tuple[Weights, dict[str, Any]]:
-    """Tensors and text of a checkpoint; a resumable one continues exactly."""
-    momentum, numbers = tuner.state()
+    """Tensors and text of a checkpoint, on rank 0; a resumable one continues exactly."""
+    pool, momentum, numbers = tuner.gathered()
     about = {
         **about,
         "settings": dataclasses.asdict(tuner.settings),
@@ -227,7 +287,7 @@ def contents(
         "history": history,
         **({"tuner": numbers} if resumable else {}),
     }
-    return checkpoint.packed(checkpoint.Checkpoint(tuner.pool, about, momentum if resumable else {}))
+    return checkpoint.packed(checkpoint.Checkpoint(pool, about, momentum if resumable else {}))
 
 
 def about(args: argparse.Namespace, network: Network) -> dict:
@@ -282,7 +342,7 @@ def restored(args: argparse.Namespace, network: Network, path: Path) -> tuple[Tu
     checkpoint.check_architecture(path, saved.pool, network.weights, network.arch)
     check_resumable(path, saved)
     pool = saved.pool
-    found = saved.about["protocol"] | saved.about["settings"]
+    found = {**OLDER, **saved.about["protocol"], **saved.about["settings"]}
     found |= {"tune": pool.tune, "rank": pool.rank, "levels": list(map(dataclasses.asdict, pool.levels))}
     found, settings = json.loads(json.dumps(found)), asked(args, network)
     check_same(path, [(name, found.get(name), value) for name, value in settings.items()])

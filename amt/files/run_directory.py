@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, NotRequired
 
 import torch
@@ -54,6 +55,7 @@ class RunDirectory:
             None where the run is written by one process.
         renew: (run.json, its content, `about`) -> the new content, or an error where the two do not go
             together; by default the settings must be the same, and run.json stays as it is.
+        older: settings that older versions' run.json does not name, as they were.
         resumable: names of files that older versions wrote without a run.json and that can be continued.
 
     Raises:
@@ -72,10 +74,11 @@ class RunDirectory:
         part: str | None = None,
         renew: Renew | None = None,
         resumable: Sequence[str] = (),
+        older: Mapping = MappingProxyType({}),
     ):
         self.folder, self.flag = folder, flag
         self._about = json.loads(json.dumps({**about, "threads": [torch.get_num_threads()]}))
-        self._results, self._resumable = results, resumable
+        self._results, self._resumable, self._older = results, resumable, older
         self._overwrite, self._part = overwrite, part
         self._renew = renew or self._unchanged
 
@@ -154,7 +157,8 @@ class RunDirectory:
         return found
 
     def _unchanged(self, path: Path, earlier: dict, asked: dict) -> dict:
-        check_same(path, settings_pairs(earlier["settings"], asked["settings"]), self.flag)
+        before = {**self._older, **earlier["settings"]}
+        check_same(path, settings_pairs(before, asked["settings"]), self.flag)
         return earlier
 
     def _is_older(self) -> bool:

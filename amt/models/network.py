@@ -423,15 +423,17 @@ def _check_classifier(network: Network, n_classes: int) -> None:
 
 
 def find_device(name: str) -> torch.device:
-    """The device called `name`; for "auto" a CUDA device if this machine has one, else the CPU.
+    """The device called `name`; "cuda" is the device of this process among torchrun's, and so is "auto" if this
+    machine has one, else the CPU.
 
     Raises:
         InputError: this machine has no such device.
     """
-    if name == "auto":
-        devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        # torchrun's processes on one machine share its devices out.
-        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % devices}" if devices else "cpu"
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name in ("auto", "cuda") and devices:  # torchrun's processes on one machine share its devices out
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % devices}"
+    elif name == "auto":
+        name = "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -12,9 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from amt.files.ranks import ALONE, Ranks
 from amt.models.branch import Student, natural_weights, new_factors
 from amt.models.network import Network, logits
 from amt.models.weights import Weights, stream
+from amt.training import parallel
 from amt.training.autolora_settings import Settings
 from amt.training.objectives import (
     Outcome,
@@ -97,6 +99,7 @@ class FineTuner:
         n_batches: in an epoch.
         training_accuracy: the accuracy in [0, 1] of weights on the whole training set, augmented and in eval
             mode; needed with `settings.whole_passes` only.
+        ranks: that share the work on every batch, see amt/training/parallel.py; each is given all of it.
 
     Raises:
         ValueError: `settings.whole_passes` without `training_accuracy`, at the first step.
@@ -109,10 +112,12 @@ class FineTuner:
         settings: Settings,
         n_batches: int,
         training_accuracy: Callable[[Weights], float] | None = None,
+        ranks: Ranks = ALONE,
     ):
         if settings.published and settings.dual_norms and settings.branch:
             network = network.with_published_shortcuts()
-        self.network, self.student, self.settings = network, student, settings
+        self.network, self.student, self.settings = parallel.shared(network, ranks), student, settings
+        self._ranks = ranks
         self.n_batches, self.training_accuracy = n_batches, training_accuracy
         self.epoch = 0  # finished epochs
         self.batch = 0  # finished batches of the next one
@@ -201,6 +206,9 @@ class FineTuner:
         self._optimiser.param_groups[0]["lr"] = rate
         self._optimiser.zero_grad()
         outcome.loss.total.backward()
+        trained = self.trained.values()
+        for tensor, gradient in zip(trained, self._ranks.added([each.grad for each in trained]), strict=True):
+            tensor.grad = gradient
         self._optimiser.step()
         self.batch += 1
         right = int((outcome.clean.argmax(1) == labels).sum())
@@ -248,9 +256,11 @@ class FineTuner:
         every = self.settings.similarity_every
         if every == 0 or self.settings.mode != "AFF" or self.batch % every:
             return None
-        return gradient_similarity(
-            *objective_gradients(self.network, self.student, images, attacked, labels, weighing)
+        found = objective_gradients(self.network, self.student, images, attacked, labels, weighing)
+        natural, adversarial = (
+            {name: self._ranks.total(gradient) for name, gradient in part.items()} for part in found
         )
+        return gradient_similarity(natural, adversarial)
 
     def _weigh_first(self, images: Tensor, labels: Tensor) -> None:
         """Measure the accuracy that weighs the loss where there is none before a batch."""

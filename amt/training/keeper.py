@@ -5,22 +5,26 @@
     RUN/best.safetensors    the epoch that validates best
     RUN/tensorboard/
 
-Observes a run and never steers it: a run with another keeper ends with the same weights. Knows no method; the
-loops in amt/cli decide what is trained, how an epoch is validated and what the files hold.
+Observes a run and never steers it: a run with another keeper ends with the same weights. Where several ranks
+train together only the first one's keeper writes and prints, and all see a signal at the same step. Knows no
+method; the loops in amt/cli decide what is trained, how an epoch is validated and what the files hold.
 """
 
 import contextlib
+import itertools
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
 from torch import nn
 from tqdm import tqdm
 
 from amt.files import checkpoint, weight_files
+from amt.files.ranks import ALONE, LostRank, Ranks
 from amt.files.run_directory import RunDirectory
-from amt.files.signals import Interrupts
+from amt.files.signals import Interrupted, Interrupts
 from amt.files.tensorboard import TensorBoard
 from amt.models.weights import Weights
 from amt.training.optimiser import NonFiniteLoss
@@ -45,9 +49,12 @@ class Keeper:
         overwrite: start anew, whatever is there.
         minutes: of training after which a checkpoint is due within an epoch; 0 for none.
         results: patterns of other files of this run below the directory; `overwrite` removes them too.
+        older: settings that runs of older versions do not name, as they were in those.
+        ranks: that train together; every rank makes the same calls, except where it says otherwise.
 
     Raises:
-        InputError: on entering, see `RunDirectory`; on leaving, in place of a `NonFiniteLoss`.
+        InputError: on entering, see `RunDirectory`; on leaving, in place of a `NonFiniteLoss`, or with
+            what is kept where a rank was lost.
     """
 
     def __init__(
@@ -60,8 +67,10 @@ class Keeper:
         overwrite: bool = False,
         minutes: float = 10.0,
         results: Sequence[str] = (),
+        older: Mapping = MappingProxyType({}),
+        ranks: Ranks = ALONE,
     ):
-        self.folder = folder
+        self.folder, self._ranks = folder, ranks
         self.last, self.best = folder / "last.safetensors", folder / "best.safetensors"
         self.good: Path | None = None  # holds the last good state
         self._directory = RunDirectory(
@@ -71,6 +80,7 @@ class Keeper:
             flag=flag,
             overwrite=overwrite,
             resumable=[self.last.name],
+            older=older,
         )
         self._seconds = 60 * minutes
         self._interrupts = Interrupts()
@@ -78,7 +88,8 @@ class Keeper:
 
     def __enter__(self) -> "Keeper":
         with contextlib.ExitStack() as opened:
-            opened.enter_context(self._directory)
+            if self._ranks.first:
+                opened.enter_context(self._directory)
             opened.enter_context(self._interrupts)
             self._opened = opened.pop_all()
         return self
@@ -89,38 +100,60 @@ class Keeper:
         except OSError:  # a full disk is told once
             if error is None:
                 raise
-        if isinstance(error, NonFiniteLoss):
+        if isinstance(error, NonFiniteLoss | LostRank):
             kept = f"the last good state is kept in {self.good}" if self.good else "nothing was saved yet"
             raise InputError(f"{self.folder}: {error}; {kept}") from error
+
+    def goes_on_alone(self) -> None:
+        """From now on only rank 0 is left."""
+        self._ranks = ALONE
 
     def begin(self, what: str, unit: str, total: int, done: int) -> None:
         """Open the progress line and TensorBoard's file; `done` of `total` units are done.
 
         Call it after `last`, if it exists, has been checked against the settings.
         """
-        self._directory.confirm()
-        self._tensorboard = TensorBoard(self.folder / "tensorboard", first=done + 1)
-        self._opened.callback(self._tensorboard.close)
-        self._progress = tqdm(total=total, initial=done, unit=unit, desc=what, smoothing=0.05)
-        self._opened.callback(self._progress.close)
-        self._saved_at = time.monotonic()
+        self._saved_at, self._due = time.monotonic(), False
+        self.good = self.last if done and self.last.exists() else None
+        if self._ranks.first:
+            self._directory.confirm()
+            self._tensorboard = TensorBoard(self.folder / "tensorboard", first=done + 1)
+            self._opened.callback(self._tensorboard.close)
+            self._progress = tqdm(total=total, initial=done, unit=unit, desc=what, smoothing=0.05)
+            self._opened.callback(self._progress.close)
 
     def watch(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items up to the first signal, which also interrupts the wait for the next one."""
-        return self._interrupts.watch(items)
+        """The items up to the first signal to any rank, which also interrupts the wait for the next one;
+        every rank has as many."""
+        coming = self._interrupts.watch(items)
+        while True:
+            found = list(itertools.islice(coming, 1))
+            over, caught, due = self._ranks.most(not found, self._interrupts.caught or 0, self._is_late())
+            self._interrupts.caught, self._due = self._interrupts.caught or caught or None, bool(due)
+            if over or caught:
+                return
+            yield found[0]
 
     def whole(self, items: Iterable[Item]) -> Iterator[Item]:
-        """All items; raises `Interrupted` after a signal, as half a validation is useless."""
-        return self._interrupts.whole(items)
+        """All items, as many for every rank; raises `Interrupted` after a signal, as half a validation is
+        useless."""
+        yield from self.watch(items)
+        if self.interrupted:
+            raise Interrupted
 
     def passes(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
-        """While active a pass through `module` raises `Interrupted` after a signal."""
+        """While active a pass through `module` raises `Interrupted` after a signal; with several ranks, which
+        only stop together, it does not."""
+        if self._ranks.world > 1:
+            return contextlib.nullcontext()
         return self._interrupts.passes(module)
 
     @property
     def interrupted(self) -> bool:
-        """Whether a signal has arrived."""
-        return self._interrupts.pending()
+        """Whether a signal has arrived, at any rank."""
+        (caught,) = self._ranks.most(self._interrupts.caught or 0)
+        self._interrupts.caught = self._interrupts.caught or caught or None
+        return caught > 0
 
     @property
     def code(self) -> int:
@@ -130,31 +163,39 @@ class Keeper:
     def log_step(self, step: int, scalars: Mapping[str, float], brief: str) -> None:
         """Note one step, from 1, and show it on the progress line."""
         self.log(step, scalars)
-        self._progress.update()
-        self._progress.set_postfix_str(brief, refresh=False)
+        if self._ranks.first:
+            self._progress.update(step - self._progress.n)
+            self._progress.set_postfix_str(brief, refresh=False)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Note values for TensorBoard."""
-        self._tensorboard.add(scalars, step)
+        if self._ranks.first:
+            self._tensorboard.add(scalars, step)
 
     def say(self, line: str) -> None:
         """Print a line without breaking the progress bar."""
-        self._progress.write(printable(line))
+        if self._ranks.first:
+            self._progress.write(printable(line))
 
     def is_due(self) -> bool:
-        """Whether the last checkpoint was written long enough ago."""
-        return 0 < self._seconds <= time.monotonic() - self._saved_at
+        """Whether the last checkpoint was written long enough ago, when this step began."""
+        return self._due
 
     def save_last(self, tensors: Weights, about: dict) -> None:
         """Write the checkpoint that the run continues from."""
-        checkpoint.write(self.last, tensors, about)
-        self._tensorboard.flush()
+        if self._ranks.first:
+            checkpoint.write(self.last, tensors, about)
+            self._tensorboard.flush()
         self.good, self._saved_at = self.last, time.monotonic()
 
     def save_best(self, tensors: Weights, about: dict) -> None:
         """Write the best epoch. Save it before `last`: killed in between, the continued run judges this epoch
         again and finds it best again."""
-        checkpoint.write(self.best, tensors, about)
+        if self._ranks.first:
+            checkpoint.write(self.best, tensors, about)
+
+    def _is_late(self) -> bool:
+        return 0 < self._seconds <= time.monotonic() - self._saved_at
 
 
 def check_resumable(path: Path, saved: checkpoint.Checkpoint) -> None:

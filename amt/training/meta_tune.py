@@ -23,33 +23,25 @@ unmoved ones (support). That is the method "adsv"; two baselines take its place 
     "standard"    plain meta-tuning on clean images; with complete networks this is the meta-training of
                   P>M>F (Hu et al. 2022, arxiv.org/abs/2204.07305)
 
-Knows no files, no validation and no command line.
+Here is what one episode asks for; amt/training/tuner.py takes the steps. Knows no files and no optimiser.
 """
 
-import dataclasses
-import functools
-import itertools
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor
 
 from amt.attacks.constants import constant
-from amt.attacks.levels import Perturbation, together
+from amt.attacks.levels import Perturbation
 from amt.attacks.losses import cross_entropy_sum, kl_sum
 from amt.attacks.perturb import Pyramid, ascend, perturb_weights
 from amt.models.head_settings import default_head
 from amt.models.heads import Fitted, detached, fit, stacked
 from amt.models.network import Network, level_features
 from amt.models.pool import Pool
-from amt.models.weights import Weights, stream
+from amt.models.weights import Weights
 from amt.training.losses import RobustLoss, robust_loss
-from amt.training.optimiser import check_finite, check_loss, momentum, restore_momentum
-from amt.training.records import NO_STEPS, EpochSums, StepRecord
-from amt.training.settings import TuneSettings
 from meta_dataset_readers.episode import Episode
 
 
@@ -222,222 +214,3 @@ def started(
         level.pyramid.start(shape, generator) for level, generator in zip(levels, generators, strict=True)
     ]
     return [torch.cat(grid).to(query) for grid in zip(*drawn, strict=True)]
-
-
-class Tuner:
-    """A pool in training: leaf copies of its members, an optimiser for each, and the number of episodes done.
-
-    Only `step` changes it. `state` and `restore` give and take its state; a restored tuner continues exactly
-    as the saved one would have.
-
-    Args:
-        at_once: most levels in one pass; fewer need less memory and give the same result. None for all.
-
-    >>> tuner = Tuner(network, pool, TuneSettings(method="standard"))
-    >>> [round(record.clean_accuracy) <= 1 for record in tuner.step(episode)]
-    [True, True]
-    """
-
-    def __init__(self, network: Network, pool: Pool, settings: TuneSettings, at_once: int | None = None):
-        self.network = network
-        self.settings = settings
-        self.episodes_done = 0
-        self._sums = [NO_STEPS] * len(pool)
-        # The levels that train together, by their numbers, and leaves of their members side by side.
-        self._together = {
-            numbers: _leaves(Pool.concat([pool[p] for p in numbers]))
-            for numbers in together(pool.levels, at_once or len(pool))
-        }
-        members = {}
-        for numbers, leaves in self._together.items():
-            members |= zip(numbers, _views(leaves), strict=True)
-        self._members = [members[p] for p in range(len(pool))]
-        self._optimisers = [
-            torch.optim.SGD(_parameters(member).values(), settings.lr, settings.momentum)
-            for member in self._members
-        ]
-        half = network.autocast == torch.float16
-        self._scalers = [
-            torch.amp.GradScaler(network.device.type, init_scale=2.0**10, enabled=half) for _ in self._members
-        ]
-
-    @property
-    def pool(self) -> Pool:
-        """The members as they are now, detached copies."""
-        return Pool.concat(self._members)
-
-    @property
-    def epoch(self) -> int:
-        """The number of finished epochs."""
-        return self.episodes_done // self.settings.episodes_per_epoch
-
-    @property
-    def finished(self) -> bool:
-        """Whether all epochs are done."""
-        return self.epoch >= self.settings.epochs
-
-    def step(self, episode: Episode) -> list[StepRecord]:
-        """Train every level on one episode; a record per level.
-
-        Raises:
-            NonFiniteLoss: the loss of a level is not finite; no level of its pass has made its step.
-        """
-        starts_epoch = self.episodes_done % self.settings.episodes_per_epoch == 0
-        found: dict[int, StepRecord] = {}
-        for numbers, leaves in self._together.items():
-            found |= zip(numbers, self._step_together(numbers, leaves, episode), strict=True)
-        records = [found[p] for p in range(len(self._members))]
-        before = [NO_STEPS] * len(records) if starts_epoch else self._sums
-        self._sums = [sums.plus(record) for sums, record in zip(before, records, strict=True)]
-        self.episodes_done += 1
-        return records
-
-    def collapsed(self) -> dict[int, int]:
-        """The levels that behave like a constant network since the epoch began, with their last ways."""
-        robust = self.settings.method == "adsv"  # the other methods have no divergence
-        return {p: sums.ways for p, sums in enumerate(self._sums) if sums.collapsed(robust)}
-
-    def check_finite(self) -> None:
-        """Raise `NonFiniteLoss` if the last step left anything that is not finite."""
-        for p, member in enumerate(self._members):
-            check_finite(_parameters(member), f"episode {self.episodes_done}, level {p}")
-
-    def _step_together(self, numbers: Sequence[int], leaves: Pool, episode: Episode) -> list[StepRecord]:
-        """One pass of some levels, then each one's step of its own."""
-        began = time.perf_counter()
-        one = torch.ones((), device=episode.query.device)
-        scales = torch.stack([self._scalers[p].scale(one) for p in numbers])
-        outcome = self._outcome(numbers, leaves, episode, scales)
-        (scales * outcome.loss.total).sum().backward()
-        right = [
-            (logits.argmax(-1) == episode.query_labels).float().mean(-1)
-            for logits in (outcome.clean, outcome.attacked)
-        ]
-        # All numbers at once, and only now: a device has to finish its work before it can tell any.
-        told = torch.stack([scales, *outcome.loss, *right], dim=1).tolist()
-        for p, (scale, total, *_) in zip(numbers, told, strict=True):
-            # Float16 may overflow at a large loss scale; the scaler then skips the step and halves the scale.
-            if scale <= 1:
-                epsilon = self._members[p].levels[0].epsilon
-                check_loss(total, f"episode {self.episodes_done}, level {p} (epsilon {epsilon:g}/255)")
-        lr = learning_rate(self.settings, self.epoch)
-        parameters = _parameters(leaves).values()
-        for k, p in enumerate(numbers):
-            self._descend(p, [None if x.grad is None else x.grad[k : k + 1] for x in parameters], lr)
-        for parameter in parameters:
-            parameter.grad = None
-        seconds = (time.perf_counter() - began) / len(numbers)
-        n_way = outcome.clean.shape[-1]
-        return [StepRecord(*row[1:6], lr=lr, n_way=n_way, seconds_per_step=seconds) for row in told]
-
-    def _descend(self, p: int, gradients: Sequence[Tensor | None], lr: float) -> None:
-        """One step of SGD on level p, by the scaled gradients of its parameters."""
-        optimiser, scaler = self._optimisers[p], self._scalers[p]
-        (group,) = optimiser.param_groups
-        group["lr"] = lr
-        for parameter, gradient in zip(group["params"], gradients, strict=True):
-            parameter.grad = gradient
-        scaler.unscale_(optimiser)
-        if self.settings.clip_grad is not None:
-            torch.nn.utils.clip_grad_norm_(group["params"], self.settings.clip_grad)
-        scaler.step(optimiser)
-        scaler.update()
-        optimiser.zero_grad()
-
-    def _outcome(
-        self, numbers: Sequence[int], leaves: Pool, episode: Episode, scales: Tensor
-    ) -> QueryOutcome:
-        ramp = (self.episodes_done + 1) / max(self.settings.epsilon_warmup, 1)
-        levels = tuple(level.scaled(min(ramp, 1.0)) for level in leaves.levels)
-        # Keyed by the level's number in the pool: whatever trains together, a level sees the same.
-        generators = [stream(self.settings.seed, self.episodes_done, p) for p in numbers]
-        start = started(levels, episode.query, generators) if self.settings.adversarial else []
-        outcome = OUTCOMES[self.settings.method]
-        pool = dataclasses.replace(leaves, levels=levels)
-        return outcome(self.network, pool, episode, start, scales, self.settings.head)
-
-    def state(self) -> tuple[Weights, dict]:
-        """The state besides the pool: the optimisers' momentum by name, and plain numbers."""
-        buffers = {
-            f"{p}.{name}": buffer
-            for p, member in enumerate(self._members)
-            for name, buffer in momentum(self._optimisers[p], _parameters(member)).items()
-        }
-        return buffers, {
-            "episodes_done": self.episodes_done,
-            "scalers": [scaler.state_dict() for scaler in self._scalers],
-            "seen": [list(sums) for sums in self._sums],
-        }
-
-    def restore(self, buffers: Weights, numbers: dict) -> None:
-        """Continue from what `state` gave; the pool itself is given to the constructor.
-
-        Raises:
-            KeyError, IndexError, TypeError or ValueError: it is not the state of such a tuner.
-        """
-        self.episodes_done = numbers["episodes_done"]
-        for p, member in enumerate(self._members):
-            own = {name.removeprefix(f"{p}."): b for name, b in buffers.items() if name.startswith(f"{p}.")}
-            restore_momentum(self._optimisers[p], _parameters(member), own)
-            if numbers["scalers"][p]:
-                self._scalers[p].load_state_dict(numbers["scalers"][p])
-            if "seen" in numbers:  # not in older files
-                self._sums[p] = EpochSums(*numbers["seen"][p])
-
-
-def meta_tune(
-    network: Network, pool: Pool, episodes: Iterable[Episode], settings: TuneSettings | None = None
-) -> Pool:
-    """The pool after a step of every member on each episode, until the episodes or the settings' epochs end.
-
-    main.py does the same step, and keeps a run beside it: checkpoints, validation, a log.
-
-    Args:
-        network: the structure, on the device to train on.
-        pool: on that device, for example a `principal_pool`; it is not written to.
-        episodes: support (S, 3, H, W) and query (Q, 3, H, W) in [0, 1].
-        settings: length and rate; None for the published ones, whose first epochs warm up.
-
-    Raises:
-        NonFiniteLoss: a loss or a weight is not finite.
-
-    >>> short = TuneSettings(epochs=1, episodes_per_epoch=2, method="standard")
-    >>> len(meta_tune(network, pool, [episode, episode], short))
-    2
-    """
-    tuner = Tuner(network, pool, settings or TuneSettings())
-    for episode in itertools.islice(episodes, tuner.settings.epochs * tuner.settings.episodes_per_epoch):
-        tuner.step(episode.to(network.device))
-    tuner.check_finite()
-    return tuner.pool
-
-
-@functools.cache  # builds a scheduler, and the rate is the same for a whole epoch
-def learning_rate(settings: TuneSettings, epoch: int) -> float:
-    """The learning rate of an epoch: linear from `warmup_lr`, then a cosine over all epochs to `min_lr`."""
-    schedule = CosineLRScheduler(
-        torch.optim.SGD([torch.zeros(1)], settings.lr),
-        t_initial=settings.epochs,
-        lr_min=settings.min_lr,
-        warmup_t=settings.warmup_epochs,
-        warmup_lr_init=settings.warmup_lr,
-    )
-    schedule.step(epoch)
-    return schedule.optimizer.param_groups[0]["lr"]
-
-
-def _parameters(member: Pool) -> dict[str, Tensor]:
-    return member.factors | {"scale": member.scale}
-
-
-def _leaves(pool: Pool) -> Pool:
-    factors = {name: factor.detach().clone().requires_grad_() for name, factor in pool.factors.items()}
-    scale = pool.scale.detach().clone().requires_grad_()
-    return dataclasses.replace(pool.with_factors(factors), scale=scale)
-
-
-def _views(leaves: Pool) -> list[Pool]:
-    """The members one by one, without graph: what is written to them the leaves hold."""
-    factors = {name: factor.detach() for name, factor in leaves.factors.items()}
-    plain = dataclasses.replace(leaves.with_factors(factors), scale=leaves.scale.detach())
-    return [plain[k] for k in range(len(plain))]

@@ -1,6 +1,8 @@
 """What is noted of the steps of meta-tuning: plain numbers. Knows no tensors."""
 
 import math
+import statistics
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -15,6 +17,12 @@ class StepRecord(NamedTuple):
     lr: float
     n_way: int
     seconds_per_step: float
+
+
+def mean(records: Sequence[StepRecord]) -> StepRecord:
+    """The mean of one level's records of the episodes of one step; the ways are those of the last."""
+    means = map(statistics.fmean, zip(*records, strict=True))
+    return StepRecord._make(means)._replace(lr=records[-1].lr, n_way=records[-1].n_way)
 
 
 class EpochSums(NamedTuple):

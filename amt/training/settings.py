@@ -15,6 +15,7 @@ class TuneSettings:
 
     Args:
         epochs, episodes_per_epoch: length of the run.
+        episodes_per_step: episodes whose gradients a step averages; it divides `episodes_per_epoch`.
         lr, warmup_lr, min_lr, warmup_epochs: cosine schedule, constant within an epoch, linear warm-up.
         momentum: of SGD.
         method: one of `METHODS`; see amt/training/meta_tune.py.
@@ -29,6 +30,13 @@ class TuneSettings:
 
     epochs: int = setting(30, "passes of nEpisode episodes per source", least=1, most=10**6)
     episodes_per_epoch: int = 2000
+    episodes_per_step: int = setting(
+        1,
+        "episodes whose gradients a step averages; more than one lets more processes share the work (ours)",
+        metavar="B",
+        least=1,
+        most=1000,
+    )
     lr: float = setting(5e-4, "learning rate after the warm-up", least=0, most=MOST_RATE)
     warmup_epochs: int = setting(5, "epochs of linear warm-up", least=0, most=10**6)
     warmup_lr: float = setting(1e-6, "rate the warm-up starts from", least=0, most=MOST_RATE)

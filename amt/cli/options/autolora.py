@@ -14,6 +14,7 @@ from amt.attacks.kinds import WORST_CASE, Attack, parse_attack
 from amt.cli.options.common import COUNT, PROCESSES, SIDE, add_machine, add_saving, add_weights_key
 from amt.cli.options.parsing import Parser, check_distinct
 from amt.cli.options.published_settings import PublishedSettings, published_settings
+from amt.files import ranks
 from amt.files.pretrainings import PRETRAININGS, published_name
 from amt.training.autolora_settings import METHODS, MODES, Adversary, Settings
 from meta_dataset_readers.errors import InputError
@@ -274,6 +275,20 @@ def large_crops(args: argparse.Namespace) -> bool:
 def modes(args: argparse.Namespace) -> tuple[str, ...]:
     """What is trained, one after another."""
     return MODES if args.mode == "ALL" else (args.mode,)
+
+
+def check_ranks(args: argparse.Namespace) -> None:
+    """Raise an `InputError` for what several ranks cannot do together."""
+    _, world = ranks.place()
+    if world == 1:
+        return
+    if args.eval_only:
+        raise InputError(f"--eval_only is for one process, and there are {world} ranks")
+    if args.published and args.dualBN:
+        raise InputError(f"--published --dualBN 1 is for one process, and there are {world} ranks")
+    smallest = min(settings(args, mode).batch_size for mode in modes(args))
+    if smallest < world:
+        raise InputError(f"{world} ranks for --batch_size {smallest}: start at most {smallest}")
 
 
 def settings(args: argparse.Namespace, mode: str) -> Settings:

@@ -34,12 +34,19 @@ def add_overwrite(group) -> None:
 
 
 def add_saving(group) -> None:
-    """Add the flag of every program that trains."""
+    """Add the flags of every program that trains."""
     group.add_argument(
         "--save_every_minutes",
         type=nonnegative,
         default=10.0,
         help="time after which a checkpoint is written within an epoch; 0: only when an epoch ends",
+    )
+    group.add_argument(
+        "--rank_timeout",
+        type=Number(float, above=0, most=10**6),
+        default=600.0,
+        metavar="SECONDS",
+        help="under torchrun: how long processes wait for one that does not answer (ours)",
     )
 
 

@@ -6,7 +6,6 @@ Knows no tensors, and of the disk only --domain_config.
 
 import argparse
 import itertools
-import os
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from amt.cli.options.common import COUNT, EPSILON, WAYS, add_common, check_episo
 from amt.cli.options.domain_config import DomainSettings, read_domain_config
 from amt.cli.options.parsing import Parser, check_distinct
 from amt.evaluation.settings import Deployment, published_grid
+from amt.files import ranks
 from amt.models.head_settings import Head, parse_head
 from amt.tasks.settings import BETAS, GAMMAS, Finetuning, Routing
 from meta_dataset_readers.errors import InputError
@@ -312,11 +312,7 @@ def part(args: argparse.Namespace) -> tuple[int, int]:
     Raises:
         InputError: torchrun's variables make no sense.
     """
-    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    try:
-        return args.shard or shard(f"{rank}/{world}")
-    except argparse.ArgumentTypeError as error:
-        raise InputError(f"RANK/WORLD_SIZE is {error}") from error
+    return args.shard or ranks.place()
 
 
 def finetuning(args: argparse.Namespace) -> Finetuning:

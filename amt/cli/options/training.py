@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from amt.attacks.levels import POOL_EPSILONS, Perturbation
 from amt.cli.options.common import COUNT, EPSILON, add_common, add_saving, check_episodes, folder_source
 from amt.cli.options.parsing import Parser, check_distinct
+from amt.files import ranks
 from amt.training.settings import TuneSettings
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.settings import Number, add_flags, as_path, from_args
@@ -120,9 +121,26 @@ def check_training(args: argparse.Namespace) -> None:
         )
     if args.eval:
         raise InputError("--eval: main.py trains; test_meta_dataset.py evaluates")
+    _check_ranks(args)
     check_distinct("base_sources", args.base_sources or ())
     check_distinct("val_sources", args.val_sources or ())
     check_episodes(args)
+
+
+def _check_ranks(args: argparse.Namespace) -> None:
+    """Raise an `InputError` if there is not something to do for every rank, in every step."""
+    settings, most = tune_settings(args), len(levels(args)) * args.episodes_per_step
+    if settings.episodes_per_epoch % settings.episodes_per_step:
+        raise InputError(
+            f"--episodes_per_step {settings.episodes_per_step} does not divide the "
+            f"{settings.episodes_per_epoch} episodes of an epoch"
+        )
+    _, world = ranks.place()
+    if world > most:
+        raise InputError(
+            f"{world} ranks for {len(levels(args))} levels x {args.episodes_per_step} episodes per step: "
+            f"start at most {most}, or raise --episodes_per_step"
+        )
 
 
 def autocast(args: argparse.Namespace) -> "torch.dtype | None":
