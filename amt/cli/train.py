@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, Subset
 
 from amt.cli import head_statistics, options
 from amt.evaluation.evaluate import validate
-from amt.files import checkpoint
+from amt.files import checkpoint, digests
 from amt.files.pretrained import load_network
 from amt.files.run_directory import check_same
 from amt.files.signals import Interrupted
@@ -113,7 +113,7 @@ def train(
     settings, total, skipped = tuner.settings, len(episodes), set()
     content = partial(contents, about(args, tuner.network), tuner, history)
     run.begin("meta-tuning", "episode", total, tuner.episodes_done)
-    if tuner.pool.levels[0].start == "zero" and settings.method == "adsv":
+    if tuner.pool.levels[0].start == "zero" and (settings.loss or settings.method == "adsv"):
         run.say("warning: from --delta_init zero the attack's first gradient vanishes; it may never start")
     left = Subset(episodes, range(tuner.episodes_done, total))
     coming = run.watch(episode_loader(left, args.num_workers))
@@ -243,6 +243,7 @@ def protocol(args: argparse.Namespace, network: Network) -> dict:
         "autocast": str(network.autocast),
         "augmented": ["support", "query"],
         **dataclasses.asdict(options.sampling(args)),
+        **({"features_of": digests.of_tensors(network.weights)} if args.loss == "features" else {}),
     }
     return json.loads(json.dumps(found))
 

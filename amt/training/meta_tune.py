@@ -23,6 +23,8 @@ unmoved ones (support). That is the method "adsv"; two baselines take its place 
     "standard"    plain meta-tuning on clean images; with complete networks this is the meta-training of
                   P>M>F (Hu et al. 2022, arxiv.org/abs/2204.07305)
 
+The loss "features" takes the place of the labels': see `feature_outcome`.
+
 Knows no files, no validation and no command line.
 """
 
@@ -34,20 +36,19 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor
 
 from amt.attacks.constants import constant
 from amt.attacks.levels import Perturbation, together
-from amt.attacks.losses import cross_entropy_sum, kl_sum
+from amt.attacks.losses import cross_entropy_sum, kl_sum, squared_distance_sum
 from amt.attacks.perturb import Pyramid, ascend, perturb_weights
 from amt.models.head_settings import default_head
 from amt.models.heads import Fitted, detached, fit, stacked
-from amt.models.network import Network, level_features
+from amt.models.network import Network, features, level_features
 from amt.models.pool import Pool
 from amt.models.weights import Weights, stream
 from amt.training.losses import RobustLoss, robust_loss
-from amt.training.optimiser import check_finite, check_loss, momentum, restore_momentum
+from amt.training.optimiser import check_finite, check_loss, learning_rate, momentum, restore_momentum
 from amt.training.records import NO_STEPS, EpochSums, StepRecord
 from amt.training.settings import TuneSettings
 from meta_dataset_readers.episode import Episode
@@ -147,6 +148,42 @@ def natural_outcome(
     support, query = both.split([len(episode.support), len(episode.query)], dim=1)
     clean = _classified(_fit(pool, head, support, episode.support_labels), query)
     return QueryOutcome(_cross_entropy_alone(clean, episode.query_labels), clean, clean)
+
+
+def feature_outcome(
+    network: Network,
+    pool: Pool,
+    episode: Episode,
+    start: list[Tensor],
+    loss_scale: Tensor | float = 1.0,
+    head: str | None = None,
+    *,
+    moves: bool = True,
+) -> QueryOutcome:
+    """Features of attacked queries stay where the pretrained network, `network.weights`, has those of the
+    clean ones: unsupervised, FARE (Schlarmann et al. 2024, arxiv.org/abs/2402.12336).
+
+    loss = 1/Q sum_i max_delta ||f(x_i + delta) - f_pretrained(x_i)||^2, which the attack increases as well.
+    Arguments as of `query_outcome`, queries (Q, 3, H, W); `beta` is not used, support and head serve the
+    record alone. With `moves` the weights move uphill on the same loss, which is ours.
+    """
+    query = _for_each(pool, episode.query)
+    with torch.no_grad():
+        anchor = features(network, network.weights, episode.query)
+        _, still, settled, _ = _fitted_to_support(network, pool, episode, head)
+        clean = level_features(network, still, query)
+
+    def away(images: Tensor) -> Tensor:
+        return (loss_scale * squared_distance_sum(level_features(network, still, images), anchor)).sum()
+
+    images, weights = _attacked(pool.levels, away, query, start), pool.stack()
+    if moves and any(level.gamma > 0 for level in pool.levels):
+        uphill = loss_scale * squared_distance_sum(level_features(network, weights, images), anchor)
+        gamma = _numbers(pool.levels, "gamma", pool.scale)
+        weights = pool.with_factors(perturb_weights(uphill.sum(), pool.factors, gamma)).stack()
+    attacked = level_features(network, weights, images)
+    near, far = (squared_distance_sum(each, anchor) / len(anchor) for each in (clean, attacked))
+    return QueryOutcome(RobustLoss(far, near, far), settled(clean), settled(attacked.detach()))
 
 
 OUTCOMES = {"adsv": query_outcome, "querying": querying_outcome, "standard": natural_outcome}
@@ -294,6 +331,8 @@ class Tuner:
 
     def collapsed(self) -> dict[int, int]:
         """The levels that behave like a constant network since the epoch began, with their last ways."""
+        if self.settings.loss == "features":  # a constant network is far from the pretrained one
+            return {}
         robust = self.settings.method == "adsv"  # the other methods have no divergence
         return {p: sums.ways for p, sums in enumerate(self._sums) if sums.collapsed(robust)}
 
@@ -348,11 +387,17 @@ class Tuner:
         self, numbers: Sequence[int], leaves: Pool, episode: Episode, scales: Tensor
     ) -> QueryOutcome:
         ramp = (self.episodes_done + 1) / max(self.settings.epsilon_warmup, 1)
-        levels = tuple(level.scaled(min(ramp, 1.0)) for level in leaves.levels)
         # Keyed by the level's number in the pool: whatever trains together, a level sees the same.
         generators = [stream(self.settings.seed, self.episodes_done, p) for p in numbers]
+        levels = leaves.levels
+        if (least := self.settings.epsilon_from) is not None:
+            draws = [float(torch.rand((), generator=each)) for each in generators]
+            levels = [level.between(least, share) for level, share in zip(levels, draws, strict=True)]
+        levels = tuple(level.scaled(min(ramp, 1.0)) for level in levels)
         start = started(levels, episode.query, generators) if self.settings.adversarial else []
         outcome = OUTCOMES[self.settings.method]
+        if self.settings.loss == "features":
+            outcome = functools.partial(feature_outcome, moves=self.settings.method == "adsv")
         pool = dataclasses.replace(leaves, levels=levels)
         return outcome(self.network, pool, episode, start, scales, self.settings.head)
 
@@ -410,20 +455,6 @@ def meta_tune(
         tuner.step(episode.to(network.device))
     tuner.check_finite()
     return tuner.pool
-
-
-@functools.cache  # builds a scheduler, and the rate is the same for a whole epoch
-def learning_rate(settings: TuneSettings, epoch: int) -> float:
-    """The learning rate of an epoch: linear from `warmup_lr`, then a cosine over all epochs to `min_lr`."""
-    schedule = CosineLRScheduler(
-        torch.optim.SGD([torch.zeros(1)], settings.lr),
-        t_initial=settings.epochs,
-        lr_min=settings.min_lr,
-        warmup_t=settings.warmup_epochs,
-        warmup_lr_init=settings.warmup_lr,
-    )
-    schedule.step(epoch)
-    return schedule.optimizer.param_groups[0]["lr"]
 
 
 def _parameters(member: Pool) -> dict[str, Tensor]:
