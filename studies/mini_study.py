@@ -52,6 +52,7 @@ RECIPES = {
     "random epsilon": (*SINGLE, "--epsilon_from", "0"),
     "features": ("--loss", "features", "--pgd_method", "querying", *POOL),
     "features, weights moved": ("--loss", "features", "--pgd_method", "adsv", *POOL),
+    "norms too": ("--tune", "lora+norm", *POOL),
     "ridge": ("--head", "ridge", *POOL),
 }
 RECIPE = "recipe: "  # what the names of their rows begin with

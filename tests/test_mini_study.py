@@ -149,7 +149,9 @@ def test_other_ways_to_train_are_rows_where_they_are_named():
 def test_another_way_to_train_is_a_command_of_equal_cost(name, world, tmp_path):
     """Listed among the recipes; with as many images of queries as the default; run here at toy size."""
     listed = (ROOT / "recipes" / "README.md").read_text()
-    assert re.search(rf"^python main.py .* --output_dir \S+ {' '.join(RECIPES[name])}$", listed, re.MULTILINE)
+    assert re.search(
+        rf"^python main.py .* --output_dir \S+ {re.escape(' '.join(RECIPES[name]))}$", listed, re.MULTILINE
+    )
 
     def cost(flags) -> int:
         words = [f"@{ROOT / 'recipes' / 'mini_train.args'}", "--output_dir", str(tmp_path), *flags]

@@ -252,7 +252,7 @@ def asked(args: argparse.Namespace, network: Network) -> dict:
     """Everything that a run must have alike to be continued, as plain JSON values."""
     found = {
         "tune": args.tune,
-        "rank": args.rank if args.tune == "lora" else None,
+        "rank": None if args.tune == "full" else args.rank,
         **protocol(args, network),
         **dataclasses.asdict(options.tune_settings(args)),
         "levels": [dataclasses.asdict(level) for level in options.levels(args)],
@@ -267,7 +267,7 @@ def fresh(args: argparse.Namespace, network: Network) -> Tuner:
         pool = pretrained_pool(network.weights, levels)
     else:
         try:
-            pool = principal_pool(network.weights, args.rank, levels)
+            pool = principal_pool(network.weights, args.rank, levels, norms=args.tune == "lora+norm")
         except ValueError as error:
             raise InputError(f"--rank is {args.rank}: {error}") from error
     return Tuner(network, pool, options.tune_settings(args), args.levels_at_once)

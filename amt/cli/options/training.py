@@ -38,10 +38,11 @@ def training_parser() -> Parser:
     parser.add_argument("--arch", default="dino_small_patch16_amt", help="backbone, for example vit_mini_amt")
     parser.add_argument(
         "--tune",
-        choices=["lora", "full"],
+        choices=["lora", "lora+norm", "full"],
         default="lora",
-        help="what each level trains: a LoRA, or a full set of weights, as the baselines PM and P>M>F do "
-        "(their flags: 100 epochs, --lr 5e-5)",
+        help="what each level trains: a LoRA; lora+norm: a LoRA and the weights and biases of all LayerNorms "
+        "(ours); or a full set of weights, as the baselines PM and P>M>F do (their flags: 100 epochs, "
+        "--lr 5e-5)",
     )
     parser.add_argument("--rank", type=COUNT, default=8, help="rank of every LoRA")
     parser.add_argument("--output_dir", type=as_path, required=True, help="where checkpoints and logs go")
