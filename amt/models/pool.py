@@ -316,8 +316,8 @@ class LoRANormPool(LoRAPool):
 
     def with_factors(self, factors: dict[str, Tensor]) -> "LoRANormPool":
         """The same pool with other factors and LayerNorms (P, ...), of the names and shapes of `factors`."""
-        loras = super().with_factors(factors)
-        return dataclasses.replace(loras, norms={name: factors[name] for name in self.norms})
+        loras, norms = super().with_factors(factors), {name: factors[name] for name in self.norms}
+        return dataclasses.replace(self, A=loras.A, B=loras.B, norms=norms)
 
     def stack(self) -> Weights:
         """Complete weights of every member, see `Pool`: adapted ones are (P, ...)."""

@@ -36,6 +36,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor
 
 from amt.attacks.constants import constant
@@ -48,7 +49,7 @@ from amt.models.network import Network, features, level_features
 from amt.models.pool import Pool
 from amt.models.weights import Weights, stream
 from amt.training.losses import RobustLoss, robust_loss
-from amt.training.optimiser import check_finite, check_loss, learning_rate, momentum, restore_momentum
+from amt.training.optimiser import check_finite, check_loss, momentum, restore_momentum
 from amt.training.records import NO_STEPS, EpochSums, StepRecord
 from amt.training.settings import TuneSettings
 from meta_dataset_readers.episode import Episode
@@ -170,7 +171,8 @@ def feature_outcome(
     query = _for_each(pool, episode.query)
     with torch.no_grad():
         anchor = features(network, network.weights, episode.query)
-        _, still, settled, _ = _fitted_to_support(network, pool, episode, head)
+        settled = _fitted_to_support(network, pool, episode, head)[2]
+        still = {name: weight.detach() for name, weight in pool.stack().items()}
         clean = level_features(network, still, query)
 
     def away(images: Tensor) -> Tensor:
@@ -188,6 +190,13 @@ def feature_outcome(
 
 OUTCOMES = {"adsv": query_outcome, "querying": querying_outcome, "standard": natural_outcome}
 METHODS = tuple(OUTCOMES)
+
+
+def outcome_of(settings: TuneSettings) -> Callable[..., QueryOutcome]:
+    """What a method and a loss make of an episode; arguments as of `query_outcome`."""
+    if settings.loss == "features":
+        return functools.partial(feature_outcome, moves=settings.method == "adsv")
+    return OUTCOMES[settings.method]
 
 
 def _for_each(pool: Pool, images: Tensor) -> Tensor:
@@ -259,6 +268,17 @@ def started(
         level.pyramid.start(shape, generator) for level, generator in zip(levels, generators, strict=True)
     ]
     return [torch.cat(grid).to(query) for grid in zip(*drawn, strict=True)]
+
+
+def drawn_levels(
+    levels: Sequence[Perturbation], least: float | None, generators: Sequence[torch.Generator]
+) -> Sequence[Perturbation]:
+    """The levels with epsilons drawn uniformly from `least` to their own, each by a CPU generator; with None
+    as they are, and nothing is drawn."""
+    if least is None:
+        return levels
+    shares = [float(torch.rand((), generator=generator)) for generator in generators]
+    return [level.between(least, share) for level, share in zip(levels, shares, strict=True)]
 
 
 class Tuner:
@@ -389,15 +409,10 @@ class Tuner:
         ramp = (self.episodes_done + 1) / max(self.settings.epsilon_warmup, 1)
         # Keyed by the level's number in the pool: whatever trains together, a level sees the same.
         generators = [stream(self.settings.seed, self.episodes_done, p) for p in numbers]
-        levels = leaves.levels
-        if (least := self.settings.epsilon_from) is not None:
-            draws = [float(torch.rand((), generator=each)) for each in generators]
-            levels = [level.between(least, share) for level, share in zip(levels, draws, strict=True)]
-        levels = tuple(level.scaled(min(ramp, 1.0)) for level in levels)
+        drawn = drawn_levels(leaves.levels, self.settings.epsilon_from, generators)
+        levels = tuple(level.scaled(min(ramp, 1.0)) for level in drawn)
         start = started(levels, episode.query, generators) if self.settings.adversarial else []
-        outcome = OUTCOMES[self.settings.method]
-        if self.settings.loss == "features":
-            outcome = functools.partial(feature_outcome, moves=self.settings.method == "adsv")
+        outcome = outcome_of(self.settings)
         pool = dataclasses.replace(leaves, levels=levels)
         return outcome(self.network, pool, episode, start, scales, self.settings.head)
 
@@ -455,6 +470,20 @@ def meta_tune(
         tuner.step(episode.to(network.device))
     tuner.check_finite()
     return tuner.pool
+
+
+@functools.cache  # builds a scheduler, and the rate is the same for a whole epoch
+def learning_rate(settings: TuneSettings, epoch: int) -> float:
+    """The learning rate of an epoch: linear from `warmup_lr`, then a cosine over all epochs to `min_lr`."""
+    schedule = CosineLRScheduler(
+        torch.optim.SGD([torch.zeros(1)], settings.lr),
+        t_initial=settings.epochs,
+        lr_min=settings.min_lr,
+        warmup_t=settings.warmup_epochs,
+        warmup_lr_init=settings.warmup_lr,
+    )
+    schedule.step(epoch)
+    return schedule.optimizer.param_groups[0]["lr"]
 
 
 def _parameters(member: Pool) -> dict[str, Tensor]:

@@ -1,19 +1,15 @@
-"""The state of SGD by names of parameters, the rate of meta-tuning, and checks for values that are not
-finite.
+"""The state of SGD by names of parameters, and checks for values that are not finite; for every tuner.
 
 Knows no method and no files.
 """
 
-import functools
 import math
 from collections.abc import Mapping
 
 import torch
-from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor
 
 from amt.models.weights import Weights
-from amt.training.settings import TuneSettings
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -61,17 +57,3 @@ def restore_momentum(
         if buffer.shape != parameter.shape:
             raise ValueError(f"momentum of {name} has shape {tuple(buffer.shape)}")
         optimiser.state[parameter] = {"momentum_buffer": buffer.to(parameter.device, copy=True)}
-
-
-@functools.cache  # builds a scheduler, and the rate is the same for a whole epoch
-def learning_rate(settings: TuneSettings, epoch: int) -> float:
-    """The learning rate of an epoch: linear from `warmup_lr`, then a cosine over all epochs to `min_lr`."""
-    schedule = CosineLRScheduler(
-        torch.optim.SGD([torch.zeros(1)], settings.lr),
-        t_initial=settings.epochs,
-        lr_min=settings.min_lr,
-        warmup_t=settings.warmup_epochs,
-        warmup_lr_init=settings.warmup_lr,
-    )
-    schedule.step(epoch)
-    return schedule.optimizer.param_groups[0]["lr"]
