@@ -7,18 +7,20 @@ that know the training seeds. The same files give the same bytes.
 """
 
 import argparse
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from amt.evaluation import leaderboard
-from amt.evaluation.comparison import compare
+from amt.evaluation.comparison import Comparison, compare
 from amt.evaluation.runs import Run
 from amt.evaluation.statistics import Summary
 from amt.report import figures, ranking
 from amt.report.shown import label
 from meta_dataset_readers.errors import InputError, exit_on_bad_input, say
 from meta_dataset_readers.files import replace_file
-from studies.mini_study import GAMMAS, KNOB, ORACLE, REFERENCE, ROWS
+from studies.mini_study import DEFAULTS, GAMMAS, KNOB, ORACLE, RECIPE, REFERENCE, ROWS
 
 AVERAGE = "average"
 BEST = "best single"
@@ -35,6 +37,10 @@ same answer has it at every epsilon, and `<` marks what is below.
 Intervals are 95% and know that there are only a few training seeds: ± is a t-interval with Satterthwaite's
 degrees of freedom, the brackets are the hierarchical bootstrap (seeds, then tasks). A star marks a difference
 both of whose intervals leave out zero.
+"""
+NOT_HELPING = """## What did not help
+
+Paired differences that are decided in favour of the row in no column.
 """
 
 
@@ -72,15 +78,70 @@ def markdown(heads: Iterable[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join([*rows, *(f"| {' | '.join(line)} |" for line in lines)])
 
 
-def differences(rows: dict[str, Run], reference: str, names: Sequence[str]) -> str:
-    """The paired differences of some rows from one of them."""
-    base, lines = rows[reference], []
-    for name in names:
-        found = compare(rows[name], base)
+class Compared(NamedTuple):
+    """Rows and what they are compared with.
+
+    Args:
+        intro: what the table shows.
+        reference: the row that is subtracted.
+        found: the comparisons by the names of the rows.
+    """
+
+    intro: str
+    reference: str
+    found: dict[str, Comparison]
+
+
+def comparisons(rows: dict[str, Run]) -> list[Compared]:
+    """The comparisons that the rows allow, in the order of the page."""
+    recipes: dict[str, list[str]] = {}
+    for name in (name for name in rows if name.startswith(RECIPE)):
+        end = next((end for end in DEFAULTS if end and name.endswith(end)), "")
+        recipes.setdefault(DEFAULTS[end], []).append(name)
+    apart = {REFERENCE, *GAMMA_ROWS, *itertools.chain.from_iterable(recipes.values())}
+    groups = [
+        ("Paired differences from the pretrained network, in points:", REFERENCE, rows.keys() - apart),
+        (
+            "The same pools otherwise: paired differences from the best single adapter with prototypes:",
+            *(BEST, {*OF_THE_POOL}),
+        ),
+        (
+            f"Does the weight perturbation help? Paired differences from {GAMMA_ROWS[0]}:",
+            *(GAMMA_ROWS[0], {*GAMMA_ROWS[1:]}),
+        ),
+        *(
+            (f"Other ways to train, at equal cost: paired differences from {reference}:", reference, {*names})
+            for reference, names in recipes.items()
+        ),
+    ]
+    found = []
+    for intro, reference, names in groups:
+        if reference in rows and any(name in rows for name in names):
+            own = {name: compare(rows[name], rows[reference]) for name in rows if name in names}
+            found.append(Compared(intro, reference, own))
+    return found
+
+
+def differences(rows: dict[str, Run], compared: Compared) -> str:
+    """The table of paired differences of some rows from one of them."""
+    base, lines = rows[compared.reference], []
+    for name, found in compared.found.items():
         cells = [_difference(found.differences.get((AVERAGE, column))) for column, _ in columns(base)]
         n = next((each.n for each in found.differences.values()), 0)
         lines.append([name, *cells, str(n), "; ".join(found.refusals)])
-    return markdown([f"minus {reference}", *(head for _, head in columns(base)), "n", "not compared"], lines)
+    heads = [f"minus {compared.reference}", *(head for _, head in columns(base)), "n", "not compared"]
+    return markdown(heads, lines)
+
+
+def not_helping(shots: str, rows: dict[str, Run], compared: Iterable[Compared]) -> list[list[str]]:
+    """Lines of the log: rows that are decidedly better than what they are compared with in no column."""
+    lines = []
+    for each in compared:
+        for name, found in each.found.items():
+            own = [found.differences.get((AVERAGE, column)) for column, _ in columns(rows[each.reference])]
+            if name != ORACLE and any(own) and not any(one and one.decided > 0 for one in own):
+                lines.append([shots, name, each.reference, *map(_difference, own)])
+    return lines
 
 
 def _difference(found: Summary | None) -> str:
@@ -112,23 +173,11 @@ def _mean(run: Run, column: str) -> str:
     return f"{found.mean:.1f}{below} ±{found.interval:.1f} ({by_seed})"
 
 
-def section(title: str, rows: dict[str, Run], picture: str) -> str:
+def section(title: str, rows: dict[str, Run], compared: Iterable[Compared], picture: str) -> str:
     """What one number of shots shows."""
     parts = [f"## {title}\n"]
-    if REFERENCE in rows:
-        others = [name for name in rows if name not in (REFERENCE, *GAMMA_ROWS)]
-        parts += ["Paired differences from the pretrained network, in points:\n"]
-        parts += [differences(rows, REFERENCE, others), ""]
-    pools = [name for name in OF_THE_POOL if name in rows]
-    if BEST in rows and pools:
-        parts += [
-            "The same pools otherwise: paired differences from the best single adapter with prototypes:\n"
-        ]
-        parts += [differences(rows, BEST, pools), ""]
-    gammas = [name for name in GAMMA_ROWS if name in rows]
-    if len(gammas) > 1:
-        parts += [f"Does the weight perturbation help? Paired differences from {gammas[0]}:\n"]
-        parts += [differences(rows, gammas[0], gammas[1:]), ""]
+    for each in compared:
+        parts += [f"{each.intro}\n", differences(rows, each), ""]
     parts += ["Means, in brackets those of each seed:\n", means(rows), ""]
     parts += [f"![clean and robust accuracy, {title}]({picture})\n"]
     parts += ["Joined points are the knob from clean to robust; the oracle is no method.", ""]
@@ -144,7 +193,7 @@ def write(results: Path, page: Path) -> None:
     folders = sorted(results.glob("*-shot"), key=lambda path: path.name)
     if not folders:
         raise InputError(f"{results}: no folder such as 5-shot is there; make results measures the rows")
-    sections, chance = [], 0.0
+    sections, log, heads, chance = [], [], [], 0.0
     for folder in folders:
         rows = read(folder)
         chance = next(iter(rows.values())).chance(AVERAGE)
@@ -153,9 +202,14 @@ def write(results: Path, page: Path) -> None:
         if plane is not None:
             slug = f"clean_robust_{folder.name.replace('-', '_')}"
             figures.write([plane._replace(slug=slug)], page.parent)
-            sections.append(section(folder.name, rows, f"{slug}.png"))
+            compared = comparisons(rows)
+            sections.append(section(folder.name, rows, compared, f"{slug}.png"))
+            log += not_helping(folder.name, rows, compared)
+            heads = [head for _, head in columns(next(iter(rows.values())))]
     head = HEAD.format(results=results, chance=chance)
     notes = f"The oracle (`{ORACLE}`) chooses by the query labels and only bounds what routing could gain.\n"
+    if log:
+        notes += f"\n{NOT_HELPING}\n{markdown(['shots', 'row', 'minus', *heads], log)}\n"
     replace_file(page, "\n".join([head, *sections, notes]))
     say(f"wrote {page}")
 

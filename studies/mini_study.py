@@ -2,6 +2,7 @@
 
     make results                                   (python -m studies.mini_study)
     python -m studies.mini_study --rows oracle uniform --seeds 0 --shots 5      only a part of it
+    python -m studies.mini_study --rows "recipe: *"                             other ways to train
 
 Meta-tunes on mini_objects TRAIN, chooses every setting on mini_objects VALID, and scores the five other
 domains of Mini-Meta-Dataset, 5-way 1-shot and 5-way 5-shot, clean and under the default attack at 1, 2, 4 and
@@ -11,11 +12,14 @@ where it was, by the same command. When all seeds of a row are done it becomes a
 --results, from which `python -m studies.mini_results` makes docs/results/mini-study.md and its figures.
 
 The size is for two cores in four hours: an episode under the default attack takes about 1.8 seconds of one
-core with vit_mini, a training 1 to 16 minutes. Every part says its seconds.
+core with vit_mini, a training 1 to 16 minutes. Every part says its seconds. Other ways to train (`RECIPES`)
+are rows only where they are named: for each seed a training of a quarter of an hour of one core, 3 minutes to
+score it with prototypes at one number of shots, and 11 to choose and score robust-lda.
 """
 
 import argparse
 import dataclasses
+import fnmatch
 import itertools
 import json
 import os
@@ -39,6 +43,19 @@ SHOTS = (1, 5)
 GAMMAS = (0.0, 0.005, 0.02, 0.05)
 SHARES = (0.2, 0.4, 0.6, 0.8)  # of the robust network's logits: the knob from clean to robust
 POOL = ("--epsilon", "8", "6", "0.1", "0.01")
+# One level in place of four sees four times the episodes, so that as many images pass through the network.
+SINGLE = ("--epsilon", "8", "--nEpisode", "240", "--epsilon_warmup", "400")
+# Other ways to train, each against `POOL` at equal cost; recipes/README.md has the commands.
+RECIPES = {
+    "real levels": ("--epsilon", "8", "4", "2", "1"),
+    "gentle": (*SINGLE, "--lr", "0.002"),
+    "random epsilon": (*SINGLE, "--epsilon_from", "0"),
+    "features": ("--loss", "features", "--pgd_method", "querying", *POOL),
+    "features, weights moved": ("--loss", "features", "--pgd_method", "adsv", *POOL),
+    "norms too": ("--tune", "lora+norm", *POOL),
+    "ridge": ("--head", "ridge", *POOL),
+}
+RECIPE = "recipe: "  # what the names of their rows begin with
 
 TRAININGS = {
     "pool": POOL,
@@ -49,6 +66,7 @@ TRAININGS = {
     },
     "querying": ("--pgd_method", "querying", "--epsilon", "8"),
     **{f"full {rate}": ("--tune", "full", "--epsilon", "0", "--lr", rate) for rate in ("0.00005", "0.0005")},
+    **{f"{RECIPE}{name}": flags for name, flags in RECIPES.items()},
 }
 FIRST = ("--specified_expert", "0")  # the adapter for 8/255
 ON_VALID = ("--select_on", SOURCE, "--nSelectEpisode", "{choosing}")
@@ -59,6 +77,11 @@ ROBUST = tuple(
 MIXES = tuple(
     ("--head", "mix", "of=robust-lda", f"share={share:g}", "other=pretrained") for share in (*SHARES, 0.9)
 )
+
+
+def slug(name: str) -> str:
+    """A name as part of a path."""
+    return "-".join("".join(each if each.isalnum() or each in "." else " " for each in name).split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +107,7 @@ class Row:
     @property
     def slug(self) -> str:
         """The name as part of a path."""
-        words = "".join(each if each.isalnum() or each in "." else " " for each in self.name).split()
-        return "-".join(words)
+        return slug(self.name)
 
     @property
     def candidates(self) -> list[tuple[str | None, tuple[str, ...]]]:
@@ -100,6 +122,19 @@ def _tuned(*heads: Sequence[str]) -> tuple[str, ...]:
 REFERENCE = "pretrained + prototypes"
 KNOB = tuple(f"ours, mix at share {share:g}" for share in SHARES)
 ORACLE = "oracle"
+DEFAULTS = {"": "one LoRA", " + robust-lda": "ours, robust-lda", " + ridge": "one LoRA"}  # by ends of names
+
+
+def _recipe_rows(name: str) -> Iterable[Row]:
+    """A way to train, scored by the adapter for 8/255 with prototypes and with robust-lda, and one trained
+    with another head with that head as well."""
+    trainings = (f"{RECIPE}{name}",)
+    yield Row(f"{RECIPE}{name}", trainings, FIRST)
+    yield Row(f"{RECIPE}{name} + robust-lda", trainings, _tuned(*ROBUST))
+    if "--head" in RECIPES[name]:
+        yield Row(f"{RECIPE}{name} + {name}", trainings, (*FIRST, "--head", name))
+
+
 ROWS = (
     Row(REFERENCE),
     *(Row(f"pretrained + {head}", (), ("--head", head)) for head in ("centred", "lda", "ridge")),
@@ -125,6 +160,7 @@ ROWS = (
     ),
     Row(ORACLE, ("pool",), ("--routing", "oracle", "--oracle_parts", "2"), episodes=0.25),
     *(Row(f"weight perturbation, gamma {g:g}", (f"gamma {g:g}",), shots=(5,)) for g in GAMMAS),
+    *itertools.chain.from_iterable(map(_recipe_rows, RECIPES)),
 )
 
 
@@ -156,7 +192,7 @@ class Study:
 
     def checkpoint(self, training: str, seed: int) -> Path:
         """Where a training leaves its network."""
-        return self.folder / "training" / f"{training.replace(' ', '-')}-{seed}" / "last.safetensors"
+        return self.folder / "training" / f"{slug(training)}-{seed}" / "last.safetensors"
 
     def train(self, training: str, seed: int) -> None:
         """Run main.py, or what is left of it."""
@@ -255,17 +291,19 @@ def in_parallel(jobs: int, work: Callable, cases: Iterable[tuple]) -> None:
 
 
 def named(names: Sequence[str]) -> list[Row]:
-    """The rows of these names or slugs, in the order of the table; all of them without a name.
+    """The rows of these names or slugs, or patterns of them such as "recipe: *", in the order of the table;
+    without a name all but the other ways to train.
 
     Raises:
         InputError: there is none of a name.
     """
     known = {key: row for row in ROWS for key in (row.name, row.slug)}
-    unknown = [name for name in names if name not in known]
+    found = {name: fnmatch.filter(known, name) for name in names}
+    unknown = [name for name in names if not found[name]]
     if unknown:
         raise InputError(f"--rows {unknown[0]}: {nearest(unknown[0], known)}")
-    wanted = [known[name] for name in names]
-    return [row for row in ROWS if row in wanted or not names]
+    wanted = [known[key] for keys in found.values() for key in keys]
+    return [row for row in ROWS if row in wanted or not (names or row.name.startswith(RECIPE))]
 
 
 def study_of(args: argparse.Namespace) -> Study:
@@ -284,7 +322,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results/mini"), help="of the rows' files")
     parser.add_argument("--data_path", type=Path, default=Path("data/mini"))
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "mini_train.args")
-    parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="only these")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="only these, * is any end")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, choices=SEEDS, help="only these")
     parser.add_argument("--shots", type=int, nargs="+", default=SHOTS, choices=SHOTS, help="only these")
     parser.add_argument("--jobs", type=int, default=2, help="commands at a time, of one thread each")

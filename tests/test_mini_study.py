@@ -1,12 +1,13 @@
 """The mini study at toy size: it runs what it says, goes on where it was, and its files become the page."""
 
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
-from commands import called
+from commands import ROOT, called
 from conftest import fails
 from PIL import Image
 from toy_runs import write_run
@@ -15,9 +16,22 @@ import main as training
 import test_meta_dataset
 from amt import __main__ as program
 from amt.attacks.kinds import Attack
+from amt.cli import options
 from amt.evaluation import leaderboard, seeds
 from studies import mini_results, mini_study
-from studies.mini_study import GAMMAS, KNOB, ORACLE, REFERENCE, ROWS, Row, named
+from studies.mini_study import (
+    DEFAULTS,
+    GAMMAS,
+    KNOB,
+    ORACLE,
+    POOL,
+    RECIPE,
+    RECIPES,
+    REFERENCE,
+    ROWS,
+    Row,
+    named,
+)
 
 MAINS = {"main.py": training.main, "test_meta_dataset.py": test_meta_dataset.main, "amt": program.main}
 ATTACKS = (Attack("pgd", (1, 2, 4, 8)),)
@@ -116,8 +130,51 @@ def test_a_part_that_fails_is_one_line(study, tmp_path):
 
 def test_rows_are_known_by_name_and_by_slug():
     assert [row.name for row in named([ORACLE, "best-single"])] == ["best single", ORACLE]
-    assert named([]) == list(ROWS) and len({row.slug for row in ROWS}) == len(ROWS)
+    assert len({row.slug for row in ROWS}) == len(ROWS)
     fails("--rows orcale", lambda: named(["orcale"]))
+
+
+def test_other_ways_to_train_are_rows_where_they_are_named():
+    recipes = named(["recipe: *"])
+    assert named([]) == [row for row in ROWS if row not in recipes]
+    assert {training for row in recipes for training in row.trainings} == {f"{RECIPE}{r}" for r in RECIPES}
+    assert [row.name for row in named(["recipe-gentle*"])] == [
+        "recipe: gentle",
+        "recipe: gentle + robust-lda",
+    ]
+    assert set(DEFAULTS.values()) < {row.name for row in named([])}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_another_way_to_train_is_a_command_of_equal_cost(name, world, tmp_path):
+    """Listed among the recipes; with as many images of queries as the default; run here at toy size."""
+    listed = (ROOT / "recipes" / "README.md").read_text()
+    assert re.search(
+        rf"^python main.py .* --output_dir \S+ {re.escape(' '.join(RECIPES[name]))}$", listed, re.MULTILINE
+    )
+
+    def cost(flags) -> int:
+        words = [f"@{ROOT / 'recipes' / 'mini_train.args'}", "--output_dir", str(tmp_path), *flags]
+        args = options.training_parser().parse(words)
+        options.check_training(args)
+        return args.nEpisode * args.epochs * len(options.levels(args))
+
+    assert cost(RECIPES[name]) == cost(POOL)
+    short = (
+        "--epochs",
+        1,
+        "--nEpisode",
+        1,
+        "--nValEpisode",
+        0,
+        "--attack_iters",
+        1,
+        "--statistics_episodes",
+        0,
+    )
+    ended = called(training.main, ["main.py", *world.train(tmp_path / "run", *RECIPES[name], *short)])
+    assert ended.code == 0, ended.err
+    assert (tmp_path / "run" / "last.safetensors").exists()
 
 
 def test_every_row_knows_its_trainings():
@@ -134,6 +191,7 @@ def test_the_page_is_made_of_the_files_alone(tmp_path, capsys):
     same bytes."""
     names = {REFERENCE: 0.0, KNOB[0]: 0.4, KNOB[1]: 0.6, "mine": 0.9, ORACLE: 1.0}
     names |= {f"weight perturbation, gamma {gamma:g}": 0.5 + gamma for gamma in GAMMAS}
+    names |= {"one LoRA": 0.5, f"{RECIPE}gentle": 0.9, f"{RECIPE}ridge": 0.1, f"{RECIPE}ridge + ridge": 0.9}
     folder = tmp_path / "mini" / "5-shot"
     folder.mkdir(parents=True)
     for number, (name, strength) in enumerate(names.items()):
@@ -155,6 +213,14 @@ def test_the_page_is_made_of_the_files_alone(tmp_path, capsys):
     assert "| minus weight perturbation, gamma 0 |" in text and "no method" in text and "Chance is 20" in text
     order = [text.index(f"\n| {name} | ") for name in (KNOB[0], KNOB[1], ORACLE, "mine")]
     assert order == sorted(order)
+    shown, log = text.split("## What did not help")
+    (table,) = re.findall(r"^\| minus one LoRA .*\n(?:\|.*\n)+", shown, re.MULTILINE)
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [
+        f"| {RECIPE}gentle",
+        f"| {RECIPE}ridge",
+        f"| {RECIPE}ridge + ridge",
+    ]
+    assert f"| 5-shot | {RECIPE}ridge | one LoRA | " in log and "gentle" not in log and ORACLE not in log
     mini_results.write(tmp_path / "mini", page)
     assert page.read_text() == text
     assert (page.parent / "clean_robust_5_shot.png").read_bytes() == picture

@@ -95,6 +95,11 @@ class Perturbation:
         """The same level with epsilon and step size multiplied by `factor`."""
         return dataclasses.replace(self, epsilon=self.epsilon * factor, step_size=self.step_size * factor)
 
+    def between(self, least: float, share: float) -> "Perturbation":
+        """The same level with its epsilon replaced by least + share (epsilon - least), the step size in
+        proportion; epsilon 0 stays."""
+        return self.scaled(share + (1 - share) * least / self.epsilon) if self.epsilon else self
+
 
 def together(levels: Sequence[Perturbation], most: int) -> list[tuple[int, ...]]:
     """Which levels go through the network together, by their numbers: at most so many, which have attack

@@ -23,6 +23,19 @@ def kl_sum(clean: Tensor, attacked: Tensor) -> Tensor:
     return divergence.sum((-2, -1))
 
 
+def squared_distance_sum(features: Tensor, anchor: Tensor) -> Tensor:
+    """sum_i ||f_i - a_i||^2, not divided by D (Schlarmann et al. 2024, FARE).
+
+    Args:
+        features: (..., n, D), float.
+        anchor: (n, D), where each belongs.
+
+    Returns:
+        Sums over the n images (...), >= 0.
+    """
+    return (features - anchor).square().sum((-2, -1))
+
+
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of logits (..., n, N), float, with labels (n,) int64 in 0..N-1: sums over the n images
     (...)."""

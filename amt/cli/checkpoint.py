@@ -22,7 +22,7 @@ from amt.files.digests import serialise
 from amt.files.pretrained import pretraining_only
 from amt.files.weight_files import Content
 from amt.models.architectures import matching_archs
-from amt.models.pool import LoRAPool
+from amt.models.pool import LoRANormPool, LoRAPool
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError, printable, say
 from meta_dataset_readers.files import replace_file
@@ -69,6 +69,7 @@ def describe_pool(found: Checkpoint, content: Content) -> Lines:
     if checkpoint.HEADER in content.header:
         unfinished = "tuner" in about and not about.get("finished")
         kind = "our pool of " + ("LoRAs" if loras else "complete networks")
+        kind += " and LayerNorms" * isinstance(pool, LoRANormPool)
         kind += ", of an unfinished training that main.py --resume continues" * unfinished
         state = content.data
     else:

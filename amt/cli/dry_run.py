@@ -40,7 +40,7 @@ class Need(NamedTuple):
 def training(args: argparse.Namespace) -> int:
     """What main.py would do, said; 0, or 2 if something is missing."""
     settings = options.tune_settings(args)
-    tuned = f"{len(options.levels(args))} {'LoRAs' if args.tune == 'lora' else 'networks'} of {args.arch}"
+    tuned = f"{len(options.levels(args))} {'networks' if args.tune == 'full' else 'LoRAs'} of {args.arch}"
     say(f"would meta-tune {tuned}, {settings.epochs} epochs of {settings.episodes_per_epoch} episodes")
     return _say(_training_needs(args))
 

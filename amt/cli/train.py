@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, Subset
 
 from amt.cli import head_statistics, options
 from amt.evaluation.evaluate import validate
-from amt.files import checkpoint
+from amt.files import checkpoint, digests
 from amt.files.pretrained import load_network
 from amt.files.ranks import Ranks, together
 from amt.files.run_directory import check_same
@@ -164,7 +164,7 @@ def train(
     size = settings.episodes_per_step
     content = partial(contents, about(args, tuner.network), tuner, history)
     run.begin("meta-tuning", "episode", total, tuner.episodes_done)
-    if tuner.pool.levels[0].start == "zero" and settings.method == "adsv":
+    if tuner.pool.levels[0].start == "zero" and (settings.loss or settings.method == "adsv"):
         run.say("warning: from --delta_init zero the attack's first gradient vanishes; it may never start")
     loader = episode_loader(Subset(episodes, tuner.own_episodes(total)), args.num_workers)
     coming = run.watch(steps(loader, len(tuner.share.episodes(size))))
@@ -303,6 +303,7 @@ def protocol(args: argparse.Namespace, network: Network) -> dict:
         "autocast": str(network.autocast),
         "augmented": ["support", "query"],
         **dataclasses.asdict(options.sampling(args)),
+        **({"features_of": digests.of_tensors(network.weights)} if args.loss == "features" else {}),
     }
     return json.loads(json.dumps(found))
 
@@ -311,7 +312,7 @@ def asked(args: argparse.Namespace, network: Network) -> dict:
     """Everything that a run must have alike to be continued, as plain JSON values."""
     found = {
         "tune": args.tune,
-        "rank": args.rank if args.tune == "lora" else None,
+        "rank": None if args.tune == "full" else args.rank,
         **protocol(args, network),
         **dataclasses.asdict(options.tune_settings(args)),
         "levels": [dataclasses.asdict(level) for level in options.levels(args)],
@@ -326,7 +327,7 @@ def fresh(args: argparse.Namespace, network: Network) -> Tuner:
         pool = pretrained_pool(network.weights, levels)
     else:
         try:
-            pool = principal_pool(network.weights, args.rank, levels)
+            pool = principal_pool(network.weights, args.rank, levels, norms=args.tune == "lora+norm")
         except ValueError as error:
             raise InputError(f"--rank is {args.rank}: {error}") from error
     return Tuner(network, pool, options.tune_settings(args), args.levels_at_once)

@@ -28,7 +28,7 @@ from amt.files import published, weight_files
 from amt.files.digests import serialise
 from amt.files.version import commit
 from amt.models.heads import PoolStatistics
-from amt.models.pool import FullPool, LoRAPool, Pool
+from amt.models.pool import FullPool, LoRANormPool, LoRAPool, Pool, norm_weights
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError, printable
 from meta_dataset_readers.files import folder_to_disk, parse_json, read_json, replace_file
@@ -235,7 +235,7 @@ def _parse_own(path: Path, tensors: dict[str, Tensor], text: str) -> Checkpoint:
         )
         about.pop("format")
         tune = about.pop("tune", LoRAPool.tune)  # older files hold LoRAs and do not say so
-        if not levels or tune not in (LoRAPool.tune, FullPool.tune):
+        if not levels or tune not in (LoRAPool.tune, LoRANormPool.tune, FullPool.tune):
             raise ValueError(f"{len(levels)} levels, tuned {tune!r}")
     except InputError:
         raise
@@ -245,8 +245,8 @@ def _parse_own(path: Path, tensors: dict[str, Tensor], text: str) -> Checkpoint:
     for name in ("scale", "bias"):
         if name not in groups["head"] or tuple(groups["head"][name].shape) != (len(levels),):
             raise InputError(f"{path}: tensor head/{name} is missing or not of shape ({len(levels)},)")
-    read_pool = _full_pool if tune == FullPool.tune else _lora_pool
-    pool = read_pool(path, groups["residual"], groups["factors"], groups["head"], levels)
+    read_pool = {FullPool.tune: _full_pool, LoRAPool.tune: _lora_pool, LoRANormPool.tune: _lora_norm_pool}
+    pool = read_pool[tune](path, groups["residual"], groups["factors"], groups["head"], levels)
     return Checkpoint(pool, about, groups["momentum"], _statistics(path, groups["statistics"], len(pool)))
 
 
@@ -283,6 +283,20 @@ def _lora_pool(path: Path, residual: Weights, factors: Weights, head: Weights, l
     for name in adapted:
         check_factors(path, name, residual[name], A[name], B[name], len(levels))
     return LoRAPool(residual, A, B, head["scale"], head["bias"], levels)
+
+
+def _lora_norm_pool(
+    path: Path, residual: Weights, factors: Weights, head: Weights, levels: Levels
+) -> LoRANormPool:
+    norms = {name: factors[name] for name in norm_weights(residual) if name in factors}
+    loras = _lora_pool(path, residual, {n: f for n, f in factors.items() if n not in norms}, head, levels)
+    for name, norm in norms.items():
+        expected = (len(levels), *residual[name].shape)
+        if tuple(norm.shape) != expected:
+            raise InputError(
+                f"{path}: tensor factors/{name} has shape {tuple(norm.shape)}, expected {expected}"
+            )
+    return LoRANormPool(residual, loras.A, loras.B, head["scale"], head["bias"], levels, norms)
 
 
 def _full_pool(path: Path, residual: Weights, factors: Weights, head: Weights, levels: Levels) -> FullPool:

@@ -62,6 +62,12 @@ def _digests(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> _Dig
     }
 
 
+def of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """One digest of tensors of any shape and device, with their names."""
+    found = {name: of_tensor(tensor.detach().cpu()) for name, tensor in sorted(tensors.items())}
+    return _hashed(json.dumps(found).encode())
+
+
 def of_tensor(tensor: Tensor) -> str:
     """The digest of a tensor on the CPU: of its type, shape and numbers."""
     kind = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()

@@ -7,8 +7,9 @@
     B    (P, g, out/g, r)
     B A  (g, out/g, in), viewed in the shape of W: (out, in), or (out, in, kh, kw) for a convolution
 
-All members of a `LoRAPool` share W_res, so a merge is exact whatever the members. A `FullPool` has complete
-networks as members, sum_p c_p W_p: every weight is a factor. Knows no training and no file.
+All members of a `LoRAPool` share W_res, so a merge is exact whatever the members. Those of a `LoRANormPool`
+have LayerNorms of their own beside, w = sum_p c_p w_p. A `FullPool` has complete networks as members,
+sum_p c_p W_p: every weight is a factor. Knows no training and no file.
 
 LoRA: Hu et al. 2021, arxiv.org/abs/2106.09685. Start from the leading singular triplets: Meng et al. 2024,
 arxiv.org/abs/2404.02948, and eq. 5 of the AMT paper. Full meta-training: Hu et al. 2022 (P>M>F),
@@ -16,7 +17,7 @@ arxiv.org/abs/2204.07305.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -47,6 +48,11 @@ def adapted_layers(weights: Weights, layers: Sequence[str] = VIT_LAYERS) -> list
     """Names of the weights that get an adapter: those of layers whose name ends as listed."""
     endings = tuple(f"{layer}.weight" for layer in layers)
     return [name for name in weights if name.endswith(endings)]
+
+
+def norm_weights(weights: Weights) -> list[str]:
+    """Names of the weights and biases (D,) of normalisation layers, which are called norm, norm1."""
+    return [name for name, each in weights.items() if each.ndim == 1 and "norm" in f".{name}".split(".")[-2]]
 
 
 def factor_groups(name: str) -> int:
@@ -85,7 +91,7 @@ def split_principal(weight: Tensor, rank: int, groups: int = 1) -> tuple[Tensor,
 class Pool:
     """P members of one architecture, each with the classifier head it was trained with; immutable.
 
-    The common part of `LoRAPool` and `FullPool`: training, merging and evaluation use nothing else.
+    The common part of all kinds: training, merging and evaluation use nothing else.
 
     Attributes:
         tune: the value of --tune that trains this kind.
@@ -100,7 +106,7 @@ class Pool:
     """
 
     tune: ClassVar[str]
-    __dataclass_fields__: ClassVar[dict[str, Any]]  # both kinds are dataclasses
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # all kinds are dataclasses
     scale: Tensor
     bias: Tensor
     levels: tuple[Perturbation, ...]
@@ -287,6 +293,41 @@ class LoRAPool(Pool):
 
 
 @dataclasses.dataclass(frozen=True)
+class LoRANormPool(LoRAPool):
+    """A `LoRAPool` whose members have weights and biases of the LayerNorms of their own, which are trained
+    and merged like complete weights; `residual` has the pretrained ones.
+
+    Args:
+        norms: (P, D) by name, see `norm_weights`.
+    """
+
+    norms: dict[str, Tensor]
+
+    tune = "lora+norm"
+
+    @property
+    def adapted(self) -> frozenset[str]:
+        return frozenset((*self.A, *self.norms))
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """The low-rank factors, see `LoRAPool`, and the LayerNorms (P, D) by their own names."""
+        return super().factors | dict(sorted(self.norms.items()))
+
+    def with_factors(self, factors: dict[str, Tensor]) -> "LoRANormPool":
+        """The same pool with other factors and LayerNorms (P, ...), of the names and shapes of `factors`."""
+        loras, norms = super().with_factors(factors), {name: factors[name] for name in self.norms}
+        return dataclasses.replace(self, A=loras.A, B=loras.B, norms=norms)
+
+    def stack(self) -> Weights:
+        """Complete weights of every member, see `Pool`: adapted ones are (P, ...)."""
+        return super().stack() | self.norms
+
+    def _mixture(self, shares: dict[int, float]) -> Weights:
+        return super()._mixture(shares) | _mixed(self.norms, shares)
+
+
+@dataclasses.dataclass(frozen=True)
 class FullPool(Pool):
     """P complete sets of weights of one network, which full meta-tuning trains. Every weight is a factor.
 
@@ -332,17 +373,26 @@ class FullPool(Pool):
     def _mixture(self, shares: dict[int, float]) -> Weights:
         """sum_p c_p W_p as W_k + sum_p c_p (W_p - W_k), k the first member with c_k != 0: so a single member,
         and a pool whose members are still equal, come out bit for bit."""
-        first, *others = shares
+        return _mixed(self.weights, shares)
 
-        def mixed(weight: Tensor) -> Tensor:
-            base = weight[first]
-            return base + sum(shares[p] * (weight[p] - base) for p in others) if others else base
 
-        return {name: mixed(weight) for name, weight in self.weights.items()}
+def _mixed(weights: dict[str, Tensor], shares: dict[int, float]) -> Weights:
+    """Weights (P, ...) of members with these shares as one, see `FullPool._mixture`."""
+    first, *others = shares
+
+    def mixed(weight: Tensor) -> Tensor:
+        base = weight[first]
+        return base + sum(shares[p] * (weight[p] - base) for p in others) if others else base
+
+    return {name: mixed(weight) for name, weight in weights.items()}
 
 
 def principal_pool(
-    weights: Weights, rank: int, levels: Sequence[Perturbation], layers: Sequence[str] = VIT_LAYERS
+    weights: Weights,
+    rank: int,
+    levels: Sequence[Perturbation],
+    layers: Sequence[str] = VIT_LAYERS,
+    norms: bool = False,
 ) -> LoRAPool:
     """An untrained pool: every adapter starts at the leading singular triplets of the pretrained weights.
 
@@ -351,6 +401,7 @@ def principal_pool(
         rank: r of every adapter.
         levels: one robustness level per adapter.
         layers: endings of the names of the layers to adapt.
+        norms: whether members have LayerNorms of their own, see `LoRANormPool`.
 
     >>> principal_pool(network.weights, rank=4, levels=[Perturbation(8, 2)]).rank
     4
@@ -360,7 +411,12 @@ def principal_pool(
         residual[name], one_A, one_B = split_principal(weights[name], rank, factor_groups(name))
         A[name] = one_A.repeat(len(levels), 1, 1, 1)
         B[name] = one_B.repeat(len(levels), 1, 1, 1)
-    return LoRAPool(residual, A, B, *_untrained_head(weights, len(levels)), tuple(levels))
+    parts = (residual, A, B, *_untrained_head(weights, len(levels)), tuple(levels))
+    return (
+        LoRANormPool(*parts, _copies(weights, norm_weights(weights), len(levels)))
+        if norms
+        else LoRAPool(*parts)
+    )
 
 
 def pretrained_pool(weights: Weights, levels: Sequence[Perturbation]) -> FullPool:
@@ -370,8 +426,14 @@ def pretrained_pool(weights: Weights, levels: Sequence[Perturbation]) -> FullPoo
         weights: all pretrained weights by name.
         levels: one robustness level per member.
     """
-    copies = {name: torch.stack([weight] * len(levels)) for name, weight in weights.items()}
-    return FullPool(copies, *_untrained_head(weights, len(levels)), tuple(levels))
+    return FullPool(
+        _copies(weights, weights, len(levels)), *_untrained_head(weights, len(levels)), tuple(levels)
+    )
+
+
+def _copies(weights: Weights, names: Iterable[str], members: int) -> dict[str, Tensor]:
+    """Some weights once for each member: (P, ...)."""
+    return {name: torch.stack([weights[name]] * members) for name in names}
 
 
 def _untrained_head(weights: Weights, members: int) -> tuple[Tensor, Tensor]:

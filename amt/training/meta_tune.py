@@ -23,9 +23,12 @@ unmoved ones (support). That is the method "adsv"; two baselines take its place 
     "standard"    plain meta-tuning on clean images; with complete networks this is the meta-training of
                   P>M>F (Hu et al. 2022, arxiv.org/abs/2204.07305)
 
+The loss "features" takes the place of the labels': see `feature_outcome`.
+
 Here is what one episode asks for; amt/training/tuner.py takes the steps. Knows no files and no optimiser.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -34,14 +37,15 @@ from torch import Tensor
 
 from amt.attacks.constants import constant
 from amt.attacks.levels import Perturbation
-from amt.attacks.losses import cross_entropy_sum, kl_sum
+from amt.attacks.losses import cross_entropy_sum, kl_sum, squared_distance_sum
 from amt.attacks.perturb import Pyramid, ascend, perturb_weights
 from amt.models.head_settings import default_head
 from amt.models.heads import Fitted, detached, fit, stacked
-from amt.models.network import Network, level_features
+from amt.models.network import Network, features, level_features
 from amt.models.pool import Pool
 from amt.models.weights import Weights
 from amt.training.losses import RobustLoss, robust_loss
+from amt.training.settings import TuneSettings
 from meta_dataset_readers.episode import Episode
 
 
@@ -141,8 +145,52 @@ def natural_outcome(
     return QueryOutcome(_cross_entropy_alone(clean, episode.query_labels), clean, clean)
 
 
+def feature_outcome(
+    network: Network,
+    pool: Pool,
+    episode: Episode,
+    start: list[Tensor],
+    loss_scale: Tensor | float = 1.0,
+    head: str | None = None,
+    *,
+    moves: bool = True,
+) -> QueryOutcome:
+    """Features of attacked queries stay where the pretrained network, `network.weights`, has those of the
+    clean ones: unsupervised, FARE (Schlarmann et al. 2024, arxiv.org/abs/2402.12336).
+
+    loss = 1/Q sum_i max_delta ||f(x_i + delta) - f_pretrained(x_i)||^2, which the attack increases as well.
+    Arguments as of `query_outcome`, queries (Q, 3, H, W); `beta` is not used, support and head serve the
+    record alone. With `moves` the weights move uphill on the same loss, which is ours.
+    """
+    query = _for_each(pool, episode.query)
+    with torch.no_grad():
+        anchor = features(network, network.weights, episode.query)
+        settled = _fitted_to_support(network, pool, episode, head)[2]
+        still = {name: weight.detach() for name, weight in pool.stack().items()}
+        clean = level_features(network, still, query)
+
+    def away(images: Tensor) -> Tensor:
+        return (loss_scale * squared_distance_sum(level_features(network, still, images), anchor)).sum()
+
+    images, weights = _attacked(pool.levels, away, query, start), pool.stack()
+    if moves and any(level.gamma > 0 for level in pool.levels):
+        uphill = loss_scale * squared_distance_sum(level_features(network, weights, images), anchor)
+        gamma = _numbers(pool.levels, "gamma", pool.scale)
+        weights = pool.with_factors(perturb_weights(uphill.sum(), pool.factors, gamma)).stack()
+    attacked = level_features(network, weights, images)
+    near, far = (squared_distance_sum(each, anchor) / len(anchor) for each in (clean, attacked))
+    return QueryOutcome(RobustLoss(far, near, far), settled(clean), settled(attacked.detach()))
+
+
 OUTCOMES = {"adsv": query_outcome, "querying": querying_outcome, "standard": natural_outcome}
 METHODS = tuple(OUTCOMES)
+
+
+def outcome_of(settings: TuneSettings) -> Callable[..., QueryOutcome]:
+    """What a method and a loss make of an episode; arguments as of `query_outcome`."""
+    if settings.loss == "features":
+        return functools.partial(feature_outcome, moves=settings.method == "adsv")
+    return OUTCOMES[settings.method]
 
 
 def _for_each(pool: Pool, images: Tensor) -> Tensor:
@@ -214,3 +262,14 @@ def started(
         level.pyramid.start(shape, generator) for level, generator in zip(levels, generators, strict=True)
     ]
     return [torch.cat(grid).to(query) for grid in zip(*drawn, strict=True)]
+
+
+def drawn_levels(
+    levels: Sequence[Perturbation], least: float | None, generators: Sequence[torch.Generator]
+) -> Sequence[Perturbation]:
+    """The levels with epsilons drawn uniformly from `least` to their own, each by a CPU generator; with None
+    as they are, and nothing is drawn."""
+    if least is None:
+        return levels
+    shares = [float(torch.rand((), generator=generator)) for generator in generators]
+    return [level.between(least, share) for level, share in zip(levels, shares, strict=True)]

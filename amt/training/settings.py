@@ -6,6 +6,7 @@ from amt.models.head_settings import TRAINED
 from meta_dataset_readers.settings import setting
 
 METHODS = ("adsv", "querying", "standard")
+LOSSES = ("features",)
 MOST_RATE = 1000
 
 
@@ -21,6 +22,9 @@ class TuneSettings:
         method: one of `METHODS`; see amt/training/meta_tune.py.
         clip_grad: largest norm of one level's gradient, or None.
         epsilon_warmup: episodes over which epsilon and step size grow linearly to their level; 0 for none.
+        epsilon_from: an episode's epsilon is drawn uniformly from this to the level's own; None: it is that.
+        loss: one of `LOSSES` in place of the method's own, which knows the labels; None: the method's own.
+            "features" needs an adversary.
         head: what classifies the queries, one of `TRAINED` with its default options; None: prototypes.
         seed: decides the attacks' random starts, together with the episode's number and the level.
 
@@ -53,6 +57,20 @@ class TuneSettings:
     )
     clip_grad: float | None = setting(None, "largest gradient norm of a level (ours)", above=0, most=10**6)
     epsilon_warmup: int = setting(0, "episodes over which epsilon grows from 0 (ours)", least=0, most=10**9)
+    epsilon_from: float | None = setting(
+        None,
+        "draw each episode's epsilon uniformly from this to the level's, the step size in proportion (ours) "
+        "(default: always the level's)",
+        least=0,
+        most=10**6,
+    )
+    loss: str | None = setting(
+        None,
+        "features: unsupervised, attacked features stay near the clean ones of the pretrained network (FARE, "
+        "Schlarmann et al. 2024), attacked as --pgd_method says, then querying by default; adsv moves the "
+        "weights as well (default: that of the method, by labels)",
+        choices=LOSSES,
+    )
     head: str | None = setting(
         None,
         "what classifies the queries in training, fitted to the support with gradients (default: prototypes)",

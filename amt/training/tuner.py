@@ -26,7 +26,7 @@ from amt.files.ranks import ALONE, Ranks
 from amt.models.network import Network
 from amt.models.pool import Pool
 from amt.models.weights import Weights, stream
-from amt.training.meta_tune import OUTCOMES, QueryOutcome, started
+from amt.training.meta_tune import QueryOutcome, drawn_levels, outcome_of, started
 from amt.training.optimiser import check_finite, check_loss, momentum, restore_momentum
 from amt.training.records import NO_STEPS, EpochSums, StepRecord, mean
 from amt.training.settings import TuneSettings
@@ -157,6 +157,8 @@ class Tuner:
 
     def collapsed(self) -> dict[int, int]:
         """The levels that behave like a constant network since the epoch began, with their last ways."""
+        if self.settings.loss == "features":  # a constant network is far from the pretrained one
+            return {}
         robust = self.settings.method == "adsv"  # the other methods have no divergence
         return {p: sums.ways for p, sums in enumerate(self._sums) if sums.collapsed(robust)}
 
@@ -238,11 +240,12 @@ class Tuner:
     ) -> QueryOutcome:
         """The losses of some levels on the episode `index` of the run."""
         ramp = (index + 1) / max(self.settings.epsilon_warmup, 1)
-        levels = tuple(level.scaled(min(ramp, 1.0)) for level in leaves.levels)
         # Keyed by the level's number in the pool: whatever trains together, and where, it sees the same.
         generators = [stream(self.settings.seed, index, p) for p in numbers]
+        drawn = drawn_levels(leaves.levels, self.settings.epsilon_from, generators)
+        levels = tuple(level.scaled(min(ramp, 1.0)) for level in drawn)
         start = started(levels, episode.query, generators) if self.settings.adversarial else []
-        outcome = OUTCOMES[self.settings.method]
+        outcome = outcome_of(self.settings)
         pool = dataclasses.replace(leaves, levels=levels)
         return outcome(self.network, pool, episode, start, scales, self.settings.head)
 

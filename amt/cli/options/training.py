@@ -39,10 +39,11 @@ def training_parser() -> Parser:
     parser.add_argument("--arch", default="dino_small_patch16_amt", help="backbone, for example vit_mini_amt")
     parser.add_argument(
         "--tune",
-        choices=["lora", "full"],
+        choices=["lora", "lora+norm", "full"],
         default="lora",
-        help="what each level trains: a LoRA, or a full set of weights, as the baselines PM and P>M>F do "
-        "(their flags: 100 epochs, --lr 5e-5)",
+        help="what each level trains: a LoRA; lora+norm: a LoRA and the weights and biases of all LayerNorms "
+        "(ours); or a full set of weights, as the baselines PM and P>M>F do (their flags: 100 epochs, "
+        "--lr 5e-5)",
     )
     parser.add_argument("--rank", type=COUNT, default=8, help="rank of every LoRA")
     parser.add_argument("--output_dir", type=as_path, required=True, help="where checkpoints and logs go")
@@ -59,7 +60,7 @@ def training_parser() -> Parser:
     precision.add_argument("--bf16", action="store_true", help="mixed precision in bfloat16")
 
     levels = parser.add_argument_group("perturbation")
-    add_flags(levels, TuneSettings, "method", "epsilon_warmup", unset=("method",))
+    add_flags(levels, TuneSettings, "method", "loss", "epsilon_warmup", "epsilon_from", unset=("method",))
     levels.add_argument(
         "--epsilon",
         type=EPSILON,
@@ -119,6 +120,11 @@ def check_training(args: argparse.Namespace) -> None:
         raise InputError(
             f"--pyramid_grids has {len(grids)} values and --pyramid_scalars {len(scalars)}, expected as many"
         )
+    if args.loss and method(args) == "standard":
+        raise InputError(f"--loss {args.loss} needs an attack: --pgd_method adsv or querying, got standard")
+    reach = min(_attack_default(args, "epsilon"))
+    if args.epsilon_from is not None and args.epsilon_from > reach:
+        raise InputError(f"--epsilon_from is {args.epsilon_from:g}, expected at most --epsilon, {reach:g}")
     if args.eval:
         raise InputError("--eval: main.py trains; test_meta_dataset.py evaluates")
     _check_ranks(args)
@@ -156,7 +162,10 @@ def training_sources(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def method(args: argparse.Namespace) -> str:
-    """The training method, one of `METHODS`: without --pgd_method, that of the paper --tune stands for."""
+    """The training method, one of `METHODS`: without --pgd_method, that of the paper that --loss or --tune
+    stands for."""
+    if args.loss is not None and args.pgd_method is None:
+        return "querying"
     return args.pgd_method or ("standard" if args.tune == "full" else "adsv")
 
 

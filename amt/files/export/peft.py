@@ -26,7 +26,7 @@ from amt.files.export.merged import (
 from amt.files.export.readme import export_readme
 from amt.files.export.timm_model import timm_call
 from amt.models.network import Network
-from amt.models.pool import LoRAPool
+from amt.models.pool import LoRANormPool, LoRAPool
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError
 
@@ -43,6 +43,7 @@ def peft_adapter(network: Network, pool: LoRAPool, coefficients: Sequence[float]
         A (g R, in),  B (out, g R),  R = (k + 1) r;   scaling alpha / rank = 1 in every layer
 
     Such adapters of one pool may be mixed in PEFT, by weights that sum to 1 (`combination_type="cat"`).
+    LayerNorms of the members are merged and kept whole (`modules_to_save`); PEFT mixes no such adapters.
 
     Args:
         network: the network with the pretrained weights that the pool was trained from.
@@ -70,6 +71,9 @@ def peft_adapter(network: Network, pool: LoRAPool, coefficients: Sequence[float]
         tensors[f"base_model.model.{layer}.lora_A.weight"] = A.flatten(0, 1).float()
         tensors[f"base_model.model.{layer}.lora_B.weight"] = torch.block_diag(*B).float()
         ranks[layer] = A.shape[0] * A.shape[1]
+    norms = pool.merge(coefficients) if isinstance(pool, LoRANormPool) else {}
+    norms = {name: norms[name] for name in pool.adapted - pool.A.keys()}
+    tensors |= {f"base_model.model.{name}": norm.float().contiguous() for name, norm in sorted(norms.items())}
     usual = min(ranks.values())
     unusual = {layer: rank for layer, rank in ranks.items() if rank != usual}
     config = {
@@ -82,6 +86,7 @@ def peft_adapter(network: Network, pool: LoRAPool, coefficients: Sequence[float]
         "rank_pattern": unusual,
         "alpha_pattern": unusual,
         "target_modules": list(ranks),
+        **({"modules_to_save": sorted({name.rpartition(".")[0] for name in norms})} if norms else {}),
         "bias": "none",
         "lora_dropout": 0.0,
         "fan_in_fan_out": False,

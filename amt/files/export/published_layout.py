@@ -2,7 +2,7 @@
 
 from amt.files.export.merged import check_kind
 from amt.files.published import published_shapes
-from amt.models.pool import LoRAPool
+from amt.models.pool import LoRANormPool, LoRAPool
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError
 
@@ -19,7 +19,15 @@ def published_state(pool: LoRAPool, adapter: int | None = None) -> Weights:
             published code.
     """
     check_kind(pool, "published")
-    weights = pool.residual
+    weights, loras = pool.residual, pool.factors
+    if isinstance(pool, LoRANormPool):
+        if adapter is None:
+            raise InputError(
+                "each LoRA of the pool has LayerNorms of its own, the published layout one set; name one "
+                "LoRA by --adapter"
+            )
+        weights = weights | {name: norm[adapter] for name, norm in pool.norms.items()}
+        loras = {name: factor for name, factor in loras.items() if name not in pool.norms}
     try:
         dim, _, patch, _ = weights["patch_embed.proj.weight"].shape
         shapes = published_shapes(
@@ -42,7 +50,7 @@ def published_state(pool: LoRAPool, adapter: int | None = None) -> Weights:
         "bias": pool.bias[chosen].double().mean().float().reshape(1),
         **{f"{prefix}{name}": weight for name, weight in weights.items()},
     }
-    for name, factor in pool.factors.items():
+    for name, factor in loras.items():
         layer = f"{prefix}{name.replace('.weight.lora_', '.lora_')}"
         state |= {f"{layer}{number}": factor[p].flatten(0, 1) for number, p in numbers.items()}
     for name in sorted(state.keys() | shapes.keys()):
