@@ -26,9 +26,10 @@ from amt.attacks.levels import Perturbation
 from amt.attacks.losses import kl_sum
 from amt.attacks.perturb import ascend
 from amt.models.heads import cosine_logits, prototypes
-from amt.models.network import Network, resize_positions
+from amt.models.network import Network
 from amt.models.pool import LoRAPool
 from amt.models.trim import Trim
+from amt.models.vit import resize_positions
 from amt.models.weights import Coefficients, truncate
 from amt.tasks.merge import augment, blend, compactness
 from amt.tasks.settings import Routing

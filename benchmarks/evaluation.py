@@ -43,6 +43,7 @@ from side_by_side import (
     Machine,
     Measured,
     Worker,
+    chosen,
     counted,
     environment,
     gemm_rate,
@@ -51,7 +52,6 @@ from side_by_side import (
     random_episode,
     random_pool,
     serve,
-    synchronise,
 )
 from torch import Tensor
 
@@ -198,12 +198,10 @@ class Bench:
 
     def warm_up(self) -> float:
         """Go through the episodes once with a single attack step; about how many seconds a turn will take."""
-        began = time.perf_counter()
+        began = self.machine.now()
         self._go_through(self.job.episodes, brief(self.job.attack))
-        synchronise(self.machine.device)
-        return (
-            (time.perf_counter() - began) * self.passes(self.job.attack) / self.passes(brief(self.job.attack))
-        )
+        seconds = self.machine.now() - began
+        return seconds * self.passes(self.job.attack) / self.passes(brief(self.job.attack))
 
     def passes(self, attack: Attack | None) -> int:
         """About how many forward passes of one image an episode is worth, to forecast its time."""
@@ -212,10 +210,9 @@ class Bench:
 
     def run(self) -> tuple[float, float]:
         """Seconds of one turn, and the share of queries right to the end."""
-        began = time.perf_counter()
+        began = self.machine.now()
         accuracy = self._go_through(self.job.episodes, self.job.attack)
-        synchronise(self.machine.device)
-        return time.perf_counter() - began, accuracy
+        return self.machine.now() - began, accuracy
 
     def finish(self) -> tuple[float, float, float]:
         """Peak and idle memory, then the rate of the yardstick."""
@@ -317,7 +314,7 @@ def main() -> int:
     began, results, rates = time.perf_counter(), [], []
     for arch in args.arch:
         size = ARCHS[arch].image_size
-        jobs = plan_of(arch, args.quick)
+        jobs = chosen(plan_of(arch, args.quick), args.only)
         queries = N_WAY * jobs[0].per_class
         print(
             f"\n{arch}, random weights, {size} px, {queries} queries, pool of {POOL}\n\n{HEADING}", flush=True

@@ -2,11 +2,13 @@
 
     python benchmarks/meta_tuning.py                  vit_mini and a ViT-S/16 at 128 px, minutes
     python benchmarks/meta_tuning.py --quick          a few seconds, to see that it works
+    python benchmarks/meta_tuning.py --cpu_time --threads 1        on a busy machine
 
 Weights are random: no figure here depends on their values. Each row is one job: a training step of one
-robustness level, or an evaluation episode, that is scoring the pool on the augmented support, merging and
-classifying the query, with or without PGD on the query. The attack of that last row is sized so that it
-fools nobody (epsilon 0): every image is then worked on at every step, which is the longest it can take.
+robustness level, or of a pool of four, whose figures but memory are per level; or an evaluation episode, that
+is scoring the pool on the augmented support, merging and classifying the query, with or without PGD on the
+query. The attack of that last row is sized so that it fools nobody (epsilon 0): every image is then worked on
+at every step, which is the longest it can take.
 
 Ours and the baseline (`baseline.py`: the same mathematics, differently arranged) each run in a fresh
 process of their own, warm up on a single attack step, and then take turns. A time is the median of the runs,
@@ -40,6 +42,7 @@ from side_by_side import (
     Counts,
     Machine,
     Measured,
+    chosen,
     counted,
     environment,
     gemm_rate,
@@ -47,7 +50,6 @@ from side_by_side import (
     random_backbone,
     random_episode,
     random_pool,
-    synchronise,
 )
 from torch import Tensor
 
@@ -80,6 +82,7 @@ class Workload:
         job: "step" of training, or "episode" of evaluation.
         n_shot, per_class: support and query images of each of the five classes.
         steps: of the training attack, or of PGD; 0 for an episode without attack.
+        levels: that a step trains.
     """
 
     arch: str
@@ -87,11 +90,13 @@ class Workload:
     n_shot: int
     per_class: int
     steps: int
+    levels: int = 1
 
     @property
     def name(self) -> str:
         attack = f", PGD-{self.steps}" if self.job == "episode" and self.steps else ""
-        return f"{self.job}, {N_WAY}-way {self.n_shot}-shot, {N_WAY * self.per_class} query{attack}"
+        job = self.job if self.levels == 1 else f"{self.job} of {self.levels} levels, per level"
+        return f"{job}, {N_WAY}-way {self.n_shot}-shot, {N_WAY * self.per_class} query{attack}"
 
     @property
     def least_repeats(self) -> int:
@@ -102,14 +107,14 @@ class Workload:
         support, query = N_WAY * self.n_shot, N_WAY * self.per_class
         if self.job == "step":
             per_attack_step = 2 if implementation == "ours" else 3
-            return 3 * support + query * (per_attack_step * self.steps + 12)
+            return self.levels * (3 * support + query * (per_attack_step * self.steps + 12))
         return (2 * POOL + 1) * support + query * (2 * self.steps + 2)
 
 
 def our_step(network: Network, pool: LoRAPool) -> Bind:
     def bind(episode: Episode, steps: int) -> Callable[[], None]:
         level = dataclasses.replace(LEVEL, steps=steps)
-        tuner = Tuner(network, dataclasses.replace(pool, levels=(level,)), SETTINGS)
+        tuner = Tuner(network, dataclasses.replace(pool, levels=(level,) * len(pool)), SETTINGS)
 
         def run() -> None:
             tuner.step(episode)
@@ -120,16 +125,17 @@ def our_step(network: Network, pool: LoRAPool) -> Bind:
 
 
 def baseline_step(network: Network, pool: LoRAPool) -> Bind:
-    model = Learner(network, pool)
-    optimiser = torch.optim.SGD(model.trained.values(), SETTINGS.lr, SETTINGS.momentum)
+    models = [Learner(network, pool[p]) for p in range(len(pool))]
+    optimisers = [torch.optim.SGD(each.trained.values(), SETTINGS.lr, SETTINGS.momentum) for each in models]
     scaler = torch.amp.GradScaler(network.device.type, enabled=network.autocast == torch.float16)
 
     def bind(episode: Episode, steps: int) -> Callable[[], None]:
         level = dataclasses.replace(LEVEL, steps=steps)
 
         def run() -> None:
-            start = level.pyramid.start(episode.query, stream(SETTINGS.seed))
-            training_step(model, optimiser, scaler, episode, level, start)
+            for model, optimiser in zip(models, optimisers, strict=True):
+                start = level.pyramid.start(episode.query, stream(SETTINGS.seed))
+                training_step(model, optimiser, scaler, episode, level, start)
 
         return run
 
@@ -190,7 +196,7 @@ class Bench:
         torch.set_num_threads(machine.threads)
         self.workload, self.machine, self._name = workload, machine, implementation
         network = random_backbone(workload.arch, machine)
-        pool = random_pool(network, 1 if workload.job == "step" else POOL, RANK, stream(0))
+        pool = random_pool(network, workload.levels if workload.job == "step" else POOL, RANK, stream(0))
         self._bind = JOBS[implementation, workload.job](network, pool)
         self._run = self._bound(workload.per_class, workload.steps)
         self.idle_memory = peak_memory(machine.device)
@@ -201,16 +207,16 @@ class Bench:
         return self._bind(episode.to(self.machine.device), steps)
 
     def count(self) -> Counts:
-        """What the job counts, from smaller jobs: besides a fixed part there is one in proportion to the
-        query images, and one in proportion to these times the attack steps. Counting costs memory, so a
-        process that counts is not one whose memory is told."""
+        """What the job counts per level, from smaller jobs: besides a fixed part there is one in proportion
+        to the query images, and one in proportion to these times the attack steps. Counting costs memory, so
+        a process that counts is not one whose memory is told."""
         per_class, steps = self.workload.per_class, self.workload.steps
         few = min(steps, 1)
         small, wider = (counted(self._bound(width, few)) for width in (1, 2))
         longer = counted(self._bound(1, 2)) if steps > 1 else small
         return Counts(
             *(
-                s + (per_class - 1) * (w - s) + per_class * (steps - few) * (n - s)
+                (s + (per_class - 1) * (w - s) + per_class * (steps - few) * (n - s)) / self.workload.levels
                 for s, w, n in zip(small, wider, longer, strict=True)
             )
         )
@@ -219,24 +225,20 @@ class Bench:
         """Run once at full size, but with one attack step; about how many seconds the job will take."""
         brief = dataclasses.replace(self.workload, steps=min(self.workload.steps, 1))
         run = self._bound(brief.per_class, brief.steps)
-        began = time.perf_counter()
+        began = self.machine.now()
         run()
-        return self._since(began) * self.workload.passes(self._name) / brief.passes(self._name)
+        return (self.machine.now() - began) * self.workload.passes(self._name) / brief.passes(self._name)
 
     def run(self) -> tuple[float, float | None]:
-        """Seconds of one run, and its accuracy if it has one."""
-        began = time.perf_counter()
+        """Seconds of one run per level, and its accuracy if it has one."""
+        began = self.machine.now()
         accuracy = self._run()
-        return self._since(began), accuracy
+        return (self.machine.now() - began) / self.workload.levels, accuracy
 
     def finish(self) -> tuple[float, float, float]:
         """Peak and idle memory, then the rate of the yardstick: last, since its matrices take memory, too."""
         peak = peak_memory(self.machine.device)
         return peak, self.idle_memory, gemm_rate(self.machine)
-
-    def _since(self, began: float) -> float:
-        synchronise(self.machine.device)
-        return time.perf_counter() - began
 
 
 def measure(
@@ -269,7 +271,7 @@ class Forecast:
         passes, seconds = self._timed.get(workload.arch, (0.0, 0.0))
         for name, measured in row.items():
             passes += workload.passes(name)
-            seconds += statistics.median(measured.seconds)
+            seconds += workload.levels * statistics.median(measured.seconds)
         self._timed[workload.arch] = passes, seconds
 
     def __str__(self) -> str:
@@ -342,6 +344,7 @@ def plan_of(arch: str, quick: bool) -> list[Workload]:
     attack, pgd = (2, 2) if quick else (10, 20)
     shots = (1,) if quick else (1, 5)
     steps = [Workload(arch, "step", n_shot, per_class, attack) for n_shot in shots]
+    steps.append(Workload(arch, "step", 1, per_class, attack, levels=POOL))
     clean = [Workload(arch, "episode", n_shot, per_class, 0) for n_shot in shots if not quick]
     return [*steps, *clean, Workload(arch, "episode", 1, per_class, pgd)]
 
@@ -355,19 +358,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main() -> int:
     args = parse(sys.argv[1:])
     machine, device, rate = side_by_side.find_machine(args)
-    plan = [workload for arch in args.arch for workload in plan_of(arch, args.quick)]
-    forecast = Forecast(plan, args.repeats, rate)
+    plan = {arch: chosen(plan_of(arch, args.quick), args.only) for arch in args.arch}
+    forecast = Forecast([workload for rows in plan.values() for workload in rows], args.repeats, rate)
     about = environment(machine, device)
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
     began, results, rates = time.perf_counter(), [], []
-    for arch in args.arch:
+    for arch, workloads in plan.items():
         shape = ARCHS[arch]
         print(
             f"\n{arch}, random weights, {shape.image_size} px, rank {RANK}, pool of {POOL}\n\n{HEADING}",
             flush=True,
         )
         rows = []
-        for workload in plan_of(arch, args.quick):
+        for workload in workloads:
             print(f"  {workload.name}; everything left: {forecast}", file=sys.stderr, flush=True)
             row = measure(workload, machine, args.repeats, lambda line: print(f"    {line}", file=sys.stderr))
             forecast.timed(workload, row)
@@ -375,7 +378,8 @@ def main() -> int:
             rows.append((workload, row))
             results.append(record(workload, row))
             print(table_row(workload, row), flush=True)
-        print(f"\n{footnotes(*rows[0])}")
+        if rows[0][0].job == "step":
+            print(f"\n{footnotes(*rows[0])}")
     gigaflops = spread([rate / 1e9 for rate in rates])
     side, seconds = machine.gemm_side, time.perf_counter() - began
     print(f"\nGEMM rate, {side} x {side}: {gigaflops} GFLOP/s. All in {seconds:.0f} s.")

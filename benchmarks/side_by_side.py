@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import harness
 import timm
@@ -47,16 +47,27 @@ MOST_REPEATS = 9
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Where and how the networks run; `gemm_side` is that of the square matrices of the yardstick."""
+    """Where and how the networks run.
+
+    Args:
+        gemm_side: of the square matrices of the yardstick.
+        cpu_time: whether seconds are those of the processor, not of the wall clock: on a busy machine.
+    """
 
     device: str
     threads: int
     autocast: torch.dtype | None
     gemm_side: int
+    cpu_time: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
         return self.autocast or torch.float32
+
+    def now(self) -> float:
+        """Seconds, once the device has done its work."""
+        synchronise(self.device)
+        return time.process_time() if self.cpu_time else time.perf_counter()
 
 
 class Counts(NamedTuple):
@@ -167,11 +178,9 @@ def gemm_rate(machine: Machine) -> float:
     left, right = (torch.randn(side, side, device=machine.device).to(machine.dtype) for _ in range(2))
     seconds = []
     for _ in range(6):
-        synchronise(machine.device)
-        began = time.perf_counter()
+        began = machine.now()
         left @ right
-        synchronise(machine.device)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(machine.now() - began)
     return 2 * side**3 / min(seconds[1:])
 
 
@@ -276,6 +285,7 @@ def environment(machine: Machine, device: str) -> dict[str, str | int]:
         "threads": machine.threads,
         "device": device,
         "precision": str(machine.dtype).removeprefix("torch."),
+        "seconds": "of the processor" if machine.cpu_time else "of the wall clock",
         "torch": torch.__version__,
         "timm": timm.__version__,
     }
@@ -310,10 +320,16 @@ def parse(argv: list[str], description: str, archs: list[str]) -> argparse.Names
     parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, cuda:1, ...")
     parser.add_argument("--fp16", action="store_true", help="mixed precision in float16")
     parser.add_argument("--bf16", action="store_true", help="mixed precision in bfloat16")
+    parser.add_argument(
+        "--cpu_time", action="store_true", help="count seconds of the processor, on a busy machine"
+    )
+    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name has this text alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to this file")
     args = parser.parse(argv)
     if args.fp16 and args.bf16:
         raise InputError("--fp16 and --bf16 exclude each other")
+    if args.cpu_time and args.device != "cpu":
+        raise InputError("--cpu_time is for --device cpu")
     if not args.device.startswith(("cpu", "cuda")):
         raise InputError(f"--device {args.device!r}: only cpu and cuda can be timed")
     if args.json and not args.json.resolve().parent.is_dir():
@@ -324,6 +340,19 @@ def parse(argv: list[str], description: str, archs: list[str]) -> argparse.Names
     return args
 
 
+def chosen(plan: list[Any], only: str) -> list[Any]:
+    """The rows of a plan, objects with a `name`, that has the text `only`.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = [row for row in plan if only in row.name]
+    if not found:
+        names = "; ".join(row.name for row in plan)
+        raise InputError(f"--only {only!r}: no such row, the rows are: {names}")
+    return found
+
+
 def find_machine(args: argparse.Namespace) -> tuple[Machine, str, float]:
     """The machine that the flags ask for, its device's name, and its rate of float32 products.
 
@@ -332,7 +361,7 @@ def find_machine(args: argparse.Namespace) -> tuple[Machine, str, float]:
     """
     side = 512 if args.quick else 8192 if args.device.startswith("cuda") else 2048
     threads = args.threads or torch.get_num_threads()
-    machine = Machine(args.device, threads, options.autocast(args), side)
+    machine = Machine(args.device, threads, options.autocast(args), side, args.cpu_time)
     # In float32, since on many processors a network is far from the rate of a product in low precision.
     with Worker(probe, dataclasses.replace(machine, autocast=None)) as prober:
         answer = prober.answer()

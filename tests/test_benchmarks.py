@@ -131,8 +131,13 @@ def test_counter_sees_every_matrix_product_of_a_forward_pass():
     tokens, dim = patches + 1, ARCH.dim
     linear = 2 * tokens * dim**2 * (4 + 2 * ARCH.mlp_ratio)
     attention = 2 * 2 * tokens**2 * dim
+    # The last block: keys and values of every token, and all else of the class token alone.
+    last = 2 * tokens * dim**2 * 2 + 2 * dim**2 * (2 + 2 * ARCH.mlp_ratio) + attention / tokens
     embedding = 2 * patches * dim * 3 * ARCH.patch_size**2
-    assert counts == (images * (embedding + ARCH.depth * (linear + attention)), images)
+    assert counts == (
+        images * (embedding + (ARCH.depth - 1) * (linear + attention) + last),
+        images,
+    )
 
 
 def test_counter_sees_the_backward_pass_of_attention():
@@ -148,14 +153,19 @@ def test_counter_sees_the_backward_pass_of_attention():
 
 
 @pytest.mark.parametrize("implementation", meta_tuning.IMPLEMENTATIONS)
-@pytest.mark.parametrize(("job", "steps"), [("step", 3), ("episode", 0), ("episode", 3)])
-def test_counts_from_smaller_jobs_are_those_of_the_job_itself(monkeypatch, implementation, job, steps):
+@pytest.mark.parametrize(
+    ("job", "steps", "levels"), [("step", 3, 1), ("step", 3, 2), ("episode", 0, 1), ("episode", 3, 1)]
+)
+def test_counts_from_smaller_jobs_are_those_of_the_job_itself(
+    monkeypatch, implementation, job, steps, levels
+):
+    """Those of a pool are per level."""
     monkeypatch.setitem(meta_tuning.ARCHS, "vit_mini", ARCH)
-    workload = meta_tuning.Workload("vit_mini", job, n_shot=2, per_class=3, steps=steps)
+    workload = meta_tuning.Workload("vit_mini", job, n_shot=2, per_class=3, steps=steps, levels=levels)
     machine = meta_tuning.Machine("cpu", 1, None, gemm_side=64)
     bench = meta_tuning.Bench(workload, implementation, machine)
     counts = bench.count()
-    assert counts == meta_tuning.counted(bench.run)
+    assert [levels * count for count in counts] == list(meta_tuning.counted(bench.run))
     if job == "step":
         expected = steps + 4 if implementation == "ours" else 2 * steps + 4
         assert meta_tuning.query_forwards(workload, counts) == expected
@@ -166,6 +176,7 @@ def test_full_plan_has_every_row_and_the_quick_one_the_two_kinds():
     assert full == [
         "step, 5-way 1-shot, 50 query",
         "step, 5-way 5-shot, 50 query",
+        "step of 4 levels, per level, 5-way 1-shot, 50 query",
         "episode, 5-way 1-shot, 50 query",
         "episode, 5-way 5-shot, 50 query",
         "episode, 5-way 1-shot, 50 query, PGD-20",
@@ -173,8 +184,16 @@ def test_full_plan_has_every_row_and_the_quick_one_the_two_kinds():
     assert {row.job for row in meta_tuning.plan_of("vit_mini", quick=True)} == {"step", "episode"}
 
 
+def test_only_some_rows():
+    plan = meta_tuning.plan_of("vit_mini", quick=False)
+    assert meta_tuning.chosen(plan, "step, 5-way 1-shot") == plan[:1]
+    assert meta_tuning.chosen(plan, "") == plan
+    with pytest.raises(InputError, match=r"--only 'stpe': no such row.* step, 5-way 1-shot"):
+        meta_tuning.chosen(plan, "stpe")
+
+
 def test_quick_benchmark_prints_its_table(tmp_path):
-    command = [sys.executable, "benchmarks/meta_tuning.py", "--quick", "--threads", "1"]
+    command = [sys.executable, "benchmarks/meta_tuning.py", "--quick", "--threads", "1", "--cpu_time"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, "--json", str(tmp_path / "figures.json")],
@@ -187,15 +206,16 @@ def test_quick_benchmark_prints_its_table(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert f"torch {torch.__version__}" in lines[0] and "threads 1" in lines[0]
+    assert "seconds of the processor" in lines[0]
     assert meta_tuning.HEADING in done.stdout
     rows = [line for line in lines if line.startswith(("| step", "| episode"))]
-    assert len(rows) == 2 and all(line.count("|") == 8 for line in rows)
+    assert len(rows) == 3 and all(line.count("|") == 8 for line in rows)
     assert "ours 6 (K + 4 = 6), baseline 8 (2K + 4 = 8)" in done.stdout
     assert "GEMM rate" in lines[-1]
     assert "everything left: about" in done.stderr
 
     report = json.loads((tmp_path / "figures.json").read_text())
-    assert [row["job"] for row in report["rows"]] == ["step", "episode"]
+    assert [row["job"] for row in report["rows"]] == ["step", "step", "episode"]
     for row in report["rows"]:
         for implementation in meta_tuning.IMPLEMENTATIONS:
             measured = row[implementation]
@@ -212,6 +232,7 @@ def test_quick_benchmark_prints_its_table(tmp_path):
         (["--threads", "0"], "--threads"),
         (["--fp16", "--bf16"], "--fp16 and --bf16"),
         (["--device", "mps"], "only cpu and cuda"),
+        (["--device", "cuda", "--cpu_time"], "--cpu_time is for"),
         (["--json", "no/such/folder/x.json"], "no such folder"),
     ],
 )

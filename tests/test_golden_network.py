@@ -10,8 +10,9 @@ from test_network import write_official
 
 from amt.files.pretrained import read_weights
 from amt.models.heads import cosine_logits, prototypes
-from amt.models.network import features, resize_positions
+from amt.models.network import features
 from amt.models.pool import split_principal
+from amt.models.vit import resize_positions
 
 pytestmark = golden
 

@@ -12,8 +12,10 @@ from torch import Tensor
 from toy_pools import LEVELS, RANK, make_episode, quick, tensors
 from toy_training import command, signal_after
 
+from amt.attacks.kinds import Attack
 from amt.attacks.levels import Perturbation, together
 from amt.attacks.perturb import Ball, Pyramid, ascend, pgd
+from amt.evaluation.evaluate import measure
 from amt.models.architectures import Arch
 from amt.models.heads import cosine_logits
 from amt.models.network import Network, level_features
@@ -25,6 +27,9 @@ from amt.models.pool import (
     pretrained_pool,
     principal_pool,
 )
+from amt.tasks.classifier import merged_predictor
+from amt.tasks.merge import route
+from amt.tasks.settings import Routing
 from amt.training import meta_tune
 from amt.training.meta_tune import started
 from amt.training.settings import TuneSettings
@@ -220,6 +225,27 @@ def test_pgd_counts_what_is_left_every_few_steps_only(steps):
     assert torch.allclose(logits_there.held, logits, atol=1e-6)
     assert seen.reads == steps // 4
     assert sum(each_step) < sum(now_and_then) < 6 * (steps + 1)
+
+
+def test_an_episode_of_evaluation_waits_for_the_device_a_few_times_only(network):
+    """Routed over three adapters: a read for the classes that each is fitted to, ten more, and three numbers
+    sent for the augmentation; under PGD fourteen more, and one for every fourth of its steps."""
+    pool = pool_of(network, "lora")
+    episode = make_episode(0)
+
+    def counted(attacks: list[Attack]) -> tuple[int, int]:
+        there, parts = on_device(network), on_device(pool)
+        predict = merged_predictor(there, parts, lambda *given: route(there, parts, *given, Routing()))
+        with pretended() as seen:
+            measure(predict, on_device(episode), attacks)
+            once = dataclasses.replace(seen)
+            predict = merged_predictor(there, parts, lambda *given: route(there, parts, *given, Routing()))
+            measure(predict, on_device(episode), attacks)
+        return seen.reads - once.reads, seen.copies - once.copies
+
+    assert counted([]) == (13, 4)
+    for steps in (20, 40):
+        assert counted([Attack("pgd", (1e-3,), steps=steps)]) == (23 + steps // 4, 5)
 
 
 def test_the_pretended_device_refuses_to_mix():

@@ -4,13 +4,12 @@
     logits(network, weights, images)      (N, 3, H, W) in [0, 1] -> (N, K)    networks with a classifier
 
 The module is an untouched ViT, ResNet or WRN that is never written to: its weights are an argument. Knows how
-position tables are resized and how images are normalised. Knows no file and no training.
+images are normalised and cut to whole patches. Knows no file and no training.
 """
 
 import copy
 import dataclasses
 import functools
-import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -34,7 +33,7 @@ from amt.models.architectures import (
     Origin,
     Triple,
 )
-from amt.models.vit import VisionTransformer
+from amt.models.vit import Linear, VisionTransformer, resize_positions
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError, first_line
 
@@ -165,6 +164,30 @@ class Network:
             for own in part.state_dict()
         )
 
+    @property
+    def takes_factors(self) -> bool:
+        """Whether its weights may be of several networks, with factors beside them, see `Pool.stack`."""
+        return isinstance(self.module, VisionTransformer)
+
+    @functools.cached_property
+    def _of_products(self) -> frozenset[str]:
+        """Names of the parameters of plain layers, which mixed precision casts; a subclass may do more with
+        them first."""
+        plain = (nn.Linear, nn.Conv2d, Linear)
+        layers = [(name, part) for name, part in self.module.named_modules() if type(part) in plain]
+        return frozenset(f"{name}.{own}" for name, part in layers for own, _ in part.named_parameters())
+
+    def cast(self, weights: Weights) -> Weights:
+        """Weights as mixed precision casts them in every pass, cast once; the same if there is none. Those
+        that require gradients stay: passes that share a cast would add up gradients in its precision."""
+        return {
+            name: weight.to(self.autocast) if self._casts(name) and not weight.requires_grad else weight
+            for name, weight in weights.items()
+        }
+
+    def _casts(self, name: str) -> bool:
+        return self.autocast is not None and name in self._of_products
+
     def adapted(self, published: bool = False) -> tuple[str, ...]:
         """The weights that get a low-rank branch of AutoLoRa's: those of all convolutions and linear layers
         but the stem and the classifier, in the network's order (method, section 1).
@@ -260,18 +283,19 @@ def level_features(network: Network, weights: Weights, images: Tensor) -> Tensor
     """Features of P networks of one structure, each with images of its own: (P, N, 3, H, W) float in [0, 1]
     -> (P, N, D) float32.
 
-    One pass where there are several and the structure is made for it (`VisionTransformer`), else a pass for
-    each.
+    One pass where there are several and the structure is made for it (`Network.takes_factors`), else a pass
+    for each.
 
     Args:
         weights: by name, (P, ...) where the networks differ, see `Pool.stack`; the others are shared.
     """
     levels = len(images)
-    if levels > 1 and isinstance(network.module, VisionTransformer):
+    if levels > 1 and network.takes_factors:
         return features(network, weights, images.flatten(0, 1)).unflatten(0, (levels, -1))
 
     def alone(p: int) -> Weights:
-        return {name: each[p] if each.ndim > network.dims[name] else each for name, each in weights.items()}
+        own = {name: each.ndim > network.dims.get(name, 3) for name, each in weights.items()}  # 3: of factors
+        return {name: each[p] if own[name] else each for name, each in weights.items()}
 
     return torch.stack([features(network, alone(p), images[p]) for p in range(levels)])
 
@@ -311,25 +335,6 @@ def _identity(network: Network, weights: Weights) -> Weights:
     own = {"weight": torch.eye(dim, dtype=like.dtype, device=like.device), "bias": like.new_zeros(dim)}
     named = {f"{network.classifier}.{part}": tensor for part, tensor in own.items()}
     return {name: tensor for name, tensor in named.items() if name in weights}
-
-
-def resize_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Position tables (P, 1 + N, D) or (P, 1, 1 + N, D) resized to 1 + grid[0] * grid[1] rows; the CLS row is
-    kept.
-
-    The rule of the official DINO code: bicubic, with 0.1 added to the target side so that the division
-    cannot round down, and the scale factor used as given (so the 0.1 moves the sampling points, too).
-    """
-    *outer, rows, dim = table.shape
-    side = math.isqrt(rows - 1)
-    if grid == (side, side):
-        return table
-    patches = table[..., 1:, :].reshape(-1, side, side, dim).permute(0, 3, 1, 2)
-    scale = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
-    patches = F.interpolate(
-        patches, scale_factor=scale, mode="bicubic", align_corners=False, recompute_scale_factor=False
-    )
-    return torch.cat([table[..., :1, :], patches.permute(0, 2, 3, 1).reshape(*outer, -1, dim)], dim=-2)
 
 
 _BLOCK = re.compile(r"layer(\d+)\.(\d+)\.")  # of a ResNet, torchvision's or timm's

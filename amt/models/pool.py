@@ -120,9 +120,15 @@ class Pool:
         """The same pool with other factors (P, ...), of the names and shapes of `factors`."""
         raise NotImplementedError
 
-    def stack(self) -> Weights:
+    def stack(self, apart: bool = False) -> Weights:
         """Complete weights of every member at once, by name: (P, ...) where members differ, without the P
-        where they are shared. A gradient reaches every factor."""
+        where they are shared. A gradient reaches every factor.
+
+        Args:
+            apart: merged weights have no graph, and beside them are the factors that the gradient reaches,
+                `<layer>.lora_A` and `<layer>.lora_B`: far less work, for networks that take them so, see
+                `Network.takes_factors`.
+        """
         raise NotImplementedError
 
     def _mixture(self, shares: dict[int, float]) -> Weights:
@@ -276,10 +282,19 @@ class LoRAPool(Pool):
             B={name: factors[f"{name}.lora_B"] for name in self.B},
         )
 
-    def stack(self) -> Weights:
+    def stack(self, apart: bool = False) -> Weights:
         """Complete weights of every member, see `Pool`: adapted ones are (P, ...)."""
-        adapted = {name: plus_low_rank(self.residual[name], self.A[name], self.B[name]) for name in self.A}
-        return self.residual | adapted
+        if not apart:
+            return self.residual | self._adapted()
+        with torch.no_grad():
+            found = self.residual | self._adapted()
+        for part, factors in (("lora_A", self.A), ("lora_B", self.B)):
+            found |= {name.removesuffix("weight") + part: factor for name, factor in factors.items()}
+        return found
+
+    def _adapted(self) -> Weights:
+        """The adapted weights of every member, (P, ...)."""
+        return {name: plus_low_rank(self.residual[name], self.A[name], self.B[name]) for name in self.A}
 
     def _mixture(self, shares: dict[int, float]) -> Weights:
         """W_res + sum_p c_p B_p A_p, each sum as one product of rank k r for k members."""
@@ -366,8 +381,8 @@ class FullPool(Pool):
         """The same pool with other weights (P, ...), of the names and shapes of `factors`."""
         return dataclasses.replace(self, weights={name: factors[name] for name in self.weights})
 
-    def stack(self) -> Weights:
-        """Complete weights of every member, see `Pool`: all are (P, ...)."""
+    def stack(self, apart: bool = False) -> Weights:
+        """Complete weights of every member, see `Pool`: all are (P, ...), and are the factors."""
         return self.weights
 
     def _mixture(self, shares: dict[int, float]) -> Weights:

@@ -6,9 +6,13 @@ Any weight may have a leading P, of P networks: then the images are P times as m
 other's, and go through all of them in one pass. Attention never looks from image to image, so it takes them
 as they come.
 
-A state dict of timm's VisionTransformer without a head fits, and gives the same features bit for bit; of one
-seed both draw the same weights. timm itself takes seconds to import, as it brings every architecture that it
-knows: this one is there at once. Any other ViT is timm's own, see `architectures.build_timm_network`.
+The last block computes the CLS token alone, as nobody asks for the others: the same up to rounding, for one
+part in fourteen less of a ViT-S.
+
+A state dict of timm's VisionTransformer without a head fits. It gives the same tokens bit for bit, and the
+same features up to rounding; of one seed both draw the same weights. timm itself takes seconds to import, as
+it brings every architecture that it knows: this one is there at once. Any other ViT is timm's own, see
+`architectures.build_timm_network`.
 """
 
 import math
@@ -18,18 +22,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amt.models.adapted import adapted_linear, linear
+
 EPS = 1e-6  # of every LayerNorm
 
 
 class Linear(nn.Linear):
-    """A linear layer, or P of them side by side: weight (P, out, in), bias (out,) or (P, out)."""
+    """A linear layer, or P of them side by side: weight (P, out, in), bias (out,) or (P, out).
+
+    Beside its weight it may be given the factors that are merged in it, see `adapted_linear`.
+    """
+
+    lora_A: Tensor | None = None
+    lora_B: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, tokens, in) -> (N, tokens, out)."""
-        if self.weight.ndim == 2:
-            return F.linear(x, self.weight, self.bias)
-        rows = x.reshape(len(self.weight), -1, x.shape[-1])
-        return torch.baddbmm(self.bias.unsqueeze(-2), rows, self.weight.mT).view(*x.shape[:-1], -1)
+        return self.part(x, 0, 1, 1)
+
+    def part(self, x: Tensor, first: int, last: int, of: int) -> Tensor:
+        """The outputs from `first` to `last` of so many equal parts, which are as many groups of factors:
+        (N, tokens, in) -> (N, tokens, out (last - first) / of)."""
+        weight, bias, A, B = self.weight, self.bias, self.lora_A, self.lora_B
+        if last - first < of:
+            rows = slice(first * self.out_features // of, last * self.out_features // of)
+            weight, bias = weight[..., rows, :], bias[..., rows]
+        if A is None or B is None:
+            return linear(x, weight, bias)
+        if last - first < of:
+            A, B = A[..., first:last, :, :], B[..., first:last, :, :]
+        return adapted_linear(x, weight, bias, A, B)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -76,13 +98,19 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, tokens, D) -> (N, tokens, D)."""
-        count, tokens, dim = x.shape
-        parts = self.qkv(x).reshape(count, tokens, 3, self.num_heads, dim // self.num_heads)
-        queries, keys, values = parts.permute(2, 0, 3, 1, 4).unbind(0)
+    def forward(self, x: Tensor, first_alone: bool = False) -> Tensor:
+        """(N, tokens, D) -> (N, tokens, D), or (N, 1, D) of the first token alone, which sees all."""
+        if first_alone:
+            (queries,) = self._heads(self.qkv.part(x[:, :1], 0, 1, of=3), 1)
+            keys, values = self._heads(self.qkv.part(x, 1, 3, of=3), 2)
+        else:
+            queries, keys, values = self._heads(self.qkv(x), 3)
         found = F.scaled_dot_product_attention(queries, keys, values)
-        return self.proj(found.transpose(1, 2).reshape(count, tokens, dim))
+        return self.proj(found.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """So many parts side by side (N, tokens, parts D), each as (N, heads, tokens, D / heads)."""
+        return x.unflatten(-1, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class Mlp(nn.Module):
@@ -108,9 +136,10 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim, EPS)
         self.mlp = Mlp(dim, hidden)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, tokens, D) -> (N, tokens, D)."""
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: Tensor, first_alone: bool = False) -> Tensor:
+        """(N, tokens, D) -> (N, tokens, D), or (N, 1, D) of the first token alone."""
+        moves = self.attn(self.norm1(x), first_alone)
+        x = (x[:, :1] if first_alone else x) + moves
         return x + self.mlp(self.norm2(x))
 
 
@@ -153,8 +182,12 @@ class VisionTransformer(nn.Module):
         (N, D), those of the CLS token."""
         x = self.patch_embed(x)
         x = torch.cat([_rows(self.cls_token, x.shape[0]), x], dim=1) + _rows(self.pos_embed, x.shape[0])
-        x = self.norm(self.blocks(x))
-        return x[:, 0] if self.global_pool else x
+        if not self.global_pool:
+            return self.norm(self.blocks(x))
+        *others, last = self.blocks  # of what it makes of the patches nothing is left
+        for block in others:
+            x = block(x)
+        return self.norm(last(x, first_alone=True)).squeeze(1)
 
 
 def _rows(table: Tensor, count: int) -> Tensor:
@@ -162,6 +195,25 @@ def _rows(table: Tensor, count: int) -> Tensor:
     if table.ndim == 3:
         return table.expand(count, -1, -1)
     return table.expand(-1, count // len(table), -1, -1).flatten(0, 1)
+
+
+def resize_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Position tables (P, 1 + N, D) or (P, 1, 1 + N, D) resized to 1 + grid[0] * grid[1] rows; the CLS row is
+    kept.
+
+    The rule of the official DINO code: bicubic, with 0.1 added to the target side so that the division
+    cannot round down, and the scale factor used as given (so the 0.1 moves the sampling points, too).
+    """
+    *outer, rows, dim = table.shape
+    side = math.isqrt(rows - 1)
+    if grid == (side, side):
+        return table
+    patches = table[..., 1:, :].reshape(-1, side, side, dim).permute(0, 3, 1, 2)
+    scale = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
+    patches = F.interpolate(
+        patches, scale_factor=scale, mode="bicubic", align_corners=False, recompute_scale_factor=False
+    )
+    return torch.cat([table[..., :1, :], patches.permute(0, 2, 3, 1).reshape(*outer, -1, dim)], dim=-2)
 
 
 def _draw(weight: Tensor) -> None:

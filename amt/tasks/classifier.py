@@ -155,6 +155,7 @@ def fitted_voices(
         features_of: `features` for a graph that reaches the support.
         network, merged, coefficients, head, statistics, second, seed: as of `head_classifier`.
     """
+    merged = merged._replace(weights=network.cast(merged.weights))
     parts = [_Part(network, merged, head, statistics and statistics.merged(coefficients))]
     if second is not None and head.other is not None:
         alone = tuple(float(p == head.other) for p in range(len(coefficients)))

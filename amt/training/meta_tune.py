@@ -77,7 +77,6 @@ def query_outcome(
             flush them to zero: a number, or one for each level (P,).
         head: what classifies the queries, see `TuneSettings`.
     """
-    # Each graph gets weights of its own, since taking the weight perturbation's gradient frees its graph.
     # The support has no part in the move of the weights: there its head is settled.
     heads, weights, settled, fixed = _fitted_to_support(network, pool, episode, head)
     query = _for_each(pool, episode.query)
@@ -93,8 +92,9 @@ def query_outcome(
     if any(level.gamma > 0 for level in pool.levels):
         uphill = robust_loss(settled(clean), settled(attacked), episode.query_labels, beta)
         moved = perturb_weights((loss_scale * uphill.total).sum(), pool.factors, gamma)
-        both = torch.cat([query, images], dim=1)
-        clean, attacked = level_features(network, pool.with_factors(moved).stack(), both).chunk(2, dim=1)
+        weights = _weights(network, pool.with_factors(moved))
+        both = level_features(network, weights, torch.cat([query, images], dim=1))
+        clean, attacked = both.chunk(2, dim=1)
     clean_logits, attacked_logits = _classified(heads, clean), _classified(heads, attacked)
     loss = robust_loss(clean_logits, attacked_logits, episode.query_labels, beta)
     return QueryOutcome(loss, clean_logits, attacked_logits)
@@ -139,7 +139,7 @@ def natural_outcome(
     Queries are (Q, 3, H, W). Nothing is attacked, so levels, start and loss_scale are not used.
     """
     images = _for_each(pool, torch.cat([episode.support, episode.query]))
-    both = level_features(network, pool.stack(), images)
+    both = level_features(network, _weights(network, pool), images)
     support, query = both.split([len(episode.support), len(episode.query)], dim=1)
     clean = _classified(_fit(pool, head, support, episode.support_labels), query)
     return QueryOutcome(_cross_entropy_alone(clean, episode.query_labels), clean, clean)
@@ -198,6 +198,11 @@ def _for_each(pool: Pool, images: Tensor) -> Tensor:
     return images.expand(len(pool), *images.shape)
 
 
+def _weights(network: Network, pool: Pool) -> Weights:
+    """Weights of all members for `level_features`, with graph to every factor."""
+    return network.cast(pool.stack(apart=network.takes_factors))
+
+
 def _numbers(levels: Sequence[Perturbation], name: str, like: Tensor) -> Tensor:
     """One number of every level: (P,), on the device of `like`."""
     return constant(tuple(getattr(level, name) for level in levels), like)
@@ -222,11 +227,13 @@ def _fitted_to_support(
     """All members fitted to the support set: heads with graph; weights with a graph of their own for the
     queries; and without graph all heads as one, and the classifier images (P, Q, 3, H, W) -> logits (P, Q, N)
     for the attack, differentiable by the images alone."""
-    support = level_features(network, pool.stack(), _for_each(pool, episode.support))
+    weights = _weights(network, pool)
+    support = level_features(network, weights, _for_each(pool, episode.support))
     heads = _fit(pool, head, support, episode.support_labels)
     settled = stacked([detached(fitted) for fitted in heads])
-    weights = pool.stack()
-    still = {name: weight.detach() for name, weight in weights.items()}
+    if not network.takes_factors:  # the weight perturbation frees the graph of the merged weights
+        weights = _weights(network, pool)
+    still = network.cast({name: weights[name].detach() for name in pool.shapes})
 
     def fixed(images: Tensor) -> Tensor:
         return settled(level_features(network, still, images))

@@ -11,9 +11,10 @@ from amt.files.checkpoint import provenance
 from amt.files.digests import serialise
 from amt.models.head_settings import Head
 from amt.models.heads import Cosine, Fitted, Linear, prototypes
-from amt.models.network import Network, features, resize_positions
+from amt.models.network import Network, features
 from amt.models.pool import LoRAPool, Pool
 from amt.models.trim import Trim
+from amt.models.vit import resize_positions
 from amt.models.weights import Coefficients, Weights, trim_singular_values
 from meta_dataset_readers.errors import InputError
 
