@@ -14,7 +14,7 @@ from toy_pools import LEVELS, make_episode, make_network, quick
 from amt.models.network import Network, features, level_features
 from amt.models.pool import LoRAPool, pretrained_pool, principal_pool
 from amt.tasks.classifier import fixed_predictor
-from amt.training.meta_tune import Tuner
+from amt.training.tuner import Tuner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -334,9 +334,9 @@ class LoRANormPool(LoRAPool):
         loras, norms = super().with_factors(factors), {name: factors[name] for name in self.norms}
         return dataclasses.replace(self, A=loras.A, B=loras.B, norms=norms)
 
-    def stack(self) -> Weights:
-        """Complete weights of every member, see `Pool`: adapted ones are (P, ...)."""
-        return super().stack() | self.norms
+    def stack(self, apart: bool = False) -> Weights:
+        """Complete weights of every member, see `Pool`: adapted ones and LayerNorms are (P, ...)."""
+        return super().stack(apart) | self.norms
 
     def _mixture(self, shares: dict[int, float]) -> Weights:
         return super()._mixture(shares) | _mixed(self.norms, shares)

@@ -166,17 +166,17 @@ def feature_outcome(
     with torch.no_grad():
         anchor = features(network, network.weights, episode.query)
         settled = _fitted_to_support(network, pool, episode, head)[2]
-        still = {name: weight.detach() for name, weight in pool.stack().items()}
+        still = network.cast({name: weight.detach() for name, weight in pool.stack().items()})
         clean = level_features(network, still, query)
 
     def away(images: Tensor) -> Tensor:
         return (loss_scale * squared_distance_sum(level_features(network, still, images), anchor)).sum()
 
-    images, weights = _attacked(pool.levels, away, query, start), pool.stack()
+    images, weights = _attacked(pool.levels, away, query, start), _weights(network, pool)
     if moves and any(level.gamma > 0 for level in pool.levels):
         uphill = loss_scale * squared_distance_sum(level_features(network, weights, images), anchor)
         gamma = _numbers(pool.levels, "gamma", pool.scale)
-        weights = pool.with_factors(perturb_weights(uphill.sum(), pool.factors, gamma)).stack()
+        weights = _weights(network, pool.with_factors(perturb_weights(uphill.sum(), pool.factors, gamma)))
     attacked = level_features(network, weights, images)
     near, far = (squared_distance_sum(each, anchor) / len(anchor) for each in (clean, attacked))
     return QueryOutcome(RobustLoss(far, near, far), settled(clean), settled(attacked.detach()))
