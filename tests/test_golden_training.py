@@ -20,7 +20,7 @@ from toy_pools import trainable
 from amt.attacks.perturb import ascend
 from amt.models.network import level_features
 from amt.models.pool import LoRAPool
-from amt.training import meta_tune
+from amt.training import attack, meta_tune
 from amt.training.losses import robust_loss
 from amt.training.meta_tune import query_outcome
 from amt.training.settings import TuneSettings
@@ -158,7 +158,7 @@ def test_attack_inside_the_training_step(single, monkeypatch):
             return attacks[-1]
 
         with monkeypatch.context() as patch:
-            patch.setattr(meta_tune, "ascend", watched)
+            patch.setattr(attack, "ascend", watched)
             pool = dataclasses.replace(pool, levels=(step.level,))
             outcome = query_outcome(single.raw, pool, step.episode, start)
         different = (attacks[0] - step.data["x_adv"]).abs() > 1e-4

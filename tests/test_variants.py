@@ -18,7 +18,7 @@ from amt.files import checkpoint
 from amt.files.checkpoint import Checkpoint
 from amt.models.network import Network, features
 from amt.models.pool import Pool, pretrained_pool, principal_pool
-from amt.training import meta_tune
+from amt.training import attack, meta_tune
 from amt.training.meta_tune import feature_outcome, started
 from amt.training.tuner import Tuner
 
@@ -76,7 +76,7 @@ def test_features_at_epsilon_zero_are_no_loss_at_the_start(network, episode, tun
 def test_the_loss_is_the_distance_from_the_pretrained_features(network, episode, monkeypatch):
     """Of the attacked queries, which lie within epsilon, where it is larger than at their start."""
     seen = []
-    ascend = meta_tune.ascend
+    ascend = attack.ascend
 
     def watched(loss_of, images, points, geometry, steps, **keywords):
         seen.append(
@@ -84,7 +84,7 @@ def test_the_loss_is_the_distance_from_the_pretrained_features(network, episode,
         )
         return seen[0][-1]
 
-    monkeypatch.setattr(meta_tune, "ascend", watched)
+    monkeypatch.setattr(attack, "ascend", watched)
     pool = trainable(moved_apart(start_of(network, "lora", ALONG)))
     outcome = outcome_of(network, pool, episode)
     begun, clean, images = seen[0]

@@ -5,6 +5,8 @@ sources and checkpoints, reads no picture, downloads nothing and writes nothing.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -98,6 +100,26 @@ def _training_needs(args: argparse.Namespace) -> Iterator[Need]:
     yield from (_source(args, source, "TRAIN") for source in sources)
     if args.nValEpisode and not args.val_episodes:
         yield from (_source(args, source, "VALID") for source in args.val_sources or sources)
+    yield _memory(args, sources)
+
+
+def _memory(args: argparse.Namespace, sources: Sequence[str]) -> Need:
+    """The memory that the largest episode needs, of the sources that can be opened."""
+    from amt.cli import memory
+    from amt.models.architectures import base_arch
+    from amt.models.network import find_device
+
+    specs = []
+    for source in sources:
+        with contextlib.suppress(InputError):  # said where the source is
+            specs.append(_opened(args, source, "TRAIN").spec)
+    network = _untrained(base_arch(args.arch))
+    size = args.image_size or network.image_size
+    network = dataclasses.replace(network, image_size=size, autocast=options.autocast(args))
+    device = find_device(args.device)
+    known = memory.free(device)
+    fits, words = memory.said(network, memory.plan_of(args, specs), known or memory.installed())
+    return Need(f"memory of {device}", **{"found" if fits or known is None else "problem": words})
 
 
 def _testing_needs(args: argparse.Namespace) -> Iterator[Need]:
@@ -203,20 +225,24 @@ def _weights(args: argparse.Namespace) -> Need:
 
 
 def _source(args: argparse.Namespace, name: str, split: str) -> Need:
-    from amt.models.architectures import base_arch
-    from meta_dataset_readers.reader import EpisodeReader
-
     what = f"source {name}, {split}"
     if not args.data_path.is_dir():
         return Need(what, problem="no data path", hint=_described(name))
-    image_size = args.image_size or _untrained(base_arch(args.arch)).image_size
     try:
-        spec = EpisodeReader(source=name, split=split, n_episodes=0, **options.reading(args, image_size)).spec
+        spec = _opened(args, name, split).spec
     except InputError as error:
         return Need(what, problem=str(error), hint=_described(name))
     classes = spec.classes(split)
     n_images = sum(spec.images_per_class[class_id] for class_id in classes)
     return Need(what, found=f"{len(classes)} classes, {n_images} images in {spec.directory}")
+
+
+def _opened(args: argparse.Namespace, name: str, split: str):
+    from amt.models.architectures import base_arch
+    from meta_dataset_readers.reader import EpisodeReader
+
+    image_size = args.image_size or _untrained(base_arch(args.arch)).image_size
+    return EpisodeReader(source=name, split=split, n_episodes=0, **options.reading(args, image_size))
 
 
 def _described(name: str) -> str:

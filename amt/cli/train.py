@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Subset
 
-from amt.cli import head_statistics, options
+from amt.cli import head_statistics, memory, options
 from amt.evaluation.evaluate import validate
 from amt.files import checkpoint, digests
 from amt.files.pretrained import load_network
@@ -29,6 +29,7 @@ from amt.files.ranks import Ranks, together
 from amt.files.run_directory import check_same
 from amt.files.signals import Interrupted
 from amt.models.network import Network, find_device
+from amt.models.parts import with_blocks_made_again
 from amt.models.pool import pretrained_pool, principal_pool
 from amt.models.weights import Weights
 from amt.training.keeper import Keeper, brief, check_resumable, scalars
@@ -62,12 +63,14 @@ def run_of(args: argparse.Namespace, ranks: Ranks) -> int:
         key=args.weights_key,
         tell=say,
     )
+    network = sparing(network, args)
     total = settings.epochs * settings.episodes_per_epoch
     open_source = partial(EpisodeReader, **options.reading(args, network.image_size))
     training = [
         open_source(source=source, split="TRAIN", n_episodes=total, augment=True)
         for source in options.training_sources(args)
     ]
+    memory.check_fits(network, memory.plan_of(args, [each.spec for each in training]))
     episodes = SourceMixture(training, total, args.seed)
     validation = [open_episodes(path, network.image_size) for path in args.val_episodes] or [
         open_source(source=source, split="VALID", n_episodes=args.nValEpisode)
@@ -318,6 +321,12 @@ def asked(args: argparse.Namespace, network: Network) -> dict:
         "levels": [dataclasses.asdict(level) for level in options.levels(args)],
     }
     return json.loads(json.dumps(found))
+
+
+def sparing(network: Network, args: argparse.Namespace) -> Network:
+    """The network, as sparing of memory as the flags say."""
+    module = with_blocks_made_again(network.module) if args.grad_checkpointing else network.module
+    return dataclasses.replace(network, module=module, micro_batch=args.micro_batch)
 
 
 def fresh(args: argparse.Namespace, network: Network) -> Tuner:

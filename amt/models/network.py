@@ -33,6 +33,7 @@ from amt.models.architectures import (
     Origin,
     Triple,
 )
+from amt.models.parts import in_parts
 from amt.models.vit import Linear, VisionTransformer, resize_positions
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError, first_line
@@ -53,6 +54,7 @@ class Network:
         autocast: None for float32, else the dtype of mixed precision (float16 or bfloat16).
         resize: side in pixels that images are enlarged to inside the network; None leaves them.
         make: builds such a module anew from torch's global generator; `start` needs it.
+        micro_batch: most images of a level that `level_features` keeps a graph of at once; None for all.
 
     >>> network.arch, network.image_size, network.patch_size
     ('vit_mini', 32, 4)
@@ -66,6 +68,7 @@ class Network:
     autocast: torch.dtype | None = None
     resize: int | None = None
     make: Callable[[], nn.Module] | None = None
+    micro_batch: int | None = None
 
     def __post_init__(self):
         self.module.eval().requires_grad_(False)
@@ -284,11 +287,15 @@ def level_features(network: Network, weights: Weights, images: Tensor) -> Tensor
     -> (P, N, D) float32.
 
     One pass where there are several and the structure is made for it (`Network.takes_factors`), else a pass
-    for each.
+    for each; of more than `network.micro_batch` images in parts.
 
     Args:
         weights: by name, (P, ...) where the networks differ, see `Pool.stack`; the others are shared.
     """
+    return in_parts(functools.partial(_level_features, network, weights), images, network.micro_batch)
+
+
+def _level_features(network: Network, weights: Weights, images: Tensor) -> Tensor:
     levels = len(images)
     if levels > 1 and network.takes_factors:
         return features(network, weights, images.flatten(0, 1)).unflatten(0, (levels, -1))

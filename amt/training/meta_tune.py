@@ -38,12 +38,13 @@ from torch import Tensor
 from amt.attacks.constants import constant
 from amt.attacks.levels import Perturbation
 from amt.attacks.losses import cross_entropy_sum, kl_sum, squared_distance_sum
-from amt.attacks.perturb import Pyramid, ascend, perturb_weights
+from amt.attacks.perturb import perturb_weights
 from amt.models.head_settings import default_head
 from amt.models.heads import Fitted, detached, fit, stacked
 from amt.models.network import Network, features, level_features
 from amt.models.pool import Pool
 from amt.models.weights import Weights
+from amt.training.attack import attacked_queries
 from amt.training.losses import RobustLoss, robust_loss
 from amt.training.settings import TuneSettings
 from meta_dataset_readers.episode import Episode
@@ -83,10 +84,10 @@ def query_outcome(
     clean = level_features(network, weights, query)
     target = settled(clean).detach()
 
-    def divergence(images: Tensor) -> Tensor:
-        return (loss_scale * kl_sum(target, fixed(images))).sum()
+    def divergence(images: Tensor, which: slice) -> Tensor:
+        return (loss_scale * kl_sum(target[:, which], fixed(images))).sum()
 
-    images = _attacked(pool.levels, divergence, query, start)
+    images = attacked_queries(pool.levels, divergence, query, start, network.micro_batch)
     attacked = level_features(network, weights, images)
     gamma, beta = _numbers(pool.levels, "gamma", pool.scale), _numbers(pool.levels, "beta", target)
     if any(level.gamma > 0 for level in pool.levels):
@@ -116,10 +117,10 @@ def querying_outcome(
     heads, weights, _, fixed = _fitted_to_support(network, pool, episode, head)
     query = _for_each(pool, episode.query)
 
-    def mistakes(images: Tensor) -> Tensor:
-        return (loss_scale * cross_entropy_sum(fixed(images), episode.query_labels)).sum()
+    def mistakes(images: Tensor, which: slice) -> Tensor:
+        return (loss_scale * cross_entropy_sum(fixed(images), episode.query_labels[which])).sum()
 
-    images = _attacked(pool.levels, mistakes, query, start)
+    images = attacked_queries(pool.levels, mistakes, query, start, network.micro_batch)
     attacked = _classified(heads, level_features(network, weights, images))
     with torch.no_grad():
         clean = fixed(query)  # for the record: nothing is learnt from it
@@ -169,10 +170,12 @@ def feature_outcome(
         still = network.cast({name: weight.detach() for name, weight in pool.stack().items()})
         clean = level_features(network, still, query)
 
-    def away(images: Tensor) -> Tensor:
-        return (loss_scale * squared_distance_sum(level_features(network, still, images), anchor)).sum()
+    def away(images: Tensor, which: slice) -> Tensor:
+        found = level_features(network, still, images)
+        return (loss_scale * squared_distance_sum(found, anchor[which])).sum()
 
-    images, weights = _attacked(pool.levels, away, query, start), _weights(network, pool)
+    images = attacked_queries(pool.levels, away, query, start, network.micro_batch)
+    weights = _weights(network, pool)
     if moves and any(level.gamma > 0 for level in pool.levels):
         uphill = loss_scale * squared_distance_sum(level_features(network, weights, images), anchor)
         gamma = _numbers(pool.levels, "gamma", pool.scale)
@@ -239,19 +242,6 @@ def _fitted_to_support(
         return settled(level_features(network, still, images))
 
     return heads, weights, settled, fixed
-
-
-def _attacked(
-    levels: Sequence[Perturbation], loss_of: Callable[[Tensor], Tensor], query: Tensor, start: list[Tensor]
-) -> Tensor:
-    """Queries (P, Q, 3, H, W), each moved within its level's bounds to raise `loss_of`, the levels' sum."""
-    images = query.flatten(0, 1)
-    pyramid = Pyramid.joined([level.pyramid for level in levels], images)
-
-    def loss_at(moved: Tensor) -> Tensor:
-        return loss_of(moved.view(query.shape))
-
-    return ascend(loss_at, images, start, pyramid, levels[0].steps, loss_scale=1.0).view(query.shape)
 
 
 def _cross_entropy_alone(logits: Tensor, labels: Tensor) -> RobustLoss:

@@ -81,6 +81,19 @@ def training_parser() -> Parser:
         help="levels that go through the network in one pass; fewer need less memory, and the result is the "
         "same up to rounding (ours) (default: all)",
     )
+    training.add_argument(
+        "--micro_batch",
+        type=COUNT,
+        metavar="N",
+        help="images of an episode that go through the network in one pass; more are taken part by part, for "
+        "less memory and some time; the result is the same up to rounding (ours) (default: all)",
+    )
+    training.add_argument(
+        "--grad_checkpointing",
+        action="store_true",
+        help="keep only what goes from block to block, and compute the blocks again for the gradient: a "
+        "fraction of the memory for a third more time, and the same bits on the CPU (ours)",
+    )
     training.add_argument("--sched", choices=["cosine"], default="cosine", help="schedule of the rate")
     training.add_argument("--val_sources", nargs="+", metavar="SOURCE", help="default: the base sources")
     training.add_argument(
