@@ -18,7 +18,7 @@ import torch
 
 from amt.attacks.kinds import Attack
 from amt.cli.options import autolora as options
-from amt.cli.options import use_threads
+from amt.cli.options import arithmetic, use_machine
 from amt.data import corruptions
 from amt.data.datasets import known
 from amt.data.labelled import Labelled
@@ -50,9 +50,8 @@ def main(args: argparse.Namespace, attacks: Sequence[Attack]) -> int:
     Args:
         attacks: of the tests.
     """
-    use_threads(args)
+    use_machine(args)
     device = find_device(args.device)
-    torch.backends.cudnn.deterministic = True
     splits = open_data(args)
     network = build_classifier(args.arch, len(splits.class_names), args.resize, resize=options.inside(args))
     network, found = open_network(args, network)
@@ -74,6 +73,7 @@ def main(args: argparse.Namespace, attacks: Sequence[Attack]) -> int:
         )
 
     def tested(folder: Path, weights: Weights, file: Path) -> int:
+        arithmetic(args).exact.use()
         run, code = test(
             network,
             {name: weight.to(device) for name, weight in weights.items()},
@@ -164,6 +164,7 @@ def tuned(
     device: torch.device,
 ) -> tuple[int, Weights]:
     """Fine-tune one mode, or go on with it: an exit code, and the weights of the best validation epoch."""
+    arithmetic(args).use()
     augmented, plain = transforms(args.resize, options.large_crops(args))
 
     def training(epoch: int, start: int):
@@ -193,6 +194,8 @@ def tuned(
     student = new_student(network, weights, settings, found.natural_norms)
     tuner = FineTuner(network, student, settings, len(training(0, 0)), training_accuracy)
     described_by = {**data_protocol(args), **dataclasses.asdict(settings)}
+    if args.precision == "tf32":  # float32 goes without saying: older runs go on
+        described_by["precision"] = args.precision
     protocol = json.loads(json.dumps(described_by, sort_keys=True))
     run = keeper(args, settings.mode, protocol)
     about = described_network(network, splits.class_names, protocol)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from amt.cli import head_statistics, options
 from amt.cli.options import Parser
-from amt.cli.options.common import PROCESSES, SIDE, THREADS, check_episodes
+from amt.cli.options.common import SIDE, THREADS, check_episodes
 from amt.files import checkpoint
 from amt.files.checkpoint import Checkpoint
 from amt.files.pretrained import load_network
@@ -89,7 +89,7 @@ def add_measuring(parser: Parser) -> None:
     group.add_argument("--image_size", type=SIDE, help="side in pixels (default: the backbone's)")
     options.add_statistics(group, default=20)
     add_flags(group, EpisodeSampling)
-    group.add_argument("--num_workers", type=PROCESSES, default=1, help="processes that read images")
+    options.add_workers(group, "read images")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto")
     group.add_argument("--threads", type=THREADS, help="CPU threads (default: torch's choice)")
     group.add_argument("--seed", type=nonnegative_int, default=0, help="of episodes and random starts")
@@ -127,7 +127,7 @@ def joined(files: Sequence[Path], found: Sequence[Checkpoint], saved: Checkpoint
 
 def measured(args: argparse.Namespace, saved: Checkpoint) -> Checkpoint:
     """The pool with statistics measured anew."""
-    options.use_threads(args)
+    options.use_machine(args)
     arch = args.arch or saved.about.get("arch")
     if not isinstance(arch, str):
         raise InputError(f"{args.files[0]}: does not say its architecture; name it by --arch")

@@ -36,14 +36,14 @@ from meta_dataset_readers.reader import EpisodeReader, episode_loader
 # Flags that change neither an episode's row nor what it is compared with.
 NOT_SETTINGS = (
     *("output_dir", "device", "threads", "num_workers", "shard", "samples", "dump", "resume", "overwrite"),
-    *("dry_run", "nTestEpisode", "test_sources", "cdfsl_domains", "domain_config"),
+    *("dry_run", "nTestEpisode", "test_sources", "cdfsl_domains", "domain_config", "deterministic"),
 )
 
 
 def main(args: argparse.Namespace) -> int:
     """Evaluate as the flags say, or continue; the exit code."""
     options.check_output(args.output_dir)
-    options.use_threads(args)
+    options.use_machine(args)
     deployments, attacks = options.deployments(args), options.attacks(args)
     network = open_network(args, attacks)
     saved = load_pool(args, network) if args.resume else None

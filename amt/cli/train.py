@@ -38,13 +38,13 @@ from meta_dataset_readers.stored_episodes import open_episodes
 def main(args: argparse.Namespace) -> int:
     """Train as the flags say, or continue; the exit code."""
     options.check_output(args.output_dir)
-    options.use_threads(args)
+    options.use_machine(args)
     settings = options.tune_settings(args)
     network = load_network(
         args.arch,
         args.pretrained_checkpoint,
         find_device(args.device),
-        options.autocast(args),
+        options.arithmetic(args).autocast,
         args.image_size,
         pretrained=not args.no_pretrain,
         key=args.weights_key,
@@ -158,6 +158,7 @@ def with_statistics(
     """Measure what heads need, and put it into the run's checkpoints; the exit code."""
     if args.statistics_episodes == 0:
         return 0
+    options.arithmetic(args).exact.use()
     sources = options.training_sources(args)
     found = head_statistics.train_episodes(open_source, sources, args.statistics_episodes, args.seed)
     measured = partial(
@@ -240,7 +241,7 @@ def protocol(args: argparse.Namespace, network: Network) -> dict:
     found = {
         "base_sources": options.training_sources(args),
         "image_size": network.image_size,
-        "autocast": str(network.autocast),
+        "autocast": options.arithmetic(args).noted,
         "augmented": ["support", "query"],
         **dataclasses.asdict(options.sampling(args)),
     }

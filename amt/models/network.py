@@ -423,15 +423,16 @@ def _check_classifier(network: Network, n_classes: int) -> None:
 
 
 def find_device(name: str) -> torch.device:
-    """The device called `name`; for "auto" a CUDA device if this machine has one, else the CPU.
+    """The device called `name`; for "auto" a CUDA device if this machine has one, else the CPU. Which CUDA
+    device, if no number says so, torchrun does: its processes on one machine share the devices out.
 
     Raises:
         InputError: this machine has no such device.
     """
-    if name == "auto":
+    if name in ("auto", "cuda"):
         devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        # torchrun's processes on one machine share its devices out.
-        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % devices}" if devices else "cpu"
+        own = int(os.environ.get("LOCAL_RANK", 0)) % max(devices, 1)
+        name = f"cuda:{own}" if devices else "cpu" if name == "auto" else name
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

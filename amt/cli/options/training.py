@@ -2,17 +2,22 @@
 Knows no tensors."""
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from amt.attacks.levels import POOL_EPSILONS, Perturbation
-from amt.cli.options.common import COUNT, EPSILON, add_common, add_saving, check_episodes, folder_source
+from amt.cli.options.common import (
+    COUNT,
+    EPSILON,
+    add_common,
+    add_saving,
+    arithmetic,
+    check_episodes,
+    folder_source,
+)
 from amt.cli.options.parsing import Parser, check_distinct
 from amt.training.settings import TuneSettings
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.settings import Number, add_flags, as_path, from_args
-
-if TYPE_CHECKING:
-    import torch
 
 TRAINING_SOURCES = (
     *("aircraft", "cu_birds", "dtd", "fungi"),
@@ -54,8 +59,8 @@ def training_parser() -> Parser:
     parser.add_argument("--eval", action="store_true", help="refused: test_meta_dataset.py evaluates")
 
     precision = parser.add_mutually_exclusive_group()
-    precision.add_argument("--fp16", action="store_true", help="mixed precision in float16")
-    precision.add_argument("--bf16", action="store_true", help="mixed precision in bfloat16")
+    precision.add_argument("--fp16", action="store_true", help="--precision fp16")
+    precision.add_argument("--bf16", action="store_true", help="--precision bf16")
 
     levels = parser.add_argument_group("perturbation")
     add_flags(levels, TuneSettings, "method", "epsilon_warmup", unset=("method",))
@@ -120,16 +125,10 @@ def check_training(args: argparse.Namespace) -> None:
         )
     if args.eval:
         raise InputError("--eval: main.py trains; test_meta_dataset.py evaluates")
+    arithmetic(args)
     check_distinct("base_sources", args.base_sources or ())
     check_distinct("val_sources", args.val_sources or ())
     check_episodes(args)
-
-
-def autocast(args: argparse.Namespace) -> "torch.dtype | None":
-    """The dtype of mixed precision, or None for float32."""
-    import torch
-
-    return torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
 
 
 def training_sources(args: argparse.Namespace) -> tuple[str, ...]:
