@@ -89,7 +89,9 @@ def one_line(error: Exception) -> str:
         return f"error: {_short(printable(error))}"
     if not isinstance(error, OSError):
         kernel, found, _ = str(error).partition(" does not have a deterministic implementation")
-        return f"error: --deterministic: {printable(kernel)}{found}; this command runs without it" * bool(found)
+        return f"error: --deterministic: {printable(kernel)}{found}; this command runs without it" * bool(
+            found
+        )
     named = _short(printable(error.filename)) if error.filename else ""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # the last by `ulimit -f`
         return f"error: {named}: {error.strerror}" if named else ""

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from amt.attacks.kinds import Attack
-from amt.cli.options import autolora as options
 from amt.cli.options import arithmetic, use_machine
+from amt.cli.options import autolora as options
 from amt.data import corruptions
 from amt.data.datasets import known
 from amt.data.labelled import Labelled
