@@ -177,6 +177,7 @@ def tuned(
             shuffle=True,
             workers=args.num_workers,
             start=start,
+            device=device,
         )
 
     def training_accuracy(weights: Weights) -> float:
@@ -187,6 +188,7 @@ def tuned(
             seed=settings.seed + _PASSES,
             epoch=tuner.epoch,
             workers=args.num_workers,
+            device=device,
         )
         return accuracy(tuner.network, weights, run.whole(seen))
 
@@ -205,7 +207,12 @@ def tuned(
             say(f"{run.folder}: goes on after {tuner.epoch} epochs and {tuner.batch} batches")
         if not tuner.finished:
             held_out = batches(
-                splits.validation, plain, args.test_batch_size, seed=0, workers=args.num_workers
+                splits.validation,
+                plain,
+                args.test_batch_size,
+                seed=0,
+                workers=args.num_workers,
+                device=device,
             )
             fine_tune(run, tuner, training, held_out, options.examiner(args), about)
         if run.interrupted:  # perhaps in the very last step: what comes after is not begun

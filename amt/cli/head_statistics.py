@@ -40,7 +40,7 @@ def with_statistics(
 ) -> Checkpoint:
     """The checkpoint with the statistics of its pool, and a note of how they were measured."""
     network = dataclasses.replace(network, autocast=None)
-    shown = (each.to(network.device) for each in watch(episode_loader(episodes, workers)))
+    shown = watch(episode_loader(episodes, workers, network.device))
     pool = saved.pool.to(network.device)
     found = measure_statistics(network, pool, pretrained(network), shown, seed)
     note = {

@@ -116,7 +116,7 @@ def train(
     if tuner.pool.levels[0].start == "zero" and settings.method == "adsv":
         run.say("warning: from --delta_init zero the attack's first gradient vanishes; it may never start")
     left = Subset(episodes, range(tuner.episodes_done, total))
-    coming = run.watch(episode_loader(left, args.num_workers))
+    coming = run.watch(episode_loader(left, args.num_workers, tuner.network.device))
 
     for epoch in range(len(history), settings.epochs):
         end = (epoch + 1) * settings.episodes_per_epoch
@@ -201,9 +201,10 @@ def judged(
         return note
 
     def fixed() -> Iterator[Episode]:
-        for episode in run.whole(each for part in validation for each in episode_loader(part, workers)):
+        loaders = (episode_loader(part, workers, tuner.network.device) for part in validation)
+        for episode in run.whole(itertools.chain.from_iterable(loaders)):
             skipped.update(episode.skipped)
-            yield episode.to(tuner.network.device)
+            yield episode
 
     with run.passes(tuner.network.module):
         levels = validate(tuner.network, tuner.pool, fixed(), robust=tuner.settings.adversarial)

@@ -8,7 +8,7 @@ attention. Imports torch only when it is used.
 import dataclasses
 import os
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.settings import setting
@@ -88,11 +88,13 @@ def in_use() -> dict[str, str | bool]:
     """What PyTorch says of the arithmetic of this process, for run.json."""
     import torch
 
+    backends: Any = torch.backends
+
     def called(precision: str) -> str:
         return "tf32" if precision == "tf32" else "float32"
 
     return {
-        "matrix_products": called(torch.backends.cuda.matmul.fp32_precision),
-        "convolutions": called(torch.backends.cudnn.conv.fp32_precision),
+        "matrix_products": called(backends.cuda.matmul.fp32_precision),
+        "convolutions": called(backends.cudnn.conv.fp32_precision),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }

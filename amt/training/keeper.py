@@ -25,6 +25,7 @@ from amt.files.tensorboard import TensorBoard
 from amt.models.weights import Weights
 from amt.training.optimiser import NonFiniteLoss
 from meta_dataset_readers.errors import InputError, printable
+from meta_dataset_readers.feeding import Waiting
 
 Item = TypeVar("Item")
 FINE_TUNING = "fine-tuning"  # the kind of AutoLoRa's last.safetensors
@@ -74,6 +75,7 @@ class Keeper:
         )
         self._seconds = 60 * minutes
         self._interrupts = Interrupts()
+        self._waiting = Waiting()
         self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> "Keeper":
@@ -106,8 +108,9 @@ class Keeper:
         self._saved_at = time.monotonic()
 
     def watch(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items up to the first signal, which also interrupts the wait for the next one."""
-        return self._interrupts.watch(items)
+        """The items up to the first signal, which also interrupts the wait for the next one. How long that
+        wait is the progress line shows."""
+        return self._interrupts.watch(self._waiting.timed(items))
 
     def whole(self, items: Iterable[Item]) -> Iterator[Item]:
         """All items; raises `Interrupted` after a signal, as half a validation is useless."""
@@ -131,7 +134,9 @@ class Keeper:
         """Note one step, from 1, and show it on the progress line."""
         self.log(step, scalars)
         self._progress.update()
-        self._progress.set_postfix_str(brief, refresh=False)
+        self._progress.set_postfix_str(f"{brief}, {self._waiting.shown}", refresh=False)
+        if line := self._waiting.warning():
+            self.say(line)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Note values for TensorBoard."""
