@@ -106,7 +106,7 @@ def step_of(
     levels: int = 4,
     **tuned: object,
 ) -> tuple[Callable[[], object], Episode]:
-    """A training step that can be repeated, and its episode: 5-way, 50 query images.
+    """A training step that can be repeated, and its 5-way episode.
 
     Args:
         shape: network and side in pixels; None for those of `place`.
@@ -119,7 +119,7 @@ def step_of(
     network = dataclasses.replace(random_network(place, arch, arithmetic.autocast), image_size=side)
     pool = random_pool(network, levels, RANK, stream(0))
     alike = tuple(Perturbation(e, e / 4, steps=place.steps) for e in POOL_EPSILONS[:levels])
-    episode = random_episode(side, shots, 10, stream(1)).to(place.device)
+    episode = random_episode(side, shots, place.queries, stream(1)).to(place.device)
     tuner = Tuner(network, dataclasses.replace(pool, levels=alike), TuneSettings(), **tuned)
     return partial(tuner.step, episode), episode
 

@@ -31,6 +31,7 @@ class Place:
         data, source: where episodes are read, TRAIN and TEST.
         arch, image_size: of the timed step.
         steps: of its attack.
+        queries: of each of its five classes.
         end: by `time.monotonic`.
     """
 
@@ -41,6 +42,7 @@ class Place:
     arch: str = "dino_small_patch16"
     image_size: int = 128
     steps: int = 10
+    queries: int = 10
     end: float = float("inf")
 
     @property

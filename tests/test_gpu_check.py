@@ -40,7 +40,7 @@ def place(world: World, tmp_path, monkeypatch):
     monkeypatch.setattr(check, "milliseconds", once)
     monkeypatch.setattr(check, "ATTACKS", ATTACKS)
     monkeypatch.setattr(check, "PRECISIONS", ("tf32", "bf16"))
-    yield check.Place("cpu", tmp_path, world.data, "tiny", arch="vit_mini", image_size=32, steps=1)
+    yield check.Place("cpu", tmp_path, world.data, "tiny", arch="vit_mini", image_size=32, steps=1, queries=1)
     check.Arithmetic().use()
 
 
@@ -59,7 +59,7 @@ def test_both_programs_run_and_are_compared(place):
     assert "0.0e+00" in lines[1].found and "0.0e+00" in lines[4].found
     assert (place.folder / "bf16" / "last.safetensors").exists()
     columns = json.loads((place.folder / "on_device" / "results.json").read_text())["columns"]
-    assert columns == ["clean", "pgd1-ce@8", "support1@8"]
+    assert columns[:3] == ["clean", "pgd1@8", "support-pgd1@8"]
 
 
 def test_every_attack_and_every_precision_is_tried(place):
