@@ -13,6 +13,7 @@ from toy_training import World, command
 
 from amt.attacks.kinds import KINDS
 from amt.cli import options
+from amt.models.architectures import ARCHS, Arch
 from amt.models.precision import PRECISIONS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +43,12 @@ def place(world: World, tmp_path, monkeypatch):
     monkeypatch.setattr(check, "PRECISIONS", ("tf32", "bf16"))
     yield check.Place("cpu", tmp_path, world.data, "tiny", arch="vit_mini", image_size=32, steps=1, queries=1)
     check.Arithmetic().use()
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A network for what runs in this process alone."""
+    monkeypatch.setitem(ARCHS, "vit_mini", Arch(4, 24, 2, 2, pretrained_size=16, image_size=32))
 
 
 def test_both_programs_run_and_are_compared(place):
@@ -110,7 +117,7 @@ def test_a_stopped_training_is_continued_and_compared(place, monkeypatch):
     assert line.good is False
 
 
-def test_a_step_is_timed_in_every_precision_and_way(place):
+def test_a_step_is_timed_in_every_precision_and_way(place, small):
     found = [line.what for line in check.speed(place)]
     assert found == [
         f"step of vit_mini, 32 px, {precision}, {way}"
@@ -144,7 +151,7 @@ def test_stalls_are_those_that_torch_warns_of(monkeypatch):
 
 
 @pytest.mark.parametrize(("stalls", "good"), [(20, [True, True]), (21, [False, False])])
-def test_more_stalls_than_there_may_be_are_bad(place, stalls, good, monkeypatch):
+def test_more_stalls_than_there_may_be_are_bad(place, small, stalls, good, monkeypatch):
     """In a step of four levels, and of PGD beyond the clean pass, whose 3 do not count."""
 
     def counted(work):
@@ -159,7 +166,7 @@ def test_more_stalls_than_there_may_be_are_bad(place, stalls, good, monkeypatch)
 
 
 @pytest.mark.parametrize(("peak", "good"), [(1.0, True), (9.0, False)])
-def test_more_memory_than_was_calculated_is_bad(place, peak, good, monkeypatch):
+def test_more_memory_than_was_calculated_is_bad(place, small, peak, good, monkeypatch):
     monkeypatch.setattr(check, "MEMORY", {("vit_mini", 32, "bf16"): 2.0})
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
