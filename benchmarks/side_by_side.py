@@ -361,7 +361,7 @@ def find_machine(args: argparse.Namespace) -> tuple[Machine, str, float]:
     """
     side = 512 if args.quick else 8192 if args.device.startswith("cuda") else 2048
     threads = args.threads or torch.get_num_threads()
-    machine = Machine(args.device, threads, options.autocast(args), side, args.cpu_time)
+    machine = Machine(args.device, threads, options.arithmetic(args).autocast, side, args.cpu_time)
     # In float32, since on many processors a network is far from the rate of a product in low precision.
     with Worker(probe, dataclasses.replace(machine, autocast=None)) as prober:
         answer = prober.answer()

@@ -5,6 +5,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+MOST_WORKERS = 8
+
 
 def available_cores(root: Path = Path("/")) -> int:
     """The cores that this process may run on, or as many as the quota of its control group pays for, at least
@@ -15,6 +17,14 @@ def available_cores(root: Path = Path("/")) -> int:
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([usable, *(math.ceil(quota) for quota in _quotas(root))]))
+
+
+def default_workers() -> int:
+    """How many processes read ahead if nobody says: a core less than there are for this process and those
+    that torchrun started beside it, at least 1 and at most `MOST_WORKERS`, which keep a GPU busy."""
+    beside = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    share = available_cores() // max(1, int(beside) if beside.isdecimal() else 1)
+    return max(1, min(MOST_WORKERS, share - 1))
 
 
 def _quotas(root: Path) -> Iterator[float]:

@@ -64,7 +64,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def exit_on_bad_input(main: Callable[[], int | None]) -> None:
     """Run a command's `main`; an `InputError` becomes one line on stderr and exit code 2, and so does what
-    the system says about a file: that it cannot be read, or that the disk is full.
+    the system says about a file: that it cannot be read, or that the disk is full; and what torch says where
+    --deterministic asks for a kernel that it does not have.
 
     Ctrl-C ends it with the shell's exit code for that, 130, and no traceback; SIGTERM and SIGHUP likewise.
     """
@@ -72,7 +73,7 @@ def exit_on_bad_input(main: Callable[[], int | None]) -> None:
         with raised():
             code = main()
         sys.exit(code)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, RuntimeError) as error:
         if not (line := one_line(error)):
             raise
         say(line, file=sys.stderr)
@@ -82,10 +83,15 @@ def exit_on_bad_input(main: Callable[[], int | None]) -> None:
         sys.exit(code_of(error))
 
 
-def one_line(error: InputError | OSError) -> str:
+def one_line(error: Exception) -> str:
     """The line that tells of an error; empty for one that is no fault of an input."""
     if isinstance(error, InputError):
         return f"error: {_short(printable(error))}"
+    if not isinstance(error, OSError):
+        kernel, found, _ = str(error).partition(" does not have a deterministic implementation")
+        return f"error: --deterministic: {printable(kernel)}{found}; this command runs without it" * bool(
+            found
+        )
     named = _short(printable(error.filename)) if error.filename else ""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # the last by `ulimit -f`
         return f"error: {named}: {error.strerror}" if named else ""

@@ -20,6 +20,8 @@ from meta_dataset_readers.endings import ENDING, held
 from meta_dataset_readers.errors import InputError
 
 _DYING = 5  # seconds between the last of a process that is heard of and its end, at most
+_AHEAD = 2  # items that each process prepares ahead, if all together are at most so many:
+_ALL_AHEAD = 8
 _WAY_OUT = "use --num_workers 0, or make /dev/shm larger (docker run --shm-size)"
 
 
@@ -29,6 +31,7 @@ class OrderedLoader(DataLoader):
     An InputError in a worker arrives as the same InputError, without the worker's traceback; so does what the
     system says about a file. Torch's global generator is left alone (a DataLoader draws from it by default,
     which would make runs depend on resuming). With `keep_workers` the processes wait for the next iteration.
+    At most 8 items are prepared ahead, or one by each process.
 
     Raises:
         InputError: while iterating, a worker has died, or could not send what it prepared.
@@ -40,6 +43,7 @@ class OrderedLoader(DataLoader):
             batch_size=None,
             generator=torch.Generator(),
             num_workers=num_workers,
+            prefetch_factor=max(1, min(_AHEAD, _ALL_AHEAD // num_workers)) if num_workers else None,
             persistent_workers=keep_workers and num_workers > 0,
             worker_init_fn=leave_signals_to_the_parent,
         )

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from meta_dataset_readers.episode import Episode, ImageOrigin
 from meta_dataset_readers.errors import DamagedRecord, InputError
+from meta_dataset_readers.feeding import Feed
 from meta_dataset_readers.layouts import open_source
 from meta_dataset_readers.loader import OrderedLoader
 from meta_dataset_readers.pictures import UnreadableImage
@@ -31,7 +32,6 @@ from meta_dataset_readers.transforms import (
     reduced_eval_crop,
     reduced_train_crop,
     train_crop,
-    unit_range,
 )
 
 
@@ -101,7 +101,7 @@ class EpisodeReader(Dataset):
 
     def episode(self, index: int) -> Episode:
         """Episode `index` >= 0, also beyond the length of this reader."""
-        return _in_unit_range(self.raw(index))
+        return _fed(Feed(), self.raw(index))
 
     def raw(self, index: int) -> Episode:
         """`episode` before its last step: images are uint8 in 0..255, a quarter of the size."""
@@ -202,7 +202,7 @@ class SourceMixture(Dataset):
         return self.n_episodes
 
     def __getitem__(self, index: int) -> Episode:
-        return _in_unit_range(self.raw(index))
+        return _fed(Feed(), self.raw(index))
 
     def raw(self, index: int) -> Episode:
         """The same with uint8 images, see `EpisodeReader.raw`."""
@@ -212,12 +212,13 @@ class SourceMixture(Dataset):
         return self.readers[rng.integers(0, len(self.readers))].raw(index)
 
 
-def episode_loader(dataset: Dataset, num_workers: int = 0) -> DataLoader:
-    """Iterate over the episodes of `dataset` in order, prepared by `num_workers` processes (0: by this one).
+def episode_loader(dataset: Dataset, num_workers: int = 0, device: torch.device | str = "cpu") -> DataLoader:
+    """Iterate over the episodes of `dataset` in order, prepared by `num_workers` processes (0: by this one),
+    with their tensors on `device`.
 
-    See `loader.OrderedLoader`.
+    See `loader.OrderedLoader` and `feeding.Feed`.
     """
-    return _EpisodeLoader(_RawEpisodes(dataset), num_workers, keep_workers=True)
+    return _EpisodeLoader(_RawEpisodes(dataset), num_workers, device)
 
 
 class _RawEpisodes(Dataset):
@@ -234,8 +235,12 @@ class _RawEpisodes(Dataset):
 
 
 class _EpisodeLoader(OrderedLoader):
+    def __init__(self, dataset: Dataset, num_workers: int, device: torch.device | str):
+        super().__init__(dataset, num_workers, keep_workers=True)
+        self._feed = Feed(device)
+
     def __iter__(self) -> Iterator[Episode]:
-        return map(_in_unit_range, super().__iter__())
+        return (_fed(self._feed, episode) for episode in super().__iter__())
 
 
 def _raw(dataset: Dataset, index: int) -> Episode:
@@ -244,12 +249,15 @@ def _raw(dataset: Dataset, index: int) -> Episode:
     return dataset.raw(index) if hasattr(dataset, "raw") else dataset[index]
 
 
-def _in_unit_range(episode: Episode) -> Episode:
-    """The episode with float32 images in [0, 1], whatever they are now."""
-    if episode.support.dtype != torch.uint8:
-        return episode
-    support, query = unit_range(episode.support.numpy()), unit_range(episode.query.numpy())
-    return dataclasses.replace(episode, support=support, query=query)
+def _fed(feed: Feed, episode: Episode) -> Episode:
+    """The episode on the feed's device with float32 images in [0, 1], whatever they are now."""
+    return dataclasses.replace(
+        episode,
+        support=feed.images(episode.support),
+        support_labels=feed.send(episode.support_labels),
+        query=feed.images(episode.query),
+        query_labels=feed.send(episode.query_labels),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

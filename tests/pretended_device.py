@@ -6,7 +6,8 @@
 
     kernels    operations that compute; views are free
     reads      values that the CPU asks for, each of which waits: item, tolist, nonzero, an index of bools
-    copies     tensors that are sent to the device
+    copies     tensors that are sent to the device while the CPU waits, from memory that is not pinned
+    sent       bytes that are sent, in any way
 
 An operation that mixes the device with the CPU raises, as on a GPU; a CPU scalar may come along.
 """
@@ -36,6 +37,7 @@ class Seen:
     kernels: int = 0
     reads: int = 0
     copies: int = 0
+    sent: int = 0
 
 
 SEEN = Seen()
@@ -84,6 +86,10 @@ def held(value: Any) -> Any:
     return value.held if isinstance(value, OnDevice) else value
 
 
+class _Pinned(Tensor):
+    """Memory of the CPU that a device reads by itself."""
+
+
 class _Moved(torch.autograd.Function):
     """To the device, with gradients on the way back."""
 
@@ -104,6 +110,8 @@ class _Placing(TorchFunctionMode):
         if func is Tensor.tolist and isinstance(args[0], OnDevice):
             SEEN.reads += 1
             return args[0].held.tolist()
+        if func is Tensor.pin_memory:
+            return _Pinned(args[0].clone())
         if func is Tensor.to:
             return self._moved(func, *args, **kwargs)
         if func is Tensor.new_tensor and isinstance(args[0], OnDevice):
@@ -119,7 +127,8 @@ class _Placing(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _moved(self, func, this, *where, **kwargs):
-        kwargs.pop("non_blocking", None)  # memory that is not pinned is copied while the CPU waits
+        waits = not (kwargs.pop("non_blocking", False) and isinstance(this, _Pinned))
+        this = this.as_subclass(Tensor) if isinstance(this, _Pinned) else this
         target = kwargs.pop("device", None)
         like = [x.device for x in where if isinstance(x, Tensor)]
         named = [torch.device(x) for x in where if isinstance(x, str | torch.device)]
@@ -127,7 +136,8 @@ class _Placing(TorchFunctionMode):
         dtypes = [x.dtype if isinstance(x, Tensor) else x for x in where]
         dtype = next((x for x in dtypes if isinstance(x, torch.dtype)), this.dtype)
         if _is_cuda(target) and not isinstance(this, OnDevice):
-            SEEN.copies += 1
+            SEEN.copies += waits
+            SEEN.sent += this.numel() * this.element_size()
             this = _Moved.apply(this)
         elif target is not None and not _is_cuda(target) and isinstance(this, OnDevice):
             SEEN.reads += 1

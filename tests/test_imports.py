@@ -26,14 +26,15 @@ PACKAGES = {
 }
 READERS = "meta_dataset_readers"
 # Of the readers the packages below cli know what an episode is, how an error is told, how files and
-# pictures of foreign origin are read, how images are scaled, how items are prepared ahead, and how a setting
-# is declared.
+# pictures of foreign origin are read, how images are scaled, how items are prepared ahead and sent to a
+# device, and how a setting is declared.
 OF_THE_READERS = {
     f"{READERS}.{name}"
     for name in (
         "endings",
         "episode",
         "errors",
+        "feeding",
         "files",
         "json_fields",
         "loader",

@@ -168,9 +168,9 @@ def test_support_sizes_are_fixed_or_a_range_or_variable():
 
 
 def test_precision_is_float32_unless_asked_for():
-    assert options.autocast(training()) is None
-    assert options.autocast(training("--fp16")) is torch.float16
-    assert options.autocast(training("--bf16")) is torch.bfloat16
+    assert options.arithmetic(training()).autocast is None
+    assert options.arithmetic(training("--fp16")).autocast is torch.float16
+    assert options.arithmetic(training("--bf16")).autocast is torch.bfloat16
     assert "not allowed with" in complaint(training, "--fp16", "--bf16")
 
 
@@ -274,7 +274,7 @@ def test_the_papers_command_lines_are_understood(tmp_path):
     options.check_training(args)
     assert (args.output_dir, args.data_path) == (Path("experiment_name"), Path("path_to_data_files"))
     assert options.training_sources(args) == ("ilsvrc_2012",) and options.method(args) == "adsv"
-    assert len(options.levels(args)) == 4 and options.autocast(args) is torch.float16
+    assert len(options.levels(args)) == 4 and options.arithmetic(args).autocast is torch.float16
     line = (
         "--dataset meta_dataset --data-path path_to_data_files --arch dino_small_patch16_amt_merge "
         "--deploy merge-vanilla --output experiment_name --resume checkpoint.pth --device cuda:0 "

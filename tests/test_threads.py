@@ -10,7 +10,7 @@ from commands import same_tensors
 from toy_autolora_runs import rows
 from toy_training import command
 
-from amt.cli.options import use_threads
+from amt.cli.options import use_machine
 from amt.files.run_directory import RunDirectory
 from meta_dataset_readers.cores import available_cores
 
@@ -59,7 +59,7 @@ def test_the_default_is_within_the_cores_and_a_flag_is_taken_as_it_is(threads, c
     monkeypatch.setattr("amt.cli.options.common.available_cores", lambda: cores)
     try:
         torch.set_num_threads(2)
-        use_threads(argparse.Namespace(threads=threads))
+        use_machine(argparse.Namespace(threads=threads))
         assert torch.get_num_threads() == used
     finally:
         torch.set_num_threads(before)

@@ -67,7 +67,7 @@ def opened(args: argparse.Namespace) -> "Source":
     from amt.few_shot import task_file
     from amt.few_shot.pools import find_pool
 
-    options.use_threads(args)
+    options.use_machine(args)
     file = find_pool(args.pool)
     if task_file.is_task(file):
         raise InputError(f"{file}: is a saved task, which has its classes; expected a pool")

@@ -115,7 +115,7 @@ def _memory(args: argparse.Namespace, sources: Sequence[str]) -> Need:
             specs.append(_opened(args, source, "TRAIN").spec)
     network = _untrained(base_arch(args.arch))
     size = args.image_size or network.image_size
-    network = dataclasses.replace(network, image_size=size, autocast=options.autocast(args))
+    network = dataclasses.replace(network, image_size=size, autocast=options.arithmetic(args).autocast)
     device = find_device(args.device)
     known = memory.free(device)
     fits, words = memory.said(network, memory.plan_of(args, specs), known or memory.installed())

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from amt.attacks.kinds import Attack
+from amt.cli.options import arithmetic, use_machine
 from amt.cli.options import autolora as options
-from amt.cli.options import use_threads
 from amt.data import corruptions
 from amt.data.datasets import known
 from amt.data.labelled import Labelled
@@ -58,9 +58,8 @@ def main(args: argparse.Namespace, attacks: Sequence[Attack]) -> int:
 
 def run_of(args: argparse.Namespace, attacks: Sequence[Attack], ranks: Ranks) -> int:
     """Fine-tune as one of the ranks, and test as the first one; the exit code."""
-    use_threads(args)
+    use_machine(args)
     device = find_device(args.device)
-    torch.backends.cudnn.deterministic = True
     splits = open_data(args)
     network = build_classifier(args.arch, len(splits.class_names), args.resize, resize=options.inside(args))
     network, found = open_network(args, network)
@@ -82,6 +81,7 @@ def run_of(args: argparse.Namespace, attacks: Sequence[Attack], ranks: Ranks) ->
         )
 
     def tested(folder: Path, weights: Weights, file: Path) -> int:
+        arithmetic(args).exact.use()
         run, code = test(
             network,
             {name: weight.to(device) for name, weight in weights.items()},
@@ -185,6 +185,7 @@ def tuned(
     ranks: Ranks,
 ) -> tuple[int, Weights]:
     """Fine-tune one mode, or go on with it: an exit code, and the weights of the best validation epoch."""
+    arithmetic(args).use()
     augmented, plain = transforms(args.resize, options.large_crops(args))
 
     def training(epoch: int, start: int):
@@ -197,6 +198,7 @@ def tuned(
             shuffle=True,
             workers=args.num_workers,
             start=start,
+            device=device,
         )
 
     def training_accuracy(weights: Weights) -> float:
@@ -207,6 +209,7 @@ def tuned(
             seed=settings.seed + _PASSES,
             epoch=tuner.epoch,
             workers=args.num_workers,
+            device=device,
         )
         return accuracy(tuner.network, weights, run.whole(seen))
 
@@ -214,6 +217,8 @@ def tuned(
     student = new_student(network, weights, settings, found.natural_norms)
     tuner = FineTuner(network, student, settings, len(training(0, 0)), training_accuracy, ranks)
     described_by = {**data_protocol(args), **dataclasses.asdict(settings)}
+    if args.precision == "tf32":  # float32 goes without saying: older runs go on
+        described_by["precision"] = args.precision
     protocol = json.loads(json.dumps(described_by, sort_keys=True))
     if ranks.world > 1:
         ranks.check_same(protocol | {"data of digest": digest(splits)})
@@ -228,7 +233,12 @@ def tuned(
             tuner.restore(*ranks.shared(({name: each.cpu() for name, each in tensors.items()}, numbers)))
         if not tuner.finished:
             held_out = batches(
-                splits.validation, plain, args.test_batch_size, seed=0, workers=args.num_workers
+                splits.validation,
+                plain,
+                args.test_batch_size,
+                seed=0,
+                workers=args.num_workers,
+                device=device,
             )
             fine_tune(run, tuner, training, held_out, options.examiner(args), about)
         if run.interrupted:  # perhaps in the very last step: what comes after is not begun

@@ -44,7 +44,7 @@ def with_statistics(
     """The checkpoint with the statistics of its pool, a note of how they were measured, and what is
     recommended with them: the most robust member, classified by a head that uses them."""
     network = dataclasses.replace(network, autocast=None)
-    shown = (each.to(network.device) for each in watch(episode_loader(episodes, workers)))
+    shown = watch(episode_loader(episodes, workers, network.device))
     pool = saved.pool.to(network.device)
     found = measure_statistics(network, pool, pretrained(network), shown, seed)
     note = {

@@ -21,7 +21,7 @@ from pathlib import Path
 from amt.cli import head_statistics, options
 from amt.cli.head_statistics import RECOMMENDATIONS
 from amt.cli.options import Parser
-from amt.cli.options.common import PROCESSES, SIDE, THREADS, check_episodes
+from amt.cli.options.common import SIDE, THREADS, check_episodes
 from amt.evaluation.deploy import check_fit, check_heads
 from amt.evaluation.settings import Deployment
 from amt.files import checkpoint
@@ -97,7 +97,7 @@ def add_measuring(parser: Parser) -> None:
     group.add_argument("--image_size", type=SIDE, help="side in pixels (default: the backbone's)")
     options.add_statistics(group, default=20)
     add_flags(group, EpisodeSampling)
-    group.add_argument("--num_workers", type=PROCESSES, default=1, help="processes that read images")
+    options.add_workers(group, "read images")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto")
     group.add_argument("--threads", type=THREADS, help="CPU threads (default: torch's choice)")
     group.add_argument("--seed", type=nonnegative_int, default=0, help="of episodes and random starts")
@@ -155,7 +155,7 @@ def recommending(args: argparse.Namespace, saved: Checkpoint) -> Checkpoint:
 
 def measured(args: argparse.Namespace, saved: Checkpoint) -> Checkpoint:
     """The pool with statistics measured anew."""
-    options.use_threads(args)
+    options.use_machine(args)
     arch = args.arch or saved.about.get("arch")
     if not isinstance(arch, str):
         raise InputError(f"{args.files[0]}: does not say its architecture; name it by --arch")

@@ -129,7 +129,7 @@ def main(argv: Sequence[str]) -> int:
     from amt.few_shot import task_file
 
     found = list(files(args.images))
-    options.use_threads(args)
+    options.use_machine(args)
     task = task_of(args)
     describe(task)
     if args.save is not None:

@@ -31,19 +31,20 @@ from meta_dataset_readers.domains import DOMAINS
 from meta_dataset_readers.dump import dump_episode
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError, printable, say
+from meta_dataset_readers.feeding import Waiting
 from meta_dataset_readers.reader import EpisodeReader, episode_loader
 
 # Flags that change neither an episode's row nor what it is compared with.
 NOT_SETTINGS = (
     *("output_dir", "device", "threads", "num_workers", "shard", "samples", "dump", "resume", "overwrite"),
-    *("dry_run", "nTestEpisode", "test_sources", "cdfsl_domains", "domain_config"),
+    *("dry_run", "nTestEpisode", "test_sources", "cdfsl_domains", "domain_config", "deterministic"),
 )
 
 
 def main(args: argparse.Namespace) -> int:
     """Evaluate as the flags say, or continue; the exit code."""
     options.check_output(args.output_dir)
-    options.use_threads(args)
+    options.use_machine(args)
     deployments, attacks = options.deployments(args), options.attacks(args)
     network = open_network(args, attacks)
     saved = load_pool(args, network) if args.resume else None
@@ -53,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
     unknown_levels = saved is not None and saved.about.get("levels_from") == "nowhere"
 
     open_source = partial(EpisodeReader, **options.reading(args, network.image_size))
-    open_episodes = partial(labelled_episodes, open_source, args.num_workers)
+    open_episodes = partial(labelled_episodes, open_source, args.num_workers, network.device)
     readers = {
         source: open_source(source=source, split=args.split, n_episodes=args.nTestEpisode)
         for source in deployments
@@ -73,6 +74,7 @@ def main(args: argparse.Namespace) -> int:
         earlier = runs.peek(args.output_dir)
         left = {source: earlier.left(source, todo) for source in readers}
         total = len(readers) * len(todo)
+        waiting = Waiting()
         with tqdm(total=total, initial=total - sum(map(len, left.values())), unit="episode") as progress:
             for source, reader in readers.items():
                 if not left[source]:
@@ -87,14 +89,16 @@ def main(args: argparse.Namespace) -> int:
                     open_episodes,
                     attacks,
                     args.seed,
-                    partial(watched, network, interrupts),
+                    partial(watched, interrupts),
                     earlier_note(source, deployments, runs.read_merging(args.output_dir)),
                     statistics,
                 )
                 out.note_merging(source, note | ({"epsilons": "unknown"} if unknown_levels else {}))
-                episodes = interrupts.whole(read(args, reader, left[source], network.device))
-                rows = ([score(args, predict, each, attacks, out, others)] for each in episodes)
-                record(out, rows, progress)
+                episodes = waiting.timed(read(args, reader, left[source], network.device))
+                rows = (
+                    [score(args, predict, each, attacks, out, others)] for each in interrupts.whole(episodes)
+                )
+                record(out, rows, progress, waiting)
 
     run = runs.peek(args.output_dir)
     code = ended(run, interrupts)
@@ -156,6 +160,7 @@ def load_pool(args: argparse.Namespace, network: Network) -> checkpoint.Checkpoi
 def labelled_episodes(
     open_source: Callable[..., EpisodeReader],
     workers: int,
+    device: torch.device,
     source: str,
     split: str,
     n: int,
@@ -163,22 +168,22 @@ def labelled_episodes(
 ) -> Iterable[Episode]:
     """Episodes to choose settings on; without `seed` those of the run's seed."""
     other_seed = {} if seed is None else {"seed": seed}
-    return episode_loader(open_source(source=source, split=split, n_episodes=n, **other_seed), workers)
+    episodes = open_source(source=source, split=split, n_episodes=n, **other_seed)
+    return episode_loader(episodes, workers, device)
 
 
-def watched(network: Network, interrupts: Interrupts, episodes, title: str) -> Iterator[Episode]:
-    """The episodes that settings are chosen on, on the network's device, with a progress line; after a signal
-    `Interrupted` is raised, since half a choice is none."""
-    for episode in interrupts.whole(tqdm(episodes, desc=printable(title), unit="episode", leave=False)):
-        yield episode.to(network.device)
+def watched(interrupts: Interrupts, episodes: Iterable[Episode], title: str) -> Iterator[Episode]:
+    """The episodes that settings are chosen on, with a progress line; after a signal `Interrupted` is raised,
+    since half a choice is none."""
+    return interrupts.whole(tqdm(episodes, desc=printable(title), unit="episode", leave=False))
 
 
 def read(args, reader: EpisodeReader, numbers: Sequence[int], device: torch.device) -> Iterator[Episode]:
     """Some episodes of a source on the device, written to --dump as well if asked for."""
-    for episode in episode_loader(Subset(reader, numbers), args.num_workers):
+    for episode in episode_loader(Subset(reader, numbers), args.num_workers, device):
         if args.dump is not None:
             dump_episode(args.dump / episode.source, episode.index, episode, reader)
-        yield episode.to(device)
+        yield episode
 
 
 def score(

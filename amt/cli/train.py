@@ -51,13 +51,13 @@ def main(args: argparse.Namespace) -> int:
 def run_of(args: argparse.Namespace, ranks: Ranks) -> int:
     """Train as one of the ranks; the exit code. What there is to start from is rank 0's."""
     options.check_output(args.output_dir)
-    options.use_threads(args)
+    options.use_machine(args)
     settings = options.tune_settings(args)
     network = load_network(
         args.arch,
         args.pretrained_checkpoint,
         find_device(args.device),
-        options.autocast(args),
+        options.arithmetic(args).autocast,
         args.image_size,
         pretrained=not args.no_pretrain,
         key=args.weights_key,
@@ -169,14 +169,16 @@ def train(
     run.begin("meta-tuning", "episode", total, tuner.episodes_done)
     if tuner.pool.levels[0].start == "zero" and (settings.loss or settings.method == "adsv"):
         run.say("warning: from --delta_init zero the attack's first gradient vanishes; it may never start")
-    loader = episode_loader(Subset(episodes, tuner.own_episodes(total)), args.num_workers)
+    loader = episode_loader(
+        Subset(episodes, tuner.own_episodes(total)), args.num_workers, tuner.network.device
+    )
     coming = run.watch(steps(loader, len(tuner.share.episodes(size))))
 
     for epoch in range(len(history), settings.epochs):
         end = (epoch + 1) * settings.episodes_per_epoch
         for own in itertools.islice(coming, (end - tuner.episodes_done) // size):
             skipped.update(line for episode in own for line in episode.skipped)
-            records = tuner.step(*(episode.to(tuner.network.device) for episode in own))
+            records = tuner.step(*own)
             shown: dict[str, float] = {}
             for p, record in enumerate(records):
                 shown |= scalars(f"level{p}", record, without=["n_way"])
@@ -213,6 +215,7 @@ def with_statistics(
     """Measure what heads need, and put it into the run's checkpoints; the exit code."""
     if args.statistics_episodes == 0:
         return 0
+    options.arithmetic(args).exact.use()
     sources = options.training_sources(args)
     found = head_statistics.train_episodes(open_source, sources, args.statistics_episodes, args.seed)
     measured = partial(
@@ -260,9 +263,10 @@ def judged(
         return note
 
     def fixed() -> Iterator[Episode]:
-        for episode in run.whole(each for part in validation for each in episode_loader(part, workers)):
+        loaders = (episode_loader(part, workers, tuner.network.device) for part in validation)
+        for episode in run.whole(itertools.chain.from_iterable(loaders)):
             skipped.update(episode.skipped)
-            yield episode.to(tuner.network.device)
+            yield episode
 
     with run.passes(tuner.network.module):
         own = validate(tuner.network, tuner.pool, fixed(), robust=tuner.settings.adversarial)
@@ -303,7 +307,7 @@ def protocol(args: argparse.Namespace, network: Network) -> dict:
     found = {
         "base_sources": options.training_sources(args),
         "image_size": network.image_size,
-        "autocast": str(network.autocast),
+        "autocast": options.arithmetic(args).noted,
         "augmented": ["support", "query"],
         **dataclasses.asdict(options.sampling(args)),
         **({"features_of": digests.of_tensors(network.weights)} if args.loss == "features" else {}),

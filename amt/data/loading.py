@@ -24,6 +24,7 @@ from torch.utils.data import Dataset, Subset
 from amt.data.datasets import known, open_dataset
 from amt.data.labelled import Chosen, Labelled, choose_per_class
 from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.feeding import Feed
 from meta_dataset_readers.loader import OrderedLoader
 from meta_dataset_readers.transforms import planes, unit_range
 
@@ -195,6 +196,7 @@ def batches(
     shuffle: bool = False,
     workers: int = 0,
     start: int = 0,
+    device: torch.device | str = "cpu",
 ) -> "Batches":
     """All pictures of `part` once: an iterable of (images, labels, indices), as often as it is asked for.
 
@@ -202,7 +204,7 @@ def batches(
     `shuffle`, is a function of (seed, epoch), what `transform` draws for picture i of (seed, epoch, i).
     `start` batches at the beginning are left out: those that a run to be resumed has seen. The last batch may
     be short. `len()` is the number of batches from `start` on. With `workers` processes (0: this one)
-    batches are prepared ahead; torch's global generator is left alone.
+    batches are prepared ahead; torch's global generator is left alone. Images and labels come on `device`.
 
     Raises InputError here for numbers out of range, and while iterating for a picture at fault.
     """
@@ -211,14 +213,14 @@ def batches(
         if value < smallest:
             raise InputError(f"{name} {value}: expected {smallest} or more")
     order = np.random.default_rng([seed, epoch]).permutation(len(part)) if shuffle else np.arange(len(part))
-    return Batches(_Source(part, transform, batch_size, (seed, epoch), order), start, workers)
+    return Batches(_Source(part, transform, batch_size, (seed, epoch), order), start, workers, Feed(device))
 
 
 class Batches:
     """See `batches`."""
 
-    def __init__(self, source: "_Source", start: int, workers: int):
-        self._source, self._start, self._workers = source, start, workers
+    def __init__(self, source: "_Source", start: int, workers: int, feed: Feed):
+        self._source, self._start, self._workers, self._feed = source, start, workers, feed
 
     def __len__(self) -> int:
         return max(0, len(self._source) - self._start)
@@ -226,7 +228,7 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         left = Subset(self._source, range(self._start, self._start + len(self)))
         for images, labels, indices in OrderedLoader(left, self._workers):
-            yield (unit_range(images.numpy()) if images.dtype == torch.uint8 else images), labels, indices
+            yield self._feed.images(images), self._feed.send(labels), indices
 
 
 @dataclasses.dataclass(frozen=True)

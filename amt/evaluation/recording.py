@@ -29,6 +29,7 @@ from amt.models.network import CHUNK, Network
 from amt.tasks.classifier import Predictor
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import say
+from meta_dataset_readers.feeding import Waiting
 
 
 def description(attacks: Sequence[Attack], **about) -> dict:
@@ -89,11 +90,14 @@ def interruptible(network: Network, interrupts: Interrupts) -> Iterator[None]:
         yield
 
 
-def record(out: Writer, rows: Iterable[Sequence[dict]], progress: tqdm) -> None:
-    """Append rows as they come."""
+def record(out: Writer, rows: Iterable[Sequence[dict]], progress: tqdm, waiting: Waiting) -> None:
+    """Append rows as they come; the progress line shows how much of the time was `waiting` for their data."""
     for found in rows:
         out.append(*found)
         progress.update(len(found))
+        progress.set_postfix_str(waiting.shown, refresh=False)
+        if line := waiting.warning():
+            progress.write(line)
 
 
 def ended(run: Run, interrupts: Interrupts) -> int:

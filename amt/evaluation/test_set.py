@@ -31,6 +31,7 @@ from amt.models.weights import Weights
 from amt.tasks.classifier import Classifier, Predictor
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError, printable
+from meta_dataset_readers.feeding import Waiting
 
 PROBED = 32  # images, the first ones, on which the attacks themselves are checked
 NEEDING_MORE = {"support": "there is no support set to move", "transfer": "there is no other network"}
@@ -62,9 +63,9 @@ class TestSet:
             return
         part = Chosen(self.images, np.array(which))
         for images, labels, places in batches(
-            part, self.transform, self.batch_size, seed=0, workers=self.workers
+            part, self.transform, self.batch_size, seed=0, workers=self.workers, device=device
         ):
-            episode = as_episode(images.to(device), labels.to(device), self.name, self.class_names)
+            episode = as_episode(images, labels, self.name, self.class_names)
             yield episode, [which[place] for place in places.tolist()]
 
 
@@ -117,8 +118,9 @@ def test(
         with tqdm(
             total=len(tested.images), initial=done, unit="image", desc=printable(tested.name)
         ) as progress:
-            rows = _rows(out, predict, tested, left, attacks, seed, device, interrupts)
-            record(out, rows, progress)
+            waiting = Waiting()
+            rows = _rows(out, predict, tested, left, attacks, seed, device, interrupts, waiting)
+            record(out, rows, progress, waiting)
         for corruption, severities in corrupted.items():
             interrupts.check()
             if corruption in runs.read_corruptions(folder):
@@ -275,13 +277,14 @@ def _rows(
     seed: int,
     device: torch.device,
     interrupts: Interrupts,
+    waiting: Waiting,
 ) -> Iterator[list[dict]]:
     """The rows of the images that are left, batch by batch; the first batch holds the images that the attacks
     are checked on, whatever the batch size."""
     first = left[:PROBED] if left[:1] == [0] else []
     probed = dataclasses.replace(tested, batch_size=PROBED).episodes(first, device)
     others = tested.episodes(left[len(first) :], device)
-    for episode, numbers in interrupts.whole(itertools.chain(probed, others)):
+    for episode, numbers in interrupts.whole(waiting.timed(itertools.chain(probed, others))):
         starts = numbers[0] == 0
         measured = examine(
             *(out, predict, episode, attacks, seed),

@@ -20,6 +20,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from amt.files.locks import Lock
+from amt.models import precision
 from meta_dataset_readers.errors import InputError, say
 from meta_dataset_readers.files import LARGEST_LIST, parse_json, read_bytes, replace_file
 from meta_dataset_readers.json_fields import conform
@@ -37,6 +38,7 @@ class _About(TypedDict):
     settings: dict
     kind: NotRequired[str]
     threads: NotRequired[Annotated[list[Annotated[int, Field(ge=1, le=10**6)]], Field(max_length=100)]]
+    arithmetic: NotRequired[Annotated[list[dict[str, str | bool]], Field(max_length=100)]]
 
 
 class RunDirectory:
@@ -45,8 +47,8 @@ class RunDirectory:
     Args:
         folder: created if missing.
         about: the content of run.json: `kind` (none for an evaluation), `settings`, and what else describes
-            the run. To it is added `threads`, the numbers of CPU threads that it ran with: one, or more where
-            it was continued with another.
+            the run. To it is added what it ran with: `threads`, the numbers of CPU threads, and `arithmetic`,
+            what `precision.in_use` said; one each, or more where it was continued with another.
         results: patterns of what the run writes here. Where there is any of it and neither run.json nor a
             file of `resumable`, the directory is somebody else's.
         flag: that names the directory, for messages.
@@ -77,7 +79,8 @@ class RunDirectory:
         older: Mapping = MappingProxyType({}),
     ):
         self.folder, self.flag = folder, flag
-        self._about = json.loads(json.dumps({**about, "threads": [torch.get_num_threads()]}))
+        machine = {"threads": [torch.get_num_threads()], "arithmetic": [precision.in_use()]}
+        self._about = json.loads(json.dumps({**about, **machine}))
         self._results, self._resumable, self._older = results, resumable, older
         self._overwrite, self._part = overwrite, part
         self._renew = renew or self._unchanged
@@ -125,7 +128,10 @@ class RunDirectory:
         path = self.folder / RUN_FILE
         if path.exists():
             earlier = self._read(path)
-            return self._renew(path, earlier, self._about) | self._threads(path, earlier)
+            arithmetic = earlier.get("arithmetic", [])
+            arithmetic += [each for each in self._about["arithmetic"] if each not in arithmetic]
+            renewed = self._renew(path, earlier, self._about)
+            return renewed | self._threads(path, earlier) | {"arithmetic": arithmetic}
         self._refuse_foreign()
         return self._about
 

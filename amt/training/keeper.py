@@ -29,6 +29,7 @@ from amt.files.tensorboard import TensorBoard
 from amt.models.weights import Weights
 from amt.training.optimiser import NonFiniteLoss
 from meta_dataset_readers.errors import InputError, printable
+from meta_dataset_readers.feeding import Waiting
 
 Item = TypeVar("Item")
 FINE_TUNING = "fine-tuning"  # the kind of AutoLoRa's last.safetensors
@@ -84,6 +85,7 @@ class Keeper:
         )
         self._seconds = 60 * minutes
         self._interrupts = Interrupts()
+        self._waiting = Waiting()
         self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> "Keeper":
@@ -124,8 +126,8 @@ class Keeper:
 
     def watch(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items up to the first signal to any rank, which also interrupts the wait for the next one;
-        every rank has as many."""
-        coming = self._interrupts.watch(items)
+        every rank has as many. How long that wait is the progress line shows."""
+        coming = self._interrupts.watch(self._waiting.timed(items))
         while True:
             found = list(itertools.islice(coming, 1))
             over, caught, due = self._ranks.most(not found, self._interrupts.caught or 0, self._is_late())
@@ -165,7 +167,9 @@ class Keeper:
         self.log(step, scalars)
         if self._ranks.first:
             self._progress.update(step - self._progress.n)
-            self._progress.set_postfix_str(brief, refresh=False)
+            self._progress.set_postfix_str(f"{brief}, {self._waiting.shown}", refresh=False)
+            if line := self._waiting.warning():
+                self.say(line)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Note values for TensorBoard."""

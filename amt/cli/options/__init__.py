@@ -1,6 +1,14 @@
 """The command lines: every flag once, checked once, turned into typed settings."""
 
-from amt.cli.options.common import add_dry_run, add_weights_key, reading, sampling, use_threads
+from amt.cli.options.common import (
+    add_dry_run,
+    add_weights_key,
+    add_workers,
+    arithmetic,
+    reading,
+    sampling,
+    use_machine,
+)
 from amt.cli.options.parsing import Parser, check_output
 from amt.cli.options.testing import (
     TEST_SOURCES,
@@ -22,7 +30,6 @@ from amt.cli.options.testing import (
 from amt.cli.options.training import (
     TRAINING_SOURCES,
     add_statistics,
-    autocast,
     check_training,
     levels,
     method,
@@ -40,8 +47,9 @@ __all__ = [
     "add_merging",
     "add_statistics",
     "add_weights_key",
+    "add_workers",
+    "arithmetic",
     "attacks",
-    "autocast",
     "check_output",
     "check_testing",
     "check_training",
@@ -62,5 +70,5 @@ __all__ = [
     "training_parser",
     "training_sources",
     "tune_settings",
-    "use_threads",
+    "use_machine",
 ]

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from amt.attacks.kinds import WORST_CASE, Attack, parse_attack
-from amt.cli.options.common import COUNT, PROCESSES, SIDE, add_machine, add_saving, add_weights_key
+from amt.cli.options.common import (
+    COUNT,
+    SIDE,
+    add_machine,
+    add_saving,
+    add_weights_key,
+    add_workers,
+)
 from amt.cli.options.parsing import Parser, check_distinct
 from amt.cli.options.published_settings import PublishedSettings, published_settings
 from amt.files import ranks
@@ -88,7 +95,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
         "epoch are decided on",
     )
     group.add_argument("--num_classes", type=COUNT, help="outputs of the head (default: as many as classes)")
-    group.add_argument("--num_workers", type=PROCESSES, default=2, help="processes that read images")
+    add_workers(group, "read images")
 
 
 def _add_network(group: argparse._ArgumentGroup) -> None:
@@ -222,6 +229,8 @@ def _check(args: argparse.Namespace) -> None:
         f"--epsilon {args.epsilon:g}: of l2 is ambiguous, expected 1/255, such as 128": ambiguous,
         f"--seed {args.seed}: expected less than 2^62": args.seed >= 2**62,
         "--eval_AA: needs an --epsilon above 0": args.eval_AA and not args.epsilon,
+        f"--precision {args.precision}: the published method has no mixed precision; expected float32 or "
+        "tf32": args.precision in ("bf16", "fp16"),
     }
     for message, is_so in wrong.items():
         if is_so:

@@ -4,8 +4,9 @@ import argparse
 from collections.abc import Sequence
 
 from amt.cli.options.parsing import Parser
+from amt.models.precision import Arithmetic
 from meta_dataset_readers.command import add_image_prefix
-from meta_dataset_readers.cores import available_cores
+from meta_dataset_readers.cores import available_cores, default_workers
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.protocol import MOST, EpisodeSampling
 from meta_dataset_readers.settings import Number, add_flags, as_path, from_args, nonnegative
@@ -65,7 +66,7 @@ def add_common(parser: Parser, sources: str, default: Sequence[str], split_help:
     )
     add_image_prefix(data)
     data.add_argument("--image_size", type=SIDE, help="side in pixels (default: the backbone's)")
-    data.add_argument("--num_workers", type=PROCESSES, default=1, help="processes that prepare episodes")
+    add_workers(data, "prepare episodes")
     data.add_argument(
         "--skip_bad_records",
         action="store_true",
@@ -90,6 +91,17 @@ def add_common(parser: Parser, sources: str, default: Sequence[str], split_help:
     add_machine(parser, seed=0)
 
 
+def add_workers(group: argparse._ArgumentGroup, work: str) -> None:
+    """The flag of how many processes do the `work` of reading."""
+    group.add_argument(
+        "--num_workers",
+        type=PROCESSES,
+        default=default_workers(),
+        help=f"processes that {work}; changes no result (default: a core less than this process may use, at "
+        "most 8; here %(default)s)",
+    )
+
+
 def add_weights_key(parser: argparse._ActionsContainer) -> None:
     """The flag --weights_key."""
     parser.add_argument(
@@ -112,6 +124,7 @@ def add_machine(parser: Parser, seed: int) -> argparse._ArgumentGroup:
         "small networks or on a busy machine",
     )
     machine.add_argument("--seed", type=SEED, default=seed, help="decides everything random")
+    add_flags(machine, Arithmetic, unset=("precision",))
     add_overwrite(machine)
     return machine
 
@@ -158,11 +171,27 @@ def sampling(args: argparse.Namespace) -> EpisodeSampling:
     return from_args(EpisodeSampling, args, **own)
 
 
-def use_threads(args: argparse.Namespace) -> None:
-    """Let torch use `--threads`; by default no more than there are cores for this process."""
+def arithmetic(args: argparse.Namespace) -> Arithmetic:
+    """How the command computes: --precision, or the published --fp16, and --deterministic.
+
+    Raises:
+        InputError: two precisions.
+    """
+    given = {name: f"--{name}" for name in ("fp16", "bf16") if vars(args).get(name)}
+    if asked := vars(args).get("precision"):
+        given.setdefault(asked, f"--precision {asked}")
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given.values())} exclude each other")
+    return from_args(Arithmetic, args, **({"precision": next(iter(given))} if given else {}))
+
+
+def use_machine(args: argparse.Namespace) -> None:
+    """Let torch use `--threads`, by default no more than there are cores for this process, and compute as
+    `arithmetic` says."""
     import torch  # which a mistyped flag need not wait for
 
     torch.set_num_threads(args.threads or min(torch.get_num_threads(), available_cores()))
+    arithmetic(args).use()
 
 
 def reading(args: argparse.Namespace, image_size: int) -> dict:

@@ -211,6 +211,10 @@ def check_testing(args: argparse.Namespace) -> None:
         raise InputError("--specified_expert and --coefficients exclude each other")
     if args.resume is None and (needy := _needing_a_pool(args, given)):
         raise InputError(f"--{needy[0]} needs a pool; name its checkpoint with --resume")
+    if args.precision in ("bf16", "fp16"):
+        raise InputError(
+            f"--precision {args.precision}: attacks need more digits; expected float32, or tf32 on a GPU"
+        )
     _check_selection(args, given)
     _check_heads(args)
     if args.cdfsl_domains and args.test_sources:

@@ -2,18 +2,23 @@
 Knows no tensors."""
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from amt.attacks.levels import POOL_EPSILONS, Perturbation
-from amt.cli.options.common import COUNT, EPSILON, add_common, add_saving, check_episodes, folder_source
+from amt.cli.options.common import (
+    COUNT,
+    EPSILON,
+    add_common,
+    add_saving,
+    arithmetic,
+    check_episodes,
+    folder_source,
+)
 from amt.cli.options.parsing import Parser, check_distinct
 from amt.files import ranks
 from amt.training.settings import TuneSettings
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.settings import Number, add_flags, as_path, from_args
-
-if TYPE_CHECKING:
-    import torch
 
 TRAINING_SOURCES = (
     *("aircraft", "cu_birds", "dtd", "fungi"),
@@ -56,8 +61,8 @@ def training_parser() -> Parser:
     parser.add_argument("--eval", action="store_true", help="refused: test_meta_dataset.py evaluates")
 
     precision = parser.add_mutually_exclusive_group()
-    precision.add_argument("--fp16", action="store_true", help="mixed precision in float16")
-    precision.add_argument("--bf16", action="store_true", help="mixed precision in bfloat16")
+    precision.add_argument("--fp16", action="store_true", help="--precision fp16")
+    precision.add_argument("--bf16", action="store_true", help="--precision bf16")
 
     levels = parser.add_argument_group("perturbation")
     add_flags(levels, TuneSettings, "method", "loss", "epsilon_warmup", "epsilon_from", unset=("method",))
@@ -140,6 +145,7 @@ def check_training(args: argparse.Namespace) -> None:
         raise InputError(f"--epsilon_from is {args.epsilon_from:g}, expected at most --epsilon, {reach:g}")
     if args.eval:
         raise InputError("--eval: main.py trains; test_meta_dataset.py evaluates")
+    arithmetic(args)
     _check_ranks(args)
     check_distinct("base_sources", args.base_sources or ())
     check_distinct("val_sources", args.val_sources or ())
@@ -160,13 +166,6 @@ def _check_ranks(args: argparse.Namespace) -> None:
             f"{world} ranks for {len(levels(args))} levels x {args.episodes_per_step} episodes per step: "
             f"start at most {most}, or raise --episodes_per_step"
         )
-
-
-def autocast(args: argparse.Namespace) -> "torch.dtype | None":
-    """The dtype of mixed precision, or None for float32."""
-    import torch
-
-    return torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
 
 
 def training_sources(args: argparse.Namespace) -> tuple[str, ...]:
