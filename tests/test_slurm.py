@@ -1,5 +1,5 @@
-"""The Slurm scripts of docs/how-to/clusters.md, run as they stand there, where Slurm's commands only note that
-they were called."""
+"""The Slurm scripts of docs/how-to/clusters.md, run as they stand there, where Slurm's commands only note
+that they were called."""
 
 import os
 import re

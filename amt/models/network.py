@@ -423,8 +423,8 @@ def _check_classifier(network: Network, n_classes: int) -> None:
 
 
 def find_device(name: str) -> torch.device:
-    """The device called `name`; "cuda" is the device of this process among torchrun's, and so is "auto" if this
-    machine has one, else the CPU.
+    """The device called `name`; "cuda" is that of this process among torchrun's, and so is "auto" where there
+    is one, else the CPU.
 
     Raises:
         InputError: this machine has no such device.
