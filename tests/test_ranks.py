@@ -22,6 +22,7 @@ from toy_training import World, assert_refused, command, scalars, signal_after, 
 from amt.attacks.levels import Perturbation
 from amt.files import ranks
 from amt.files.run_directory import RunDirectory
+from amt.files.signals import Interrupts
 from amt.models.branch import Student
 from amt.models.pool import Pool, principal_pool
 from amt.training.accuracy import accuracy, validate
@@ -280,6 +281,13 @@ def test_a_rank_that_is_killed_ends_the_run_and_costs_no_more_than_a_step(runs, 
     assert about(tmp_path / "last.safetensors")["tuner"]["episodes_done"] == 2
     assert command("main", *flags).code == 0
     assert_same_run(tmp_path, whole)
+
+
+def test_a_signal_that_torchrun_and_a_batch_system_both_send_is_one():
+    with Interrupts(once=True) as interrupts:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+    assert interrupts.caught == signal.SIGTERM
 
 
 # Bad input
