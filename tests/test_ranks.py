@@ -21,6 +21,8 @@ from toy_training import World, assert_refused, command, scalars, signal_after, 
 
 from amt.attacks.levels import Perturbation
 from amt.files import ranks
+from amt.files.run_directory import RunDirectory
+from amt.files.signals import Interrupts
 from amt.models.branch import Student
 from amt.models.pool import Pool, principal_pool
 from amt.training.accuracy import accuracy, validate
@@ -281,6 +283,13 @@ def test_a_rank_that_is_killed_ends_the_run_and_costs_no_more_than_a_step(runs, 
     assert_same_run(tmp_path, whole)
 
 
+def test_a_signal_that_torchrun_and_a_batch_system_both_send_is_one():
+    with Interrupts(once=True) as interrupts:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+    assert interrupts.caught == signal.SIGTERM
+
+
 # Bad input
 
 
@@ -325,6 +334,12 @@ def test_a_rank_that_cannot_reach_the_others_names_its_patience(runs, tmp_path):
     (alone,) = Running([work], tmp_path, world=2).ended()
     assert_told_once([alone], 2, "rank 0 of 2", "127.0.0.1", "1 s (--rank_timeout)")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_only_rank_0_finds_is_told_once(runs, tmp_path):
+    with RunDirectory(tmp_path / "out", {"kind": "a meta-tuning", "settings": {}}, results=[]):
+        ended = together(program(*runs.flags(tmp_path / "out")), 2, tmp_path / "printed")
+    assert_told_once(ended, 2, "another process is writing here")
 
 
 @pytest.mark.parametrize("what", ["settings", "data"])

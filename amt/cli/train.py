@@ -50,7 +50,8 @@ def main(args: argparse.Namespace) -> int:
 
 def run_of(args: argparse.Namespace, ranks: Ranks) -> int:
     """Train as one of the ranks; the exit code. What there is to start from is rank 0's."""
-    options.check_output(args.output_dir)
+    if ranks.first:
+        options.check_output(args.output_dir)
     options.use_machine(args)
     settings = options.tune_settings(args)
     network = load_network(

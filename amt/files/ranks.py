@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Thing = TypeVar("Thing")
 _TOLD = "told"  # how many ranks wanted to tell why all end
+_LAST_WORDS = 5  # seconds that rank 0 waits for ranks that may be dead
+_LOCAL = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # of the ranks of a machine
 
 
 class LostRank(InputError):
@@ -225,9 +227,9 @@ def together(seconds: float) -> Iterator[Ranks]:
     store: Any = None
     try:
         store = _meeting_place(rank, world, seconds)
-        _meet(store, rank, world, seconds)
+        by_nccl = _meet(store, rank, world, seconds)
         with _spoken(rank == 0):
-            yield Ranks(rank, world, seconds, by_nccl=_has_own_gpu())
+            yield Ranks(rank, world, seconds, by_nccl=by_nccl)
     except (InputError, OSError) as error:
         if one_line(error) and not _tells(store, rank):
             raise SystemExit(2) from error
@@ -237,7 +239,7 @@ def together(seconds: float) -> Iterator[Ranks]:
             raise
         raise SystemExit(code_of(error)) from error
     finally:
-        _part()
+        _part(store, rank, world)
 
 
 def _meeting_place(rank: int, world: int, seconds: float) -> Any:
@@ -255,7 +257,8 @@ def _meeting_place(rank: int, world: int, seconds: float) -> Any:
         ) from error
 
 
-def _meet(store: Any, rank: int, world: int, seconds: float) -> None:
+def _meet(store: Any, rank: int, world: int, seconds: float) -> bool:
+    """Join the others; whether NCCL connects the GPUs, of which then each has its own."""
     import torch
     import torch.distributed as dist
 
@@ -268,7 +271,11 @@ def _meet(store: Any, rank: int, world: int, seconds: float) -> None:
                 f"rank {rank} of {world} has waited {seconds:g} s (--rank_timeout) for rank {each}; start "
                 "them all at about the same time"
             ) from error
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    local, size = (int(os.environ.get(name, default)) for name, default in _LOCAL.items())
+    by_nccl = dist.is_nccl_available() and torch.cuda.is_available() and size <= torch.cuda.device_count()
+    if by_nccl:
+        torch.cuda.set_device(local)
+    backend = "cpu:gloo,cuda:nccl" if by_nccl else "gloo"
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_span(seconds))
     except RuntimeError as error:
@@ -277,29 +284,29 @@ def _meet(store: Any, rank: int, world: int, seconds: float) -> None:
             f"rank {rank} of {world} cannot talk to the others within {seconds:g} s (--rank_timeout): "
             f"{reason}"
         ) from error
+    return by_nccl
 
 
-def _part() -> None:
+def _part(store: Any, rank: int, world: int) -> None:
+    """Leave the others, who notice it; rank 0, which may have the store, goes last."""
     import torch.distributed
 
-    if torch.distributed.is_initialized():
-        with contextlib.suppress(RuntimeError):  # of a group that another one has left
+    with contextlib.suppress(RuntimeError):  # of those that are gone
+        if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        if store is not None:
+            store.set(f"left/{rank}", "")
+            if rank == 0:
+                store.wait([f"left/{each}" for each in range(world)], _span(_LAST_WORDS))
 
 
 def _tells(store: Any, rank: int) -> bool:
-    """Whether this rank is the first that has something to tell; without a store, which rank 0 may have
-    taken with it, rank 1 is."""
+    """Whether this rank is the first that has something to tell; where rank 0 took the store with it, rank 1
+    is."""
     try:
         return store is None or store.add(_TOLD, 1) == 1
     except RuntimeError:
         return rank == 1
-
-
-def _has_own_gpu() -> bool:
-    import torch
-
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= torch.cuda.device_count()
 
 
 def _span(seconds: float) -> datetime.timedelta:

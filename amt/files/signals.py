@@ -25,10 +25,14 @@ class Interrupts:
     """While active, the first Ctrl-C, SIGTERM or SIGHUP sets `caught`, so that a step can be finished.
 
     A second one ends the program at once. A signal that is ignored, as SIGHUP under nohup, stays so.
+
+    Args:
+        once: further signals change nothing: a batch system and torchrun may both send one to a rank.
     """
 
-    def __init__(self):
+    def __init__(self, once: bool = False):
         self.caught: int | None = None
+        self._once = once
         self._previous: dict = {}
         self._waits = False
         self._process = os.getpid()
@@ -85,8 +89,11 @@ class Interrupts:
             hook.remove()
 
     def _note(self, number: int, _frame) -> None:
+        if self._once and self.pending():
+            return
         self.caught = number
-        self._restore()
+        if not self._once:
+            self._restore()
         if self._waits and os.getpid() == self._process:  # not in a child, forked while this one waits
             # Whoever prepares the next item is sending it, as a rule: cut short, it would complain.
             signal.signal(signal.SIGALRM, self._give_up)

@@ -84,7 +84,7 @@ class Keeper:
             older=older,
         )
         self._seconds = 60 * minutes
-        self._interrupts = Interrupts()
+        self._interrupts = Interrupts(once=ranks.world > 1)
         self._waiting = Waiting()
         self._opened = contextlib.ExitStack()
 
