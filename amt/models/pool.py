@@ -7,9 +7,9 @@
     B    (P, g, out/g, r)
     B A  (g, out/g, in), viewed in the shape of W: (out, in), or (out, in, kh, kw) for a convolution
 
-All members of a `LoRAPool` share W_res, so a merge is exact whatever the members. Those of a `LoRANormPool`
-have LayerNorms of their own beside, w = sum_p c_p w_p. A `FullPool` has complete networks as members,
-sum_p c_p W_p: every weight is a factor. Knows no training and no file.
+All members of a `LoRAPool` share W_res, so a merge is exact whatever the members; a `LoRANormPool` has their
+LayerNorms beside. A `FullPool` has complete networks as members, sum_p c_p W_p: every weight is a factor.
+Knows no training and no file.
 
 LoRA: Hu et al. 2021, arxiv.org/abs/2106.09685. Start from the leading singular triplets: Meng et al. 2024,
 arxiv.org/abs/2404.02948, and eq. 5 of the AMT paper. Full meta-training: Hu et al. 2022 (P>M>F),
@@ -17,7 +17,7 @@ arxiv.org/abs/2204.07305.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -51,7 +51,7 @@ def adapted_layers(weights: Weights, layers: Sequence[str] = VIT_LAYERS) -> list
 
 
 def norm_weights(weights: Weights) -> list[str]:
-    """Names of the weights and biases (D,) of normalisation layers, which are called norm, norm1."""
+    """Names of the weights and biases (D,) of normalisation layers, called norm, norm1 and so on."""
     return [name for name, each in weights.items() if each.ndim == 1 and "norm" in f".{name}".split(".")[-2]]
 
 
@@ -427,11 +427,8 @@ def principal_pool(
         A[name] = one_A.repeat(len(levels), 1, 1, 1)
         B[name] = one_B.repeat(len(levels), 1, 1, 1)
     parts = (residual, A, B, *_untrained_head(weights, len(levels)), tuple(levels))
-    return (
-        LoRANormPool(*parts, _copies(weights, norm_weights(weights), len(levels)))
-        if norms
-        else LoRAPool(*parts)
-    )
+    copies = {name: torch.stack([weights[name]] * len(levels)) for name in norm_weights(weights)}
+    return LoRANormPool(*parts, copies) if norms else LoRAPool(*parts)
 
 
 def pretrained_pool(weights: Weights, levels: Sequence[Perturbation]) -> FullPool:
@@ -441,14 +438,8 @@ def pretrained_pool(weights: Weights, levels: Sequence[Perturbation]) -> FullPoo
         weights: all pretrained weights by name.
         levels: one robustness level per member.
     """
-    return FullPool(
-        _copies(weights, weights, len(levels)), *_untrained_head(weights, len(levels)), tuple(levels)
-    )
-
-
-def _copies(weights: Weights, names: Iterable[str], members: int) -> dict[str, Tensor]:
-    """Some weights once for each member: (P, ...)."""
-    return {name: torch.stack([weights[name]] * members) for name in names}
+    copies = {name: torch.stack([weight] * len(levels)) for name, weight in weights.items()}
+    return FullPool(copies, *_untrained_head(weights, len(levels)), tuple(levels))
 
 
 def _untrained_head(weights: Weights, members: int) -> tuple[Tensor, Tensor]:
