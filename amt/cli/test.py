@@ -21,6 +21,7 @@ from amt.evaluation.writer import Writer
 from amt.files import checkpoint, version
 from amt.files.pretrained import load_network
 from amt.files.signals import Interrupts
+from amt.models.architectures import base_arch, stated
 from amt.models.head_settings import PRETRAINED
 from amt.models.network import Network, find_device
 from amt.models.pool import Pool
@@ -45,8 +46,8 @@ def main(args: argparse.Namespace) -> int:
     options.check_output(args.output_dir)
     options.use_threads(args)
     deployments, attacks = options.deployments(args), options.attacks(args)
-    network = open_network(args, attacks)
-    saved = load_pool(args, network) if args.resume else None
+    saved = load_pool(args) if args.resume else None
+    network = open_network(args, attacks, saved)
     pool = saved.pool.to(network.device) if saved else None
     others = other_networks(args, network, pool, attacks)
     statistics = saved.statistics.to(network.device) if saved and saved.statistics else None
@@ -103,8 +104,10 @@ def main(args: argparse.Namespace) -> int:
     return code
 
 
-def open_network(args: argparse.Namespace, attacks: Sequence[Attack]) -> Network:
-    """The network, with pretrained weights where they are needed."""
+def open_network(
+    args: argparse.Namespace, attacks: Sequence[Attack], saved: checkpoint.Checkpoint | None
+) -> Network:
+    """The network, which the pool in the checkpoint fits, with pretrained weights where they are needed."""
     mixed = any(head.other == PRETRAINED for head in options.heads(args) or ())
     if mixed and args.no_pretrain:
         raise InputError(
@@ -113,8 +116,9 @@ def open_network(args: argparse.Namespace, attacks: Sequence[Attack]) -> Network
     shown = any(attack.kind in ON_OTHERS for attack in attacks)
     if args.no_pretrain and any(attack.kind == "transfer" for attack in attacks):
         raise InputError("--attack transfer attacks the pretrained network: it excludes --no_pretrain")
-    return load_network(
-        args.arch,
+    arch = base_arch(args.arch)
+    network = load_network(
+        stated(arch, saved.pool.shapes) if saved else arch,
         args.pretrained_checkpoint,
         find_device(args.device),
         image_size=args.image_size,
@@ -122,6 +126,9 @@ def open_network(args: argparse.Namespace, attacks: Sequence[Attack]) -> Network
         key=args.weights_key,
         tell=say,
     )
+    if saved:
+        checkpoint.check_architecture(args.resume, saved.pool, network.weights, network.arch)
+    return network
 
 
 def other_networks(
@@ -144,10 +151,9 @@ def say_fallbacks(args: argparse.Namespace) -> None:
             say(f"note: --head {head.name}: {head.one_shot_note}")
 
 
-def load_pool(args: argparse.Namespace, network: Network) -> checkpoint.Checkpoint:
-    """The checkpoint that --resume names, which fits the network."""
+def load_pool(args: argparse.Namespace) -> checkpoint.Checkpoint:
+    """The checkpoint that --resume names."""
     saved = checkpoint.load(args.resume)
-    checkpoint.check_architecture(args.resume, saved.pool, network.weights, network.arch)
     for note in saved.about.get("notes", ()):
         say(f"note: {args.resume}: {note}")
     return saved
