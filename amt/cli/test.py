@@ -18,7 +18,7 @@ from amt.evaluation.oracle import Oracle, best_row
 from amt.evaluation.recording import description, ended, examine, interruptible, record
 from amt.evaluation.statistics import groups
 from amt.evaluation.writer import Writer
-from amt.files import checkpoint, version
+from amt.files import checkpoint, text_prototypes, version
 from amt.files.pretrained import load_network
 from amt.files.signals import Interrupts
 from amt.models.architectures import base_arch, stated
@@ -37,7 +37,15 @@ from meta_dataset_readers.reader import EpisodeReader, episode_loader
 # Flags that change neither an episode's row nor what it is compared with.
 NOT_SETTINGS = (
     *("output_dir", "device", "threads", "num_workers", "shard", "samples", "dump", "resume", "overwrite"),
-    *("dry_run", "nTestEpisode", "test_sources", "cdfsl_domains", "domain_config"),
+    *(
+        "dry_run",
+        "text_prototypes",
+        "shots",
+        "nTestEpisode",
+        "test_sources",
+        "cdfsl_domains",
+        "domain_config",
+    ),
 )
 
 
@@ -60,10 +68,15 @@ def main(args: argparse.Namespace) -> int:
         for source in deployments
     }
     where = str(args.resume or "the pretrained network")
+    texts = text_prototypes.read(args.text_prototypes) if args.text_prototypes else None
     for source, deployment in deployments.items():
         check_deployment(deployment, pool, source, open_episodes, where)
         dim = network.module.num_features
-        check_heads(deployment.offered_heads, pool, statistics, where, dim)
+        check_heads(deployment.offered_heads, pool, statistics, where, dim, texts)
+        if texts is not None:
+            spec = readers[source].spec
+            names = map(spec.class_name, spec.classes(args.split))
+            texts.check(names, f", classes of {source}, {args.split}")
     say_fallbacks(args)
 
     part, parts = options.part(args)
@@ -91,6 +104,7 @@ def main(args: argparse.Namespace) -> int:
                     partial(watched, network, interrupts),
                     earlier_note(source, deployments, runs.read_merging(args.output_dir)),
                     statistics,
+                    texts,
                 )
                 out.note_merging(source, note | ({"epsilons": "unknown"} if unknown_levels else {}))
                 episodes = interrupts.whole(read(args, reader, left[source], network.device))
@@ -196,7 +210,8 @@ def score(
         rows = [measure(each, episode, attacks, args.seed, others).row for each in predict.predictors]
         return best_row(rows, columns(attacks))
     measured = examine(out, predict, episode, attacks, args.seed, check=check, keep=keep, others=others)
-    return measured.row | ({"skipped": len(episode.skipped)} if episode.skipped else {})
+    more = {"support": 0} if args.shots == [0] else {}  # one image a class was drawn, and not looked at
+    return measured.row | more | ({"skipped": len(episode.skipped)} if episode.skipped else {})
 
 
 def describe(args, network, saved, deployments, attacks) -> dict:
@@ -210,6 +225,8 @@ def describe(args, network, saved, deployments, attacks) -> dict:
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     settings |= {"checkpoint": version.digest(args.resume), "device": network.device.type}
     settings |= {"pretrained_checkpoint": version.digest(args.pretrained_checkpoint)}
+    if args.text_prototypes:
+        settings |= {"text_prototypes": version.digest(args.text_prototypes)}
     benchmarks = {name: domain.benchmark for name, domain in DOMAINS.items()}
     return description(
         attacks,
@@ -223,4 +240,5 @@ def describe(args, network, saved, deployments, attacks) -> dict:
         averages=groups(list(deployments), trained_on, benchmarks),
         settings=settings,
         deployments={source: dataclasses.asdict(each) for source, each in deployments.items()},
+        **({"shots": args.shots[0]} if args.shots else {}),
     )

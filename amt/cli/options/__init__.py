@@ -1,7 +1,7 @@
 """The command lines: every flag once, checked once, turned into typed settings."""
 
 from amt.cli.options.common import add_dry_run, add_weights_key, reading, sampling, use_threads
-from amt.cli.options.parsing import Parser, check_output
+from amt.cli.options.parsing import Parser, check_distinct, check_output
 from amt.cli.options.testing import (
     TEST_SOURCES,
     add_head,
@@ -41,6 +41,7 @@ __all__ = [
     "add_weights_key",
     "attacks",
     "autocast",
+    "check_distinct",
     "check_output",
     "check_testing",
     "check_training",
