@@ -181,10 +181,10 @@ def _output(folder: Path, flag: str) -> Need:
 def _fitting(args: argparse.Namespace) -> str:
     """What a checkpoint holds, which fits the network."""
     from amt.files import checkpoint
-    from amt.models.architectures import base_arch
+    from amt.models.architectures import base_arch, stated
 
     pool = checkpoint.load(args.resume).pool
-    network = _untrained(base_arch(args.arch))
+    network = _untrained(stated(base_arch(args.arch), pool.shapes))
     checkpoint.check_architecture(args.resume, pool, network.weights, network.arch)
     return f"{len(pool)} adapters"
 

@@ -32,6 +32,7 @@ from amt.few_shot.pools import network_of
 from amt.files import checkpoint, export
 from amt.files.export import FORMATS, Support
 from amt.files.pretrained import load_network
+from amt.models.architectures import base_arch, stated
 from amt.models.head_settings import Head
 from amt.models.heads import Fitted, has_two
 from amt.models.network import Network
@@ -93,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
     if args.to == "published":
         written = export.save_published(args.out, pool, args.adapter)
     else:
-        network = backbone_of(args, saved.about)
+        network = backbone_of(args, saved)
         checkpoint.check_architecture(args.pool, pool, network.weights, network.arch)
         support = None if args.support is None else read_support(args.support, network.image_size)
         coefficients = coefficients_of(args, network, pool, support)
@@ -182,19 +183,19 @@ def check_pool(args: argparse.Namespace, pool: Pool) -> None:
         )
 
 
-def backbone_of(args: argparse.Namespace, about: dict) -> Network:
+def backbone_of(args: argparse.Namespace, saved: checkpoint.Checkpoint) -> Network:
     """The pool's network; with pretrained weights only where they are needed, so that a pool's file suffices.
 
     Raises:
         InputError: nothing says which network it is, or its pretrained weights are needed and missing.
     """
     if args.to != "peft":
-        return network_of(args.pool, about, args.arch, args.image_size)
-    arch = args.arch or about.get("arch")
+        return network_of(args.pool, saved.about, args.arch, args.image_size, saved.pool.shapes)
+    arch = args.arch or saved.about.get("arch")
     if not isinstance(arch, str):
         raise InputError(f"{args.pool}: does not say its architecture; name it by --arch")
     return load_network(
-        arch,
+        stated(base_arch(arch), saved.pool.shapes),
         args.pretrained_checkpoint,
         image_size=args.image_size,
         key=args.weights_key,

@@ -4,6 +4,7 @@
         --test_sources mini_signs digits --output_dir results/x --epsilon 4 8
 """
 
+import argparse
 from collections.abc import Sequence
 
 from amt.cli import options
@@ -22,7 +23,16 @@ def main(argv: Sequence[str], prog: str | None = "amt test") -> int:
     parser = options.testing_parser()
     parser.prog = prog or parser.prog
     args = parser.parse(argv)
+    if args.shots:
+        from amt.cli import shots
+
+        return shots.main(args, run)
     options.check_testing(args)
+    return run(args)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate as checked flags say, or tell what would be done; the exit code."""
     if args.dry_run is not None:
         from amt.cli import dry_run
 

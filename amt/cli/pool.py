@@ -27,6 +27,7 @@ from amt.evaluation.settings import Deployment
 from amt.files import checkpoint
 from amt.files.checkpoint import Checkpoint
 from amt.files.pretrained import load_network
+from amt.models.architectures import base_arch, stated
 from amt.models.heads import PoolStatistics
 from amt.models.network import find_device
 from amt.models.pool import LoRANormPool, Pool
@@ -160,7 +161,10 @@ def measured(args: argparse.Namespace, saved: Checkpoint) -> Checkpoint:
     if not isinstance(arch, str):
         raise InputError(f"{args.files[0]}: does not say its architecture; name it by --arch")
     network = load_network(
-        arch, args.pretrained_checkpoint, find_device(args.device), image_size=args.image_size
+        stated(base_arch(arch), saved.pool.shapes),
+        args.pretrained_checkpoint,
+        find_device(args.device),
+        image_size=args.image_size,
     )
     checkpoint.check_architecture(args.files[0], saved.pool, network.weights, network.arch)
     open_source = partial(

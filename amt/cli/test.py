@@ -18,9 +18,10 @@ from amt.evaluation.oracle import Oracle, best_row
 from amt.evaluation.recording import description, ended, examine, interruptible, record
 from amt.evaluation.statistics import groups
 from amt.evaluation.writer import Writer
-from amt.files import checkpoint, version
+from amt.files import checkpoint, text_prototypes, version
 from amt.files.pretrained import load_network
 from amt.files.signals import Interrupts
+from amt.models.architectures import base_arch, stated
 from amt.models.head_settings import PRETRAINED
 from amt.models.network import Network, find_device
 from amt.models.pool import Pool
@@ -38,6 +39,7 @@ from meta_dataset_readers.reader import EpisodeReader, episode_loader
 NOT_SETTINGS = (
     *("output_dir", "device", "threads", "num_workers", "shard", "samples", "dump", "resume", "overwrite"),
     *("dry_run", "nTestEpisode", "test_sources", "cdfsl_domains", "domain_config", "deterministic"),
+    *("text_prototypes", "shots"),
 )
 
 
@@ -46,8 +48,8 @@ def main(args: argparse.Namespace) -> int:
     options.check_output(args.output_dir)
     options.use_machine(args)
     deployments, attacks = options.deployments(args), options.attacks(args)
-    network = open_network(args, attacks)
-    saved = load_pool(args, network) if args.resume else None
+    saved = load_pool(args) if args.resume else None
+    network = open_network(args, attacks, saved)
     pool = saved.pool.to(network.device) if saved else None
     others = other_networks(args, network, pool, attacks)
     statistics = saved.statistics.to(network.device) if saved and saved.statistics else None
@@ -60,10 +62,15 @@ def main(args: argparse.Namespace) -> int:
         for source in deployments
     }
     where = str(args.resume or "the pretrained network")
+    texts = text_prototypes.read(args.text_prototypes) if args.text_prototypes else None
     for source, deployment in deployments.items():
         check_deployment(deployment, pool, source, open_episodes, where)
         dim = network.module.num_features
-        check_heads(deployment.offered_heads, pool, statistics, where, dim)
+        check_heads(deployment.offered_heads, pool, statistics, where, dim, texts)
+        if texts is not None:
+            spec = readers[source].spec
+            names = map(spec.class_name, spec.classes(args.split))
+            texts.check(names, f", classes of {source}, {args.split}")
     say_fallbacks(args)
 
     part, parts = options.part(args)
@@ -92,6 +99,7 @@ def main(args: argparse.Namespace) -> int:
                     partial(watched, interrupts),
                     earlier_note(source, deployments, runs.read_merging(args.output_dir)),
                     statistics,
+                    texts,
                 )
                 out.note_merging(source, note | ({"epsilons": "unknown"} if unknown_levels else {}))
                 episodes = waiting.timed(read(args, reader, left[source], network.device))
@@ -107,8 +115,10 @@ def main(args: argparse.Namespace) -> int:
     return code
 
 
-def open_network(args: argparse.Namespace, attacks: Sequence[Attack]) -> Network:
-    """The network, with pretrained weights where they are needed."""
+def open_network(
+    args: argparse.Namespace, attacks: Sequence[Attack], saved: checkpoint.Checkpoint | None
+) -> Network:
+    """The network, which the pool in the checkpoint fits, with pretrained weights where they are needed."""
     mixed = any(head.other == PRETRAINED for head in options.heads(args) or ())
     if mixed and args.no_pretrain:
         raise InputError(
@@ -117,8 +127,9 @@ def open_network(args: argparse.Namespace, attacks: Sequence[Attack]) -> Network
     shown = any(attack.kind in ON_OTHERS for attack in attacks)
     if args.no_pretrain and any(attack.kind == "transfer" for attack in attacks):
         raise InputError("--attack transfer attacks the pretrained network: it excludes --no_pretrain")
-    return load_network(
-        args.arch,
+    arch = base_arch(args.arch)
+    network = load_network(
+        stated(arch, saved.pool.shapes) if saved else arch,
         args.pretrained_checkpoint,
         find_device(args.device),
         image_size=args.image_size,
@@ -126,6 +137,9 @@ def open_network(args: argparse.Namespace, attacks: Sequence[Attack]) -> Network
         key=args.weights_key,
         tell=say,
     )
+    if saved:
+        checkpoint.check_architecture(args.resume, saved.pool, network.weights, network.arch)
+    return network
 
 
 def other_networks(
@@ -148,10 +162,9 @@ def say_fallbacks(args: argparse.Namespace) -> None:
             say(f"note: --head {head.name}: {head.one_shot_note}")
 
 
-def load_pool(args: argparse.Namespace, network: Network) -> checkpoint.Checkpoint:
-    """The checkpoint that --resume names, which fits the network."""
+def load_pool(args: argparse.Namespace) -> checkpoint.Checkpoint:
+    """The checkpoint that --resume names."""
     saved = checkpoint.load(args.resume)
-    checkpoint.check_architecture(args.resume, saved.pool, network.weights, network.arch)
     for note in saved.about.get("notes", ()):
         say(f"note: {args.resume}: {note}")
     return saved
@@ -195,7 +208,8 @@ def score(
         rows = [measure(each, episode, attacks, args.seed, others).row for each in predict.predictors]
         return best_row(rows, columns(attacks))
     measured = examine(out, predict, episode, attacks, args.seed, check=check, keep=keep, others=others)
-    return measured.row | ({"skipped": len(episode.skipped)} if episode.skipped else {})
+    more = {"support": 0} if args.shots == [0] else {}  # one image a class was drawn, and not looked at
+    return measured.row | more | ({"skipped": len(episode.skipped)} if episode.skipped else {})
 
 
 def describe(args, network, saved, deployments, attacks) -> dict:
@@ -209,6 +223,8 @@ def describe(args, network, saved, deployments, attacks) -> dict:
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     settings |= {"checkpoint": version.digest(args.resume), "device": network.device.type}
     settings |= {"pretrained_checkpoint": version.digest(args.pretrained_checkpoint)}
+    if args.text_prototypes:
+        settings |= {"text_prototypes": version.digest(args.text_prototypes)}
     benchmarks = {name: domain.benchmark for name, domain in DOMAINS.items()}
     return description(
         attacks,
@@ -222,4 +238,5 @@ def describe(args, network, saved, deployments, attacks) -> dict:
         averages=groups(list(deployments), trained_on, benchmarks),
         settings=settings,
         deployments={source: dataclasses.asdict(each) for source, each in deployments.items()},
+        **({"shots": args.shots[0]} if args.shots else {}),
     )

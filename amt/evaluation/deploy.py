@@ -28,7 +28,8 @@ from amt.evaluation.select import (
     trim_name,
 )
 from amt.evaluation.settings import Deployment
-from amt.models.head_settings import PRETRAINED, Head
+from amt.files import text_prototypes
+from amt.models.head_settings import PRETRAINED, TEXT, Head
 from amt.models.heads import PoolStatistics
 from amt.models.network import Network
 from amt.models.pool import Pool
@@ -114,16 +115,23 @@ def check_fit(deployment: Deployment, pool: Pool, where: str) -> None:
 
 
 def check_heads(
-    heads: Iterable[Head], pool: Pool | None, statistics: PoolStatistics | None, where: str, dim: int
+    heads: Iterable[Head],
+    pool: Pool | None,
+    statistics: PoolStatistics | None,
+    where: str,
+    dim: int,
+    texts: text_prototypes.TextPrototypes | None = None,
 ) -> None:
-    """Raise an `InputError` for a head that needs what is not there: statistics, or a member to mix in.
+    """Raise an `InputError` for a head that needs what is not there: statistics, texts, a member to mix in.
 
     Args:
         pool, statistics: that `where` holds; None: the pretrained network, or no statistics.
-        dim: D, the number of features.
+        dim, texts: D, the number of features; and those of the classes, if there are some.
     """
     for head in heads:
-        if pool is None and (head.needs_statistics or head.other is not None):
+        if head.other == TEXT:
+            text_prototypes.check_width(texts, f"--head {head.name}", dim)
+        if pool is None and (head.needs_statistics or head.other not in (None, TEXT)):
             raise InputError(f"--head {head.name}: needs a pool; name its checkpoint with --resume")
         if pool is not None and isinstance(head.other, int) and head.other >= len(pool):
             raise InputError(
@@ -162,6 +170,7 @@ def deploy(
     progress: Progress = lambda episodes, title: episodes,
     note: Mapping | None = None,
     statistics: PoolStatistics | None = None,
+    texts: text_prototypes.TextPrototypes | None = None,
 ) -> tuple[Predictor | Oracle, dict]:
     """The predictor for one domain, and the note of how its settings were decided, in plain values.
 
@@ -174,6 +183,7 @@ def deploy(
         seed: of the evaluation.
         note: of an earlier call, as read back from JSON: what it chose is not chosen again.
         statistics: of the pool, for heads that need them, on the network's device.
+        texts: of the classes, for heads that mix those in.
 
     Returns:
         The predictor, or for routing "oracle" one for each mixture, and a dictionary of "how" in words, and
@@ -184,7 +194,7 @@ def deploy(
     Raises:
         InputError: `note` does not say what was chosen.
     """
-    fitters = _fitters(network, pool, deployment, statistics, seed)
+    fitters = _fitters(network, pool, deployment, statistics, seed=seed, texts=texts)
     if note is None:
         choose = partial(
             _choose, network, pool, deployment, source, open_episodes, attacks, seed, progress, fitters
@@ -199,7 +209,7 @@ def deploy(
 
 
 def _fitters(
-    network: Network, pool: Pool | None, deployment: Deployment, statistics: PoolStatistics | None, seed: int
+    network: Network, pool: Pool | None, deployment: Deployment, statistics: PoolStatistics | None, **known
 ) -> dict[str, Fitter]:
     """What fits each offered head, by the head's name."""
     if statistics is not None and pool is not None and _averages_factors(deployment, pool):
@@ -209,7 +219,7 @@ def _fitters(
         if head == Head():
             return prototype_classifier
         second = mixed_in(network, pool, head)
-        return partial(head_classifier, head=head, statistics=statistics, second=second, seed=seed)
+        return partial(head_classifier, head=head, statistics=statistics, second=second, **known)
 
     return {head.name: fitter(head) for head in deployment.offered_heads}
 

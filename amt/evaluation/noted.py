@@ -61,6 +61,7 @@ class About(TypedDict):
     arch: NotRequired[str | None]
     checkpoint: NotRequired[str | None]
     class_names: NotRequired[Names]
+    shots: NotRequired[Count]
 
 
 class NotedTrim(TypedDict):

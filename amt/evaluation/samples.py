@@ -1,7 +1,6 @@
 """A few images of an episode, clean and attacked, for people to look at: RUN/samples/SOURCE-INDEX.npz."""
 
 import io
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,10 +9,11 @@ import torch
 from torch import Tensor
 
 from amt.evaluation.evaluate import Measurement
+from amt.files import npz
 from amt.models.heads import index_in_class
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
-from meta_dataset_readers.files import read_bytes, replace_file
+from meta_dataset_readers.files import replace_file
 
 SAMPLED = 10  # queries kept of an episode
 SUPPORT_SAMPLED = 20  # support images kept of it
@@ -109,12 +109,9 @@ def read_samples(folder: Path) -> list[Sample]:
 
 
 def _read_sample(path: Path) -> Sample:
-    content = read_bytes(path, LARGEST)
     try:
-        _check_size(content)
-        with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            found = {name: file[name] for name in Sample._fields if name not in _SUPPORT}
-            found |= {name: file[name] for name in _SUPPORT if name in file}
+        arrays = npz.read(path, LARGEST)
+        found = {name: arrays[name] for name in Sample._fields if name not in _SUPPORT or name in arrays}
         texts = {
             "source": str(found["source"]),
             "index": int(found["index"]),
@@ -123,19 +120,13 @@ def _read_sample(path: Path) -> Sample:
         }
         sample = Sample(**found | texts)
         good = _fits(sample)
+    except InputError:
+        raise
     except Exception as error:  # numpy and zipfile raise a dozen kinds over damaged files
         raise InputError(f"{path}: no sample of images ({error!r})") from error
     if not good:
         raise InputError(f"{path}: no sample of images (its arrays do not fit each other)")
     return sample
-
-
-def _check_size(content: bytes) -> None:
-    """Raise ValueError for a file that unpacks to more than any sample has."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        unpacked = sum(entry.file_size for entry in archive.infolist())
-    if unpacked > LARGEST:
-        raise ValueError(f"unpacks to {unpacked} bytes, at most {LARGEST} are read")
 
 
 def _fits(sample: Sample) -> bool:

@@ -4,7 +4,9 @@ import copy
 import dataclasses
 import functools
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ import torch
 from amt.few_shot.hub import Hub, fetch, is_name
 from amt.files import checkpoint
 from amt.files.pretrained import CHECKPOINTS, load_network
-from amt.models.architectures import base_arch
+from amt.models.architectures import base_arch, stated
 from amt.models.head_settings import Head, parse_head
 from amt.models.heads import PoolStatistics
 from amt.models.network import Network, untrained
@@ -94,7 +96,8 @@ class OpenPool:
             InputError: there are none, or they do not fit.
         """
         side = self.network.image_size
-        network = load_network(self.network.arch, weights, self.network.device, image_size=side)
+        arch = stated(self.network.arch, self.pool.shapes)
+        network = load_network(arch, weights, self.network.device, image_size=side)
         return dataclasses.replace(self, network=network)
 
 
@@ -167,13 +170,19 @@ def open_pool(name: str | os.PathLike, arch: str | None = None, image_size: int 
 def _opened(file: Path, _state: tuple[int, int], arch: str | None, image_size: int | None) -> OpenPool:
     """`open_pool` of a file in a state of its contents."""
     saved = checkpoint.load(file)
-    network = network_of(file, saved.about, arch, image_size)
+    network = network_of(file, saved.about, arch, image_size, saved.pool.shapes)
     checkpoint.check_architecture(file, saved.pool, network.weights, network.arch)
     return OpenPool(file, network, saved.pool, saved.about, saved.statistics)
 
 
-def network_of(file: Path, about: dict[str, Any], arch: str | None, image_size: int | None) -> Network:
-    """The structure that a file's weights belong to; its own weights are random.
+def network_of(
+    file: Path,
+    about: dict[str, Any],
+    arch: str | None,
+    image_size: int | None,
+    shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+) -> Network:
+    """The structure that a file's weights, of these `shapes`, belong to; its own weights are random.
 
     Raises:
         InputError: nothing says which network it is, or images of that size are too small for it.
@@ -181,7 +190,7 @@ def network_of(file: Path, about: dict[str, Any], arch: str | None, image_size: 
     arch = arch or about.get("arch")
     if not isinstance(arch, str):
         raise InputError(f"{file}: does not say its architecture; name it by --arch")
-    network, _ = untrained(base_arch(arch))
+    network, _ = untrained(stated(base_arch(arch), shapes))
     network = dataclasses.replace(network, image_size=image_size or network.image_size)
     if network.image_size < network.patch_size:
         raise InputError(

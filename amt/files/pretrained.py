@@ -16,11 +16,19 @@ import huggingface_hub
 import torch
 from torch import nn
 
-from amt.files import state_dicts, weight_files
+from amt.files import robust_weights, state_dicts, weight_files
 from amt.files.shipped import shipped
 from amt.files.state_dicts import Shapes, StateDict
-from amt.models.architectures import HUB_FILE, TIMM, Origin, base_arch
-from amt.models.network import Network, untrained
+from amt.models.architectures import (
+    HUB_FILE,
+    PROJECTION,
+    TIMM,
+    Origin,
+    base_arch,
+    projection_widths,
+    timm_name,
+)
+from amt.models.network import Network, projected, untrained
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError, first_line
 
@@ -41,9 +49,11 @@ def load_network(
 
     Args:
         name: a name in `ARCHS`, or `timm:NAME` for a ViT of timm; with or without `_amt` or `_amt_merge`.
-        weights: a file of weights in timm's, DINO's, iBOT's or DeiT's format, see `read_weights`. None takes
-            NAME.safetensors or NAME.pth in the project's folder checkpoints if there is one, and otherwise
-            asks timm's hub.
+            Where a CLIP's file has the projection to the space of its texts, that is a part of the network,
+            which is then called `timm:NAME:E` with its width; `timm:NAME:0` leaves it out.
+        weights: a file of weights in timm's, DINO's, iBOT's, DeiT's or CLIP's format, see `read_weights`.
+            None takes NAME.safetensors or NAME.pth in the project's folder checkpoints if there is one, and
+            otherwise asks timm's hub.
         device: where the network lives.
         autocast: see `Network`.
         image_size: side in pixels that episodes are read at; None for the architecture's own.
@@ -56,14 +66,19 @@ def load_network(
     >>> load_network("vit_mini").image_size
     32
     """
-    network, origin = untrained(base_arch(name))
+    base = base_arch(name)
+    network, origin = untrained(base)
     if image_size is not None and image_size < network.patch_size:
         raise InputError(
             f"--image_size is {image_size}, expected at least a patch of {network.patch_size} px"
         )
     if pretrained:
         path = weights or find_weights(network.arch, origin)
-        network.module.load_state_dict(read_weights(path, network.module, key, tell))
+        found = _found(path, network.module, key)
+        if base.startswith(TIMM) and timm_name(base)[1] is None and (width := _projection(base, found)):
+            network = projected(network, width)
+        _check_normalisation(path, found.weights, network)
+        network.module.load_state_dict(_fitted(path, found, network.module, tell))
     return dataclasses.replace(
         network,
         module=network.module.to(device),
@@ -104,6 +119,7 @@ _PRETRAINING_ONLY = {
     "embedding of masked patches": re.compile(r"masked_embed|mask_token"),
     "decoder of masked patches": re.compile(r"decoder_(embed|blocks|norm|pred)\..+|decoder_pos_embed"),
     "state of a loss": re.compile(r"(dino_loss|ibot_patch_loss|koleo_loss)\..+|queue(_ptr)?"),
+    "normalisation": robust_weights.NORMALISATION,
     "counts of batches": re.compile(r"(.+\.)?num_batches_tracked"),
 }
 
@@ -133,11 +149,11 @@ def read_weights(
     key: str | None = None,
     tell: Callable[[str], object] | None = None,
 ) -> Weights:
-    """The weights for `network` in a file of timm's, DINO's, iBOT's, DeiT's or MoCo's format.
+    """The weights for `network` in a file of timm's, DINO's, iBOT's, DeiT's, MoCo's or CLIP's format.
 
     Every tensor of the file is accounted for: it is one of the network's, or by its name a part of the
-    pretraining task (see `pretraining_only`). For networks of timm's own, files that timm itself converts
-    when it loads them, such as DINOv2's with registers, are converted likewise.
+    pretraining task (see `pretraining_only`) or a text tower's. For networks of timm's own, files that timm
+    itself converts when it loads them, such as DINOv2's with registers, are converted likewise.
 
     Args:
         path: the file.
@@ -151,20 +167,61 @@ def read_weights(
     Raises:
         InputError: the file cannot be read, or tensors are missing, unexpected, misshapen or not finite.
     """
+    return _fitted(path, _found(path, network, key), network, tell)
+
+
+def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def _found(path: Path, network: nn.Module, key: str | None) -> StateDict:
+    """What a file has for `network`, in its names, with all that serves pretraining."""
     content = weight_files.read(path, "weights file")
     if "amt" in content.header:
         raise _holds_loras(path)
-    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    found = unwrap(path, content.data, shapes, key)
-    state = found.weights
-    if network.dynamic_img_size and _TIMM_CONVERTS & state.keys():
-        state = _as_timm_converts(path, state, network)
+    found = unwrap(path, content.data, _shapes(network), key)
+    if network.dynamic_img_size and _TIMM_CONVERTS & found.weights.keys():
+        found = found._replace(weights=_as_timm_converts(path, found.weights, network))
+    return found
+
+
+def _fitted(
+    path: Path, found: StateDict, network: nn.Module, tell: Callable[[str], object] | None
+) -> Weights:
+    """The complete state dict of `network`; says what was chosen and left out."""
+    state, shapes = found.weights, _shapes(network)
     parts = {name: part for name in state if name not in shapes and (part := pretraining_only(name))}
     weights = weight_files.check_fit(path, {n: t for n, t in state.items() if n not in parts}, shapes)
     left_out = [f"{number} tensors left out: {part}" for part, number in Counter(parts.values()).items()]
     for note in (*found.notes(), *left_out) if tell is not None else ():
         tell(f"note: {path}: {note}")
     return weights
+
+
+def _projection(arch: str, found: StateDict) -> int:
+    """The width of a file's projection to the space of texts: of CLIP's formats, and of timm's files of CLIP,
+    where a classifier has the same name; 0 if there is none."""
+    rows = len(found.weights[PROJECTION]) if PROJECTION in found.weights else 0
+    return found.width or (rows if rows and rows in projection_widths(arch) else 0)
+
+
+def _check_normalisation(path: Path, state: Weights, network: Network) -> None:
+    """Raise an `InputError` if a file says that its network normalises otherwise."""
+    parts = {
+        found["what"]: state[name]
+        for name in state
+        if (found := robust_weights.NORMALISATION.fullmatch(name))
+    }
+    statistics = robust_weights.statistics_of(parts)
+    own = (network.mean, network.std)
+    if statistics and not torch.allclose(torch.tensor(statistics), torch.tensor(own), atol=1e-3):
+        (mean, std), (own_mean, own_std) = (
+            [" ".join(f"{value:.4g}" for value in row) for row in rows] for rows in (statistics, own)
+        )
+        raise InputError(
+            f"{path}: normalises by mean {mean} and std {std}, --arch {network.arch} by {own_mean} and "
+            f"{own_std}; expected the same"
+        )
 
 
 # Names by which the official files of DINOv2 and DINOv3 are known.

@@ -93,7 +93,7 @@ def read(
         bool(head),
         True if normalises is None and (parts.normalisation or about) else normalises,
         "; ".join(filter(None, notes)),
-        (about["mean"], about["std"]) if about else _statistics(parts.normalisation),
+        (about["mean"], about["std"]) if about else statistics_of(parts.normalisation),
         about,
     )
 
@@ -119,7 +119,7 @@ def _about(path: Path, header: Mapping[str, str]) -> dict:
 
 # Names
 
-_NORMALISATION = re.compile(r"(attacker\.)?normali[sz]er?\.(new_)?(?P<what>.+)")
+NORMALISATION = re.compile(r"(attacker\.)?normali[sz]er?\.(new_)?(?P<what>.+)")
 _LORA = re.compile(r".+\.lora_[AB]_(nat|adv)")  # their product is not in the weights beside them
 _HEAD = re.compile(
     r"(fc|fc_downstream|linear|classifier|heads?|head_\w+|projector|predictor|projection\w*|prediction\w*"
@@ -146,10 +146,13 @@ class _Parts(NamedTuple):
 
 def _sort(path: Path, found: StateDict, network: Network) -> _Parts:
     parts = _Parts({}, {}, {}, {}, [])
-    left = {"LoRA factors": 0, "unused tensors": 0}
+    left = {"LoRA factors": 0, "unused tensors": 0, "projection to texts": 0}
     for name, tensor in found.weights.items():
         known = name in network.names
-        if normalisation := _NORMALISATION.fullmatch(name):
+        if found.width and network.is_head(name):
+            left["projection to texts"] += 1
+            continue
+        if normalisation := NORMALISATION.fullmatch(name):
             parts.normalisation[normalisation["what"]] = tensor
             continue
         if _LORA.fullmatch(name):
@@ -251,7 +254,9 @@ def _resized(table: Tensor, like: Tensor, network: Network) -> Tensor:
     return resample_abs_pos_embed(table, [side, side], num_prefix_tokens=own)
 
 
-def _statistics(normalisation: Weights) -> tuple[Triple, Triple] | None:
+def statistics_of(normalisation: Weights) -> tuple[Triple, Triple] | None:
+    """The mean and standard deviation that a file keeps as `mean` and `std`, three numbers of any shape each;
+    None if it has no such."""
     values = [normalisation[what] for what in ("mean", "std") if what in normalisation]
     if len(values) < 2 or any(value.numel() != 3 or not value.is_floating_point() for value in values):
         return None

@@ -6,6 +6,7 @@
     wrappers     blocks.0._orig_mod.norm1.weight             `WRAPPERS`, at any place, are taken out
     chunks       blocks.2.7.norm1.weight                     DINOv2 trains its blocks in chunks
     copies       attacker.model.conv1.weight                 left out where the tensor is there a second time
+    towers       visual.transformer.resblocks.0.ln_1.weight  CLIP and its kin, in timm's names; see `towers`
 
 Every network has a key: its containers and roles, such as `state_dict.base_encoder`. All readers of foreign
 weights go through here. Knows no network: a reader may pass the names and shapes it expects. Such names are
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
+from amt.files import towers
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError, printable
 
@@ -65,6 +67,8 @@ class StateDict(NamedTuple):
         copies: how many tensors were left out because they were there a second time.
         counters: how many tensors were left out that only count.
         beside: how many tensors were left out that are beside several networks, and in none of them.
+        texts: how many tensors were left out that are a text tower's.
+        width: of the projection to the space that images and texts share, which is the layer `head`; 0: none.
     """
 
     weights: Weights
@@ -73,6 +77,8 @@ class StateDict(NamedTuple):
     copies: int
     counters: int = 0
     beside: int = 0
+    texts: int = 0
+    width: int = 0
 
     def notes(self) -> list[str]:
         """What was chosen and what was left out, a text for each; none where there was nothing to choose."""
@@ -81,7 +87,7 @@ class StateDict(NamedTuple):
             others = ", ".join(repr(printable(key)) for key in self.others)
             found.append(f"took {self.container!r} (--weights_key takes another network, of {others})")
         counts = {"second copies": self.copies, "counters": self.counters}
-        counts |= {"tensors beside the networks": self.beside}
+        counts |= {"tensors beside the networks": self.beside, "tensors of texts": self.texts}
         return found + [f"{number} {what} left out" for what, number in counts.items() if number]
 
 
@@ -144,7 +150,10 @@ def unwrap(path: Path, data: Mapping[str, Any], known: Shapes = _NONE, key: str 
     numbers = [entry for entry in entries if entry.name in known or not _is_counter(entry.name, entry.tensor)]
     weights, copies = _without_copies(path, numbers)
     others = tuple(name for name in found if name != taken)
-    return StateDict(weights, taken, others, copies, len(entries) - len(numbers), found[taken].beside)
+    tower = towers.in_timms_names(path, weights, known)
+    counters = len(entries) - len(numbers)
+    rest = (found[taken].beside, tower.texts, tower.width)
+    return StateDict(tower.weights, taken, others, copies, counters, *rest)
 
 
 def without_wrappers(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from amt.models.wide_resnet import WideResNet
 from meta_dataset_readers.errors import InputError, first_line, nearest
 
 TIMM = "timm:"  # prefix of the name of an architecture in timm's table instead of those below
+PROJECTION = "head.weight"  # (E, D), of a network whose features are those of the space it shares with texts
 
 Triple = tuple[float, float, float]  # one number per RGB channel
 
@@ -122,6 +123,7 @@ ALIASES = {
 SMALLEST = 16  # px: below, a last stage has one value per channel, which has no statistics
 SMALL = 64  # px: images under this side get a ResNet's stem that does not shrink them
 LARGE = 128  # px: from this side on, the published code for high resolutions applies
+_WIDEST = 10**5  # of a projection
 TOKENS = 4  # patches per side at least: attention over fewer has nothing to tell apart
 
 
@@ -139,10 +141,43 @@ def base_arch(name: str) -> str:
     return base
 
 
+def timm_name(arch: str) -> tuple[str, int | None]:
+    """NAME and E of `timm:NAME:E`: the features are those of a projection to E numbers, with 0 those before
+    it. E is None where the name leaves it to the file of weights.
+
+    Raises:
+        InputError: E is no such number.
+    """
+    name, colon, width = arch.removeprefix(TIMM).partition(":")
+    if not colon:
+        return name, None
+    if not (width.isdecimal() and int(width) <= _WIDEST):
+        raise InputError(
+            f"--arch {arch!r}: expected {TIMM}NAME, or {TIMM}NAME:E for a projection to E numbers"
+        )
+    return name, int(width)
+
+
+def stated(arch: str, shapes: Mapping[str, Sequence[int]]) -> str:
+    """`arch` with the projection that saved weights of these shapes have, if the name leaves it open."""
+    if not arch.startswith(TIMM) or timm_name(arch)[1] is not None:
+        return arch
+    return f"{arch}:{shapes[PROJECTION][0] if PROJECTION in shapes else 0}"
+
+
+def projection_widths(arch: str) -> set[int | None]:
+    """The widths E of the projections that timm's own files of this network have, none of classifiers."""
+    import timm
+
+    name = timm_name(arch)[0].partition(".")[0]
+    tags = timm.list_models(f"{name}.*", pretrained=True) if "clip" in name else []
+    return {timm.get_pretrained_cfg_value(tag, "num_classes") for tag in tags if "_ft_" not in tag}
+
+
 def _check_timm_name(arch: str) -> None:
     import timm
 
-    name = arch.removeprefix(TIMM)
+    name, _ = timm_name(arch)
     known = {*timm.list_models(), *timm.list_models(pretrained=True)}
     if name not in known:
         # nearest() would list all thousands of names where none is close.
@@ -158,28 +193,56 @@ def build_network(arch: Arch) -> nn.Module:
 
 
 def build_timm_network(arch: str) -> nn.Module:
-    """A randomly initialised network of timm, the NAME of `timm:NAME`, without a head.
+    """A randomly initialised network of timm, the NAME of `timm:NAME`, without a classifier; of `timm:NAME:E`
+    it ends in a projection to E features. Queries, keys and values are one layer, as the LoRAs adapt it.
 
     Raises:
-        InputError: it is not a ViT for images of any size with one layer `qkv` for queries, keys and values.
+        InputError: it is not a ViT for images of any size, or has no layer `qkv`.
     """
     import timm
     from timm.models.eva import Eva
 
-    try:
-        network = timm.create_model(
-            arch.removeprefix(TIMM), pretrained=False, num_classes=0, dynamic_img_size=True
-        )
-    except TypeError:  # the network has no such option
-        network = None
+    name, width = timm_name(arch)
+    network = _created(name)
+    if network is not None and not _has_one_qkv(network):
+        network = _created(name, **one_qkv(network))
     if not isinstance(network, timm.models.VisionTransformer | Eva):
         raise InputError(f"--arch {arch!r} is no plain vision transformer that takes images of any size")
-    if not any(name.endswith("attn.qkv.weight") for name, _ in network.named_parameters()):
+    if not _has_one_qkv(network):
         raise InputError(
             f"--arch {arch!r}: its queries, keys and values are separate layers, "
             "expected one layer attn.qkv for all three, as the LoRAs adapt it"
         )
-    return freeze(network)
+    return freeze(with_projection(network, width or 0))
+
+
+def _created(name: str, **options: Any) -> nn.Module | None:
+    import timm
+
+    try:
+        return timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True, **options)
+    except TypeError:  # the network has no such option
+        return None
+
+
+def one_qkv(network: nn.Module) -> dict[str, bool]:
+    """The option by which timm makes a network with one layer for queries, keys and values: EVA's has it."""
+    from timm.models.eva import Eva
+
+    return {"qkv_fused": True} if isinstance(network, Eva) else {}
+
+
+def _has_one_qkv(network: nn.Module) -> bool:
+    return any(name.endswith("attn.qkv.weight") for name, _ in network.named_parameters())
+
+
+def with_projection(network: Any, width: int) -> Any:
+    """A network of timm without a classifier, now with `width` features: those of a linear layer after its
+    pooling. 0 leaves it as it is."""
+    if width:
+        network.head = nn.Linear(network.num_features, width)
+        network.num_features = width
+    return network
 
 
 def freeze(network: nn.Module) -> nn.Module:

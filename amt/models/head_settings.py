@@ -13,6 +13,8 @@ from meta_dataset_readers.errors import InputError, nearest
 MIX = "mix"
 PRETRAINED = "pretrained"
 RECOMMENDED = "robust-lda"  # for pools whose file has the statistics
+TEXT = "text"  # in place of a second network: the texts of --text_prototypes
+ON_SUPPORT = "support"  # in place of a share: chosen by leave-one-out on every task's support set
 LEAST_IDENTITY = 0.01  # of the sum of all shares: below it float32 features make no sound inverse
 
 _LDA = {"support": 0.5, "identity": 0.5}
@@ -42,8 +44,10 @@ class Head:
         support, source, attack, identity: shares of the covariances in their mixture; only ratios count.
         views: share of the covariance over augmented views of the support, where it has one image per class.
         penalty: of ridge, relative to the mean squared length of the centred features.
-        other: "pretrained", or the number of a pool's member, whose logits are mixed in; None: no mixing.
-        share: of the first network's logits in that mixture.
+        other: "pretrained", or the number of a pool's member, whose logits are mixed in, or "text": the same
+            network's by the cosine to the texts of the classes; None: no mixing.
+        share: of the first network's logits in that mixture, "support": chosen for every task. 0 with texts
+            is zero-shot classification, which does not look at the support set.
 
     Raises:
         ValueError: a value is outside of its range.
@@ -57,16 +61,20 @@ class Head:
     views: float = 0.0
     penalty: float = 0.0
     other: str | int | None = None
-    share: float = 1.0
+    share: float | str = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"no head {self.kind!r}; {nearest(self.kind, KINDS)}")
-        for name in (*_ROBUST, "penalty", "share"):
-            value = getattr(self, name)
+        if self.share == ON_SUPPORT and self.other != TEXT:
+            raise ValueError(f"share={ON_SUPPORT} is for other={TEXT}")
+        shares = [] if isinstance(self.share, str) else [("share", self.share)]
+        for name, value in [*((name, getattr(self, name)) for name in (*_ROBUST, "penalty")), *shares]:
             if not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name} is {value:g}, expected a nonnegative number")
-        if self.share > 1:
+        if isinstance(self.share, str) and self.share != ON_SUPPORT:
+            raise ValueError(f"share is {self.share!r}, expected a number or {ON_SUPPORT}")
+        if not isinstance(self.share, str) and self.share > 1:
             raise ValueError(f"share is {self.share:g}, expected a number from 0 to 1")
         if self.kind == "ridge" and self.penalty <= 0:
             raise ValueError(f"penalty is {self.penalty:g}, expected a positive number")
@@ -84,7 +92,13 @@ class Head:
         words = [f"{name}={getattr(self, name):g}" for name in KINDS[self.kind]]
         if self.other is None:
             return " ".join([self.kind, *words])
-        return " ".join([MIX, f"of={self.kind}", f"share={self.share:g}", f"other={self.other}", *words])
+        share = self.share if isinstance(self.share, str) else f"{self.share:g}"
+        return " ".join([MIX, f"of={self.kind}", f"share={share}", f"other={self.other}", *words])
+
+    @property
+    def zero_shot(self) -> bool:
+        """Whether it classifies by texts alone."""
+        return self.other == TEXT and self.share == 0
 
     @property
     def needs_statistics(self) -> bool:
@@ -113,8 +127,12 @@ def parse_head(words: Sequence[str]) -> Head:
         InputError: unknown head, unknown option, or a value outside of its range.
     """
     name, *options = words
+    if name == TEXT:
+        if options:
+            raise InputError(f"--head {TEXT} {options[0]}: expected no option")
+        return parse_head([MIX, "of=prototypes", "share=0", f"other={TEXT}"])
     if name != MIX and name not in KINDS:
-        raise InputError(f"--head {name}: {nearest(name, (*KINDS, MIX))}")
+        raise InputError(f"--head {name}: {nearest(name, (*KINDS, MIX, TEXT))}")
     mixing = _MIXING if name == MIX else {}
     given = dict(_option(name, option) for option in options)
     kind = given.pop("of", mixing.get("of", name)) if name == MIX else name
@@ -146,9 +164,13 @@ def _number(key: str, text: str) -> float:
 
 
 def _network(key: str, text: str) -> str | int:
-    if text != PRETRAINED and not text.isdecimal():
-        raise ValueError(f"{key} is {text!r}, expected {PRETRAINED} or the number of an adapter")
+    if text not in (PRETRAINED, TEXT) and not text.isdecimal():
+        raise ValueError(f"{key} is {text!r}, expected {PRETRAINED}, {TEXT} or the number of an adapter")
     return int(text) if text.isdecimal() else text
 
 
-_READ: dict[str, Callable[[str, str], Any]] = {"other": _network}
+def _share(key: str, text: str) -> float | str:
+    return text if text == ON_SUPPORT else _number(key, text)
+
+
+_READ: dict[str, Callable[[str, str], Any]] = {"other": _network, "share": _share}

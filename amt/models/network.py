@@ -384,7 +384,17 @@ def untrained(base: str) -> tuple[Network, Origin]:
     module: Any = _seeded(make, 0)
     mean, std = architectures.timm_statistics(module)
     side = module.pretrained_cfg["input_size"][-1]
-    return Network(base, module, side, mean, std, make=make), architectures.timm_origin(module)
+    name, width = architectures.timm_name(base)
+    named = f"{TIMM}{name}:{width}" if width else f"{TIMM}{name}"
+    return Network(named, module, side, mean, std, make=make), architectures.timm_origin(module)
+
+
+def projected(network: Network, width: int) -> Network:
+    """A network of timm, whose module now ends in a linear layer (`width`, D) with random weights."""
+    arch = f"{network.arch}:{width}"
+    module = _seeded(functools.partial(architectures.with_projection, network.module, width), 0)
+    make = functools.partial(architectures.build_timm_network, arch)
+    return dataclasses.replace(network, arch=arch, module=module, make=make)
 
 
 def build_classifier(

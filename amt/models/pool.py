@@ -27,6 +27,7 @@ from amt.attacks.levels import Perturbation
 from amt.models.weights import Merged, Trim, Weights, trim_singular_values
 
 VIT_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+GATED_LAYERS = ("mlp.fc1_g", "mlp.fc1_x")  # of EVA's, in place of mlp.fc1
 
 
 def low_rank(A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def plus_low_rank(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return torch.baddbmm(blocks, B.flatten(0, 1), A.flatten(0, 1)).view(members, *weight.shape)
 
 
-def adapted_layers(weights: Weights, layers: Sequence[str] = VIT_LAYERS) -> list[str]:
+def adapted_layers(weights: Weights, layers: Sequence[str] = (*VIT_LAYERS, *GATED_LAYERS)) -> list[str]:
     """Names of the weights that get an adapter: those of layers whose name ends as listed."""
     endings = tuple(f"{layer}.weight" for layer in layers)
     return [name for name in weights if name.endswith(endings)]

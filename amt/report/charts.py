@@ -129,7 +129,7 @@ def _curves(
     names: Sequence[str],
 ) -> Figure | None:
     radii = [epsilon for radii in attacks.values() for epsilon in radii]
-    x = Axis(f"epsilon in 1/255, {NORMS[norm]}", 0, max(radii), max(radii), _epsilon_ticks(radii))
+    x = Axis(f"epsilon in 1/255, {NORMS[norm]}", 0, max(radii), max(radii), epsilon_ticks(radii))
     panels, rows = [], []
     for name in names:
         rules = chances(shown, name)
@@ -188,7 +188,7 @@ def _lines(
     return series
 
 
-def _epsilon_ticks(radii: Iterable[float]) -> tuple[float, ...]:
+def epsilon_ticks(radii: Iterable[float]) -> tuple[float, ...]:
     """The radii themselves, without those whose labels would touch."""
     values, ticks = sorted(set(radii), reverse=True), []
     for epsilon in (values[0], 0.0, *values[1:]):

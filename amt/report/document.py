@@ -18,7 +18,7 @@ from amt.evaluation.chance import MARK, is_below_chance
 from amt.evaluation.comparison import in_words
 from amt.evaluation.runs import SEVERITIES, Run, attack_from
 from amt.evaluation.statistics import Summary
-from amt.report import charts, figures, panels
+from amt.report import charts, figures, panels, shots
 from amt.report.by_class import by_domain
 from amt.report.charts import Differences
 from amt.report.example_tasks import SAMPLE_SIDE, example_tasks
@@ -63,7 +63,7 @@ def page(runs: Sequence[Run]) -> str:
         doubts=doubts(shown),
         below_chance=below_chance(shown),
         scatter=charts.scatter(shown),
-        curves=charts.curves(shown),
+        curves=[*shots.curves(shown), *charts.curves(shown)],
         compared=compared,
         refusals=[sentence(refusal) for refusal in compared.refusals] if compared else [],
         heat_maps=charts.heat_maps(shown),

@@ -12,12 +12,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from amt.models.head_settings import COSINE, PRETRAINED, Head
-from amt.models.heads import SPREAD, Fitted, PoolStatistics, Statistics, fit, has_two, spread
+from amt.files.text_prototypes import TextPrototypes
+from amt.models.head_settings import COSINE, PRETRAINED, TEXT, Head
+from amt.models.heads import SPREAD, Cosine, Fitted, PoolStatistics, Statistics, fit, has_two, spread
 from amt.models.network import Network, features, fixed_features
 from amt.models.pool import Pool
 from amt.models.weights import Coefficients, Merged, Trim, Weights, stream
 from amt.tasks.merge import augment
+from amt.tasks.texts import chosen_share
 from meta_dataset_readers.episode import Episode
 
 Logits = Callable[[Tensor], Tensor]
@@ -75,6 +77,7 @@ def head_classifier(
     statistics: PoolStatistics | None = None,
     second: Merged | None = None,
     seed: int = 0,
+    texts: TextPrototypes | None = None,
 ) -> Classifier:
     """The classifier by any head, fitted to the support; a `Fitter` once `head` and what follows are bound.
 
@@ -84,7 +87,9 @@ def head_classifier(
         statistics: of the pool that was merged, for heads that need them.
         second: the network whose logits are mixed in, if `head` mixes.
         seed: decides, with the episode's index, the augmented views of the support.
+        texts: of all classes, by name, if `head` mixes those in.
     """
+    said = texts.of(episode.names, episode.support.device) if texts and head.other == TEXT else None
     fitted_to = functools.partial(
         fitted_voices,
         network,
@@ -96,6 +101,7 @@ def head_classifier(
         second=second,
         seed=seed,
         index=episode.index,
+        texts=said,
     )
 
     def refit(support: Tensor) -> Logits:
@@ -125,12 +131,14 @@ FeaturesOf = Callable[[Network, Weights, Tensor], Tensor]
 def spoken(
     network: Network, voices: Sequence[Voice], images: Tensor, features_of: FeaturesOf = features
 ) -> Tensor:
-    """The logits of a task, those of two networks added: (n, 3, H, W) in [0, 1] -> (n, N)."""
-    found = [
-        logits if voice.factor is None else voice.factor * logits
-        for voice in voices
-        for logits in [voice.head(features_of(network, voice.weights, images))]
-    ]
+    """The logits of a task, those of two voices added: (n, 3, H, W) in [0, 1] -> (n, N). Two of one network
+    have its features once."""
+    seen = features_of(network, voices[0].weights, images)
+    found = []
+    for voice in voices:
+        same = voice.weights is voices[0].weights
+        logits = voice.head(seen if same else features_of(network, voice.weights, images))
+        found.append(logits if voice.factor is None else voice.factor * logits)
     return found[0] if len(found) == 1 else found[0] + found[1]
 
 
@@ -146,6 +154,7 @@ def fitted_voices(
     seed: int = 0,
     index: int = 0,
     features_of: FeaturesOf = fixed_features,
+    texts: Tensor | None = None,
 ) -> tuple[Voice, ...]:
     """What `spoken` takes: one network with its head, or two if `head` mixes.
 
@@ -153,10 +162,14 @@ def fitted_voices(
         support, labels: (S, 3, H, W) in [0, 1], and (S,) int64 in 0..N-1.
         index: of the episode; 0 for the first of a run, or the only one.
         features_of: `features` for a graph that reaches the support.
+        texts: (N, D) embeddings of the classes, if `head` mixes those in.
         network, merged, coefficients, head, statistics, second, seed: as of `head_classifier`.
     """
     merged = merged._replace(weights=network.cast(merged.weights))
     parts = [_Part(network, merged, head, statistics and statistics.merged(coefficients))]
+    if texts is not None:
+        views = functools.partial(support_views, network, support, seed=seed, index=index)
+        return _with_texts(parts[0], support, labels, views, features_of, texts)
     if second is not None and head.other is not None:
         alone = tuple(float(p == head.other) for p in range(len(coefficients)))
         other = () if head.other == PRETRAINED else alone
@@ -166,10 +179,38 @@ def fitted_voices(
     found = [part.fitted(support, labels, views, features_of) for part in parts]
     if len(found) == 1:
         return (Voice(merged.weights, found[0].head),)
-    shares = (head.share, 1 - head.share)
+    share = float(head.share)
+    shares = (share, 1 - share)
     return tuple(
         Voice(part.merged.weights, each.head, share * (SPREAD / spread(each.on_support)))
         for part, each, share in zip(parts, found, shares, strict=True)
+    )
+
+
+def _with_texts(
+    part: "_Part",
+    support: Tensor,
+    labels: Tensor,
+    views: Callable[[], Tensor],
+    features_of: FeaturesOf,
+    texts: Tensor,
+) -> tuple[Voice, ...]:
+    """A network with the head of its support and that of the texts (N, D), or with the latter alone."""
+    said, weights = Cosine(texts, SPREAD), part.merged.weights
+    if part.head.zero_shot:
+        return (Voice(weights, said),)
+    seen = part.features(support, None if has_two(labels) else views(), features_of)
+    found, share = part.fitted_to(*seen, labels), part.head.share
+    if isinstance(share, str):
+
+        def fit(features: Tensor, labels: Tensor) -> Fitted:
+            return part.fitted_to(features, None, labels).head
+
+        share = chosen_share(seen[0], labels, said, fit, seen[1])
+    of_texts = said(seen[0] if seen[1] is None else seen[1].flatten(0, 1))
+    return (
+        Voice(weights, found.head, share * (SPREAD / spread(found.on_support))),
+        Voice(weights, said, (1 - share) * (SPREAD / spread(of_texts))),
     )
 
 
@@ -219,13 +260,22 @@ class _Part(NamedTuple):
         views: Tensor | None,
         features_of: FeaturesOf,
     ) -> _Found:
-        weights, scale, bias = self.merged
-        scale, bias = (scale, bias) if self.head.kind in COSINE else (SPREAD, 0.0)
+        return self.fitted_to(*self.features(support, views, features_of), labels)
+
+    def features(
+        self, support: Tensor, views: Tensor | None, features_of: FeaturesOf
+    ) -> tuple[Tensor, Tensor | None]:
+        """Features of the support (S, D), and of its views (V, S, D)."""
+        weights = self.merged.weights
         seen = features_of(self.network, weights, support)
-        by_view = None
-        if views is not None:
-            moved = features_of(self.network, weights, views.flatten(0, 1))
-            by_view = moved.unflatten(0, views.shape[:2])
+        if views is None:
+            return seen, None
+        moved = features_of(self.network, weights, views.flatten(0, 1))
+        return seen, moved.unflatten(0, views.shape[:2])
+
+    def fitted_to(self, seen: Tensor, by_view: Tensor | None, labels: Tensor) -> _Found:
+        _, scale, bias = self.merged
+        scale, bias = (scale, bias) if self.head.kind in COSINE else (SPREAD, 0.0)
         found = fit(self.head, seen, labels, self.statistics, scale, bias, by_view)
         # The only image of a class says little of how its logits spread, views of it say more.
         on_support = found(seen if by_view is None else by_view.flatten(0, 1))

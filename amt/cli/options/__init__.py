@@ -9,7 +9,7 @@ from amt.cli.options.common import (
     sampling,
     use_machine,
 )
-from amt.cli.options.parsing import Parser, check_output
+from amt.cli.options.parsing import Parser, check_distinct, check_output
 from amt.cli.options.testing import (
     TEST_SOURCES,
     add_head,
@@ -50,6 +50,7 @@ __all__ = [
     "add_workers",
     "arithmetic",
     "attacks",
+    "check_distinct",
     "check_output",
     "check_testing",
     "check_training",

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from amt.attacks.kinds import PGD_KINDS, TARGETED, Attack, parse_attack, target_count
+from amt.cli.options import texts
 from amt.cli.options.common import COUNT, EPSILON, WAYS, add_common, check_episodes, folder_source, sampling
 from amt.cli.options.domain_config import DomainSettings, read_domain_config
 from amt.cli.options.parsing import Parser, check_distinct
@@ -56,8 +57,11 @@ def add_merging(group: argparse._ArgumentGroup) -> None:
     add_flags(group, Routing, several=_SEARCHED)
 
 
-def add_head(group: argparse._ArgumentGroup, several: str, default: str = "prototypes") -> None:
-    """The flag of what classifies the features; `several` says what giving it more than once does."""
+def add_head(
+    group: argparse._ArgumentGroup, several: str, default: str = "prototypes", more: str = ""
+) -> None:
+    """The flag of what classifies the features; `several` says what giving it more than once does, `more`
+    what else there is."""
     group.add_argument(
         "--head",
         nargs="+",
@@ -65,7 +69,7 @@ def add_head(group: argparse._ArgumentGroup, several: str, default: str = "proto
         metavar=("NAME", "OPTION=VALUE"),
         help="what classifies the features: prototypes, centred, lda, ridge, robust-lda, or mix of two "
         "networks, with shares such as support=0.3 attack=0.3 identity=0.4, and for mix of=robust-lda "
-        f"share=0.8 other=pretrained{several} (default: {default}; docs/explanation/robust-lda.md)",
+        f"share=0.8 other=pretrained{several} (default: {default}; docs/explanation/robust-lda.md){more}",
     )
 
 
@@ -76,7 +80,7 @@ def heads(args: argparse.Namespace) -> tuple[Head, ...] | None:
         InputError: one of them makes no sense, or two are the same.
     """
     if args.head is None:
-        return None
+        return (parse_head(texts.DEFAULT_HEAD),) if vars(args).get("text_prototypes") else None
     found = tuple(parse_head(words) for words in args.head)
     check_distinct("head", [head.name for head in found])
     return found
@@ -103,7 +107,8 @@ def testing_parser() -> Parser:
     _add_running(parser)
     merging = parser.add_argument_group("merging")
     add_merging(merging)
-    add_head(merging, "; given several times --select chooses")
+    add_head(merging, "; given several times --select chooses", more=texts.HELP)
+    texts.add_texts(merging)
     add_flags(merging, Deployment)
     merging.add_argument(
         "--domain_config",
@@ -271,8 +276,10 @@ def _check_unseen(args: argparse.Namespace, way: str) -> None:
 
 
 def _check_heads(args: argparse.Namespace) -> None:
-    """Raise an `InputError` for several heads and nothing that chooses."""
+    """Raise an `InputError` for several heads and nothing that chooses, or one that sees no attack."""
     found, way = heads(args) or (), selection(args)
+    if any(head.zero_shot for head in found) and any(words[0] == "support" for words in args.attack or ()):
+        raise InputError("--attack support moves the support set, which --head text does not look at")
     if len(found) > 1 and way not in ("valid", "published"):
         raise InputError(
             f"--head is given {len(found)} times; --select valid chooses among them, found --select {way}"

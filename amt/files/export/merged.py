@@ -9,7 +9,7 @@ from torch import Tensor
 
 from amt.files.checkpoint import provenance
 from amt.files.digests import serialise
-from amt.models.head_settings import Head
+from amt.models.head_settings import TEXT, Head
 from amt.models.heads import Cosine, Fitted, Linear, prototypes
 from amt.models.network import Network, features
 from amt.models.pool import LoRAPool, Pool
@@ -33,6 +33,8 @@ def check_kind(pool: Pool, to: str, where: str = "the pool") -> None:
 
 def check_single(head: Head) -> None:
     """Raise an `InputError` for a head that mixes two networks: an export has one."""
+    if head.other == TEXT:
+        raise InputError("--head mix other=text: texts do not go into an export; expected another head")
     if head.other is not None:
         raise InputError(
             "--head mix: two networks do not go into one export; export each with its own head, or save the "

@@ -45,13 +45,14 @@ def timm_config(merged: MergedNetwork) -> dict:
     if "img_size" not in options:  # the table of a network that takes any size is not resized by loading it
         options["img_size"] = list(network.module.patch_embed.img_size)
     layers = {"first_conv": "patch_embed.proj", "classifier": "head"}
+    outputs = call.options["num_classes"]  # of a projection, where there are no classes
     named = {"label_names": list(merged.classes)} if classes else {}
     return {
         "architecture": call.name,
-        "num_classes": classes,
+        "num_classes": outputs,
         "num_features": network.module.num_features,
         "model_args": options,
-        "pretrained_cfg": {"custom_load": False, "num_classes": classes, **preparation, **layers},
+        "pretrained_cfg": {"custom_load": False, "num_classes": outputs, **preparation, **layers},
         **named,
     }
 

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from amt.files.export.merged import MergedNetwork, at_image_size
-from amt.models.architectures import TIMM
+from amt.models.architectures import PROJECTION, TIMM, one_qkv, timm_name
 from amt.models.network import Network
 from amt.models.weights import Weights
 
@@ -34,7 +34,9 @@ def timm_call(network: Network, image_size: int, classes: int = 0) -> TimmCall:
     `classes` the network ends in a linear layer, called head.
     """
     if network.arch.startswith(TIMM):
-        return TimmCall(network.arch.removeprefix(TIMM), {"num_classes": classes, "dynamic_img_size": True})
+        name, width = timm_name(network.arch)
+        options = {"num_classes": classes or width or 0, "dynamic_img_size": True}
+        return TimmCall(name, options | one_qkv(network.module))
     block, dim, depth = network.module.blocks[0], network.module.embed_dim, len(network.module.blocks)
     hidden = block.mlp.fc1.out_features
     # timm rounds dim * ratio down, and the quotient may have been rounded down before.
@@ -56,5 +58,10 @@ def timm_state(merged: MergedNetwork) -> Weights:
     weights = at_image_size(merged.network, merged.weights)
     linear = merged.linear
     head = {} if linear is None else {"head.weight": linear.weight, "head.bias": linear.bias}
+    if linear is not None and PROJECTION in weights:  # timm's network has one last layer: the product of both
+        head = {
+            "head.weight": linear.weight @ weights[PROJECTION],
+            "head.bias": linear.weight @ weights["head.bias"] + linear.bias,
+        }
     state = merged.network.module.state_dict()
     return {name: weights.get(name, tensor).contiguous() for name, tensor in state.items()} | head

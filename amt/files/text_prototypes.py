@@ -1,0 +1,107 @@
+"""Embeddings of class names by the text tower of a CLIP, as a .npz file keeps them: `--text_prototypes`.
+
+    names       (C,) texts          every class once, as the data sets call it; case and _ - do not matter
+    embeddings  (C, E) numbers      of one text, or the mean of several, of any length but zero
+
+docs/how-to/text-prototypes.md has a script that writes such a file.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from amt.files import npz
+from meta_dataset_readers.errors import InputError, first_line, printable
+
+LARGEST = 2**28  # bytes; 22,000 classes of 1,280 numbers are half of it
+
+
+@dataclasses.dataclass(frozen=True)
+class TextPrototypes:
+    """Classes and their embeddings.
+
+    Args:
+        file: where they are from.
+        rows: the row of each class, by `plain` name.
+        embeddings: (C, E) float32, finite, none of them zero.
+    """
+
+    file: Path
+    rows: dict[str, int]
+    embeddings: Tensor
+
+    @property
+    def width(self) -> int:
+        """E."""
+        return self.embeddings.shape[1]
+
+    def of(self, names: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
+        """The embeddings of these N classes, in order: (N, E) float32.
+
+        Raises:
+            InputError: there is none for one of them.
+        """
+        self.check(names)
+        return self.embeddings[[self.rows[plain(name)] for name in names]].to(device)
+
+    def check(self, names: Iterable[str], where: str = "") -> None:
+        """Raise an `InputError`, which says `where` the classes are from, unless all of them are there."""
+        missing = [name for name in names if plain(name) not in self.rows]
+        if missing:
+            shown = ", ".join(repr(printable(name)) for name in missing[:3])
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise InputError(
+                f"--text_prototypes {self.file}: has no text for {shown}{more}{where}; expected every class "
+                "that is tested"
+            )
+
+
+def check_width(texts: TextPrototypes | None, what: str, dim: int) -> None:
+    """Raise an `InputError` unless there are texts, as `what` needs, of as many numbers as `dim` features."""
+    if texts is None:
+        raise InputError(f"{what}: needs --text_prototypes FILE.npz of test_meta_dataset.py")
+    if texts.width != dim:
+        raise InputError(
+            f"--text_prototypes {texts.file}: embeddings of {texts.width} numbers, the network has {dim} "
+            "features; expected as many: the texts of the same CLIP, and an image tower with its projection"
+        )
+
+
+def plain(name: str) -> str:
+    """A class name without what writers differ in: case, and what stands between words."""
+    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+
+
+def read(path: Path) -> TextPrototypes:
+    """The text prototypes in a file.
+
+    Raises:
+        InputError: there is no such file, or it is damaged, too large, or something else.
+    """
+    where = f"--text_prototypes {path}"
+    try:
+        found = npz.read(path, LARGEST, what="file of text prototypes")
+    except InputError:
+        raise
+    except Exception as error:  # numpy and zipfile raise a dozen kinds over damaged files
+        raise InputError(f"{where}: no .npz file of arrays ({first_line(error)})") from error
+    if not {"names", "embeddings"} <= found.keys():
+        shown = ", ".join(map(printable, list(found)[:5])) or "nothing"
+        raise InputError(f"{where}: holds {shown}, expected the arrays names and embeddings")
+    names, numbers = found["names"], found["embeddings"]
+    if names.ndim != 1 or names.dtype.kind != "U" or numbers.ndim != 2 or numbers.dtype.kind != "f":
+        kinds = " and ".join(f"{each.dtype}{list(each.shape)}" for each in (names, numbers))
+        raise InputError(f"{where}: holds {kinds}, expected texts [C] and floating-point numbers [C, E]")
+    if len(names) != len(numbers) or not numbers.size:
+        raise InputError(f"{where}: {len(names)} names and embeddings of shape {list(numbers.shape)}")
+    rows = {plain(name): row for row, name in enumerate(names.tolist())}
+    if len(rows) < len(names):
+        raise InputError(f"{where}: two of its {len(names)} classes have one name")
+    embeddings = torch.from_numpy(numbers.astype(np.float32))
+    if not torch.isfinite(embeddings).all() or not embeddings.any(1).all():
+        raise InputError(f"{where}: an embedding is zero or not finite")
+    return TextPrototypes(path, rows, embeddings)

@@ -1,0 +1,185 @@
+"""Image towers of networks that learnt from images and texts (CLIP and its kin), in timm's names.
+
+    OpenCLIP, OpenAI    visual.transformer.resblocks.0.attn.in_proj_weight, visual.proj, transformer...
+    OpenCLIP on timm    visual.trunk.blocks.0.attn.qkv.weight, visual.head.proj.weight, text...
+    Hugging Face        vision_model.encoder.layers.0.self_attn.q_proj.weight, visual_projection.weight, ...
+
+A tower may be all that a file holds, or lie under any name beside a text tower, which is left out. The
+projection into the space that images and texts share becomes the layer `head`. FARE and TeCoA (Schlarmann et
+al. 2024, arxiv.org/abs/2402.12336) are published in these formats. `state_dicts` calls this last, when what
+training tools put around is taken off.
+"""
+
+import re
+from collections.abc import Container
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from amt.models.architectures import PROJECTION
+from amt.models.weights import Weights
+from meta_dataset_readers.errors import InputError, printable
+
+
+class Tower(NamedTuple):
+    """A network in timm's names.
+
+    Args:
+        weights: its tensors, a projection (E, D) as the layer `head`.
+        width: E, 0 without a projection.
+        texts: how many tensors of a text tower were left out.
+    """
+
+    weights: Weights
+    width: int = 0
+    texts: int = 0
+
+
+# A tensor by which a tower is known, and another that is beside it.
+_SIGNS = (
+    ("class_embedding", "conv1.weight"),
+    ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"),
+    ("trunk.patch_embed.proj.weight", "trunk.patch_embed.proj.weight"),
+)
+_TEXTS = re.compile(
+    r"(text|text_model|transformer|ln_final|token_embedding)\..+|text_projection(\.weight|\.bias)?|attn_mask"
+    r"|positional_embedding|logit_(scale|bias)"
+)
+_RENAMES = tuple(
+    (re.compile(pattern), name)
+    for pattern, name in (
+        # OpenCLIP
+        (r"conv1\.", "patch_embed.proj."),
+        (r"class_embedding", "cls_token"),
+        (r"positional_embedding", "pos_embed"),
+        (r"transformer\.resblocks\.", "blocks."),
+        (r"ln_pre\.", "norm_pre."),
+        (r"ln_post\.", "norm."),
+        (r"(blocks\.\d+)\.ln_", r"\1.norm"),
+        (r"(blocks\.\d+\.attn)\.in_proj_", r"\1.qkv."),
+        (r"(blocks\.\d+\.attn)\.out_proj\.", r"\1.proj."),
+        (r"(blocks\.\d+\.mlp)\.c_fc\.", r"\1.fc1."),
+        (r"(blocks\.\d+\.mlp)\.c_proj\.", r"\1.fc2."),
+        # OpenCLIP on timm
+        (r"head\.proj\.", "head."),
+        (r"trunk\.", ""),
+        # Hugging Face
+        (r"embeddings\.class_embedding", "cls_token"),
+        (r"embeddings\.patch_embedding\.", "patch_embed.proj."),
+        (r"embeddings\.position_embedding\.weight", "pos_embed"),
+        (r"pre_layrnorm\.", "norm_pre."),  # so they spell it
+        (r"post_layernorm\.", "norm."),
+        (r"(encoder\.)?layers\.", "blocks."),
+        (r"(blocks\.\d+)\.layer_norm", r"\1.norm"),
+        (r"(blocks\.\d+)\.self_attn\.out_proj\.", r"\1.attn.proj."),
+        (r"(blocks\.\d+)\.self_attn\.", r"\1.attn."),
+        (r"head\.probe", "attn_pool.latent"),
+        (r"head\.attention\.out_proj\.", "attn_pool.proj."),
+        (r"head\.attention\.in_proj_", "attn_pool.qkv."),
+        (r"head\.layernorm\.", "attn_pool.norm."),
+        (r"head\.mlp\.", "attn_pool.mlp."),
+    )
+)
+
+
+def in_timms_names(path: Path, state: Weights, own: Container[str]) -> Tower:
+    """The image tower among a file's tensors; those of other networks as they are.
+
+    Args:
+        path: for errors.
+        state: by the file's names, without prefixes of training tools.
+        own: names that the network to be filled has, if it is known.
+
+    Raises:
+        InputError: there are several image towers, or a text tower without one.
+    """
+    roots = [
+        name.removesuffix(sign)
+        for name in state
+        for sign, other in _SIGNS
+        if name.endswith(sign) and name.removesuffix(sign) + other in state
+    ]
+    if not roots:
+        if any(name.endswith(("token_embedding.weight", "word_embeddings.weight")) for name in state):
+            raise InputError(f"{path}: holds a text tower and no image tower, expected a ViT's weights")
+        return Tower(_with_one_qkv(state, own))
+    if len(roots) > 1:
+        shown = ", ".join(repr(printable(root)) for root in roots[:5])
+        raise InputError(
+            f"{path}: holds {len(roots)} image towers, under {shown}; expected one: save the one you mean "
+            "in a file of its own"
+        )
+    found, texts = _renamed(state, roots[0])
+    width = 0
+    if PROJECTION in found:
+        if not _is_whole(found[PROJECTION]):
+            raise InputError(f"{path}: its projection {PROJECTION} claims more numbers than the file holds")
+        width = len(found[PROJECTION])
+        found.setdefault("head.bias", torch.zeros(width))
+    return Tower(_with_one_qkv(found, own), width, texts)
+
+
+def _renamed(state: Weights, root: str) -> tuple[Weights, int]:
+    """What is under `root` and the projection beside it by timm's names, anything unknown by its own; and how
+    many tensors of texts there are."""
+    around = root[: root.rfind(".", 0, -1) + 1]
+    found: Weights = {}
+    texts = 0
+    for full, tensor in state.items():
+        if full.startswith(root):
+            found |= _of_timm(full.removeprefix(root), tensor)
+        elif full == f"{around}visual_projection.weight":
+            found[PROJECTION] = tensor
+        elif _TEXTS.fullmatch(full.removeprefix(around)):
+            texts += 1
+        else:
+            found[full] = tensor
+    return found, texts
+
+
+def _of_timm(name: str, tensor: Tensor) -> Weights:
+    """One tensor as timm names and shapes it: views, which hold no memory of their own."""
+    for pattern, new in _RENAMES:
+        name = pattern.sub(new, name) if pattern.match(name) else name
+    if name == "proj" and tensor.ndim == 2:
+        return {PROJECTION: tensor.T}
+    if name == "embeddings.position_ids":  # 0, 1, 2, ...
+        return {}
+    if name == "cls_token" and tensor.ndim == 1:
+        return {name: tensor[None, None]}
+    if name == "pos_embed" and tensor.ndim == 2:
+        return {name: tensor[None]}
+    if name.startswith("attn_pool.qkv."):  # one query for all images: its layer is alone
+        third, part = len(tensor) // 3, name.removeprefix("attn_pool.qkv.")
+        return {f"attn_pool.q.{part}": tensor[:third], f"attn_pool.kv.{part}": tensor[third:]}
+    return {name: tensor}
+
+
+def _is_whole(*tensors: Tensor) -> bool:
+    """Whether a file holds as many numbers as each claims, so that joining them takes no more memory."""
+    return all(each.numel() * each.element_size() <= each.untyped_storage().nbytes() for each in tensors)
+
+
+def _with_one_qkv(weights: Weights, own: Container[str]) -> Weights:
+    """Separate layers X.q_proj, X.k_proj and X.v_proj as one X.qkv, unless the network has them itself.
+
+    A bias that keys have not is zero. EVA keeps the others' as X.q_bias and X.v_bias.
+    """
+    found = dict(weights)
+    for name, query in weights.items():
+        before, sign, part = name.rpartition("q_proj.")
+        key, value = (weights.get(f"{before}{which}_proj.{part}") for which in "kv")
+        if not sign or name in own or value is None or not _is_whole(query, value):
+            continue
+        if key is None and part == "bias" and f"{before}q_bias" in own:
+            found |= {f"{before}q_bias": query, f"{before}v_bias": value}
+        else:
+            key = torch.zeros_like(query) if key is None and part == "bias" else key
+            if key is None or not _is_whole(key) or not query.shape == key.shape == value.shape:
+                continue
+            found[f"{before}qkv.{part}"] = torch.cat([query, key, value])
+        for which in "qkv":
+            found.pop(f"{before}{which}_proj.{part}", None)
+    return found

@@ -1,0 +1,302 @@
+"""CLIP and its kin: files that the original libraries write give those libraries' features and gradients,
+whatever is kept beside the image tower; files without one tower for the network are refused in one line."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from commands import about, called
+from conftest import fails, write_classes
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from toy_towers import (
+    DEPTH,
+    MEAN,
+    SHARED,
+    SIDE,
+    STD,
+    WIDTH,
+    hugging_face,
+    normal,
+    open_clip_model,
+    open_clip_on_timm,
+    pixels,
+    randomised,
+)
+from toy_training import command
+
+from amt.__main__ import main as amt
+from amt.files import robust_weights
+from amt.files.pretrained import load_network, read_weights
+from amt.models.architectures import freeze, stated
+from amt.models.network import build_classifier, features, logits
+from amt.models.pool import adapted_layers
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def of_open_clip(**options):
+    pytest.importorskip("open_clip")
+    make = open_clip_on_timm if "timm_model_name" in options else open_clip_model
+    model = make(**options)
+    return model, model.encode_image
+
+
+def of_hugging_face(kind: str, act: str):
+    pytest.importorskip("transformers")
+    model = hugging_face(kind, act)
+
+    def found(images: Tensor) -> Tensor:
+        seen = model.get_image_features(images) if kind == "CLIPModel" else model(images)
+        return seen.image_embeds if "Projection" in kind else getattr(seen, "pooler_output", seen)
+
+    return model, found
+
+
+# --arch, the width of its features, the original network.
+FORMATS = {
+    "OpenCLIP": ("toy_clip", SHARED, lambda: of_open_clip()),
+    "OpenAI": ("toy_clip_quickgelu", SHARED, lambda: of_open_clip(quick_gelu=True)),
+    "SigLIP of OpenCLIP": (
+        *("toy_siglip", WIDTH),
+        lambda: of_open_clip(timm_model_name="toy_siglip", timm_pool="map", timm_proj="none"),
+    ),
+    "EVA's way": (
+        "toy_clip",
+        SHARED,
+        lambda: of_open_clip(timm_model_name="toy_clip", timm_pool="token", timm_proj=None),
+    ),
+    "projection of its own": (
+        *("toy_clip", SHARED),
+        lambda: of_open_clip(timm_model_name="toy_clip", timm_pool="token", timm_proj="linear"),
+    ),
+    "CLIPModel": ("toy_clip_quickgelu", SHARED, lambda: of_hugging_face("CLIPModel", "quick_gelu")),
+    "CLIPVisionModel": ("toy_clip", WIDTH, lambda: of_hugging_face("CLIPVisionModel", "gelu")),
+    "with projection": (
+        *("toy_clip", SHARED),
+        lambda: of_hugging_face("CLIPVisionModelWithProjection", "gelu"),
+    ),
+    "SiglipVisionModel": ("toy_siglip", WIDTH, lambda: of_hugging_face("SiglipVisionModel", "")),
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_features_and_gradients_are_the_original_librarys(tmp_path, form):
+    name, width, make = FORMATS[form]
+    model, original = make()
+    torch.save({"state_dict": nn.DataParallel(model).state_dict(), "epoch": 3}, tmp_path / "x.pt")
+    notes: list[str] = []
+    ours = load_network(f"timm:{name}", tmp_path / "x.pt", tell=notes.append)
+    assert (ours.arch, ours.module.num_features) == (
+        f"timm:{name}" + f":{SHARED}" * (width == SHARED),
+        width,
+    )
+    has_texts = any("token_embedding" in weight for weight in model.state_dict())
+    assert ("tensors of texts left out" in " ".join(notes)) == has_texts
+
+    found, expected = (pixels().requires_grad_() for _ in "12")
+    ours_out, original_out = features(ours, ours.weights, found), original(normal(expected))
+    assert torch.allclose(ours_out, original_out, atol=1e-5) and original_out.std() > 0.1
+    pattern = torch.rand(ours_out.shape, generator=torch.Generator().manual_seed(1))
+    for seen in (ours_out, original_out):
+        (seen * pattern).sum().backward()
+    assert torch.allclose(found.grad, expected.grad, atol=1e-5) and expected.grad.std() > 1e-3
+
+
+def clip() -> nn.Module:
+    pytest.importorskip("open_clip")
+    return open_clip_model()
+
+
+def saved(folder, state, name="x.pt"):
+    torch.save(state, folder / name)
+    return folder / name
+
+
+# What is put around a tower, as (state of a CLIP's) -> the file's.
+AROUND = {
+    "the tower alone": lambda clip: clip.visual.state_dict(),
+    "in a module called model": lambda clip: {f"model.{n}": t for n, t in clip.visual.state_dict().items()},
+    "one part of another network": lambda clip: {f"vlm.clip.{n}": t for n, t in clip.state_dict().items()},
+    "with its normalisation": lambda clip: {
+        **{f"model.{n}": t for n, t in clip.visual.state_dict().items()},
+        "normalize.mean": torch.tensor(MEAN).view(1, 3, 1, 1),
+        "normalize.std": torch.tensor(STD).view(1, 3, 1, 1),
+    },
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_a_tower_is_found_whatever_is_around_it(tmp_path, around):
+    model = clip()
+    ours = load_network("timm:toy_clip", saved(tmp_path, AROUND[around](model)))
+    found = features(ours, ours.weights, pixels())
+    assert torch.allclose(found, model.encode_image(normal(pixels())), atol=1e-5)
+
+
+def test_the_name_can_say_which_features_are_meant(tmp_path):
+    """Without a number the file decides; 0 are the features before the projection, which is then left out."""
+    model = clip()
+    file = saved(tmp_path, model.state_dict())
+    whole, before = load_network(f"timm:toy_clip:{SHARED}_amt", file), load_network("timm:toy_clip:0", file)
+    assert (whole.arch, before.arch) == (f"timm:toy_clip:{SHARED}", "timm:toy_clip")
+    seen = features(before, before.weights, pixels())
+    assert seen.shape == (3, WIDTH)
+    assert torch.allclose(seen @ model.visual.proj, features(whole, whole.weights, pixels()), atol=1e-5)
+    assert stated("timm:toy_clip", {"head.weight": (9, 64)}) == "timm:toy_clip:9"
+    assert stated("timm:toy_clip", {}) == "timm:toy_clip:0"
+    assert stated("timm:toy_clip:7", {}) == "timm:toy_clip:7" and stated("vit_mini", {}) == "vit_mini"
+
+
+@pytest.mark.parametrize(("classes", "width"), [(SHARED, SHARED), (10, WIDTH)])
+def test_timms_own_files_have_a_projection_or_a_classifier(tmp_path, classes, width):
+    """Which of both a layer `head` is, timm's table says of every name."""
+    alone = randomised(timm.create_model("toy_clip", num_classes=classes))
+    save_file(alone.state_dict(), tmp_path / "x.safetensors")
+    ours = load_network("timm:toy_clip", tmp_path / "x.safetensors")
+    found = features(ours, ours.weights, pixels())
+    assert found.shape == (3, width)
+    expected = (
+        alone(normal(pixels()))
+        if width == SHARED
+        else alone.forward_head(alone.forward_features(normal(pixels())), pre_logits=True)
+    )
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_three_layers_become_one(tmp_path):
+    """EVA-02's large networks have separate queries, keys without bias, and values."""
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    alone = randomised(timm.create_model("eva02_base_patch14_224", num_classes=0, **sizes))
+    assert "blocks.0.attn.q_proj.weight" in alone.state_dict()
+    one = timm.create_model("eva02_base_patch14_224", num_classes=0, qkv_fused=True, **sizes)
+    one.dynamic_img_size = False
+    one.load_state_dict(read_weights(saved(tmp_path, alone.state_dict()), freeze(one)))
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.allclose(one(images), alone(images), atol=1e-5)
+    layers = {name.split(".", 2)[2] for name in adapted_layers(one.state_dict())}
+    assert layers == {
+        f"{layer}.weight" for layer in ("attn.qkv", "attn.proj", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2")
+    }
+
+
+# RobustBench and ARES keep their ViTs so.
+WRAPPED = {
+    "RobustBench": lambda state: {
+        "normalize.mean": torch.full((1, 3, 1, 1), 0.5),
+        "normalize.std": torch.full((1, 3, 1, 1), 0.5),
+        **{f"model.{name}": tensor for name, tensor in state.items()},
+    },
+    "ARES": lambda state: {"state_dict_ema": {f"module.{name}": t for name, t in state.items()}, "epoch": 9},
+}
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+def test_robust_classifiers_of_imagenet_give_their_features(tmp_path, wrapped):
+    alone = randomised(timm.create_model("test_vit"))
+    ours = load_network("timm:test_vit", saved(tmp_path, WRAPPED[wrapped](alone.state_dict())))
+    images = pixels(2, 160)
+    expected = alone.forward_head(
+        alone.forward_features(normal(images, (0.5,) * 3, (0.5,) * 3)), pre_logits=True
+    )
+    assert torch.allclose(features(ours, ours.weights, images), expected, atol=1e-5)
+
+
+def twice(clip: nn.Module) -> dict:
+    tower = clip.visual.state_dict()
+    return {f"{kind}.visual.{name}": t for kind in ("clean", "robust") for name, t in tower.items()}
+
+
+# Name, what the file holds, words of the error.
+BAD = {
+    "texts alone": (
+        *("toy_clip", lambda clip: {n: t for n, t in clip.state_dict().items() if "visual." not in n}),
+        "holds a text tower and no image tower",
+    ),
+    "two towers": ("toy_clip", twice, "holds 2 image towers, under 'clean.visual.', 'robust.visual.'"),
+    "another size": (
+        *("toy_clip", lambda _: open_clip_model(patch_size=16).state_dict()),
+        r"has shape \(64, 3, 16, 16\), expected \(64, 3, 8, 8\)",
+    ),
+    "no projection": (
+        *("toy_clip:16", lambda clip: {n: t for n, t in clip.visual.state_dict().items() if n != "proj"}),
+        "lacks tensor head.weight, head.bias",
+    ),
+    "another projection": (
+        *("toy_clip:8", lambda clip: clip.state_dict()),
+        r"head.weight has shape \(16, 64\), expected \(8, 64\)",
+    ),
+    "another pooling": ("toy_siglip", lambda clip: clip.state_dict(), "lacks tensor .*attn_pool"),
+    "another normalisation": (
+        *("toy_clip", lambda clip: AROUND["with its normalisation"](clip) | {"normalize.std": torch.ones(3)}),
+        "normalises by mean 0.4814 0.4578 0.4082 and std 1 1 1, --arch timm:toy_clip",
+    ),
+    "something of a third kind": (
+        *("toy_clip", lambda clip: clip.state_dict() | {"audio.conv1.weight": torch.ones(2, 2)}),
+        "unexpected tensor audio.conv1.weight",
+    ),
+    "a projection that is nowhere": (
+        *("toy_clip", lambda clip: clip.visual.state_dict() | {"proj": torch.ones(1).expand(64, 10**9)}),
+        "its projection head.weight claims more numbers than the file holds",
+    ),
+    "keys that are nowhere": (
+        "toy_clip",
+        lambda _: {f"blocks.0.attn.{w}_proj.weight": torch.ones(1).expand(10**6, 10**6) for w in "qkv"},
+        "lacks tensor",
+    ),
+    "no number": ("toy_clip:all", lambda clip: {}, "expected timm:NAME, or timm:NAME:E"),
+    "a huge number": ("toy_clip:9999999", lambda clip: {}, "expected timm:NAME, or timm:NAME:E"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_files_without_one_tower_for_the_network_are_refused(tmp_path, case):
+    name, state, words = BAD[case]
+    file = saved(tmp_path, state(clip()))
+    error = str(fails(words, lambda: load_network(f"timm:{name}", file)))
+    assert "\n" not in error and len(error) < 700
+
+
+def test_a_classifier_of_autolora_starts_from_a_tower(tmp_path):
+    """Its layer `head` is for the classes, and no projection, though it be as wide."""
+    model = clip()
+    network = build_classifier("timm:toy_clip", SHARED, SIDE)
+    found = robust_weights.read(saved(tmp_path, model.state_dict()), network, network.start(0))
+    assert not found.head and "projection to texts left out" in found.kind
+    weights = found.weights | {"head.weight": model.visual.proj.T, "head.bias": torch.zeros(SHARED)}
+    assert torch.allclose(logits(network, weights, pixels()), model.encode_image(normal(pixels())), atol=1e-5)
+    assert len(network.adapted()) == 4 * DEPTH
+
+
+# --- the tool chain --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained_clip(world, tmp_path_factory) -> tuple[Path, Path]:
+    """A file of OpenCLIP, and a pool that main.py has trained from it."""
+    folder = tmp_path_factory.mktemp("clip")
+    torch.save(clip().state_dict(), folder / "clip.pt")
+    flags = ("--arch", "timm:toy_clip", "--pretrained_checkpoint", folder / "clip.pt")
+    ended = command("main", *world.train(folder / "run", *flags, "--epochs", 1, "--nEpisode", 1))
+    assert ended.code == 0, ended.err
+    return folder / "clip.pt", folder / "run" / "best.safetensors"
+
+
+def test_a_pool_is_trained_tested_and_used_like_any(world, trained_clip, tmp_path, monkeypatch):
+    """The checkpoint says which features are meant: nobody has to name the projection."""
+    file, pool = trained_clip
+    assert about(pool)["arch"] == f"timm:toy_clip:{SHARED}"
+    flags = ("--arch", "timm:toy_clip", "--resume", pool, "--pretrained_checkpoint", file)
+    mixed = ("--head", "mix", "of=prototypes", "other=pretrained")
+    ended = command("test_meta_dataset", *world.test(tmp_path / "test", *flags, *mixed, "--nTestEpisode", 1))
+    assert ended.code == 0, ended.err
+    support = write_classes(tmp_path / "photos", one=2, two=2)
+    ended = called(amt, ["amt", "predict", pool, "--support", support, support / "one", "--epsilon"])
+    assert ended.code == 0 and "one" in ended.out, ended.err
+    for head in ("prototypes", "lda"):
+        out, words = tmp_path / head, ("--support", support, "--head", head)
+        ended = called(amt, ["amt", "export", pool, "--to", "timm", "--out", out, *words])
+        assert ended.code == 0, ended.err
+        again = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+        assert again(pixels()).shape == (3, 2 if head == "lda" else SHARED)
