@@ -326,7 +326,7 @@ def test_words_become_heads_and_their_names_are_words_again():
         ("lda identity=-1", "identity is -1, expected a nonnegative number"),
         ("lda identity=0", "identity is 0 of 0.5, expected at least 1% of the sum"),
         ("mix share=1.5", "share is 1.5, expected a number from 0 to 1"),
-        ("mix other=best", "other is 'best', expected pretrained or the number of an adapter"),
+        ("mix other=best", "other is 'best', expected pretrained, text or the number of an adapter"),
         ("mix of=mix", "--head mix of=mix"),
     ],
 )
