@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import harness
 import torch
-from programs import Place, rows, run, stop, testing, training, weights
+from programs import OVER, Place, rows, run, stop, testing, training, weights
 from safetensors.torch import load_file
 from side_by_side import (
     RANK,
@@ -91,7 +91,7 @@ class Line(NamedTuple):
 
 
 def ended(what: str, problem: str) -> Line:
-    return Line(what, problem or "ran", not problem)
+    return Line(what, problem or "ran", None if problem == OVER else not problem)
 
 
 def random_network(place: Place, arch: str, autocast: torch.dtype | None = None) -> Network:
@@ -255,7 +255,7 @@ def resuming(place: Place) -> Iterator[Line]:
     problem = run(place, "main.py", *whole) or stop(place, "main.py", *stopped)
     problem = problem or run(place, "main.py", *stopped)
     if problem:
-        yield Line("stopped and continued", problem, False)
+        yield ended("stopped and continued", problem)
         return
     one, other = (load_file(place.folder / name / "last.safetensors") for name in ("whole", "stopped"))
     differing = [name for name in one if not torch.equal(one[name], other[name])]
@@ -361,7 +361,7 @@ def main() -> int:
     say(", ".join(f"{key} {value}" for key, value in about.items()), "")
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
-        make_mini(data, settings=Settings(0, 12), sources=["mini_objects"], workers=available_cores())
+        make_mini(data, settings=Settings(0, 12), sources=["mini_objects"])
         return table(checked(Place(device, Path(folder), data, "mini_objects", end=end)))
 
 

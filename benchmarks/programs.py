@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from amt.models.architectures import ARCHS, build_network
 
 ROOT = Path(__file__).resolve().parents[1]
+OVER = "not run to its end: the time is over"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +54,15 @@ class Place:
 def run(place: Place, script: str, *words: object) -> str:
     """Run a program of the project to its end; what went wrong, in words."""
     command = [sys.executable, str(ROOT / script), *map(str, words)]
-    left = max(1.0, place.end - time.monotonic())
+    left = place.end - time.monotonic()
+    if left <= 0:
+        return OVER
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=left, cwd=place.folder)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=min(left, 3600), cwd=place.folder
+        )
     except subprocess.TimeoutExpired:
-        return "the time was over"
+        return OVER
     last = (done.stderr.strip().splitlines() or [""])[-1]
     return f"exit code {done.returncode}: {last}" if done.returncode else ""
 
@@ -114,7 +119,7 @@ def stop(place: Place, script: str, *words: object) -> str:
             more = os.read(running.stderr.fileno(), 4096)
             if not more or time.monotonic() > place.end:
                 running.kill()
-                return "it ended before the signal" if not more else "the time was over"
+                return "it ended before the signal" if not more else OVER
             shown += more
         running.terminate()
         running.communicate()

@@ -84,6 +84,13 @@ def test_a_program_that_fails_is_bad(place):
     assert line.good is False and "absent" in line.found
 
 
+def test_a_program_that_is_cut_short_has_no_verdict(place, monkeypatch):
+    monkeypatch.undo()
+    late = check.dataclasses.replace(place, end=0.0)
+    problem = check.run(late, "main.py", "--help")
+    assert check.ended("help", problem) == check.Line("help", check.OVER, None)
+
+
 def test_other_logits_and_coefficients_are_bad(place, monkeypatch):
     assert check.run(place, "main.py", *check.training(place, "trained", "cpu")) == ""
     load, scales = check.load_network, iter((1.0, 1.01))
@@ -186,6 +193,21 @@ def test_the_table_says_what_was_not_run_and_fails_for_a_bad_line(place):
     late = check.dataclasses.replace(place, end=0.0)
     shown = called(lambda: check.table(check.checked(late, checks)), ["gpu_check.py"])
     assert shown.code == 0 and "not run: the time is over" in shown.out and "nothing is bad" in shown.out
+
+
+def test_without_a_gpu_the_table_names_what_was_left_out(monkeypatch):
+    """The rest is run on pictures that are made; here on none."""
+    made, of_gpu = [], [each for each in check.CHECKS if each.needs_gpu]
+    monkeypatch.setattr(check, "make_mini", lambda out, **settings: made.append(settings["sources"]))
+    checked = check.checked
+    monkeypatch.setattr(check, "checked", lambda place: checked(place, of_gpu))
+    ended = called(check.main, ["gpu_check.py", "--device", "cpu"])
+    assert ended.code == 0 and made == [["mini_objects"]]
+    assert [line.split(" | ")[0] for line in ended.out.splitlines() if "not run: no GPU" in line] == [
+        "| b",
+        "| c",
+        "| e",
+    ]
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch):
