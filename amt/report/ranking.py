@@ -98,7 +98,7 @@ def plane(shown: Sequence[Shown], joined: Sequence[str] = ()) -> Figure | None:
         series.append(Series("the knob", distinct(len(alone)), knob, joined=True))
     rules = chances(shown, shown[0].whole)
     x, y = (
-        Axis(f"{name}, per cent", 0, 100, 100, (0, 25, 50, 75, 100), rules=rules)
+        Axis(f"{name}, per cent", 0, 100, 20, rules=rules)  # as long as its points need: rows are compared
         for name in ("clean accuracy", "mean accuracy under attack")
     )
     under = ", ".join(column for column in shown[0].run.columns if column != "clean")
