@@ -64,10 +64,7 @@ def run_of(args: argparse.Namespace, attacks: Sequence[Attack], ranks: Ranks) ->
     network = build_classifier(args.arch, len(splits.class_names), args.resize, resize=options.inside(args))
     network, found = open_network(args, network)
     say(f"{args.checkpoint or 'random weights'}: {found.kind}")
-    if args.dualBN and not network.norms:
-        raise InputError(f"--dualBN 1: {network.arch} has no BatchNorm of which there could be two sets")
-    if args.method == "twins" and not network.norms:
-        say(f"note: {network.arch} has no BatchNorm, so the two networks of TWINS are one")
+    check_norms(args, network)
     check_attacks(attacks, network.n_classes)  # before hours of training, not after
     corrupted = open_corrupted(args, splits)
 
@@ -80,14 +77,14 @@ def run_of(args: argparse.Namespace, attacks: Sequence[Attack], ranks: Ranks) ->
             splits.name, images, splits.class_names, transform, args.test_batch_size, args.num_workers
         )
 
-    def tested(folder: Path, weights: Weights, file: Path) -> int:
+    def tested(folder: Path, weights: Weights, file: Path | None = None) -> int:
         arithmetic(args).exact.use()
         run, code = test(
             network,
             {name: weight.to(device) for name, weight in weights.items()},
             test_set(splits.test, plain),
             folder / "test",
-            about={"checkpoint": str(file), "settings": data_protocol(args)},
+            about={"checkpoint": str(file or folder / "best.safetensors"), "settings": data_protocol(args)},
             attacks=attacks,
             seed=args.seed,
             corrupted={
@@ -102,21 +99,30 @@ def run_of(args: argparse.Namespace, attacks: Sequence[Attack], ranks: Ranks) ->
 
     if args.eval_only:
         return tested(args.output, found.weights, args.checkpoint)
-    best = {}
+    waiting: list[tuple[Path, Weights]] = []  # several ranks train all modes before the first one tests
     for mode in options.modes(args):
         settings = options.settings(args, mode)
-        code, best[mode] = tuned(args, network, found, splits, settings, device, ranks)
+        code, weights = tuned(args, network, found, splits, settings, device, ranks)
+        if ranks.world > 1:
+            waiting.append((args.output / mode, weights))
+        elif code == 0:
+            code = tested(args.output / mode, weights)
         if code:
             return code
-    if not ranks.first:
-        return 0
-    for mode, weights in best.items():
-        code = tested(args.output / mode, weights, args.output / mode / "best.safetensors")
-        if code:
+    for folder, weights in waiting if ranks.first else ():
+        if code := tested(folder, weights):
             return code
-    if len(options.modes(args)) > 1:
+    if ranks.first and len(options.modes(args)) > 1:
         summarise(args)
     return 0
+
+
+def check_norms(args: argparse.Namespace, network: Network) -> None:
+    """Raise an `InputError` if two sets of BatchNorm are asked for where there is none."""
+    if args.dualBN and not network.norms:
+        raise InputError(f"--dualBN 1: {network.arch} has no BatchNorm of which there could be two sets")
+    if args.method == "twins" and not network.norms:
+        say(f"note: {network.arch} has no BatchNorm, so the two networks of TWINS are one")
 
 
 def digest(splits: Splits) -> str:
