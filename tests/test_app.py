@@ -86,7 +86,7 @@ def test_a_picture_under_attack_is_within_epsilon_and_answered_as_it_looks(sourc
 def test_epsilon_0_changes_nothing(source, slots, new):
     seen = answers.attack(answers.answer(source, slots, new), 0, 0)
     assert seen.factor is None and (seen.pictures[0] == seen.pictures[2]).all()
-    assert seen.after == pytest.approx(seen.before)
+    assert seen.after == pytest.approx(seen.before, rel=1e-5)  # float32, alone and among others
     assert answers.verdict(seen, 0).startswith("Nothing was changed at epsilon 0: cat, ")
 
 
