@@ -21,6 +21,7 @@ from amt.evaluation.writer import Writer
 from amt.files import checkpoint, version
 from amt.files.pretrained import load_network
 from amt.files.signals import Interrupts
+from amt.models.compiled import compiler_for
 from amt.models.head_settings import PRETRAINED
 from amt.models.network import Network, find_device
 from amt.models.pool import Pool
@@ -113,7 +114,7 @@ def open_network(args: argparse.Namespace, attacks: Sequence[Attack]) -> Network
     shown = any(attack.kind in ON_OTHERS for attack in attacks)
     if args.no_pretrain and any(attack.kind == "transfer" for attack in attacks):
         raise InputError("--attack transfer attacks the pretrained network: it excludes --no_pretrain")
-    return load_network(
+    network = load_network(
         args.arch,
         args.pretrained_checkpoint,
         find_device(args.device),
@@ -122,6 +123,7 @@ def open_network(args: argparse.Namespace, attacks: Sequence[Attack]) -> Network
         key=args.weights_key,
         tell=say,
     )
+    return dataclasses.replace(network, compiler=compiler_for(network.device)) if args.compile else network
 
 
 def other_networks(
