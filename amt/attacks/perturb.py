@@ -105,6 +105,7 @@ def ascend(
     geometry: Geometry[Points],
     steps: int,
     loss_scale: float = LOSS_SCALE,
+    compiled: Callable[[Callable[[Points], Points]], Callable[[Points], Points]] | None = None,
 ) -> Tensor:
     """Projected gradient ascent that goes on to the last step with every image: the attack of training, and
     of images that are meant to fool another network.
@@ -118,6 +119,7 @@ def ascend(
         steps: gradients taken, which is all that this costs.
         loss_scale: multiplies the loss before its gradient is taken, so that float16 does not flush it to
             zero; a power of two, so that it changes no step otherwise.
+        compiled: makes one program of a step, points -> points; None leaves it as it is.
 
     Returns:
         Attacked images (n, 3, H, W) in [0, 1], without graph.
@@ -126,11 +128,13 @@ def ascend(
     def scaled_loss(at: Points) -> Tensor:
         return loss_scale * loss_of(geometry.apply(at, images))
 
-    def move(at: Points, direction: Points) -> Points:
-        return geometry.step(at, direction, images)
+    def step(at: Points) -> Points:
+        return geometry.step(at, input_gradient(scaled_loss, at), images)
 
-    found = end_of_ascent(points, partial(input_gradient, scaled_loss), move, steps)
-    return geometry.apply(found, images).detach()
+    one_step = step if compiled is None else compiled(step)
+    for _ in range(steps):
+        points = one_step(points)
+    return geometry.apply(points, images).detach()
 
 
 @dataclasses.dataclass(frozen=True)

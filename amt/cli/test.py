@@ -22,6 +22,7 @@ from amt.files import checkpoint, text_prototypes, version
 from amt.files.pretrained import load_network
 from amt.files.signals import Interrupts
 from amt.models.architectures import base_arch, stated
+from amt.models.compiled import compiler_for
 from amt.models.head_settings import PRETRAINED
 from amt.models.network import Network, find_device
 from amt.models.pool import Pool
@@ -139,7 +140,7 @@ def open_network(
     )
     if saved:
         checkpoint.check_architecture(args.resume, saved.pool, network.weights, network.arch)
-    return network
+    return dataclasses.replace(network, compiler=compiler_for(network.device)) if args.compile else network
 
 
 def other_networks(

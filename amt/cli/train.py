@@ -28,6 +28,7 @@ from amt.files.pretrained import load_network
 from amt.files.ranks import Ranks, together
 from amt.files.run_directory import check_same
 from amt.files.signals import Interrupted
+from amt.models.compiled import compiler_for
 from amt.models.network import Network, find_device
 from amt.models.parts import with_blocks_made_again
 from amt.models.pool import pretrained_pool, principal_pool
@@ -329,9 +330,10 @@ def asked(args: argparse.Namespace, network: Network) -> dict:
 
 
 def sparing(network: Network, args: argparse.Namespace) -> Network:
-    """The network, as sparing of memory as the flags say."""
+    """The network, as sparing of memory and as fast as the flags say."""
     module = with_blocks_made_again(network.module) if args.grad_checkpointing else network.module
-    return dataclasses.replace(network, module=module, micro_batch=args.micro_batch)
+    compiler = compiler_for(network.device) if args.compile else None
+    return dataclasses.replace(network, module=module, micro_batch=args.micro_batch, compiler=compiler)
 
 
 def fresh(args: argparse.Namespace, network: Network) -> Tuner:

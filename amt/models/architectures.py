@@ -363,3 +363,23 @@ def matching_archs(weights: Mapping[str, Tensor]) -> list[str]:
         )
 
     return [name for name, arch in ARCHS.items() if fits(arch)]
+
+
+_BLOCK = re.compile(r"layer(\d+)\.(\d+)\.")  # of a ResNet, torchvision's or timm's
+
+
+def reached(layers: Sequence[str], place: int) -> list[str]:
+    """Layers of ResNet blocks at one place of their stage, 0 for the first and -1 for the last, without the
+    shortcut; of a network that has no such blocks, all layers."""
+    blocks = {name: found for name in layers if (found := _BLOCK.match(name))}
+    if not blocks:
+        return list(layers)
+    stages: dict[str, list[int]] = {}
+    for found in blocks.values():
+        stages.setdefault(found[1], []).append(int(found[2]))
+    chosen = {stage: sorted(set(numbers))[place] for stage, numbers in stages.items()}
+    return [
+        name
+        for name, found in blocks.items()
+        if int(found[2]) == chosen[found[1]] and ".downsample." not in name
+    ]

@@ -11,8 +11,7 @@ import copy
 import dataclasses
 import functools
 import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from amt.models.architectures import (
     Origin,
     Triple,
 )
+from amt.models.compiled import Compiler, compiled_if_asked
 from amt.models.parts import in_parts
 from amt.models.vit import Linear, VisionTransformer, resize_positions
 from amt.models.weights import Weights
@@ -55,6 +55,7 @@ class Network:
         resize: side in pixels that images are enlarged to inside the network; None leaves them.
         make: builds such a module anew from torch's global generator; `start` needs it.
         micro_batch: most images of a level that `level_features` keeps a graph of at once; None for all.
+        compiler: None, or what makes passes and attack steps faster, see amt/models/compiled.py.
 
     >>> network.arch, network.image_size, network.patch_size
     ('vit_mini', 32, 4)
@@ -69,6 +70,7 @@ class Network:
     resize: int | None = None
     make: Callable[[], nn.Module] | None = None
     micro_batch: int | None = None
+    compiler: Compiler | None = None
 
     def __post_init__(self):
         self.module.eval().requires_grad_(False)
@@ -207,7 +209,7 @@ class Network:
             if isinstance(part, nn.Conv2d | nn.Linear) and name not in (self.stem, self.classifier)
         ]
         if published and self.side >= SMALL:
-            layers = _reached(layers, -1 if self.side >= LARGE else 0)
+            layers = architectures.reached(layers, -1 if self.side >= LARGE else 0)
         return tuple(f"{name}.weight" for name in layers)
 
     def with_published_shortcuts(self) -> "Network":
@@ -313,6 +315,7 @@ def fixed_features(network: Network, weights: Weights, images: Tensor) -> Tensor
         return torch.cat([features(network, weights, part) for part in images.split(CHUNK)])
 
 
+@compiled_if_asked
 def _forward(network: Network, weights: Weights, images: Tensor) -> Tensor:
     """The module's output for images (N, 3, H, W) in [0, 1] under `weights`, in its present mode."""
     if network.resize is not None:
@@ -342,26 +345,6 @@ def _identity(network: Network, weights: Weights) -> Weights:
     own = {"weight": torch.eye(dim, dtype=like.dtype, device=like.device), "bias": like.new_zeros(dim)}
     named = {f"{network.classifier}.{part}": tensor for part, tensor in own.items()}
     return {name: tensor for name, tensor in named.items() if name in weights}
-
-
-_BLOCK = re.compile(r"layer(\d+)\.(\d+)\.")  # of a ResNet, torchvision's or timm's
-
-
-def _reached(layers: Sequence[str], place: int) -> list[str]:
-    """Layers of ResNet blocks at one place of their stage, 0 for the first and -1 for the last, without the
-    shortcut; of a network that has no such blocks, all layers."""
-    blocks = {name: found for name in layers if (found := _BLOCK.match(name))}
-    if not blocks:
-        return list(layers)
-    stages: dict[str, list[int]] = {}
-    for found in blocks.values():
-        stages.setdefault(found[1], []).append(int(found[2]))
-    chosen = {stage: sorted(set(numbers))[place] for stage, numbers in stages.items()}
-    return [
-        name
-        for name, found in blocks.items()
-        if int(found[2]) == chosen[found[1]] and ".downsample." not in name
-    ]
 
 
 # Building

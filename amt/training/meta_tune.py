@@ -87,7 +87,7 @@ def query_outcome(
     def divergence(images: Tensor, which: slice) -> Tensor:
         return (loss_scale * kl_sum(target[:, which], fixed(images))).sum()
 
-    images = attacked_queries(pool.levels, divergence, query, start, network.micro_batch)
+    images = attacked_queries(pool.levels, divergence, query, start, network.micro_batch, network.compiler)
     attacked = level_features(network, weights, images)
     gamma, beta = _numbers(pool.levels, "gamma", pool.scale), _numbers(pool.levels, "beta", target)
     if any(level.gamma > 0 for level in pool.levels):
@@ -120,7 +120,7 @@ def querying_outcome(
     def mistakes(images: Tensor, which: slice) -> Tensor:
         return (loss_scale * cross_entropy_sum(fixed(images), episode.query_labels[which])).sum()
 
-    images = attacked_queries(pool.levels, mistakes, query, start, network.micro_batch)
+    images = attacked_queries(pool.levels, mistakes, query, start, network.micro_batch, network.compiler)
     attacked = _classified(heads, level_features(network, weights, images))
     with torch.no_grad():
         clean = fixed(query)  # for the record: nothing is learnt from it
@@ -174,7 +174,7 @@ def feature_outcome(
         found = level_features(network, still, images)
         return (loss_scale * squared_distance_sum(found, anchor[which])).sum()
 
-    images = attacked_queries(pool.levels, away, query, start, network.micro_batch)
+    images = attacked_queries(pool.levels, away, query, start, network.micro_batch, network.compiler)
     weights = _weights(network, pool)
     if moves and any(level.gamma > 0 for level in pool.levels):
         uphill = loss_scale * squared_distance_sum(level_features(network, weights, images), anchor)

@@ -88,6 +88,12 @@ def add_common(parser: Parser, sources: str, default: Sequence[str], split_help:
     )
     add_weights_key(model)
     model.add_argument("--no_pretrain", action="store_true", help="start from random weights")
+    model.add_argument(
+        "--compile",
+        action="store_true",
+        help="make programs of passes and attack steps by torch.compile, on CUDA with CUDA graphs: for long "
+        "runs, as the first episodes take longer; results differ in last digits (ours)",
+    )
     add_machine(parser, seed=0)
 
 

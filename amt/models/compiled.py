@@ -1,0 +1,83 @@
+"""`--compile`: passes and attack steps as one program each, made by torch.compile.
+
+What differs from run to run of a program is an argument of it, or is looked at before: a tensor's shape is
+fixed at first, and open from the second shape on, so few programs serve all episodes. Knows no network.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from meta_dataset_readers.errors import InputError, first_line
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiler:
+    """What compiles functions of tensors.
+
+    Args:
+        backend: of torch.compile.
+        graphs: whether steps without gradient are replayed as CUDA graphs.
+    """
+
+    backend: str | Callable[..., Any] = "inductor"
+    graphs: bool = False
+
+    def __call__(self, function: Function, repeated: bool = False) -> Function:
+        """The function compiled, when it is first called.
+
+        Args:
+            function: of tensors of any shape, and what is constant.
+            repeated: it is called again and again on what it returned, and nothing waits for its gradient.
+        """
+        mode = "reduce-overhead" if self.graphs and repeated else None
+        compiled: Any = torch.compile(function, backend=self.backend, mode=mode)
+        return compiled
+
+
+def compiler_for(device: torch.device) -> Compiler:
+    """The compiler for a device; CUDA graphs on CUDA.
+
+    Raises:
+        InputError: torch.compile does not work here, as where there is no C++ compiler.
+    """
+    # The gradient of an attack's loss is part of its step; a program's variants are few, but not eight.
+    torch._dynamo.config.trace_autograd_ops = True
+    torch._dynamo.config.recompile_limit = 64
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # each part of the tool chain raises something else
+        needs = "Triton" if device.type == "cuda" else "a C++ compiler, g++ or what CXX names"
+        raise InputError(
+            f"--compile: torch.compile fails on {device}, it needs {needs}: {first_line(error)}"
+        ) from error
+    return Compiler(graphs=device.type == "cuda")
+
+
+def compiled_if_asked(forward: Function) -> Function:
+    """A function of a network, and of tensors of any shape, compiled where the network has a compiler.
+
+    Not with a `micro_batch`: a part must be made again by the very program that made it first, and which one
+    serves a shape may change in between.
+    """
+
+    @functools.wraps(forward)
+    def call(network: Any, *given: Any) -> Any:
+        if network.compiler is None or torch.compiler.is_compiling():
+            return forward(network, *given)
+        _look_at(network)
+        return (forward if network.micro_batch else network.compiler(forward))(network, *given)
+
+    return call  # type: ignore[return-value]
+
+
+def _look_at(network: Any) -> None:
+    """Let a network find its cached properties, which cannot be done within a program."""
+    for name, value in vars(type(network)).items():
+        if isinstance(value, functools.cached_property):
+            getattr(network, name)

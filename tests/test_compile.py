@@ -1,0 +1,118 @@
+"""`--compile`: passes and attack steps become one program each, few programs serve all episodes, and they
+compute what is computed without them."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import moved_apart, patterned_episode, random_backbone
+from torch._dynamo.utils import counters
+from toy_pools import ARCH, RANK, make_episode, quick
+from toy_training import assert_refused, command
+
+from amt.attacks.kinds import parse_attack
+from amt.attacks.levels import Perturbation
+from amt.cli import test, train
+from amt.evaluation.evaluate import measure
+from amt.models.compiled import Compiler
+from amt.models.network import Network
+from amt.models.pool import LoRAPool, principal_pool
+from amt.tasks.classifier import fixed_predictor
+from amt.training.tuner import Tuner
+
+pytestmark = pytest.mark.usefixtures("one_thread", "programs")
+
+
+@pytest.fixture
+def programs():
+    """Torch's settings for programs as `compiler_for` has them, without any program."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=64):
+        yield
+    torch._dynamo.reset()
+
+
+class Counting:
+    """A backend that leaves programs as they are traced, and counts them."""
+
+    def __init__(self):
+        self.made = 0
+        counters.clear()
+
+    def __call__(self, program, _inputs):
+        self.made += 1
+        return program
+
+
+@pytest.fixture
+def small() -> Network:
+    return random_backbone(dataclasses.replace(ARCH, depth=1))
+
+
+def pool_of(network: Network) -> LoRAPool:
+    levels = tuple(Perturbation(e, e / 4, steps=2, grids=(2, 0), scalars=(5.0, 1.0)) for e in (8, 6))
+    return moved_apart(principal_pool(network.weights, RANK, levels))
+
+
+@pytest.mark.parametrize(("method", "micro_batch"), [("adsv", None), ("querying", 4)])
+def test_training_makes_a_program_of_a_pass_and_one_of_an_attack_step(small, method, micro_batch):
+    """Episodes of one shape share them, and those of other shapes need few more; the gradients are the same.
+    With parts, of four images and of what is left, the attack alone is compiled."""
+    counting, settings = Counting(), quick(method=method, lr=1e-3, epsilon_warmup=8)
+    plain = dataclasses.replace(small, micro_batch=micro_batch)
+    tuners = [
+        Tuner(each, pool_of(small), settings)
+        for each in (plain, dataclasses.replace(plain, compiler=Compiler(counting)))
+    ]
+    made = []
+    for shape in ((3, 2, 3), (3, 2, 3), (3, 1, 4), (3, 3, 5)):
+        before = counting.made
+        for tuner in tuners:
+            tuner.step(patterned_episode(0, *shape, side=16))
+        made.append(counting.made - before)
+    assert 0 < made[0] <= sum(made) <= 6 and made[1] == 0, made
+    assert not counters["graph_break"]
+    expected, found = (tuner.state()[0] for tuner in tuners)
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-5) for name in expected)
+
+
+def test_evaluation_makes_few_programs(small):
+    """Though an attack goes on with fewer and fewer images."""
+    counting, attack = Counting(), parse_attack(["pgd", "steps=2", "epsilon=0.5,2"])
+    merged, rows, made = pool_of(small).merged([0.5, 0.5]), [], []
+    for each in (small, dataclasses.replace(small, compiler=Compiler(counting))):
+        for k in range(3):
+            row = measure(fixed_predictor(each, merged), make_episode(k), [attack]).row
+            rows.append([row[name] for name in ("clean", *attack.columns)])
+            made.append(counting.made)
+    assert rows[:3] == rows[3:] and len({str(row) for row in rows}) > 1
+    assert 0 < made[-1] <= 6 and made[-1] == made[-2] and not counters["graph_break"]
+
+
+class Noting:
+    """In place of a `Compiler`: functions stay as they are, and their names are kept."""
+
+    def __init__(self):
+        self.seen = set()
+
+    def __call__(self, function, repeated=False):
+        self.seen.add((function.__name__, repeated))
+        return function
+
+
+def test_both_programs_compile_what_they_do_again_and_again(world, tmp_path, monkeypatch):
+    trained, tested = Noting(), Noting()
+    monkeypatch.setattr(train, "compiler_for", lambda _: trained)
+    monkeypatch.setattr(test, "compiler_for", lambda _: tested)
+    short = ("--epochs", 1, "--nEpisode", 1, "--nValEpisode", 0, "--statistics_episodes", 0, "--compile")
+    assert command("main", *world.train(tmp_path / "trained", *short)).code == 0
+    assert trained.seen == {("_forward", False), ("step", True)}
+    short = ("--nTestEpisode", 1, "--probe_episodes", 0, "--compile")
+    assert command("test_meta_dataset", *world.test(tmp_path / "tested", *short)).code == 0
+    assert tested.seen == {("_forward", False)}
+
+
+def test_without_a_compiler_it_is_refused_before_anything_is_made(world, tmp_path):
+    with torch._inductor.config.patch({"cpp.cxx": ("no_such_compiler",)}):
+        ended = command("main", *world.train(tmp_path / "out", "--compile"))
+    assert_refused(ended, tmp_path / "out", "--compile", "C++ compiler", "CXX")
