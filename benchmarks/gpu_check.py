@@ -50,6 +50,7 @@ from amt.cli import options
 from amt.evaluation.evaluate import evaluate
 from amt.files import checkpoint
 from amt.files.pretrained import load_network
+from amt.models.compiled import compiler_for
 from amt.models.network import Network, find_device
 from amt.models.precision import PRECISIONS, Arithmetic
 from amt.models.weights import stream
@@ -73,7 +74,7 @@ ATTACKS = (
     *("strong steps=5 queries=20", "pyramid steps=2", "transfer steps=2", "support steps=2"),
     "pgd norm=l2 epsilon=128 steps=2",
 )
-WAYS_OF_TUNING = {"loop": {"at_once": 1}, "batched": {}}  # the tuner's arguments
+WAYS_OF_TUNING = {"loop": {"at_once": 1}, "batched": {}, "compiled": {"compiled": True}}
 # GiB that were calculated for 5-way 5-shot, 50 query, one level: network, px, precision.
 MEMORY = {("dino_small_patch16", 128, "float32"): 2.3, ("dino_small_patch16", 128, "bf16"): 1.3,
           ("dino_small_patch16", 224, "bf16"): 3.9}  # fmt: skip
@@ -104,23 +105,27 @@ def step_of(
     shape: tuple[str, int] | None = None,
     shots: int = 1,
     levels: int = 4,
-    **tuned: object,
+    at_once: int | None = None,
+    compiled: bool = False,
 ) -> tuple[Callable[[], object], Episode]:
     """A training step that can be repeated, and its 5-way episode.
 
     Args:
         shape: network and side in pixels; None for those of `place`.
-        tuned: arguments of the tuner.
+        at_once: levels in one pass; None for all.
+        compiled: whether as with --compile.
     """
     arch, side = shape or (place.arch, place.image_size)
     arithmetic = Arithmetic(precision)
     arithmetic.use()
     torch.manual_seed(0)
-    network = dataclasses.replace(random_network(place, arch, arithmetic.autocast), image_size=side)
+    compiler = compiler_for(torch.device(place.device)) if compiled else None
+    network = random_network(place, arch, arithmetic.autocast)
+    network = dataclasses.replace(network, image_size=side, compiler=compiler)
     pool = random_pool(network, levels, RANK, stream(0))
     alike = tuple(Perturbation(e, e / 4, steps=place.steps) for e in POOL_EPSILONS[:levels])
     episode = random_episode(side, shots, place.queries, stream(1)).to(place.device)
-    tuner = Tuner(network, dataclasses.replace(pool, levels=alike), TuneSettings(), **tuned)
+    tuner = Tuner(network, dataclasses.replace(pool, levels=alike), TuneSettings(), at_once)
     return partial(tuner.step, episode), episode
 
 
@@ -222,10 +227,13 @@ def speed(place: Place) -> Iterator[Line]:
         Arithmetic(precision).use()
         side = 8192 if place.on_gpu else 512
         rate = gemm_rate(Machine(place.device, 1, Arithmetic(precision).autocast, side))
-        for name, tuned in WAYS_OF_TUNING.items():
-            step, _ = step_of(place, precision, **tuned)
+        operations = counted(step_of(place, precision)[0]).flops
+        for name, way in WAYS_OF_TUNING.items():
+            if name == "compiled" and not place.on_gpu:  # which takes a CPU longer than all the rest
+                continue
+            step, _ = step_of(place, precision, **way)
             taken = milliseconds(place, step)
-            share = counted(step).flops / rate / taken * 1000
+            share = operations / rate / taken * 1000
             found = f"{harness.digits(taken)} ms, {100 * share:.0f}% of a product's speed"
             if place.on_gpu:
                 launches, busy = kernels(step)
