@@ -86,6 +86,7 @@ class Keeper:
         self._seconds = 60 * minutes
         self._interrupts = Interrupts(once=ranks.world > 1)
         self._waiting = Waiting()
+        self._saved_at, self._due = time.monotonic(), False
         self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> "Keeper":
