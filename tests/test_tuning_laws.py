@@ -26,7 +26,7 @@ from amt.files import checkpoint as checkpoints
 from amt.files.checkpoint import Checkpoint
 from amt.models.network import Network
 from amt.models.pool import LoRAPool, principal_pool
-from amt.training import meta_tune
+from amt.training import attack
 from amt.training.optimiser import NonFiniteLoss
 from amt.training.records import NO_STEPS, StepRecord
 from amt.training.settings import TuneSettings
@@ -58,7 +58,7 @@ def test_the_attack_moves_in_float16(pool, episode, monkeypatch, loss_scale, mov
         moved.append(float(((attacked - images).abs() > 0.9 / 255).float().mean()))
         return attacked
 
-    monkeypatch.setattr(meta_tune, "ascend", watched)
+    monkeypatch.setattr(attack, "ascend", watched)
     level = Perturbation(4, 2, steps=1, grids=(0,), scalars=(1.0,), start="random2")
     flat = trainable(dataclasses.replace(pool[0], scale=torch.full((1,), 0.01)))
     half = make_network(autocast=torch.float16)
