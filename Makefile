@@ -33,7 +33,7 @@ test: $(STAMP) ## ruff, pyright, then the test suite
 	@$(PY) -m ruff check .
 	@$(PY) -m pyright
 	@$(PY) -m tools.install_learn2learn || echo "learn2learn could not be built here: its tests are skipped"
-	@$(PY) -m pytest tests -q -n 2
+	@$(PY) -m pytest tests -q -n 2 --dist loadfile
 
 # Kills of each program, and damages of each kind of file.
 KILLS := 50

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from commands import ROOT, about, called, process, same_tensors
+from commands import about, called, same_tensors
 from conftest import fails, moved_apart, patterned_episode, random_backbone
 from safetensors.torch import load_file
 from toy_training import assert_refused, command, strict_json
@@ -241,7 +241,7 @@ def test_damaged_statistics_are_one_line(pool, known, tmp_path):
     fails("damaged statistics: triangles has shape", lambda: checkpoint.load(tmp_path / "pool.safetensors"))
 
 
-def test_training_measures_what_testing_uses_in_processes_of_their_own(world, trained, tmp_path):
+def test_training_measures_what_testing_uses(world, trained, tmp_path):
     """main.py's statistics are those that amt pool measures on the same episodes, and testing needs them."""
     pool = trained[1] / "last.safetensors"
     assert about(pool)["statistics"]["episodes"] == 1 and checkpoint.load(pool).statistics is not None
@@ -256,12 +256,10 @@ def test_training_measures_what_testing_uses_in_processes_of_their_own(world, tr
     refused = command("test_meta_dataset", *world.test(tmp_path / "no", "--resume", bare, *flags))
     assert_refused(refused, tmp_path / "no", f"amt pool {bare} --statistics", "robust-lda")
 
-    measured = process(
-        *("-m", "amt", "pool", bare, "--statistics", "--data_path", world.data, "--base_sources", "tiny"),
-        *("--num_ways", 5, "--num_support", 1, "--num_query", 1, "--statistics_episodes", 1),
-        *("--pretrained_checkpoint", world.weights, "--num_workers", 0, "--out", again),
-        cwd=tmp_path,
-    )
+    words = ["amt", "pool", bare, "--statistics", "--data_path", world.data, "--base_sources", "tiny"]
+    words += ["--num_ways", 5, "--num_support", 1, "--num_query", 1, "--statistics_episodes", 1]
+    words += ["--pretrained_checkpoint", world.weights, "--num_workers", 0, "--out", again]
+    measured = called(amt, words)
     assert measured.code == 0, measured.err
     ours, theirs = load_file(pool), load_file(again)
     names = [name for name in theirs if name.startswith("statistics/")]
@@ -269,9 +267,7 @@ def test_training_measures_what_testing_uses_in_processes_of_their_own(world, tr
 
     out = tmp_path / "out"
     heads = ["--head", "mix", "share=0.6", "--attack", "pgd", "--attack", "support", "epsilon=8"]
-    ended = process(
-        ROOT / "test_meta_dataset.py", *world.test(out, "--resume", again, *heads, *flags[4:]), cwd=tmp_path
-    )
+    ended = command("test_meta_dataset", *world.test(out, "--resume", again, *heads, *flags[4:]))
     assert ended.code == 0, ended.err
     assert "note: --head mix of=robust-lda share=0.6" in ended.out and "two support images" in ended.out
     results = strict_json(out / "results.json")

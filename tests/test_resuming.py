@@ -78,7 +78,7 @@ def test_a_killed_run_loses_minutes_and_ends_with_the_same_bits(world, trained, 
     """SIGKILL at any moment: before the first checkpoint, within an epoch, in a validation, while writing."""
     flags = world.train(tmp_path / "run", "--save_every_minutes", 1e-9)
     last = tmp_path / "run" / "last.safetensors"
-    for steps in (0, 1, 3):
+    for steps in (0, 2):
         running = start(ROOT / "main.py", *flags, cwd=tmp_path)
         while running.poll() is None and not (last.exists() and episodes_done(last) >= steps):
             time.sleep(0.005)

@@ -14,6 +14,14 @@ from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.loader import OrderedLoader
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """Torch looks every 5 seconds whether a worker is alive; here ten times as often."""
+    from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.5,))
+
+
 class Items(Dataset):
     """Tensors; at item 3 something happens in the worker."""
 
