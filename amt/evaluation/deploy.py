@@ -423,8 +423,8 @@ def _choose(
 def _support_words(deployment: Deployment, candidates: Sequence[Candidate]) -> str:
     what = "single adapters" if deployment.routing == "best" else "settings"
     offered = [f"one of {len(candidates)} {what}"] if len(candidates) > 1 else []
-    trimmings = len(deployment.trim_candidates)
-    offered += [f"at most one of {trimmings} trimmings"] if trimmings else []
+    if trimmings := len(deployment.trim_candidates):
+        offered.append(f"at most one of {trimmings} trimmings")
     epsilon = deployment.support_epsilon
     attacked = f", its images attacked within {epsilon:g}/255" if epsilon > 0 else ""
     return (

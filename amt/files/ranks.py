@@ -51,9 +51,8 @@ def place() -> tuple[int, int]:
 def one_voice() -> Iterator[None]:
     """While flags are read, which are every rank's: only the first process of a machine prints."""
     speaks = os.environ.get("LOCAL_RANK", "0") == "0" or place()[1] == 1
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # a rank that is gone is told in one line, not in C++
+    # A rank that is gone is told of in one line of ours, not in torch's many.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         with _spoken(speaks):
             yield
