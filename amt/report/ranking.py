@@ -77,7 +77,8 @@ def plane(shown: Sequence[Shown], joined: Sequence[str] = ()) -> Figure | None:
     None if nothing was attacked.
 
     Args:
-        joined: labels of the rows that are settings of one knob, joined by a line in this order.
+        joined: labels of the rows that are settings of one knob, joined by a line in this order; beside it
+            stands their last word, in which they differ.
     """
     points, rows = {}, []
     for each in shown:
@@ -87,7 +88,8 @@ def plane(shown: Sequence[Shown], joined: Sequence[str] = ()) -> Figure | None:
             continue
         mean = sum(found.mean for found in robust) / len(robust)
         says = f"{each.label}: clean {spoken(clean)}, mean under attack {mean:.1f}, n = {clean.n}"
-        points[each.label] = Point(clean.mean, mean, span(clean), None, each.label, says)
+        said = each.label.rpartition(" ")[2] if each.label in joined else each.label
+        points[each.label] = Point(clean.mean, mean, span(clean), None, said, says)
         cells = (Cell(f"{mean:.1f}", mean), Cell(str(clean.n), clean.n))
         rows.append((Cell(each.label), *numbers(clean)[:-1], *cells))
     if not points:
@@ -95,7 +97,8 @@ def plane(shown: Sequence[Shown], joined: Sequence[str] = ()) -> Figure | None:
     alone = [name for name in points if name not in joined]
     series = [Series(name, distinct(k), (points[name],)) for k, name in enumerate(alone)]
     if knob := tuple(points[name] for name in joined if name in points):
-        series.append(Series("the knob", distinct(len(alone)), knob, joined=True))
+        name = joined[0].rpartition(" ")[0] or "the knob"
+        series.append(Series(name, distinct(len(alone)), knob, joined=True))
     rules = chances(shown, shown[0].whole)
     x, y = (
         Axis(f"{name}, per cent", 0, 100, 20, rules=rules)  # as long as its points need: rows are compared
