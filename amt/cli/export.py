@@ -32,7 +32,6 @@ from amt.few_shot.pools import network_of
 from amt.files import checkpoint, export
 from amt.files.export import FORMATS, Support
 from amt.files.pretrained import load_network
-from amt.models.architectures import base_arch, stated
 from amt.models.head_settings import Head
 from amt.models.heads import Fitted, has_two
 from amt.models.network import Network
@@ -191,11 +190,8 @@ def backbone_of(args: argparse.Namespace, saved: checkpoint.Checkpoint) -> Netwo
     """
     if args.to != "peft":
         return network_of(args.pool, saved.about, args.arch, args.image_size, saved.pool.shapes)
-    arch = args.arch or saved.about.get("arch")
-    if not isinstance(arch, str):
-        raise InputError(f"{args.pool}: does not say its architecture; name it by --arch")
     return load_network(
-        stated(base_arch(arch), saved.pool.shapes),
+        checkpoint.arch_of(args.pool, saved.about, saved.pool.shapes, args.arch),
         args.pretrained_checkpoint,
         image_size=args.image_size,
         key=args.weights_key,

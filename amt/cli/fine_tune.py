@@ -8,7 +8,6 @@ RUN/MODE/test is a run directory as of test_meta_dataset.py. The same command co
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,7 @@ from amt.data.loading import Splits, Transform, batches, open_splits, transforms
 from amt.evaluation import runs
 from amt.evaluation.test_set import TestSet, check_attacks, check_labels, test
 from amt.evaluation.writer import WROTE
-from amt.files import checkpoint, version
+from amt.files import checkpoint, digests, version
 from amt.files import robust_weights as pretrained
 from amt.files.ranks import Ranks, together
 from amt.files.robust_weights import CLASSIFIER, Pretrained
@@ -127,8 +126,9 @@ def check_norms(args: argparse.Namespace, network: Network) -> None:
 
 def digest(splits: Splits) -> str:
     """What tells whether two ranks read the same data: the labels, and the first picture."""
-    labels = b"".join(part.labels.numpy().tobytes() for part in (splits.train, splits.validation))
-    return hashlib.blake2b(labels + splits.train.image(0).tobytes(), digest_size=8).hexdigest()
+    picture = torch.frombuffer(bytearray(splits.train.image(0).tobytes()), dtype=torch.uint8)
+    labels = {"train": splits.train.labels, "validation": splits.validation.labels}
+    return digests.of_tensors(labels | {"picture": picture})
 
 
 def open_data(args: argparse.Namespace) -> Splits:

@@ -27,7 +27,6 @@ from amt.evaluation.settings import Deployment
 from amt.files import checkpoint
 from amt.files.checkpoint import Checkpoint
 from amt.files.pretrained import load_network
-from amt.models.architectures import base_arch, stated
 from amt.models.heads import PoolStatistics
 from amt.models.network import find_device
 from amt.models.pool import LoRANormPool, Pool
@@ -157,11 +156,8 @@ def recommending(args: argparse.Namespace, saved: Checkpoint) -> Checkpoint:
 def measured(args: argparse.Namespace, saved: Checkpoint) -> Checkpoint:
     """The pool with statistics measured anew."""
     options.use_machine(args)
-    arch = args.arch or saved.about.get("arch")
-    if not isinstance(arch, str):
-        raise InputError(f"{args.files[0]}: does not say its architecture; name it by --arch")
     network = load_network(
-        stated(base_arch(arch), saved.pool.shapes),
+        checkpoint.arch_of(args.files[0], saved.about, saved.pool.shapes, args.arch),
         args.pretrained_checkpoint,
         find_device(args.device),
         image_size=args.image_size,

@@ -14,7 +14,7 @@ import torch
 from amt.few_shot.hub import Hub, fetch, is_name
 from amt.files import checkpoint
 from amt.files.pretrained import CHECKPOINTS, load_network
-from amt.models.architectures import base_arch, stated
+from amt.models.architectures import stated
 from amt.models.head_settings import Head, parse_head
 from amt.models.heads import PoolStatistics
 from amt.models.network import Network, untrained
@@ -187,10 +187,7 @@ def network_of(
     Raises:
         InputError: nothing says which network it is, or images of that size are too small for it.
     """
-    arch = arch or about.get("arch")
-    if not isinstance(arch, str):
-        raise InputError(f"{file}: does not say its architecture; name it by --arch")
-    network, _ = untrained(stated(base_arch(arch), shapes))
+    network, _ = untrained(checkpoint.arch_of(file, about, shapes, arch))
     network = dataclasses.replace(network, image_size=image_size or network.image_size)
     if network.image_size < network.patch_size:
         raise InputError(

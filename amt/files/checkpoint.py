@@ -12,10 +12,10 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy
 import torch
@@ -27,6 +27,7 @@ from amt.attacks.levels import Perturbation
 from amt.files import published, weight_files
 from amt.files.digests import serialise
 from amt.files.version import commit
+from amt.models.architectures import base_arch, stated
 from amt.models.heads import PoolStatistics
 from amt.models.pool import FullPool, LoRANormPool, LoRAPool, Pool, norm_weights
 from amt.models.weights import Weights
@@ -334,6 +335,20 @@ def check_architecture(path: Path, pool: Pool, weights: Weights, arch: str) -> N
         expected = tuple(weights[name].shape) if name in weights else "absent"
         if found != expected:
             raise InputError(f"{path}: tensor {name} is {found}, but --arch {arch} has it {expected}")
+
+
+def arch_of(
+    path: Path, about: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], given: str | None = None
+) -> str:
+    """The architecture of weights of these shapes, which is given or named by the file they come from.
+
+    Raises:
+        InputError: nothing says which it is.
+    """
+    arch = given or about.get("arch")
+    if not isinstance(arch, str):
+        raise InputError(f"{path}: does not say its architecture; name it by --arch")
+    return stated(base_arch(arch), shapes)
 
 
 def require_levels(path: Path, found: Checkpoint) -> None:
