@@ -69,6 +69,8 @@ TRAININGS = {
     **{f"{RECIPE}{name}": flags for name, flags in RECIPES.items()},
 }
 FIRST = ("--specified_expert", "0")  # the adapter for 8/255
+# The adapters for 8/255 and 6/255, which published merging averages nearly always.
+TWO = ("--coefficients", "0.5", "0.5", "0", "0")
 ON_VALID = ("--select_on", SOURCE, "--nSelectEpisode", "{choosing}")
 ROBUST = tuple(
     ("--head", "robust-lda", f"support={s}", f"attack={a}", "identity=0.4")
@@ -154,6 +156,11 @@ ROWS = (
     Row("published merging", ("pool",), ("--routing", "amt", *ON_VALID)),
     Row("ours, robust-lda", ("pool",), _tuned(*ROBUST)),
     Row("ours, mix", ("pool",), _tuned(*MIXES)),
+    Row(
+        "ours, mix of two adapters",
+        ("pool",),
+        (*TWO, *ON_VALID, "--select_by", "robust", *itertools.chain.from_iterable(MIXES[2:])),
+    ),
     *(
         Row(name, ("pool",), (*FIRST, "--head", "mix", "of=robust-lda", f"share={share:g}"), episodes=0.5)
         for name, share in zip(KNOB, SHARES, strict=True)

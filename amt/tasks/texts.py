@@ -2,23 +2,22 @@
 
     logits = s own + (1 - s) text        both of one spread on the support, s of `SHARES`
 
-s has the least leave-one-out loss on the support: the k-th image of every class is classified by a head that
-is fitted to the others, for each k. The only image of a class is never left out; where no class has two,
-augmented views are classified by the head fitted to the images. Texts need no fit (Radford et al. 2021,
+s has the least loss on held-out images of the support (held_out.py); where no class has two, augmented views
+are classified by the head fitted to the images. Texts need no fit (Radford et al. 2021,
 arxiv.org/abs/2103.00020); a share between both has Tip-Adapter, too (Zhang et al. 2022,
 arxiv.org/abs/2207.09519), searched on labelled data. Uses no query.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amt.models.heads import SPREAD, Fitted, has_two, index_in_class, spread
+from amt.models.heads import SPREAD, Fitted, has_two, spread
+from amt.tasks.held_out import held_out
 
 SHARES = tuple(tenth / 10 for tenth in range(11))  # of the support's head
-PARTS = 10  # of larger support sets, into which they are divided to be left out
 
 Fit = Callable[[Tensor, Tensor], Fitted]
 
@@ -36,25 +35,13 @@ def chosen_share(
         views: (V, S, D) of augmented views of the support; needed if no class has two images.
     """
     features = features.detach()
-    held = list(_held_out(features, labels, fit, views))
+    if views is not None and not has_two(labels):
+        seen = views.detach().flatten(0, 1)
+        held = [(fit(features, labels)(seen), seen, labels.repeat(len(views)))]
+    else:
+        held = list(held_out(features, labels, fit))
     own, said, true = (torch.cat(each) for each in zip(*((o, texts(f), y) for o, f, y in held), strict=True))
     weights = 1 / true.bincount(minlength=said.shape[1]).clamp(min=1).to(own.dtype)  # classes count the same
     own, said = (SPREAD / spread(each) * each for each in (own, said))
     losses = [F.cross_entropy(s * own + (1 - s) * said, true, weight=weights) for s in SHARES]
     return SHARES[int(torch.stack(losses).argmin())]
-
-
-def _held_out(
-    features: Tensor, labels: Tensor, fit: Fit, views: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Logits of images that a head was not fitted to, their features, and their labels."""
-    if views is not None and not has_two(labels):
-        seen = views.detach().flatten(0, 1)
-        yield fit(features, labels)(seen), seen, labels.repeat(len(views))
-        return
-    places, counts = index_in_class(labels), labels.bincount()
-    parts = min(PARTS, int(counts.max()))
-    for part in range(parts):
-        out = (places % parts == part) & (counts[labels] > 1)
-        if out.any():
-            yield fit(features[~out], labels[~out])(features[out]), features[out], labels[out]

@@ -1,0 +1,64 @@
+"""What a support set says of a head that it was fitted to: logits of held-out images, and how sure they are.
+
+    probabilities = softmax(logits / t)
+
+A head's logits rank classes; their size is a convention (of linear heads a fixed spread), so a softmax of them
+is no probability. One temperature for a task mends that (Guo et al. 2017, arxiv.org/abs/1706.04599), here from
+its support set alone:
+
+    t = argmin  sum_i cross-entropy(z_i / t, y_i) + log(t / t_0)^2,        t_0 = spread / 2
+
+z_i are the logits of support image i by a head that was fitted without it. The second term is a prior that
+weighs about as much as one image: by t_0 the logits on the support have the spread 2. It alone decides where
+no class has two images. Both constants were chosen on VALID episodes of mini_objects, docs/explanation/
+robust-lda.md. Uses no query, moves no prediction; attacks and accuracies do not see it.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from amt.models.heads import index_in_class, spread
+
+PARTS = 10  # of larger support sets, into which they are divided to be held out
+PRIOR_SPREAD = 2.0  # of the logits on the support divided by t_0
+_TRIED = torch.logspace(-2, 2, 161, dtype=torch.float64)  # multiples of t_0
+
+Logits = Callable[[Tensor], Tensor]
+Fit = Callable[[Tensor, Tensor], Logits]
+
+
+def held_out(features: Tensor, labels: Tensor, fit: Fit) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Logits of images that a head was not fitted to, their features, and their labels, part by part.
+
+    The k-th image of every class is classified by a head that is fitted to the others, for each k, or for
+    each of 10 parts. The only image of a class is never left out.
+
+    Args:
+        features: (S, D) of the support.
+        labels: (S,) int64 in 0..N-1.
+        fit: features and labels of some support images, of all classes -> their head.
+    """
+    places, counts = index_in_class(labels), labels.bincount()
+    for part in range(min(PARTS, int(counts.max()))):
+        out = (places % PARTS == part) & (counts[labels] > 1)
+        if out.any():
+            yield fit(features[~out], labels[~out])(features[out]), features[out], labels[out]
+
+
+def temperature(on_support: Tensor, features: Tensor, labels: Tensor, fit: Fit) -> float:
+    """What the logits of a task are divided by before their softmax: t of the module's docstring.
+
+    Args:
+        on_support: (S, N) logits of the support by the head that was fitted to all of it.
+        features, labels, fit: as of `held_out`; (S, D) and (S,).
+    """
+    start = float(spread(on_support)) / PRIOR_SPREAD
+    tried, loss = start * _TRIED, _TRIED.log().square()
+    for logits, _, true in held_out(features, labels, fit):
+        found = logits.double().cpu() / tried[:, None, None]
+        each = F.cross_entropy(found.flatten(0, 1), true.cpu().repeat(len(tried)), reduction="none")
+        loss = loss + each.unflatten(0, (len(tried), -1)).sum(1)
+    return float(tried[loss.argmin()])
