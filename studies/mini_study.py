@@ -160,6 +160,7 @@ ROWS = (
         "ours, mix of two adapters",
         ("pool",),
         (*TWO, *ON_VALID, "--select_by", "robust", *itertools.chain.from_iterable(MIXES[2:])),
+        shots=(5,),
     ),
     *(
         Row(name, ("pool",), (*FIRST, "--head", "mix", "of=robust-lda", f"share={share:g}"), episodes=0.5)

@@ -20,6 +20,7 @@ from amt.evaluation.runs import SEVERITIES, Run, attack_from
 from amt.evaluation.statistics import Summary
 from amt.report import charts, figures, panels, shots
 from amt.report.by_class import by_domain
+from amt.report.certainty import certainty
 from amt.report.charts import Differences
 from amt.report.example_tasks import SAMPLE_SIDE, example_tasks
 from amt.report.headline import cards, headline
@@ -69,6 +70,7 @@ def page(runs: Sequence[Run]) -> str:
         heat_maps=charts.heat_maps(shown),
         corruptions=corruptions(shown),
         classes=by_domain(shown),
+        certainty=certainty(shown),
         samples=example_tasks(shown),
         cost=cost(shown),
         seconds=charts.seconds(shown),
@@ -80,7 +82,9 @@ def rendered(shown: Sequence[Shown], **parts) -> str:
     style, script, template = (_file(name) for name in ("page.css", "page.js", "page.html.j2"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     names = ("rankings", "doubts", "scatter", "curves", "compared", "refusals", "heat_maps", "corruptions")
-    absent = dict.fromkeys((*names, "samples", "cost", "seconds", "classes", "hero", "tasks_are"))
+    absent = dict.fromkeys(
+        (*names, "samples", "cost", "seconds", "classes", "certainty", "hero", "tasks_are")
+    )
     text = ENVIRONMENT.from_string(template).render(
         style=style,
         script=script,

@@ -2,9 +2,9 @@
 
     probabilities = softmax(logits / t)
 
-A head's logits rank classes; their size is a convention (of linear heads a fixed spread), so a softmax of them
-is no probability. One temperature for a task mends that (Guo et al. 2017, arxiv.org/abs/1706.04599), here from
-its support set alone:
+A head's logits rank classes; their size is a convention (of linear heads a fixed spread), so a softmax of
+them is no probability. One temperature for a task mends that (Guo et al. 2017, arxiv.org/abs/1706.04599),
+here from its support set alone:
 
     t = argmin  sum_i cross-entropy(z_i / t, y_i) + log(t / t_0)^2,        t_0 = spread / 2
 
