@@ -7,7 +7,6 @@ that know the training seeds. The same files give the same bytes.
 """
 
 import argparse
-import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -78,6 +77,11 @@ def markdown(heads: Iterable[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join([*rows, *(f"| {' | '.join(line)} |" for line in lines)])
 
 
+def _apart(name: str) -> bool:
+    """Whether a row is another training, which has tables of its own and no point in the plane."""
+    return name in GAMMA_ROWS or name.startswith(RECIPE)
+
+
 class Compared(NamedTuple):
     """Rows and what they are compared with.
 
@@ -98,9 +102,9 @@ def comparisons(rows: dict[str, Run]) -> list[Compared]:
     for name in (name for name in rows if name.startswith(RECIPE)):
         end = next((end for end in DEFAULTS if end and name.endswith(end)), "")
         recipes.setdefault(DEFAULTS[end], []).append(name)
-    apart = {REFERENCE, *GAMMA_ROWS, *itertools.chain.from_iterable(recipes.values())}
+    main = {name for name in rows if not _apart(name)}
     groups = [
-        ("Paired differences from the pretrained network, in points:", REFERENCE, rows.keys() - apart),
+        ("Paired differences from the pretrained network, in points:", *(REFERENCE, main - {REFERENCE})),
         (
             "The same pools otherwise: paired differences from the best single adapter with prototypes:",
             *(BEST, {*OF_THE_POOL}),
@@ -197,7 +201,7 @@ def write(results: Path, page: Path) -> None:
     for folder in folders:
         rows = read(folder)
         chance = next(iter(rows.values())).chance(AVERAGE)
-        shown = label(list(rows.values()))
+        shown = label([run for name, run in rows.items() if not _apart(name)])
         plane = ranking.plane(shown, joined=[name for name in KNOB if name in rows])
         if plane is not None:
             slug = f"clean_robust_{folder.name.replace('-', '_')}"

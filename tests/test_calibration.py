@@ -11,7 +11,7 @@ from amt.report.document import page
 
 
 def with_answers(folder, given):
-    """A run of one domain whose first row has these answers: (label, predicted, probability), the others none."""
+    """A run of one domain whose first row alone has answers: these (label, predicted, probability)."""
     write_run(folder, domains=DOMAINS[:1], episodes=2, samples=0)
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     labels, predicted, probability = (list(each) for each in zip(*given, strict=True))
