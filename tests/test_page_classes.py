@@ -1,5 +1,7 @@
 """What the page says about classes and tasks: matrices that add up, or pairs; support images; older runs."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from page_reader import Reader
@@ -100,3 +102,6 @@ def test_runs_of_one_episode_share_its_task(load):
     assert alts.count("support image of stop") == 3 and "+2" in reader.text and "+4" in reader.text
     (older,) = example_tasks(label([two]))["tasks"]
     assert older.support == [] and older.question == "Which of 5 classes is it?"
+    by_texts = dataclasses.replace(one, about=one.about | {"shots": 0})
+    shown, unseen = example_tasks(label([one, by_texts]))["tasks"]
+    assert len(shown.support) == 2 and (unseen.support, unseen.question) == ([], older.question)

@@ -12,18 +12,20 @@ import torch
 import torch.nn.functional as F
 from commands import ROOT
 from conftest import fails, patterned_episode, random_backbone
+from toy_photos import LEVELS
 from toy_towers import hugging_face, normal, open_clip_model
 from toy_training import command, error_line, strict_json
 
 from amt.attacks.kinds import Attack
 from amt.evaluation.evaluate import measure
-from amt.files import text_prototypes
+from amt.files import checkpoint, text_prototypes
 from amt.files.pretrained import load_network
 from amt.files.text_prototypes import TextPrototypes
 from amt.models.architectures import Arch
 from amt.models.head_settings import Head, default_head, parse_head
 from amt.models.heads import Cosine, fit, prototypes
 from amt.models.network import features
+from amt.models.pool import principal_pool
 from amt.report import shots
 from amt.tasks.classifier import head_classifier, pretrained
 from amt.tasks.texts import SHARES, chosen_share
@@ -56,8 +58,7 @@ def texts_of(network, shots: int = 3, mix: float = 0.0) -> TextPrototypes:
     centres = prototypes(features(network, network.weights, seen.query), seen.query_labels)
     noise = torch.randn(5, 12, generator=torch.Generator().manual_seed(3))
     noise[1:4] = (1 - mix) * noise[1:4] + mix * centres
-    names = ["other", "A Stop sign", "yield", "no entry", "last"]
-    return TextPrototypes(Path("x.npz"), {text_prototypes.plain(n): k for k, n in enumerate(names)}, noise)
+    return TextPrototypes(Path("x.npz"), ("other", "A Stop sign", "yield", "no entry", "last"), noise)
 
 
 def logits(network, head: Head, shots: int = 3, mix: float = 0.5) -> torch.Tensor:
@@ -293,6 +294,28 @@ def test_runs_that_cannot_be_are_refused_before_any_work(world, texts, tmp_path,
         del own[at : at + 2]
     ended = command("test_meta_dataset", *own, *flags)
     assert ended.code == 2 and words in error_line(ended)
+    assert not (tmp_path / "out").exists()
+
+
+def test_classes_that_settings_are_chosen_on_need_texts_before_any_work(world, texts, tmp_path):
+    """Those of VALID (class 6 to class 10), in a dry run as well; where nothing is chosen nobody asks."""
+    with np.load(texts) as held:
+        missing = np.array(
+            [name if k not in (8, 9) else f"other {k}" for k, name in enumerate(held["names"])]
+        )
+        given = saved(tmp_path / "y.npz", **{**held, "names": missing})
+    pool = principal_pool(load_network("vit_mini", world.weights).weights, 1, LEVELS)
+    checkpoint.save(tmp_path / "pool.safetensors", checkpoint.Checkpoint(pool, {"arch": "vit_mini"}))
+    flags = ("--resume", tmp_path / "pool.safetensors", "--text_prototypes", given)
+    choice = ("--select", "valid", "--routing", "best")
+    own = world.test(tmp_path / "out", *flags, *choice)
+    said = f"{given}: has no text for 'class 8', 'class 9', classes of tiny, VALID; expected every class"
+    ended = command("test_meta_dataset", *own)
+    assert ended.code == 2 and said in error_line(ended)
+    ended = command("test_meta_dataset", *own, "--dry_run")
+    assert ended.code == 2 and said in ended.out
+    ended = command("test_meta_dataset", *world.test(tmp_path / "out", *flags, "--dry_run"))
+    assert ended.code == 0 and f"text prototypes {given}: 16 classes, 96 numbers each" in ended.out
     assert not (tmp_path / "out").exists()
 
 

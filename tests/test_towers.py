@@ -8,8 +8,9 @@ import timm
 import torch
 from commands import about, called
 from conftest import fails, write_classes
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from toy_autolora_runs import command as autolora
 from toy_towers import (
     DEPTH,
     MEAN,
@@ -267,6 +268,29 @@ def test_a_classifier_of_autolora_starts_from_a_tower(tmp_path):
     weights = found.weights | {"head.weight": model.visual.proj.T, "head.bias": torch.zeros(SHARED)}
     assert torch.allclose(logits(network, weights, pixels()), model.encode_image(normal(pixels())), atol=1e-5)
     assert len(network.adapted()) == 4 * DEPTH
+
+
+@pytest.mark.parametrize("library", ["OpenCLIP", "transformers"])
+def test_autolora_tunes_a_tower_by_its_command(cifar, tmp_path, library):
+    """SLF trains the classifier alone, on the tower as the file has it; AFF moves all of it."""
+    if library == "OpenCLIP":
+        arch, mode, file = "timm:toy_clip", "SLF", saved(tmp_path, clip().state_dict())
+    else:
+        pytest.importorskip("transformers")
+        arch, mode, file = "timm:toy_clip_quickgelu", "AFF", tmp_path / "hf" / "model.safetensors"
+        hugging_face("CLIPVisionModelWithProjection").save_pretrained(file.parent)
+    flags = ("--arch", arch, "--checkpoint", file, "--mode", mode, "--epochs", 1)
+    ended = autolora(*cifar.flags(tmp_path / "run", *flags))
+    assert ended.code == 0, ended.err
+    assert f"{file}: plain tensors" in ended.out and "projection to texts left out" in ended.out
+    assert "nothing tells whether its pre-training normalised" not in ended.out
+    assert len((tmp_path / "run" / mode / "test" / "rows.jsonl").read_text().splitlines()) == 20
+    best = load_file(tmp_path / "run" / mode / "best.safetensors")
+    assert best["head.weight"].shape == (10, WIDTH) and best["head.weight"].any()
+    tower = load_network(f"{arch}:0", file).weights
+    assert all(torch.equal(best[name], tensor) for name, tensor in tower.items()) == (mode == "SLF")
+    said = about(tmp_path / "run" / mode / "best.safetensors")
+    assert torch.allclose(torch.tensor([said["mean"], said["std"]]), torch.tensor([MEAN, STD]), atol=1e-3)
 
 
 # --- the tool chain --------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from amt.cli.options import Parser, add_weights_key
 from amt.files import checkpoint, pretrained, published, version, weight_files
 from amt.files.checkpoint import Checkpoint
 from amt.files.digests import serialise
-from amt.files.pretrained import pretraining_only
+from amt.files.names import beside
 from amt.files.weight_files import Content
 from amt.models.architectures import matching_archs
 from amt.models.pool import LoRANormPool, LoRAPool
@@ -121,8 +121,8 @@ def describe_weights(path: Path, content: Content, key: str | None = None) -> tu
             ("tensors", count(state.values())),
             *(("note", note) for note in found.notes()),
         ]
-    weights = {name: tensor for name, tensor in state.items() if not pretraining_only(name)}
-    left_out = Counter(part for name in state if (part := pretraining_only(name)))
+    weights = {name: tensor for name, tensor in state.items() if not beside(name)}
+    left_out = Counter(part for name in state if (part := beside(name)))
     layout = {
         "": "a plain state dict",
         "teacher": "the teacher of a DINO or iBOT checkpoint",

@@ -134,6 +134,24 @@ def _testing_needs(args: argparse.Namespace) -> Iterator[Need]:
         yield _source(args, source, args.split)
         if deployment.select == "valid":
             yield _source(args, deployment.select_on or source, "VALID")
+    if file := args.text_prototypes:
+        yield _checked(f"text prototypes {file}", file, args, lambda: _texts(args))
+
+
+def _texts(args: argparse.Namespace) -> str:
+    """What texts there are, for all classes of the sources that can be opened."""
+    from amt.files import text_prototypes
+
+    found = text_prototypes.read(args.text_prototypes)
+    for source, deployment in options.deployments(args).items():
+        valid = [(deployment.select_on or source, "VALID")] if deployment.select == "valid" else []
+        for name, split in [(source, args.split), *valid]:
+            spec = None
+            with contextlib.suppress(InputError):  # said where the source is
+                spec = _opened(args, name, split).spec
+            if spec is not None:
+                found.check_source(spec, name, split)
+    return f"{len(found.names)} classes, {found.width} numbers each"
 
 
 def _fine_tuning_needs(args: argparse.Namespace) -> Iterator[Need]:

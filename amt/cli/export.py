@@ -16,29 +16,22 @@ What goes in, what comes out and how to load it is said in a README.txt beside e
 import argparse
 import logging
 from collections.abc import Sequence
-from pathlib import Path
-
-import numpy as np
-import torch
 
 from amt.cli import options
-from amt.cli.options import Parser
-from amt.evaluation.deploy import check_fit, check_heads
+from amt.cli.options import Parser, texts
+from amt.evaluation.deploy import check_fit
 from amt.evaluation.dilution import dilution
 from amt.evaluation.settings import Deployment
 from amt.few_shot import pictures
-from amt.few_shot.pictures import MOST_SUPPORT
-from amt.few_shot.pools import network_of
-from amt.files import checkpoint, export
-from amt.files.export import FORMATS, Support
+from amt.few_shot.fitting import fit_pictures, fit_texts
+from amt.few_shot.pools import OpenPool, network_of
+from amt.few_shot.task import Merging
+from amt.files import checkpoint, export, text_prototypes
+from amt.files.export import FORMATS
 from amt.files.pretrained import load_network
-from amt.models.head_settings import Head
-from amt.models.heads import Fitted, has_two
 from amt.models.network import Network
 from amt.models.pool import Pool
-from amt.models.weights import Coefficients, stream
-from amt.tasks.classifier import fitted_voices
-from amt.tasks.merge import average_of, route
+from amt.tasks.merge import average_of
 from meta_dataset_readers.errors import InputError, say
 from meta_dataset_readers.settings import as_path, nonnegative_int, positive_int
 
@@ -77,6 +70,7 @@ def parser() -> Parser:
     )
     options.add_merging(which)
     options.add_head(which, "")
+    texts.add_texts(which, "; without --support they alone classify")
     which.add_argument("--seed", type=nonnegative_int, default=0, help="of the augmentation or the attack")
     return parser
 
@@ -95,11 +89,8 @@ def main(argv: Sequence[str]) -> int:
     else:
         network = backbone_of(args, saved)
         checkpoint.check_architecture(args.pool, pool, network.weights, network.arch)
-        support = None if args.support is None else read_support(args.support, network.image_size)
-        coefficients = coefficients_of(args, network, pool, support)
-        head = head_of(args, network, saved, coefficients, support)
-        merged = export.merged_network(network, pool, coefficients, args.trim, support, head)
-        written = export.save(args.out, args.to, merged, pool)
+        merged = merged_of(args, OpenPool(args.pool, network, pool, saved.about, saved.statistics))
+        written, coefficients = export.save(args.out, args.to, merged, pool), merged.coefficients
         say(f"coefficients {' '.join(f'{c:.4g}' for c in coefficients)}")
         if warning := dilution([coefficients], [level.epsilon for level in pool.levels]):
             say(f"warning: {warning}")
@@ -117,7 +108,7 @@ def check(args: argparse.Namespace) -> None:
     options.routing(args)
     check_head(args)
     if args.to == "published":
-        for flag in ("coefficients", "support", "image_size", "trim"):
+        for flag in ("coefficients", "support", "text_prototypes", "image_size", "trim"):
             if getattr(args, flag):
                 raise InputError(
                     f"--{flag} does not go with --to published: that code merges a pool anew for every task; "
@@ -133,36 +124,35 @@ def check_head(args: argparse.Namespace) -> None:
     found = options.heads(args) or ()
     if len(found) > 1:
         raise InputError(f"--head is given {len(found)} times, an export has one")
-    if found and args.support is None:
+    if found and args.support is None and args.text_prototypes is None:
         raise InputError("--head is fitted to the images of --support FOLDER, which is missing")
     for head in found:
         export.check_single(head)
 
 
-def head_of(
-    args: argparse.Namespace,
-    network: Network,
-    saved: checkpoint.Checkpoint,
-    coefficients: Coefficients,
-    support: Support | None,
-) -> Fitted | None:
-    """The head that --head names, fitted to the support; None for prototypes.
+def merged_of(args: argparse.Namespace, opened: OpenPool) -> export.MergedNetwork:
+    """The network that the flags choose, with a head where there is a support set, or texts.
 
     Raises:
-        InputError: it needs statistics that the checkpoint does not have.
+        InputError: as of `fit_pictures` and `fit_texts`.
     """
-    found = options.heads(args)
-    if found is None or support is None or found[0] == Head():
-        return None
-    check_heads(found, saved.pool, saved.statistics, str(args.pool), network.module.num_features)
-    if found[0].one_shot_note and not has_two(support.labels):
-        say(f"note: --head {found[0].name}: {found[0].one_shot_note}")
-    merged = saved.pool.merged(coefficients, args.trim or ())
-    images, labels = support.images, support.labels
-    (voice,) = fitted_voices(
-        network, merged, images, labels, coefficients, found[0], saved.statistics, seed=args.seed
-    )
-    return voice.head
+    network, pool, trims = opened.network, opened.pool, tuple(args.trim or ())
+    shares = args.coefficients
+    if shares is None and (args.adapter is not None or args.support is None):
+        shares = average_of(pool, [args.adapter or 0])
+    if args.support is None and args.text_prototypes is None:
+        return export.merged_network(network, pool, shares, trims)
+    said = None if args.text_prototypes is None else text_prototypes.read(args.text_prototypes)
+    if args.support is None:
+        head = None if args.head is None else options.single_head(args)
+        return fit_texts(opened, Merging(None, shares, trims, args.seed, head, texts=said))[0].merged
+    head = options.single_head(args)
+    merging = Merging(options.routing(args), shares, trims, args.seed, head, texts=said)
+    found, names = pictures.in_class_folders(args.support)
+    task, _ = fit_pictures(opened, found, names, merging, where=f"--support {args.support}: ")
+    if head.one_shot_note and max(task.shots) == 1:
+        say(f"note: --head {head.name}: {head.one_shot_note}")
+    return task.merged
 
 
 def check_pool(args: argparse.Namespace, pool: Pool) -> None:
@@ -196,31 +186,4 @@ def backbone_of(args: argparse.Namespace, saved: checkpoint.Checkpoint) -> Netwo
         image_size=args.image_size,
         key=args.weights_key,
         tell=say,
-    )
-
-
-def read_support(folder: Path, image_size: int) -> Support:
-    """The images of a folder of class folders, resized as for evaluation; classes by sorted name.
-
-    Raises:
-        InputError: there is no class folder, one has no picture or a damaged one, or there are too many.
-    """
-    files, names = pictures.in_class_folders(folder)
-    if len(files) > MOST_SUPPORT:
-        raise InputError(f"--support {folder}: {len(files)} images, a support set has {MOST_SUPPORT} at most")
-    classes, labels = np.unique(names, return_inverse=True)
-    images = pictures.images(files, image_size)
-    return Support(images, torch.from_numpy(labels.astype(np.int64)), tuple(classes.tolist()))
-
-
-def coefficients_of(
-    args: argparse.Namespace, network: Network, pool: Pool, support: Support | None
-) -> Coefficients:
-    """One number per adapter: as given, or as test_meta_dataset.py decides for the first episode of a run."""
-    if args.coefficients is not None:
-        return tuple(args.coefficients)
-    if args.adapter is not None or support is None:
-        return average_of(pool, [args.adapter or 0])
-    return route(
-        network, pool, support.images, support.labels, stream(args.seed, 0, 1), options.routing(args)
     )

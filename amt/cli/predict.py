@@ -4,6 +4,7 @@
     python -m amt predict POOL --support FOLDER IMAGES... --out answers.csv
     python -m amt predict POOL --support FOLDER --save task.safetensors
     python -m amt predict task.safetensors IMAGES...                 a saved task needs no examples
+    python -m amt predict POOL --text_prototypes FILE.npz IMAGES...  nor do texts of the classes (zero-shot)
 
 POOL is the name of a pool in the box, a file, or the folder of a training. FOLDER has one folder of image
 files per class. IMAGES are image files, and folders of them. An answer "stands up to 4/255" if the attack
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from amt.attacks.kinds import Attack, parse_attack
 from amt.cli import options
-from amt.cli.options import Parser, check_output
+from amt.cli.options import Parser, check_output, texts
 from amt.models.head_settings import Head
 from meta_dataset_readers.errors import DamagedRecord, InputError, one_line, printable, say
 from meta_dataset_readers.files import replace_file
@@ -97,6 +98,7 @@ def parser() -> Parser:
     parser.add_argument(
         "--save", "--save_task", type=as_path, metavar="FILE", help="write the task, a .safetensors"
     )
+    texts.add_texts(parser, "; without --support they alone classify (zero-shot), and their classes are all")
     add_model(parser)
     return parser
 
@@ -199,27 +201,29 @@ def task_of(args: argparse.Namespace) -> "Task":
         InputError: the pool, the support or the device is at fault.
     """
     from amt.few_shot import pictures, task_file
-    from amt.few_shot.fitting import fit_pictures
+    from amt.few_shot.fitting import fit_pictures, fit_texts
     from amt.few_shot.pools import find_pool
     from amt.files import checkpoint
     from amt.models.network import find_device
 
     file = find_pool(args.pool)
     if task_file.is_task(file):
-        for flag, what in (("support", "classes"), ("head", "head")):
+        for flag, what in (("support", "classes"), ("text_prototypes", "classes"), ("head", "head")):
             if getattr(args, flag) is not None:
                 raise InputError(
                     f"{file}: is a saved task, which has its {what}; expected a pool, or no --{flag}"
                 )
         return task_file.load(file).to(find_device(args.device))
+    given = {"arch": args.arch, "image_size": args.image_size, "device": args.device}
+    if args.support is None and args.text_prototypes is not None:
+        return fit_texts(file, merging(args), **given)[0]
     if args.support is None:
         checkpoint.load(file)  # says what is wrong with a file that is neither
         raise InputError(
             f"{file}: is a pool, which knows no classes yet; give --support FOLDER with one folder of image "
-            "files per class"
+            "files per class, or texts of the classes by --text_prototypes FILE.npz"
         )
     found, names = pictures.in_class_folders(args.support)
-    given = {"arch": args.arch, "image_size": args.image_size, "device": args.device}
     where = f"--support {args.support}: "
     return fit_pictures(file, found, names, merging(args), where=where, **given)[0]
 
@@ -227,17 +231,21 @@ def task_of(args: argparse.Namespace) -> "Task":
 def merging(args: argparse.Namespace) -> "Merging":
     """How the flags of `add_model` merge the pool."""
     from amt.few_shot.task import Merging
+    from amt.files import text_prototypes
 
+    file = vars(args).get("text_prototypes")  # which the page does not have
+    said = None if file is None else text_prototypes.read(file)
     head = None if args.head is None else options.single_head(args)
     trims = tuple(args.trim)
     routing = options.routing(args) if options.routed(args) else None
-    return Merging(routing, args.coefficients, trims, args.seed, head, args.pretrained_checkpoint)
+    return Merging(routing, args.coefficients, trims, args.seed, head, args.pretrained_checkpoint, said)
 
 
 def describe(task: "Task") -> None:
     """Say what the classes are and what was merged."""
     names = ", ".join(f"{name} ({shots})" for name, shots in zip(task.classes, task.shots, strict=True))
-    say(f"classes, and how many examples: {printable(names)}")
+    by_texts = f"classes, by their texts alone: {', '.join(map(str, task.classes))}"
+    say(printable(f"classes, and how many examples: {names}" if any(task.shots) else by_texts))
     single = [str(name) for name, shots in zip(task.classes, task.shots, strict=True) if shots == 1]
     if single:
         say(f"note: one example only of {', '.join(map(printable, single))}; more make better answers")

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from amt.attacks.kinds import ON_OTHERS, Attack
 from amt.cli import options
 from amt.evaluation import runs
-from amt.evaluation.deploy import check_deployment, check_heads, deploy, earlier_note
+from amt.evaluation.deploy import check_deployment, check_heads, chosen_on, deploy, earlier_note
 from amt.evaluation.evaluate import columns, measure
 from amt.evaluation.oracle import Oracle, best_row
 from amt.evaluation.recording import description, ended, examine, interruptible, record
@@ -69,9 +69,9 @@ def main(args: argparse.Namespace) -> int:
         dim = network.module.num_features
         check_heads(deployment.offered_heads, pool, statistics, where, dim, texts)
         if texts is not None:
-            spec = readers[source].spec
-            names = map(spec.class_name, spec.classes(args.split))
-            texts.check(names, f", classes of {source}, {args.split}")
+            texts.check_source(readers[source].spec, source, args.split)
+            if on := chosen_on(deployment, pool, source):
+                texts.check_source(open_source(source=on[0], split=on[1], n_episodes=1).spec, *on)
     say_fallbacks(args)
 
     part, parts = options.part(args)

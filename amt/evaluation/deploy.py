@@ -78,10 +78,10 @@ def check_deployment(
     if pool is None:
         return
     check_fit(deployment, pool, where)
-    if deployment.select != "valid" or not _chooses(deployment, pool):
+    if deployment.select != "valid" or (on := chosen_on(deployment, pool, source)) is None:
         return
     try:
-        open_episodes(deployment.select_on or source, "VALID", deployment.select_episodes, None)
+        open_episodes(*on, deployment.select_episodes, None)
     except InputError as error:
         if deployment.select_on is not None:
             raise
@@ -89,6 +89,15 @@ def check_deployment(
             f"--select valid has nothing to choose on for {source}: {error}; --select_on SOURCE takes "
             "another source's VALID, --select support needs none"
         ) from error
+
+
+def chosen_on(deployment: Deployment, pool: Pool | None, source: str) -> tuple[str, str] | None:
+    """The source and the split of the labelled episodes that settings for a domain are chosen on, if any."""
+    if pool is None or not _chooses_once(deployment, pool):
+        return None
+    if deployment.select == "published":
+        return source, deployment.split
+    return deployment.select_on or source, "VALID"
 
 
 def check_fit(deployment: Deployment, pool: Pool, where: str) -> None:
@@ -395,11 +404,12 @@ def _choose(
     fitters: Mapping[str, Fitter],
 ) -> tuple[Selection, str]:
     """What is best on labelled episodes, and in words how it was chosen."""
+    on, split = chosen_on(deployment, pool, source) or (source, deployment.split)
     if deployment.select == "published":
-        on, split, n, own_seed = source, deployment.split, PUBLISHED_EPISODES, PUBLISHED_SEED
+        n, own_seed = PUBLISHED_EPISODES, PUBLISHED_SEED
         tried, by = (), "chosen on labelled test episodes (published protocol)"
     else:
-        on, split, n, own_seed = deployment.select_on or source, "VALID", deployment.select_episodes, None
+        n, own_seed = deployment.select_episodes, None
         tried = selection_attacks(attacks)
         columns = [column for attack in tried for column in attack.columns]
         by = f"chosen on {n} VALID episodes of {on}" + (f" under {', '.join(columns)}" if columns else "")

@@ -28,7 +28,9 @@ def card(name: str, about: Mapping[str, Any], task: Task | None) -> str:
         classes = ", ".join(f"`{printable(str(each)).replace('`', '')}`" for each in task.classes)
         what = [
             f"A classifier of {len(task.classes)} classes on `{about['arch']}`: {classes}.",
-            f"It was fitted to {sum(task.shots)} labelled pictures, with the head `{task.head.name}`.",
+            f"It was fitted to {sum(task.shots)} labelled pictures, with the head `{task.head.name}`."
+            if any(task.shots)
+            else "It knows them by their texts alone (zero-shot), and was fitted to no picture.",
         ]
         use = ['clf.predict("PICTURES")']
     lines = [

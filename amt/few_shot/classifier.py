@@ -19,10 +19,10 @@ from torch import Tensor
 from amt.attacks.kinds import parse_attack
 from amt.few_shot import hub, pictures, task_file
 from amt.few_shot.card import card
-from amt.few_shot.fitting import fit_pictures
+from amt.few_shot.fitting import fit_pictures, fit_texts
 from amt.few_shot.pools import find_pool, local_pool, open_pool
 from amt.few_shot.task import Merging, Task, logits_of, standing
-from amt.files import export
+from amt.files import export, text_prototypes
 from amt.models.head_settings import Head, parse_head
 from amt.models.network import CHUNK, find_device
 from amt.models.trim import Trim
@@ -49,11 +49,14 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         coefficients: instead of the router, one share per adapter, of sum 1; None: those that the pool's file
             recommends, unless a setting of the router is not the default; "route": the router's.
         trims: trimmings of the merged weights, see `Trim`.
-        head: what classifies the features: "prototypes", "centred", "lda", "ridge", "robust-lda" or "mix",
-            also with options, "robust-lda support=0.3 attack=0.3"; or a `Head`; None: what the pool's file
-            recommends, see `OpenPool.head`. robust-lda needs statistics, which `amt pool --statistics` adds.
+        head: what classifies the features: "prototypes", "centred", "lda", "ridge", "robust-lda", "text"
+            or "mix", also with options, "robust-lda support=0.3 attack=0.3"; or a `Head`; None: what the
+            pool's file recommends, see `OpenPool.head`. robust-lda needs statistics, which
+            `amt pool --statistics` adds.
         pretrained_checkpoint: the weights that the pool was trained from, which only "mix" reads; None: those
             in the box, or of timm's hub.
+        text_prototypes: a file .npz of the classes' texts, which head "text" classifies by, and the default
+            then, "mix of=prototypes share=support other=text", mixes in; see `fit`.
         seed: decides everything random.
         image_size: side in pixels; None for the network's own.
         arch: the backbone, where the pool's file does not name it.
@@ -89,6 +92,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         trims: Sequence[Trim] = (),
         head: str | Head | None = None,
         pretrained_checkpoint: str | os.PathLike | None = None,
+        text_prototypes: str | os.PathLike | None = None,
         seed: int = 0,
         image_size: int | None = None,
         arch: str | None = None,
@@ -104,6 +108,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.trims = trims
         self.head = head
         self.pretrained_checkpoint = pretrained_checkpoint
+        self.text_prototypes = text_prototypes
         self.seed = seed
         self.image_size = image_size
         self.arch = arch
@@ -166,7 +171,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             The address of the commit, if it was pushed.
 
         Raises:
-            InputError: the pool is not there, the place cannot be written to, or the hub refuses.
+            InputError: the pool is not there, the place cannot be written to, the hub refuses, or there are
+                texts, which belong to classes, and nothing was fitted.
 
         >>> FewShotClassifier("vit_mini_pool", top_k=1).save_pretrained("own")
         >>> FewShotClassifier.from_pretrained("own").top_k
@@ -175,6 +181,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         folder = Path(save_directory)
         name = repo_id or folder.absolute().name
         task = self.task_.to("cpu") if hasattr(self, "task_") else None
+        if task is None and self.text_prototypes is not None:
+            raise InputError("text_prototypes belong to classes, and a pool has none; expected fit() before")
         tensors, about = task_file.packed(task) if task else open_pool(self.pool, self.arch).packed()
         hub.save(folder, self.get_params(), tensors, about, card(name, about, task))
         return hub.push(name, folder, **push_to_hub_kwargs) if push_to_hub else None
@@ -233,32 +241,28 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         found = cls(file, device=device, image_size=network.image_size, arch=network.arch, head=head)
         return found._fitted(task.to(find_device(device)))
 
-    def fit(self, X: Any, y: Any = None) -> Self:
-        """Fit the classes of a support set.
+    def fit(self, X: Any = None, y: Any = None) -> Self:
+        """Fit the classes of a support set, or without any those of `text_prototypes`.
 
         Args:
-            X: images (see the class), or without `y` a folder with one folder of image files per class.
+            X: images (see the class), or without `y` a folder with one folder of image files per class; None:
+                the texts alone classify (zero-shot), and all of their classes are answers.
             y: (N,) labels, texts or numbers.
 
         Raises:
-            InputError: images that cannot be read, fewer than two classes, or more than 2000 images.
+            InputError: images that cannot be read, fewer than two classes, more than 2000 images, or a class
+                without a text where there are some.
 
         >>> import numpy as np
         >>> images = np.random.default_rng(0).random((4, 32, 32, 3))
         >>> FewShotClassifier("vit_mini_pool").fit(images, [0, 0, 1, 1]).classes_
         array([0, 1])
         """
+        given = {"arch": self.arch, "image_size": self.image_size, "device": self.device}
+        if X is None and y is None and self.text_prototypes is not None:
+            return self._fitted(*fit_texts(self.pool, self._merging(), **given))
         items, labels = pictures.labelled(X, None if y is None else column_or_1d(y, warn=True))
-        task, classes = fit_pictures(
-            self.pool,
-            items,
-            labels,
-            self._merging(),
-            arch=self.arch,
-            image_size=self.image_size,
-            device=self.device,
-        )
-        return self._fitted(task, classes)
+        return self._fitted(*fit_pictures(self.pool, items, labels, self._merging(), **given))
 
     def predict(self, X: Any) -> np.ndarray:
         """The class of each image: (N,), of the labels' kind.
@@ -394,7 +398,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             if shares != "route":
                 raise InputError(f"coefficients is {shares!r}, expected numbers, 'route' or None")
             shares = None
-        return Merging(asked, shares, tuple(self.trims), self.seed, head, weights)
+        texts = None if self.text_prototypes is None else text_prototypes.read(Path(self.text_prototypes))
+        return Merging(asked, shares, tuple(self.trims), self.seed, head, weights, texts)
 
     def _fitted(self, task: Task, classes: np.ndarray | None = None) -> Self:
         self.task_ = task

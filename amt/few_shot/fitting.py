@@ -1,5 +1,6 @@
 """From labelled pictures of any kind and the name of a pool to a task."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -8,15 +9,15 @@ import numpy as np
 import torch
 
 from amt.few_shot import pictures
-from amt.few_shot.pools import open_pool
+from amt.few_shot.pools import OpenPool, open_pool
 from amt.few_shot.task import Merging, Task, fit
-from amt.models.head_settings import PRETRAINED
+from amt.models.head_settings import PRETRAINED, ZERO_SHOT
 from amt.models.network import find_device
 from meta_dataset_readers.errors import InputError
 
 
 def fit_pictures(
-    pool: str | os.PathLike,
+    pool: str | os.PathLike | OpenPool,
     items: Sequence[Any],
     labels: np.ndarray,
     merging: Merging,
@@ -29,7 +30,7 @@ def fit_pictures(
     """A task of labelled pictures, and its classes (N,), sorted, as an array.
 
     Args:
-        pool: see `find_pool`.
+        pool: one that is open, to answer where it is; or see `find_pool`.
         items: see `pictures.listed`.
         labels: one for each, texts or numbers.
         arch, image_size: see `open_pool`.
@@ -40,15 +41,59 @@ def fit_pictures(
         InputError: the pool, the labels, a picture or the device is at fault.
     """
     classes, numbers = np.unique(_named(labels), return_inverse=True)
+    if len(items) > pictures.MOST_SUPPORT:
+        raise InputError(f"{where}{len(items)} images, a support set has {pictures.MOST_SUPPORT} at most")
+    if merging.texts is not None:
+        merging.texts.check(map(str, classes.tolist()), " that there are examples of")
+    return _fitted(pool, items, numbers, classes, merging, where, arch, image_size, device)
+
+
+def fit_texts(
+    pool: str | os.PathLike | OpenPool,
+    merging: Merging,
+    *,
+    arch: str | None = None,
+    image_size: int | None = None,
+    device: str = "auto",
+) -> tuple[Task, np.ndarray]:
+    """A task of all classes that `merging` has texts of, by these alone, and the classes (N,), sorted.
+
+    Raises:
+        InputError: there is no text, the head is fitted to pictures, or as of `fit_pictures`; other arguments
+            are as of that.
+    """
+    if merging.texts is None:
+        raise InputError("no labelled pictures and no --text_prototypes FILE.npz; expected either")
+    head = merging.head or ZERO_SHOT
+    if not head.zero_shot:
+        raise InputError(f"--head {head.name} is fitted to labelled pictures, which are missing (--support)")
+    merging = dataclasses.replace(merging, head=head)
+    classes, none = np.array(sorted(merging.texts.names)), np.empty(0, np.int64)
+    where = f"--text_prototypes {merging.texts.file}: "
+    return _fitted(pool, [], none, classes, merging, where, arch, image_size, device)
+
+
+def _fitted(
+    pool: str | os.PathLike | OpenPool,
+    items: Sequence[Any],
+    numbers: np.ndarray,
+    classes: np.ndarray,
+    merging: Merging,
+    where: str,
+    arch: str | None,
+    image_size: int | None,
+    device: str,
+) -> tuple[Task, np.ndarray]:
     if len(classes) < 2:
         found = f"one class, {classes.tolist()[0]!r}" if len(classes) else "no class"
         raise InputError(f"{where}{found}; a classifier needs 2 classes or more")
-    if len(items) > pictures.MOST_SUPPORT:
-        raise InputError(f"{where}{len(items)} images, a support set has {pictures.MOST_SUPPORT} at most")
-    opened = open_pool(pool, arch, image_size).to(find_device(device))
-    if (merging.head or opened.head).other == PRETRAINED:
+    opened = pool
+    if not isinstance(opened, OpenPool):
+        opened = open_pool(opened, arch, image_size).to(find_device(device))
+    if merging.head_for(opened).other == PRETRAINED:
         opened = opened.with_pretrained(merging.pretrained)
-    images = pictures.images(items, opened.network.image_size)
+    side = opened.network.image_size
+    images = pictures.images(items, side) if len(items) else torch.empty(0, 3, side, side)
     task = fit(opened, images, torch.from_numpy(numbers.astype(np.int64)), classes.tolist(), merging)
     return task, classes
 

@@ -23,11 +23,13 @@ from amt.evaluation.evaluate import measure
 from amt.evaluation.settings import Deployment
 from amt.few_shot.pools import OpenPool
 from amt.files.export.merged import MergedNetwork, Support, merged_network
-from amt.models.head_settings import Head
+from amt.files.text_prototypes import TextPrototypes
+from amt.models.head_settings import TEXT, WITH_TEXTS, Head
+from amt.models.heads import mapped
 from amt.models.network import CHUNK, Network, features, fixed_features
 from amt.models.trim import Trim
 from amt.models.weights import Coefficients, Merged, Weights, stream
-from amt.tasks.classifier import Classifier, FeaturesOf, Voice, fitted_voices, mixed_in, spoken
+from amt.tasks.classifier import Classifier, FeaturesOf, Voice, fitted_voices, mixed_in, spoken, texts_of
 from amt.tasks.merge import route
 from amt.tasks.settings import Routing
 from meta_dataset_readers.episode import Episode
@@ -93,10 +95,9 @@ class Task:
 
 
 def _moved(voice: Voice, device: torch.device | str) -> Voice:
-    held = {name: part.to(device) for name, part in vars(voice.head).items() if isinstance(part, Tensor)}
     return Voice(
         {name: tensor.to(device) for name, tensor in voice.weights.items()},
-        dataclasses.replace(voice.head, **held),
+        mapped(voice.head, lambda tensor: tensor.to(device)),
         None if voice.factor is None else voice.factor.to(device),
     )
 
@@ -111,9 +112,14 @@ class Merging:
         coefficients: instead, one number per adapter, of sum 1.
         trims: trimmings of the merged weights.
         seed: of the router's augmentation, or attack, and of views of a single example per class.
-        head: what classifies the features; None: what the pool's file recommends.
+        head: what classifies the features; None: with texts `WITH_TEXTS`, else what the pool's file
+            recommends.
         pretrained: the file of weights that the pool was trained from, which only a head reads that mixes
             them in; None: see `find_weights`.
+        texts: of the classes, which the head mixes in.
+
+    Raises:
+        InputError: there are texts, and the head does not use them.
     """
 
     routing: Routing | None = None
@@ -122,6 +128,18 @@ class Merging:
     seed: int = 0
     head: Head | None = None
     pretrained: Path | None = None
+    texts: TextPrototypes | None = None
+
+    def __post_init__(self) -> None:
+        if self.texts is not None and self.head is not None and self.head.other != TEXT:
+            raise InputError(
+                f"--head {self.head.name} does not use --text_prototypes; expected --head text, or mix "
+                "other=text"
+            )
+
+    def head_for(self, opened: OpenPool) -> Head:
+        """What classifies the features of a pool; errors as of `OpenPool.head`."""
+        return self.head or (WITH_TEXTS if self.texts is not None else opened.head)
 
 
 def fit(opened: OpenPool, images: Tensor, labels: Tensor, classes: Sequence[Label], merging: Merging) -> Task:
@@ -129,13 +147,13 @@ def fit(opened: OpenPool, images: Tensor, labels: Tensor, classes: Sequence[Labe
 
     Args:
         opened: a pool, on the device that is to answer; `with_pretrained` if the head mixes those weights in.
-        images: (S, 3, H, W) float32 in [0, 1], at the network's image size.
-        labels: (S,) int64 in 0..N-1; every class has an image.
+        images: (S, 3, H, W) float32 in [0, 1], at the network's image size; none if texts alone classify.
+        labels: (S,) int64 in 0..N-1; every class has an image, or none has.
         classes: the N labels.
 
     Raises:
-        InputError: coefficients of another number or sum than the pool takes, trimmings of no layer of it, or
-            a head that needs what the pool does not have.
+        InputError: coefficients of another number or sum than the pool takes, or none and no image to decide
+            them by, trimmings of no layer of it, or a head that needs what the pool does not have.
     """
     network, pool = opened.network, opened.pool
     shares, routing = merging.coefficients, merging.routing or Routing()
@@ -144,44 +162,41 @@ def fit(opened: OpenPool, images: Tensor, labels: Tensor, classes: Sequence[Labe
     asked = Deployment(coefficients=shares, trims=merging.trims, routings=(routing,))
     check_fit(asked, pool, str(opened.file))
     dim: Any = network.module.num_features
-    head = merging.head or opened.head
-    check_heads([head], pool, opened.statistics, str(opened.file), dim)
+    head = merging.head_for(opened)
+    check_heads([head], pool, opened.statistics, str(opened.file), dim, merging.texts)
     support = Support(images.to(network.device), labels.to(network.device), tuple(map(str, classes)))
     shares = (1.0,) if shares is None and len(pool) == 1 else shares
     if shares is None:
+        if len(images) == 0:
+            raise InputError(
+                f"{opened.file}: holds {len(pool)} adapters, and there is no picture to merge them by; "
+                "expected --coefficients C ..., one for each"
+            )
         draws = stream(merging.seed, 0, 1)  # as of the first episode of a run
         shares = route(network, pool, support.images, support.labels, draws, routing)
     try:
-        merged = merged_network(network, pool, shares, merging.trims, support)
+        merged = merged_network(network, pool, shares, merging.trims)
     except ValueError as error:
         raise InputError(f"coefficients {' '.join(f'{c:g}' for c in shares)}: {error}") from error
-    merged, factor, second = _with_head(opened, merged, support, head, merging.seed)
-    shots = tuple(labels.bincount(minlength=len(classes)).tolist())
-    about = {"pool": opened.file.name, "seed": merging.seed}
-    unknown = opened.about.get("levels_from") == "nowhere"  # of a published pool
-    epsilons = () if unknown else tuple(level.epsilon for level in pool.levels)
-    return Task(merged, tuple(classes), shots, epsilons, about, head, factor, second)
-
-
-def _with_head(
-    opened: OpenPool, merged: MergedNetwork, support: Support, head: Head, seed: int
-) -> tuple[MergedNetwork, Tensor | None, Voice | None]:
-    """The merged network with the head that is asked for, and what the latter mixes in; see `Task`."""
-    if head == Head():
-        return merged, None, None
     own, *others = fitted_voices(
-        opened.network,
+        network,
         Merged(merged.weights, merged.scale, merged.bias),
         support.images,
         support.labels,
         merged.coefficients,
         head,
         opened.statistics,
-        mixed_in(opened.network, opened.pool, head),
-        seed,
+        mixed_in(network, pool, head),
+        merging.seed,
+        texts=texts_of(merging.texts, head, support.classes, network.device),
     )
-    found = dataclasses.replace(merged, head=own.head)
-    return found, own.factor, others[0] if others else None
+    merged = dataclasses.replace(merged, classes=support.classes, head=own.head)
+    shots = tuple(labels.bincount(minlength=len(classes)).tolist())
+    about = {"pool": opened.file.name, "seed": merging.seed}
+    unknown = opened.about.get("levels_from") == "nowhere"  # of a published pool
+    epsilons = () if unknown else tuple(level.epsilon for level in pool.levels)
+    second = others[0] if others else None
+    return Task(merged, tuple(classes), shots, epsilons, about, head, own.factor, second)
 
 
 def logits_of(task: Task, images: Tensor) -> Tensor:

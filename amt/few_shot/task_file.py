@@ -3,6 +3,7 @@
     weights/NAME, scale, bias                  the merged network, scale and bias of its cosines (1,)
     prototypes; origin                         of a head by cosine: (N, D), and (D,) where it is centred
     head/weight, head/bias                     of any other: (N, D) and (N,)
+    texts/prototypes, texts/scale, texts/bias  of the texts of the classes, where their logits are added
     factor; second/...                         of a mixture: what the logits are multiplied by, (1,), and the
                                                same for the second network
 
@@ -23,8 +24,8 @@ from amt.few_shot.pools import network_of
 from amt.few_shot.task import Label, Task
 from amt.files import checkpoint, weight_files
 from amt.files.export.merged import MergedNetwork
-from amt.models.head_settings import COSINE, Head, parse_head
-from amt.models.heads import Cosine, Linear
+from amt.models.head_settings import COSINE, TEXT, Head, parse_head
+from amt.models.heads import Cosine, Fitted, Linear, WithTexts
 from amt.models.network import Network
 from amt.models.trim import Trim
 from amt.models.weights import Weights
@@ -89,14 +90,17 @@ def packed(task: Task) -> tuple[Weights, dict[str, Any]]:
 
 def _tensors(voice: Voice) -> Weights:
     """A network with its head, by the names of the module's docstring."""
-    head, found = voice.head, {f"weights/{name}": tensor for name, tensor in voice.weights.items()}
-    if isinstance(head, Cosine):
-        found |= {"prototypes": head.centres}
-        found |= {name: torch.tensor([float(getattr(head, name))]) for name in ("scale", "bias")}
-        found |= {} if head.origin is None else {"origin": head.origin}
-    else:
-        found |= {"head/weight": head.weight, "head/bias": head.bias}
+    found = {f"weights/{name}": tensor for name, tensor in voice.weights.items()} | _of_head(voice.head)
     return found if voice.factor is None else found | {"factor": voice.factor.reshape(1)}
+
+
+def _of_head(head: Fitted) -> Weights:
+    if isinstance(head, WithTexts):
+        return _of_head(head.own) | {f"texts/{name}": tensor for name, tensor in _of_head(head.texts).items()}
+    if isinstance(head, Linear):
+        return {"head/weight": head.weight, "head/bias": head.bias}
+    found = {name: torch.tensor([float(getattr(head, name))]) for name in ("scale", "bias")}
+    return {"prototypes": head.centres, **found, **({} if head.origin is None else {"origin": head.origin})}
 
 
 def _shapes(network: Network, head: Head, n_classes: int) -> dict[str, tuple[int, ...]]:
@@ -104,24 +108,34 @@ def _shapes(network: Network, head: Head, n_classes: int) -> dict[str, tuple[int
     module: Any = network.module
     dim = module.num_features
     found = {f"weights/{name}": tuple(tensor.shape) for name, tensor in network.weights.items()}
+    cosine = {"prototypes": (n_classes, dim), "scale": (1,), "bias": (1,)}
+    if head.zero_shot:
+        return found | cosine
     if head.kind in COSINE:
-        found |= {"prototypes": (n_classes, dim), "scale": (1,), "bias": (1,)}
-        found |= {"origin": (dim,)} if head.kind != Head.kind else {}
+        found |= cosine | ({"origin": (dim,)} if head.kind != Head.kind else {})
     else:
         found |= {"head/weight": (n_classes, dim), "head/bias": (n_classes,)}
+    if head.other == TEXT:
+        return found | {f"texts/{name}": shape for name, shape in cosine.items()}
     return found if head.other is None else found | {"factor": (1,)}
 
 
 def _voice(tensors: Weights, prefix: str = "") -> Voice:
     """The inverse of `_tensors`, of the tensors whose names begin with `prefix`."""
-    held = {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
-    weights = {name.removeprefix("weights/"): t for name, t in held.items() if name.startswith("weights/")}
-    if "prototypes" in held:
-        scale, bias = float(held["scale"]), float(held["bias"])
-        head = Cosine(held["prototypes"], scale, bias, held.get("origin"))
-    else:
-        head = Linear(held["head/weight"], held["head/bias"])
+    held = _under(prefix, tensors)
+    weights = _under("weights/", held)
+    head = Linear(held["head/weight"], held["head/bias"]) if "head/weight" in held else _cosine(held)
+    if "texts/prototypes" in held:
+        head = WithTexts(head, _cosine(_under("texts/", held)))
     return Voice(weights, head, held["factor"][0] if "factor" in held else None)
+
+
+def _under(prefix: str, tensors: Weights) -> Weights:
+    return {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
+
+
+def _cosine(held: Weights) -> Cosine:
+    return Cosine(held["prototypes"], float(held["scale"]), float(held["bias"]), held.get("origin"))
 
 
 def is_task(path: Path) -> bool:
@@ -163,7 +177,8 @@ def load(path: Path) -> Task:
     head = _head(where, about)
     network = network_of(path, dict(about), None, about["image_size"])
     shapes = _shapes(network, head, n_classes)
-    if head.other is not None:
+    mixes = head.other not in (None, TEXT)
+    if mixes:
         shapes |= {f"second/{name}": shape for name, shape in shapes.items()}
     tensors = weight_files.check_fit(path, content.data, shapes | {"scale": (1,), "bias": (1,)})
     own = _voice(tensors)
@@ -175,7 +190,7 @@ def load(path: Path) -> Task:
         {name: value for name, value in found.items() if name not in _About.__annotations__},
         head,
         own.factor,
-        None if head.other is None else _voice(tensors, "second/"),
+        _voice(tensors, "second/") if mixes else None,
     )
 
 

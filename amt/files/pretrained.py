@@ -5,7 +5,6 @@ Every tensor of a file must find its place, or be known to serve the pretraining
 
 import contextlib
 import dataclasses
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ import huggingface_hub
 import torch
 from torch import nn
 
-from amt.files import robust_weights, state_dicts, weight_files
+from amt.files import names, robust_weights, state_dicts, weight_files
 from amt.files.shipped import shipped
 from amt.files.state_dicts import Shapes, StateDict
 from amt.models.architectures import (
@@ -111,19 +110,6 @@ def find_weights(base: str, origin: Origin) -> Path:
     raise InputError(f"--arch {base!r}: {reason}; {file} by --pretrained_checkpoint{place}")
 
 
-# What files hold besides the features, by name: all of it serves the pretraining task, and is left out.
-_PRETRAINING_ONLY = {
-    "classification or projection head": re.compile(
-        r"(head(_dist)?|dino_head|ibot_head|predictor|projector|projection_head)\..+"
-    ),
-    "embedding of masked patches": re.compile(r"masked_embed|mask_token"),
-    "decoder of masked patches": re.compile(r"decoder_(embed|blocks|norm|pred)\..+|decoder_pos_embed"),
-    "state of a loss": re.compile(r"(dino_loss|ibot_patch_loss|koleo_loss)\..+|queue(_ptr)?"),
-    "normalisation": robust_weights.NORMALISATION,
-    "counts of batches": re.compile(r"(.+\.)?num_batches_tracked"),
-}
-
-
 def unwrap(
     path: Path, data: Mapping[str, Any], known: Shapes | None = None, key: str | None = None
 ) -> StateDict:
@@ -138,11 +124,6 @@ def _holds_loras(path: Path) -> InputError:
     return InputError(f"{path}: holds LoRAs, expected the weights of a backbone; name it by --resume")
 
 
-def pretraining_only(name: str) -> str | None:
-    """What part of a pretraining task the tensor called `name` belongs to, or None: to the features."""
-    return next((part for part, names in _PRETRAINING_ONLY.items() if names.fullmatch(name)), None)
-
-
 def read_weights(
     path: Path,
     network: nn.Module,
@@ -152,7 +133,7 @@ def read_weights(
     """The weights for `network` in a file of timm's, DINO's, iBOT's, DeiT's, MoCo's or CLIP's format.
 
     Every tensor of the file is accounted for: it is one of the network's, or by its name a part of the
-    pretraining task (see `pretraining_only`) or a text tower's. For networks of timm's own, files that timm
+    pretraining task (see `names.beside`) or a text tower's. For networks of timm's own, files that timm
     itself converts when it loads them, such as DINOv2's with registers, are converted likewise.
 
     Args:
@@ -190,7 +171,7 @@ def _fitted(
 ) -> Weights:
     """The complete state dict of `network`; says what was chosen and left out."""
     state, shapes = found.weights, _shapes(network)
-    parts = {name: part for name in state if name not in shapes and (part := pretraining_only(name))}
+    parts = {name: part for name in state if name not in shapes and (part := names.beside(name))}
     weights = weight_files.check_fit(path, {n: t for n, t in state.items() if n not in parts}, shapes)
     left_out = [f"{number} tensors left out: {part}" for part, number in Counter(parts.values()).items()]
     for note in (*found.notes(), *left_out) if tell is not None else ():
@@ -207,11 +188,7 @@ def _projection(arch: str, found: StateDict) -> int:
 
 def _check_normalisation(path: Path, state: Weights, network: Network) -> None:
     """Raise an `InputError` if a file says that its network normalises otherwise."""
-    parts = {
-        found["what"]: state[name]
-        for name in state
-        if (found := robust_weights.NORMALISATION.fullmatch(name))
-    }
+    parts = {found["what"]: state[name] for name in state if (found := names.NORMALISATION.fullmatch(name))}
     statistics = robust_weights.statistics_of(parts)
     own = (network.mean, network.std)
     if statistics and not torch.allclose(torch.tensor(statistics), torch.tensor(own), atol=1e-3):

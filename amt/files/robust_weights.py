@@ -1,6 +1,7 @@
 """Files of robustly pretrained networks, recognised by what they hold and read into one network's names.
 
     container    and prefixes as in `state_dicts`
+    names        cleaned by `names`
     BatchNorm    X.bn_list.1 (adversarial) -> X;  X.bn_list.0 (natural) -> the same names, kept apart
     shortcuts    downsample.conv, downsample.bn -> downsample.0, downsample.1
     LoRA         convN.conv.weight -> convN.weight; the factors beside it are left out
@@ -12,6 +13,7 @@ section 8.) Files are read by `weight_files`, which runs nothing of them. Knows 
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +21,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from amt.files import state_dicts, weight_files
+from amt.files import names, state_dicts, weight_files
 from amt.files.checkpoint import HEADER, parse_header
 from amt.files.pretrainings import PRETRAININGS, published_name
 from amt.files.state_dicts import StateDict
@@ -91,7 +93,7 @@ def read(
         {name: weights[name] if name in weights else value.clone() for name, value in start.items()},
         natural,
         bool(head),
-        True if normalises is None and (parts.normalisation or about) else normalises,
+        True if normalises is None and (parts.normalisation or about or found.width) else normalises,
         "; ".join(filter(None, notes)),
         (about["mean"], about["std"]) if about else statistics_of(parts.normalisation),
         about,
@@ -119,20 +121,6 @@ def _about(path: Path, header: Mapping[str, str]) -> dict:
 
 # Names
 
-NORMALISATION = re.compile(r"(attacker\.)?normali[sz]er?\.(new_)?(?P<what>.+)")
-_LORA = re.compile(r".+\.lora_[AB]_(nat|adv)")  # their product is not in the weights beside them
-_HEAD = re.compile(
-    r"(fc|fc_downstream|linear|classifier|heads?|head_\w+|projector|predictor|projection\w*|prediction\w*"
-    r"|proj_head|prototypes|pre_logits|dino_head|ibot_head|dino_loss|ibot_patch_loss)\..+|queue(_ptr)?"
-)
-_UNUSED = re.compile(r"sub_block1\..+|.*bn.*adv.*")  # of WideResNets, and of ResNets with one more BatchNorm
-_RENAMES = (
-    (re.compile(r"(?<![^.])shortcut\.(?=[01]\.)"), "downsample."),
-    (re.compile(r"(?<![^.])downsample\.conv\."), "downsample.0."),
-    (re.compile(r"(?<![^.])downsample\.bn\."), "downsample.1."),
-    (re.compile(r"(?<![^.])(conv\d+|downsample\.0)\.conv\."), r"\1."),
-)
-
 
 class _Parts(NamedTuple):
     """A file's tensors by what they are for; `notes` tell what was left out."""
@@ -145,42 +133,28 @@ class _Parts(NamedTuple):
 
 
 def _sort(path: Path, found: StateDict, network: Network) -> _Parts:
-    parts = _Parts({}, {}, {}, {}, [])
-    left = {"LoRA factors": 0, "unused tensors": 0, "projection to texts": 0}
-    for name, tensor in found.weights.items():
-        known = name in network.names
+    parts, left = _Parts({}, {}, {}, {}, []), Counter()
+    for full, tensor in found.weights.items():
+        name = names.renamed(re.sub(r"\.bn_list\.[01]\.", ".", full), names.RESNET, network.names)
+        part = None if name in network.names else names.beside(full)
         if found.width and network.is_head(name):
             left["projection to texts"] += 1
             continue
-        if normalisation := NORMALISATION.fullmatch(name):
-            parts.normalisation[normalisation["what"]] = tensor
+        if normalisation := names.NORMALISATION.fullmatch(full):
+            where, name = parts.normalisation, normalisation["what"]
+        elif network.is_head(full) or part in (names.HEAD, names.LOSS):
+            where, name = parts.heads, full
+        elif part is not None:
+            left[part] += 1
             continue
-        if _LORA.fullmatch(name):
-            left["LoRA factors"] += 1
-            continue
-        if network.is_head(name) or (not known and _HEAD.fullmatch(name)):
-            where = parts.heads
-        elif not known and _UNUSED.fullmatch(name):
-            left["unused tensors"] += 1
-            continue
-        elif ".bn_list.0." in name:
-            where, name = parts.natural, _renamed(name.replace(".bn_list.0.", "."), network)
         else:
-            where, name = parts.weights, _renamed(name.replace(".bn_list.1.", "."), network)
+            where = parts.natural if ".bn_list.0." in full else parts.weights
+            name = name if name in network.names else full
         if name in where:
             raise InputError(f"{path}: holds tensor {printable(name)} under two names")
         where[name] = tensor
-    parts.notes.extend(f"{count} {what} left out" for what, count in left.items() if count)
+    parts.notes.extend(f"{count} {what} left out" for what, count in left.items())
     return parts
-
-
-def _renamed(name: str, network: Network) -> str:
-    """The network's name for a tensor, or `name` if it has none."""
-    new = name
-    for pattern, replacement in _RENAMES:
-        if new not in network.names:
-            new = pattern.sub(replacement, new)
-    return new if new in network.names else name
 
 
 # Values

@@ -7,6 +7,7 @@ docs/how-to/text-prototypes.md has a script that writes such a file.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from amt.files import npz
 from meta_dataset_readers.errors import InputError, first_line, printable
+from meta_dataset_readers.spec import DatasetSpec
 
 LARGEST = 2**28  # bytes; 22,000 classes of 1,280 numbers are half of it
 
@@ -26,13 +28,18 @@ class TextPrototypes:
 
     Args:
         file: where they are from.
-        rows: the row of each class, by `plain` name.
+        names: C, as the file has them, different when `plain`.
         embeddings: (C, E) float32, finite, none of them zero.
     """
 
     file: Path
-    rows: dict[str, int]
+    names: tuple[str, ...]
     embeddings: Tensor
+
+    @functools.cached_property
+    def rows(self) -> dict[str, int]:
+        """The row of each class, by `plain` name."""
+        return {plain(name): row for row, name in enumerate(self.names)}
 
     @property
     def width(self) -> int:
@@ -56,14 +63,18 @@ class TextPrototypes:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise InputError(
                 f"--text_prototypes {self.file}: has no text for {shown}{more}{where}; expected every class "
-                "that is tested"
+                "to have one"
             )
+
+    def check_source(self, spec: DatasetSpec, source: str, split: str) -> None:
+        """Raise an `InputError` unless every class of a source's split is there."""
+        self.check(map(spec.class_name, spec.classes(split)), f", classes of {source}, {split}")
 
 
 def check_width(texts: TextPrototypes | None, what: str, dim: int) -> None:
     """Raise an `InputError` unless there are texts, as `what` needs, of as many numbers as `dim` features."""
     if texts is None:
-        raise InputError(f"{what}: needs --text_prototypes FILE.npz of test_meta_dataset.py")
+        raise InputError(f"{what}: needs --text_prototypes FILE.npz of amt test, amt predict or amt export")
     if texts.width != dim:
         raise InputError(
             f"--text_prototypes {texts.file}: embeddings of {texts.width} numbers, the network has {dim} "
@@ -98,10 +109,9 @@ def read(path: Path) -> TextPrototypes:
         raise InputError(f"{where}: holds {kinds}, expected texts [C] and floating-point numbers [C, E]")
     if len(names) != len(numbers) or not numbers.size:
         raise InputError(f"{where}: {len(names)} names and embeddings of shape {list(numbers.shape)}")
-    rows = {plain(name): row for row, name in enumerate(names.tolist())}
-    if len(rows) < len(names):
+    if len({plain(name) for name in names.tolist()}) < len(names):
         raise InputError(f"{where}: two of its {len(names)} classes have one name")
     embeddings = torch.from_numpy(numbers.astype(np.float32))
     if not torch.isfinite(embeddings).all() or not embeddings.any(1).all():
         raise InputError(f"{where}: an embedding is zero or not finite")
-    return TextPrototypes(path, rows, embeddings)
+    return TextPrototypes(path, tuple(names.tolist()), embeddings)

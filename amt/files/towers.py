@@ -7,10 +7,9 @@
 A tower may be all that a file holds, or lie under any name beside a text tower, which is left out. The
 projection into the space that images and texts share becomes the layer `head`. FARE and TeCoA (Schlarmann et
 al. 2024, arxiv.org/abs/2402.12336) are published in these formats. `state_dicts` calls this last, when what
-training tools put around is taken off.
+training tools put around is taken off; the names are in `names`.
 """
 
-import re
 from collections.abc import Container
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from amt.files import names
 from amt.models.architectures import PROJECTION
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError, printable
@@ -42,45 +42,6 @@ _SIGNS = (
     ("class_embedding", "conv1.weight"),
     ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"),
     ("trunk.patch_embed.proj.weight", "trunk.patch_embed.proj.weight"),
-)
-_TEXTS = re.compile(
-    r"(text|text_model|transformer|ln_final|token_embedding)\..+|text_projection(\.weight|\.bias)?|attn_mask"
-    r"|positional_embedding|logit_(scale|bias)"
-)
-_RENAMES = tuple(
-    (re.compile(pattern), name)
-    for pattern, name in (
-        # OpenCLIP
-        (r"conv1\.", "patch_embed.proj."),
-        (r"class_embedding", "cls_token"),
-        (r"positional_embedding", "pos_embed"),
-        (r"transformer\.resblocks\.", "blocks."),
-        (r"ln_pre\.", "norm_pre."),
-        (r"ln_post\.", "norm."),
-        (r"(blocks\.\d+)\.ln_", r"\1.norm"),
-        (r"(blocks\.\d+\.attn)\.in_proj_", r"\1.qkv."),
-        (r"(blocks\.\d+\.attn)\.out_proj\.", r"\1.proj."),
-        (r"(blocks\.\d+\.mlp)\.c_fc\.", r"\1.fc1."),
-        (r"(blocks\.\d+\.mlp)\.c_proj\.", r"\1.fc2."),
-        # OpenCLIP on timm
-        (r"head\.proj\.", "head."),
-        (r"trunk\.", ""),
-        # Hugging Face
-        (r"embeddings\.class_embedding", "cls_token"),
-        (r"embeddings\.patch_embedding\.", "patch_embed.proj."),
-        (r"embeddings\.position_embedding\.weight", "pos_embed"),
-        (r"pre_layrnorm\.", "norm_pre."),  # so they spell it
-        (r"post_layernorm\.", "norm."),
-        (r"(encoder\.)?layers\.", "blocks."),
-        (r"(blocks\.\d+)\.layer_norm", r"\1.norm"),
-        (r"(blocks\.\d+)\.self_attn\.out_proj\.", r"\1.attn.proj."),
-        (r"(blocks\.\d+)\.self_attn\.", r"\1.attn."),
-        (r"head\.probe", "attn_pool.latent"),
-        (r"head\.attention\.out_proj\.", "attn_pool.proj."),
-        (r"head\.attention\.in_proj_", "attn_pool.qkv."),
-        (r"head\.layernorm\.", "attn_pool.norm."),
-        (r"head\.mlp\.", "attn_pool.mlp."),
-    )
 )
 
 
@@ -132,7 +93,7 @@ def _renamed(state: Weights, root: str) -> tuple[Weights, int]:
             found |= _of_timm(full.removeprefix(root), tensor)
         elif full == f"{around}visual_projection.weight":
             found[PROJECTION] = tensor
-        elif _TEXTS.fullmatch(full.removeprefix(around)):
+        elif names.TEXTS.fullmatch(full.removeprefix(around)):
             texts += 1
         else:
             found[full] = tensor
@@ -141,8 +102,7 @@ def _renamed(state: Weights, root: str) -> tuple[Weights, int]:
 
 def _of_timm(name: str, tensor: Tensor) -> Weights:
     """One tensor as timm names and shapes it: views, which hold no memory of their own."""
-    for pattern, new in _RENAMES:
-        name = pattern.sub(new, name) if pattern.match(name) else name
+    name = names.renamed(name, names.TOWER)
     if name == "proj" and tensor.ndim == 2:
         return {PROJECTION: tensor.T}
     if name == "embeddings.position_ids":  # 0, 1, 2, ...

@@ -114,6 +114,10 @@ class Head:
         return f"where no class has two support images there is no covariance of the support: {instead}"
 
 
+ZERO_SHOT = Head(other=TEXT, share=0.0)
+WITH_TEXTS = Head(other=TEXT, share=ON_SUPPORT)  # the default where there are texts
+
+
 def default_head(kind: str) -> Head:
     """The head of this kind with its default options. Raises ValueError for an unknown kind."""
     options: dict[str, Any] = dict(KINDS.get(kind, {}))
@@ -130,7 +134,7 @@ def parse_head(words: Sequence[str]) -> Head:
     if name == TEXT:
         if options:
             raise InputError(f"--head {TEXT} {options[0]}: expected no option")
-        return parse_head([MIX, "of=prototypes", "share=0", f"other={TEXT}"])
+        return ZERO_SHOT
     if name != MIX and name not in KINDS:
         raise InputError(f"--head {name}: {nearest(name, (*KINDS, MIX, TEXT))}")
     mixing = _MIXING if name == MIX else {}

@@ -21,7 +21,7 @@ Everything is differentiable through support and query. Knows no network and no 
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -92,13 +92,41 @@ class Linear:
         return features @ self.weight.mT + self.bias
 
 
-Fitted = Cosine | Linear
+@dataclasses.dataclass(frozen=True)
+class WithTexts:
+    """The logits of a support's head, and those of the texts of the classes, added."""
+
+    own: Cosine | Linear
+    texts: Cosine
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Logits: (Q, D) -> (Q, N)."""
+        return self.own(features) + self.texts(features)
+
+
+Fitted = Cosine | Linear | WithTexts
+
+
+def mapped(fitted: Fitted, change: Callable[[Tensor], Tensor]) -> Fitted:
+    """The same head with every one of its tensors, of any shape, changed, in the order of its fields."""
+    parts = {
+        name: change(value) if isinstance(value, Tensor) else mapped(value, change)
+        for name, value in vars(fitted).items()
+        if isinstance(value, Tensor | Cosine | Linear)
+    }
+    return dataclasses.replace(fitted, **parts)
 
 
 def detached(fitted: Fitted) -> Fitted:
     """The same head, of any shape, without graph."""
-    held = {name: value.detach() for name, value in vars(fitted).items() if isinstance(value, Tensor)}
-    return dataclasses.replace(fitted, **held)
+    return mapped(fitted, Tensor.detach)
+
+
+def scaled(fitted: Cosine | Linear, factor: Tensor | float) -> Cosine | Linear:
+    """The head whose logits are `factor` times as large; `factor` is a scalar."""
+    if isinstance(fitted, Cosine):
+        return dataclasses.replace(fitted, scale=factor * fitted.scale)
+    return Linear(factor * fitted.weight, factor * fitted.bias)
 
 
 def stacked(heads: Sequence[Fitted]) -> Fitted:
@@ -250,7 +278,7 @@ def fit(
     scale: Tensor | float = SPREAD,
     bias: Tensor | float = 0.0,
     views: Tensor | None = None,
-) -> Fitted:
+) -> Cosine | Linear:
     """Fit a head to a support set. Mixing of two networks is the caller's: here one network is classified.
 
     Args:
@@ -276,8 +304,7 @@ def fit(
     else:
         found = _least_squares(features.double(), labels, head.penalty)
     found = Linear(found.weight.to(features.dtype), found.bias.to(features.dtype))
-    factor = scale / spread(found(features))
-    return Linear(factor * found.weight, factor * found.bias)
+    return scaled(found, scale / spread(found(features)))
 
 
 def mixed_covariance(

@@ -126,8 +126,10 @@ def _grouped(shown: Sequence[Shown]) -> list[list[tuple[Shown, Sample]]]:
     order = {domain: k for k, domain in enumerate(domains(shown))}
     groups: dict[tuple, list[tuple[Shown, Sample]]] = {}
     for each in shown:
+        unseen = each.run.about.get("shots") == 0  # one image of each class was drawn, and not looked at
         for sample in each.run.samples():
-            key = (sample.source, sample.index, sample.class_names, sample.clean.tobytes())
+            sample = sample._replace(**Sample._field_defaults) if unseen else sample
+            key = (sample.source, sample.index, unseen, sample.class_names, sample.clean.tobytes())
             groups.setdefault(key, []).append((each, sample))
     keys = sorted(groups, key=lambda key: (order.get(key[0], len(order)), key[1], groups[key][0][0].place))
     return [groups[key] for key in keys]

@@ -14,7 +14,19 @@ from torch import Tensor
 
 from amt.files.text_prototypes import TextPrototypes
 from amt.models.head_settings import COSINE, PRETRAINED, TEXT, Head
-from amt.models.heads import SPREAD, Cosine, Fitted, PoolStatistics, Statistics, fit, has_two, spread
+from amt.models.heads import (
+    SPREAD,
+    Cosine,
+    Fitted,
+    Linear,
+    PoolStatistics,
+    Statistics,
+    WithTexts,
+    fit,
+    has_two,
+    scaled,
+    spread,
+)
 from amt.models.network import Network, features, fixed_features
 from amt.models.pool import Pool
 from amt.models.weights import Coefficients, Merged, Trim, Weights, stream
@@ -89,7 +101,6 @@ def head_classifier(
         seed: decides, with the episode's index, the augmented views of the support.
         texts: of all classes, by name, if `head` mixes those in.
     """
-    said = texts.of(episode.names, episode.support.device) if texts and head.other == TEXT else None
     fitted_to = functools.partial(
         fitted_voices,
         network,
@@ -101,7 +112,7 @@ def head_classifier(
         second=second,
         seed=seed,
         index=episode.index,
-        texts=said,
+        texts=texts_of(texts, head, episode.names, episode.support.device),
     )
 
     def refit(support: Tensor) -> Logits:
@@ -131,13 +142,10 @@ FeaturesOf = Callable[[Network, Weights, Tensor], Tensor]
 def spoken(
     network: Network, voices: Sequence[Voice], images: Tensor, features_of: FeaturesOf = features
 ) -> Tensor:
-    """The logits of a task, those of two voices added: (n, 3, H, W) in [0, 1] -> (n, N). Two of one network
-    have its features once."""
-    seen = features_of(network, voices[0].weights, images)
+    """The logits of a task, those of two voices added: (n, 3, H, W) in [0, 1] -> (n, N)."""
     found = []
     for voice in voices:
-        same = voice.weights is voices[0].weights
-        logits = voice.head(seen if same else features_of(network, voice.weights, images))
+        logits = voice.head(features_of(network, voice.weights, images))
         found.append(logits if voice.factor is None else voice.factor * logits)
     return found[0] if len(found) == 1 else found[0] + found[1]
 
@@ -195,7 +203,7 @@ def _with_texts(
     features_of: FeaturesOf,
     texts: Tensor,
 ) -> tuple[Voice, ...]:
-    """A network with the head of its support and that of the texts (N, D), or with the latter alone."""
+    """A network with the head of its support and the texts (N, D), or with the latter alone."""
     said, weights = Cosine(texts, SPREAD), part.merged.weights
     if part.head.zero_shot:
         return (Voice(weights, said),)
@@ -208,10 +216,16 @@ def _with_texts(
 
         share = chosen_share(seen[0], labels, said, fit, seen[1])
     of_texts = said(seen[0] if seen[1] is None else seen[1].flatten(0, 1))
-    return (
-        Voice(weights, found.head, share * (SPREAD / spread(found.on_support))),
-        Voice(weights, said, (1 - share) * (SPREAD / spread(of_texts))),
-    )
+    own = scaled(found.head, share * (SPREAD / spread(found.on_support)))
+    rest = scaled(said, (1 - share) * (SPREAD / spread(of_texts)))
+    return (Voice(weights, WithTexts(own, rest)),)
+
+
+def texts_of(
+    texts: TextPrototypes | None, head: Head, names: Sequence[str], device: torch.device
+) -> Tensor | None:
+    """The embeddings (N, D) of these classes that a head mixes in; None for a head that mixes in none."""
+    return texts.of(names, device) if texts is not None and head.other == TEXT else None
 
 
 def mixed_in(network: Network, pool: Pool | None, head: Head) -> Merged | None:
@@ -241,7 +255,7 @@ def support_views(network: Network, support: Tensor, *, seed: int, index: int) -
 class _Found(NamedTuple):
     """A fitted network: its head, and its logits of the support, or of its views."""
 
-    head: Fitted
+    head: Cosine | Linear
     on_support: Tensor
 
 

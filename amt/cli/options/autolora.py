@@ -251,7 +251,7 @@ def _fill_in_sizes(args: argparse.Namespace, high_script: bool) -> None:
     entry = known(args.dataset)
     args.resize = args.resize or entry.image_size
     if args.resolution is None:
-        transformer = args.arch.startswith(("vit", "deit", "timm:vit", "timm:deit"))
+        transformer = args.arch.startswith(("vit", "deit", "timm:vit", "timm:deit")) or "_patch" in args.arch
         args.resolution = "high" if high_script or transformer or args.resize >= LARGE else "low"
 
 

@@ -17,7 +17,7 @@ from amt.cli.options.domain_config import DomainSettings, read_domain_config
 from amt.cli.options.parsing import Parser, check_distinct
 from amt.evaluation.settings import Deployment, published_grid
 from amt.files import ranks
-from amt.models.head_settings import Head, parse_head
+from amt.models.head_settings import WITH_TEXTS, Head, parse_head
 from amt.tasks.settings import BETAS, GAMMAS, Finetuning, Routing
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.settings import (
@@ -80,7 +80,7 @@ def heads(args: argparse.Namespace) -> tuple[Head, ...] | None:
         InputError: one of them makes no sense, or two are the same.
     """
     if args.head is None:
-        return (parse_head(texts.DEFAULT_HEAD),) if vars(args).get("text_prototypes") else None
+        return (WITH_TEXTS,) if vars(args).get("text_prototypes") else None
     found = tuple(parse_head(words) for words in args.head)
     check_distinct("head", [head.name for head in found])
     return found
@@ -109,6 +109,7 @@ def testing_parser() -> Parser:
     add_merging(merging)
     add_head(merging, "; given several times --select chooses", more=texts.HELP)
     texts.add_texts(merging)
+    texts.add_shots(merging)
     add_flags(merging, Deployment)
     merging.add_argument(
         "--domain_config",

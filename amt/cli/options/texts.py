@@ -2,25 +2,28 @@
 
 import argparse
 
-from amt.models.head_settings import MIX, ON_SUPPORT, TEXT
+from amt.models.head_settings import WITH_TEXTS
 from meta_dataset_readers.settings import Number, as_path
 
-DEFAULT_HEAD = (MIX, "of=prototypes", f"other={TEXT}", f"share={ON_SUPPORT}")  # with --text_prototypes
 HELP = (
     "; with --text_prototypes also text, which is zero-shot, and mix other=text, where share=support chooses "
     "the share for every task"
 )
 
 
-def add_texts(group: argparse._ActionsContainer) -> None:
-    """The flags --text_prototypes and --shots."""
+def add_texts(group: argparse._ActionsContainer, more: str = "") -> None:
+    """The flag --text_prototypes; `more` ends its help."""
     group.add_argument(
         "--text_prototypes",
         type=as_path,
         metavar="FILE.npz",
         help="embeddings of the class names by the text tower of the same CLIP; the default head is then "
-        f"{' '.join(DEFAULT_HEAD)} (docs/how-to/text-prototypes.md)",
+        f"{WITH_TEXTS.name} (docs/how-to/text-prototypes.md){more}",
     )
+
+
+def add_shots(group: argparse._ActionsContainer) -> None:
+    """The flag --shots."""
     group.add_argument(
         "--shots",
         type=Number(int, least=0, most=10**6),

@@ -10,7 +10,7 @@ from torch import Tensor
 from amt.files.checkpoint import provenance
 from amt.files.digests import serialise
 from amt.models.head_settings import TEXT, Head
-from amt.models.heads import Cosine, Fitted, Linear, prototypes
+from amt.models.heads import Cosine, Fitted, Linear, WithTexts, prototypes
 from amt.models.network import Network, features
 from amt.models.pool import LoRAPool, Pool
 from amt.models.trim import Trim
@@ -33,9 +33,7 @@ def check_kind(pool: Pool, to: str, where: str = "the pool") -> None:
 
 def check_single(head: Head) -> None:
     """Raise an `InputError` for a head that mixes two networks: an export has one."""
-    if head.other == TEXT:
-        raise InputError("--head mix other=text: texts do not go into an export; expected another head")
-    if head.other is not None:
+    if head.other not in (None, TEXT):
         raise InputError(
             "--head mix: two networks do not go into one export; export each with its own head, or save the "
             "task: amt predict --save"
@@ -84,6 +82,11 @@ class MergedNetwork:
     def prototypes(self) -> Tensor | None:
         """The centres (N, D) of a head by cosine; None for any other, and without a task."""
         return self.head.centres if isinstance(self.head, Cosine) else None
+
+    @property
+    def own(self) -> Cosine | Linear | None:
+        """The head, without the texts that it may mix in."""
+        return self.head.own if isinstance(self.head, WithTexts) else self.head
 
     @property
     def linear(self) -> Linear | None:
@@ -136,7 +139,8 @@ def whole_patches(network: Network) -> int:
 
 def describe(merged: MergedNetwork, to: str) -> dict:
     """What somebody needs to use the export, as plain JSON values; `amt_export` in its metadata."""
-    network = merged.network
+    network, own = merged.network, merged.own
+    cosine = own if isinstance(own, Cosine) else merged  # where the scale and bias of cosines are from
     return {
         "format": to,
         "arch": network.arch,
@@ -147,10 +151,11 @@ def describe(merged: MergedNetwork, to: str) -> dict:
         "features": network.module.num_features,
         "coefficients": list(merged.coefficients),
         "trims": [dataclasses.asdict(trim) for trim in merged.trims],
-        "scale": merged.scale,
-        "bias": merged.bias,
+        "scale": float(cosine.scale),
+        "bias": float(cosine.bias),
         "classes": list(merged.classes),
-        **({"head": type(merged.head).__name__.lower()} if merged.head is not None else {}),
+        **({"head": type(own).__name__.lower()} if own is not None else {}),
+        **({"texts_scale": float(merged.head.texts.scale)} if isinstance(merged.head, WithTexts) else {}),
         **provenance(),
     }
 
@@ -162,18 +167,21 @@ def as_metadata(about: dict) -> dict[str, str]:
 def head_file(merged: MergedNetwork, about: dict) -> tuple[str, bytes]:
     """The task's classifier, class names in the header: by cosine prototypes.safetensors with `prototypes`
     (N, D), `scale` (1,), `bias` (1,), and if they are centred `origin` (D,); linear head.safetensors with
-    `weight` (N, D) and `bias` (N,).
+    `weight` (N, D) and `bias` (N,); with texts mixed in also `texts` (N, D) and `texts_scale` (1,).
 
     Raises:
         ValueError: there is no task.
     """
-    if merged.linear is not None:
-        name, tensors = "head.safetensors", vars(merged.linear)
-    elif isinstance(merged.head, Cosine):
-        name, tensors = "prototypes.safetensors", {"prototypes": merged.head.centres}
-        tensors |= {"scale": torch.tensor([merged.scale]), "bias": torch.tensor([merged.bias])}
-        tensors |= {"origin": merged.head.origin} if merged.head.origin is not None else {}
+    own = merged.own
+    if isinstance(own, Linear):
+        name, tensors = "head.safetensors", dict(vars(own))
+    elif isinstance(own, Cosine):
+        name, tensors = "prototypes.safetensors", {"prototypes": own.centres}
+        tensors |= {key: torch.tensor([about[key]]) for key in ("scale", "bias")}
+        tensors |= {"origin": own.origin} if own.origin is not None else {}
     else:
         raise ValueError("a network without a task has no head")
+    if isinstance(merged.head, WithTexts):
+        tensors |= {"texts": merged.head.texts.centres, "texts_scale": torch.tensor([about["texts_scale"]])}
     held = {key: tensor.contiguous() for key, tensor in tensors.items()}
     return name, serialise(held, as_metadata(about))

@@ -1,6 +1,5 @@
 """torch.export and ONNX: pixels in, features (and the logits of a task) out. Imports ONNX only when asked."""
 
-import dataclasses
 import importlib
 import io
 import json
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from amt.files.export.merged import METADATA, MergedNetwork, as_metadata, at_image_size, describe
+from amt.models.heads import mapped
 from amt.models.network import features
 from meta_dataset_readers.errors import InputError
 
@@ -26,18 +26,20 @@ class _Extractor(nn.Module):
         self.buffer_of = {name: name.replace(".", "/") for name in weights}  # their names must have no dots
         for name, buffer in self.buffer_of.items():
             self.register_buffer(buffer, weights[name])
-        held = {} if merged.head is None else vars(merged.head)
-        self.of_head = {name: f"head/{name}" for name, value in held.items() if isinstance(value, Tensor)}
-        for name, buffer in self.of_head.items():
-            self.register_buffer(buffer, held[name])
+        held: list[Tensor] = []
+        if merged.head is not None:
+            mapped(merged.head, lambda tensor: held.append(tensor) or tensor)
+        self.of_head = [f"head/{number}" for number in range(len(held))]
+        for buffer, tensor in zip(self.of_head, held, strict=True):
+            self.register_buffer(buffer, tensor)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         weights = {name: getattr(self, buffer) for name, buffer in self.buffer_of.items()}
         found = features(self.network, weights, images)
         if self.head is None:
             return (found,)
-        head = {name: getattr(self, buffer) for name, buffer in self.of_head.items()}
-        return found, dataclasses.replace(self.head, **head)(found)
+        buffers = iter(self.of_head)
+        return found, mapped(self.head, lambda _: getattr(self, next(buffers)))(found)
 
 
 def exported_program(merged: MergedNetwork) -> torch.export.ExportedProgram:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from amt.files.export.merged import SELF_CONTAINED, MergedNetwork, whole_patches
 from amt.files.export.timm_model import timm_call
-from amt.models.heads import Cosine
+from amt.models.heads import Linear, WithTexts
 from amt.models.pool import LoRAPool
 
 
@@ -60,13 +60,16 @@ def export_readme(merged: MergedNetwork, about: dict, loading: Sequence[str], be
 
 def _classifying(merged: MergedNetwork, about: dict, beside: str) -> list[str]:
     """How logits follow from features, and where the head's tensors are."""
-    if merged.linear is not None:
-        lines = ["    logits = features @ weight.T + bias", ""]
+    own, texts = merged.own, ""
+    if isinstance(merged.head, WithTexts):
+        texts = f" + {about['texts_scale']!r} * cosine(features, texts)"
+    if isinstance(own, Linear):
+        lines = [f"    logits = features @ weight.T + bias{texts}", ""]
         return [*lines, f"by the tensors of {beside}head.safetensors, classes in the order above."]
-    centred = isinstance(merged.head, Cosine) and merged.head.origin is not None
+    centred = own is not None and own.origin is not None
     features = "features - origin" if centred else "features"
     lines = [
-        f"    logits = {about['scale']!r} * (cosine({features}, prototypes) + {about['bias']!r})",
+        f"    logits = {about['scale']!r} * (cosine({features}, prototypes) + {about['bias']!r}){texts}",
         "",
         "where the prototype of a class is the mean feature of its support images"
         f"{', less the origin' * centred}.",
@@ -74,7 +77,8 @@ def _classifying(merged: MergedNetwork, about: dict, beside: str) -> list[str]:
     if merged.head is None:
         return lines
     file = f"{beside}prototypes.safetensors"
-    return [*lines, f"Those of the classes above, in this order, are the tensor prototypes of {file}."]
+    what = "tensors prototypes and texts" if texts else "tensor prototypes"
+    return [*lines, f"Those of the classes above, in this order, are the {what} of {file}."]
 
 
 def loading_lines(to: str, merged: MergedNetwork, path: Path) -> list[str]:

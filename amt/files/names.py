@@ -1,0 +1,97 @@
+"""What others call tensors: one cleaner of names, whatever network they are of.
+
+    renames     into timm's names: of image towers beside texts (CLIP and its kin), and of ResNets
+    left out    what serves a pretraining task, or texts, or is not used; told with its number
+
+`state_dicts` takes off before what training tools put around names. Knows no file.
+"""
+
+import re
+from collections.abc import Container
+
+Renames = tuple[tuple[re.Pattern[str], str], ...]
+
+
+def renamed(name: str, renames: Renames, known: Container[str] = ()) -> str:
+    """The name after every rename that fits, one after the other, until it is a `known` one."""
+    for pattern, new in renames:
+        name = name if name in known else pattern.sub(new, name)
+    return name
+
+
+def _of(*pairs: tuple[str, str]) -> Renames:
+    """Renames whose patterns begin with a whole part of a name."""
+    return tuple((re.compile(rf"(?<![^.]){pattern}"), new) for pattern, new in pairs)
+
+
+def _at_start(*pairs: tuple[str, str]) -> Renames:
+    return tuple((re.compile(rf"^{pattern}"), new) for pattern, new in pairs)
+
+
+TOWER = _at_start(
+    # OpenCLIP
+    (r"conv1\.", "patch_embed.proj."),
+    (r"class_embedding", "cls_token"),
+    (r"positional_embedding", "pos_embed"),
+    (r"transformer\.resblocks\.", "blocks."),
+    (r"ln_pre\.", "norm_pre."),
+    (r"ln_post\.", "norm."),
+    (r"(blocks\.\d+)\.ln_", r"\1.norm"),
+    (r"(blocks\.\d+\.attn)\.in_proj_", r"\1.qkv."),
+    (r"(blocks\.\d+\.attn)\.out_proj\.", r"\1.proj."),
+    (r"(blocks\.\d+\.mlp)\.c_fc\.", r"\1.fc1."),
+    (r"(blocks\.\d+\.mlp)\.c_proj\.", r"\1.fc2."),
+    # OpenCLIP on timm
+    (r"head\.proj\.", "head."),
+    (r"trunk\.", ""),
+    # Hugging Face
+    (r"embeddings\.class_embedding", "cls_token"),
+    (r"embeddings\.patch_embedding\.", "patch_embed.proj."),
+    (r"embeddings\.position_embedding\.weight", "pos_embed"),
+    (r"pre_layrnorm\.", "norm_pre."),  # so they spell it
+    (r"post_layernorm\.", "norm."),
+    (r"(encoder\.)?layers\.", "blocks."),
+    (r"(blocks\.\d+)\.layer_norm", r"\1.norm"),
+    (r"(blocks\.\d+)\.self_attn\.out_proj\.", r"\1.attn.proj."),
+    (r"(blocks\.\d+)\.self_attn\.", r"\1.attn."),
+    (r"head\.probe", "attn_pool.latent"),
+    (r"head\.attention\.out_proj\.", "attn_pool.proj."),
+    (r"head\.attention\.in_proj_", "attn_pool.qkv."),
+    (r"head\.layernorm\.", "attn_pool.norm."),
+    (r"head\.mlp\.", "attn_pool.mlp."),
+)
+RESNET = _of(
+    (r"shortcut\.(?=[01]\.)", "downsample."),
+    (r"downsample\.conv\.", "downsample.0."),
+    (r"downsample\.bn\.", "downsample.1."),
+    (r"(conv\d+|downsample\.0)\.conv\.", r"\1."),
+)
+
+# What lies beside an image tower.
+TEXTS = re.compile(
+    r"(text|text_model|transformer|ln_final|token_embedding)\..+|text_projection(\.weight|\.bias)?|attn_mask"
+    r"|positional_embedding|logit_(scale|bias)"
+)
+
+NORMALISATION = re.compile(r"(attacker\.)?normali[sz]er?\.(new_)?(?P<what>.+)")
+HEAD, LOSS, MEAN_AND_STD = "classification or projection head", "state of a loss", "normalisation"
+_BESIDE = {
+    HEAD: re.compile(
+        r"(fc|fc_downstream|linear|classifier|heads?|head_\w+|projector|predictor|projection\w*|prediction\w*"
+        r"|proj_head|prototypes|pre_logits|dino_head|ibot_head)\..+"
+    ),
+    LOSS: re.compile(r"(dino_loss|ibot_patch_loss|koleo_loss)\..+|queue(_ptr)?"),
+    MEAN_AND_STD: NORMALISATION,
+    "embedding of masked patches": re.compile(r"masked_embed|mask_token"),
+    "decoder of masked patches": re.compile(r"decoder_(embed|blocks|norm|pred)\..+|decoder_pos_embed"),
+    "counts of batches": re.compile(r"(.+\.)?num_batches_tracked"),
+    "LoRA factors": re.compile(r".+\.lora_[AB]_(nat|adv)"),  # their product is not in the weights beside them
+    # Of WideResNets, and of ResNets with one more BatchNorm.
+    "unused tensors": re.compile(r"sub_block1\..+|.*bn.*adv.*"),
+}
+
+
+def beside(name: str) -> str | None:
+    """What a tensor is that a network of images does not have: a part of its pretraining task, or otherwise
+    beside the features; None: nothing that is known."""
+    return next((what for what, names in _BESIDE.items() if names.fullmatch(name)), None)
