@@ -29,7 +29,7 @@ from amt.files.digests import serialise
 from amt.files.version import commit
 from amt.models.architectures import base_arch, stated
 from amt.models.heads import PoolStatistics
-from amt.models.pool import FullPool, LoRANormPool, LoRAPool, Pool, norm_weights
+from amt.models.pool import Pool, norm_weights
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError, printable
 from meta_dataset_readers.files import folder_to_disk, parse_json, read_json, replace_file
@@ -87,8 +87,7 @@ def packed(checkpoint: Checkpoint) -> tuple[Weights, dict]:
     """The tensors and the text of a checkpoint's file."""
     pool = checkpoint.pool
     tensors = {f"factors/{name}": tensor for name, tensor in pool.factors.items()}
-    if isinstance(pool, LoRAPool):
-        tensors |= {f"residual/{name}": tensor for name, tensor in pool.residual.items()}
+    tensors |= {f"residual/{name}": tensor for name, tensor in pool.residual.items()}
     tensors |= {"head/scale": pool.scale, "head/bias": pool.bias}
     tensors |= {f"momentum/{name}": tensor for name, tensor in checkpoint.momentum.items()}
     if checkpoint.statistics is not None:
@@ -235,8 +234,8 @@ def _parse_own(path: Path, tensors: dict[str, Tensor], text: str) -> Checkpoint:
             for level in about.pop("levels")
         )
         about.pop("format")
-        tune = about.pop("tune", LoRAPool.tune)  # older files hold LoRAs and do not say so
-        if not levels or tune not in (LoRAPool.tune, LoRANormPool.tune, FullPool.tune):
+        tune = about.pop("tune", "lora")  # older files hold LoRAs and do not say so
+        if not levels or tune not in ("lora", "lora+norm", "full"):
             raise ValueError(f"{len(levels)} levels, tuned {tune!r}")
     except InputError:
         raise
@@ -246,8 +245,7 @@ def _parse_own(path: Path, tensors: dict[str, Tensor], text: str) -> Checkpoint:
     for name in ("scale", "bias"):
         if name not in groups["head"] or tuple(groups["head"][name].shape) != (len(levels),):
             raise InputError(f"{path}: tensor head/{name} is missing or not of shape ({len(levels)},)")
-    read_pool = {FullPool.tune: _full_pool, LoRAPool.tune: _lora_pool, LoRANormPool.tune: _lora_norm_pool}
-    pool = read_pool[tune](path, groups["residual"], groups["factors"], groups["head"], levels)
+    pool = _pool(path, tune, groups, levels)
     return Checkpoint(pool, about, groups["momentum"], _statistics(path, groups["statistics"], len(pool)))
 
 
@@ -275,41 +273,27 @@ def _grouped(path: Path, tensors: Weights) -> dict[str, Weights]:
     return groups
 
 
-def _lora_pool(path: Path, residual: Weights, factors: Weights, head: Weights, levels: Levels) -> LoRAPool:
+def _pool(path: Path, tune: str, groups: dict[str, Weights], levels: Levels) -> Pool:
+    residual, factors, head = (groups[name] for name in ("residual", "factors", "head"))
     adapted = [name for name in residual if f"{name}.lora_A" in factors]
+    own = {"lora": (), "lora+norm": norm_weights(residual), "full": factors}[tune]
+    whole = {name: factors[name] for name in own if name in factors}
+    if tune == "full" and (residual or not factors):
+        raise InputError(f"{path}: holds no complete weights, which are expected as factors/NAME alone")
+    if len(factors) != 2 * len(adapted) + len(whole) or not (adapted or tune == "full"):
+        raise InputError(f"{path}: the factors do not belong to the weights beside them")
     A = {name: factors[f"{name}.lora_A"] for name in adapted}
     B = {name: factors.get(f"{name}.lora_B") for name in adapted}
-    if not adapted or len(factors) != 2 * len(adapted):
-        raise InputError(f"{path}: the factors do not belong to the weights beside them")
     for name in adapted:
         check_factors(path, name, residual[name], A[name], B[name], len(levels))
-    return LoRAPool(residual, A, B, head["scale"], head["bias"], levels)
-
-
-def _lora_norm_pool(
-    path: Path, residual: Weights, factors: Weights, head: Weights, levels: Levels
-) -> LoRANormPool:
-    norms = {name: factors[name] for name in norm_weights(residual) if name in factors}
-    loras = _lora_pool(path, residual, {n: f for n, f in factors.items() if n not in norms}, head, levels)
-    for name, norm in norms.items():
-        expected = (len(levels), *residual[name].shape)
-        if tuple(norm.shape) != expected:
+    for name, weight in whole.items():
+        expected = (len(levels), *(residual[name].shape if residual else weight.shape[1:]))
+        if tuple(weight.shape) != expected:
             raise InputError(
-                f"{path}: tensor factors/{name} has shape {tuple(norm.shape)}, expected {expected}"
+                f"{path}: tensor factors/{name} has shape {tuple(weight.shape)}, expected {expected}, "
+                f"one weight for each of {len(levels)} levels"
             )
-    return LoRANormPool(residual, loras.A, loras.B, head["scale"], head["bias"], levels, norms)
-
-
-def _full_pool(path: Path, residual: Weights, factors: Weights, head: Weights, levels: Levels) -> FullPool:
-    if not factors or residual:
-        raise InputError(f"{path}: holds no complete weights, which are expected as factors/NAME alone")
-    for name, weight in factors.items():
-        if weight.ndim < 1 or len(weight) != len(levels):
-            raise InputError(
-                f"{path}: tensor factors/{name} has shape {tuple(weight.shape)}, "
-                f"expected one weight for each of {len(levels)} levels"
-            )
-    return FullPool(factors, head["scale"], head["bias"], levels)
+    return Pool(residual, A, B, head["scale"], head["bias"], levels, whole)
 
 
 def check_factors(path: Path, name: str, weight: Tensor, A: Tensor, B: Tensor | None, adapters: int) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from amt.attacks.levels import POOL_EPSILONS, Perturbation
 from amt.files import state_dicts, weight_files
 from amt.models.architectures import ARCHS
-from amt.models.pool import VIT_LAYERS, LoRAPool, factor_groups
+from amt.models.pool import VIT_LAYERS, Pool, factor_groups
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError
 
@@ -47,7 +47,7 @@ def find_state(data: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
     return next((state for state in states if any(map(_FACTOR.fullmatch, state))), None)
 
 
-def read_pool(path: Path, data: Mapping[str, Any]) -> tuple[LoRAPool, dict]:
+def read_pool(path: Path, data: Mapping[str, Any]) -> tuple[Pool, dict]:
     """The pool in a published checkpoint, and what is known about it.
 
     A training's level is in its arguments. A pool's levels are in no file: four LoRAs get those of the
@@ -99,7 +99,7 @@ def read_pool(path: Path, data: Mapping[str, Any]) -> tuple[LoRAPool, dict]:
     return pool_from_published(state, levels), about
 
 
-def pool_from_published(state: Mapping[str, Tensor], levels: tuple[Perturbation, ...]) -> LoRAPool:
+def pool_from_published(state: Mapping[str, Tensor], levels: tuple[Perturbation, ...]) -> Pool:
     """A pool from a state dict of the published code: one LoRA (`backbone.`) or several (`backbone.model.`).
 
     Published factors are (g * r, in) and (out, r); ours carry the groups g as an axis. The one head is every
@@ -130,7 +130,7 @@ def pool_from_published(state: Mapping[str, Tensor], levels: tuple[Perturbation,
         groups = factor_groups(name)
         (A if side == "A" else B)[name] = stacked.reshape(len(levels), groups, -1, stacked.shape[-1])
     scale, bias = (state[name].reshape(1).repeat(len(levels)) for name in ("scale_cls", "bias"))
-    return LoRAPool(residual, A, B, scale, bias, levels)
+    return Pool(residual, A, B, scale, bias, levels)
 
 
 def published_shapes(
