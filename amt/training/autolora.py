@@ -18,15 +18,7 @@ from amt.models.network import Network, logits
 from amt.models.weights import Weights, stream
 from amt.training import parallel
 from amt.training.autolora_settings import Settings
-from amt.training.objectives import (
-    Outcome,
-    attack,
-    autolora,
-    linear,
-    objective_gradients,
-    twins,
-    vanilla,
-)
+from amt.training.objectives import Outcome, attack, linear, objective_gradients, twins, two_threads
 from amt.training.optimiser import check_finite, check_loss, momentum, restore_momentum
 from amt.training.schedule import (
     LOWEST_RATE,
@@ -240,15 +232,17 @@ class FineTuner:
         )
 
     def _outcome(self, images: Tensor, attacked: Tensor, labels: Tensor, weighing: LossWeights) -> Outcome:
-        settings = self.settings
+        network, student, settings = self.network, self.student, self.settings
         if settings.mode != "AFF":
-            return linear(self.network, self.student, attacked, labels)
+            return linear(network, student, attacked, labels)
         if settings.published and settings.high_resolution:
             weighing = weighing._replace(robust=weighing.robust * len(labels) / settings.batch_size)
-        common = (self.network, self.student, images, attacked, labels, weighing)
-        if settings.method == "autolora":
-            return autolora(*common, settings.rank)
-        return twins(*common, settings.twins_share) if settings.method == "twins" else vanilla(*common)
+        if settings.method == "twins":
+            return twins(network, student, images, attacked, labels, weighing, settings.twins_share)
+        natural = student.weights | student.norms
+        if settings.branch:
+            natural = natural_weights(network, student, settings.rank)
+        return two_threads(network, natural, student.weights, images, attacked, labels, weighing)
 
     def _similarity(
         self, images: Tensor, attacked: Tensor, labels: Tensor, weighing: LossWeights

@@ -17,14 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amt.attacks.perturb import Ball, ascend
-from amt.models.heads import (
-    Cosine,
-    PoolStatistics,
-    Statistics,
-    index_in_class,
-    prototypes,
-    within_class,
-)
+from amt.models.heads import Cosine, PoolStatistics, Statistics, index_in_class, prototypes, within_class
 from amt.models.network import CHUNK, Network, features, fixed_features
 from amt.models.pool import Pool
 from amt.models.weights import Merged, stream
@@ -49,8 +42,7 @@ def measure_statistics(
         episodes: of TRAIN classes, on the network's device; gone through once.
         seed: decides, with an episode's place, the attack's random starts.
 
-    Raises:
-        InputError: there is no episode, or too few images for a covariance.
+    Raises InputError as `covariances`.
     """
     members = [functools.cache(functools.partial(pool[p].merged, (1.0,))) for p in range(len(pool))]
     *own, plain = covariances(network, [*members, lambda: pretrained], episodes, seed)
@@ -59,14 +51,13 @@ def measure_statistics(
 
 
 def covariances(
-    network: Network, networks: Networks, episodes: Iterable[Episode], seed: int, chunk: int = CHUNK
+    network: Network, networks: Networks, episodes: Iterable[Episode], seed: int
 ) -> list[Statistics]:
     """Two covariances for each of `networks`, (D, D) float32 on the CPU.
 
     Args:
         networks: each is called once for every episode.
         episodes, seed: as of `measure_statistics`.
-        chunk: images in one pass.
 
     Raises:
         InputError: there is no episode, or too few images for a covariance.
@@ -79,11 +70,9 @@ def covariances(
         labels = torch.cat([episode.support_labels, episode.query_labels])
         which = _some(episode.query_labels, episode.n_way)
         for k, merged in enumerate(networks):
-            found = torch.cat(
-                [fixed_features(network, merged().weights, part) for part in images.split(chunk)]
-            )
+            found = fixed_features(network, merged().weights, images)
             sums[k][0] = sums[k][0] + within_class(found.double(), labels)
-            moves = displacement(network, merged(), episode, found, which, (seed, number), chunk).double()
+            moves = displacement(network, merged(), episode, found, which, (seed, number)).double()
             sums[k][1] = sums[k][1] + moves.T @ moves
         freedom += len(labels) - episode.n_way
         moved += len(which)
@@ -102,7 +91,6 @@ def displacement(
     found: Tensor,
     which: Tensor,
     key: tuple[int, int],
-    chunk: int = CHUNK,
 ) -> Tensor:
     """Feature of the attacked image minus feature of the clean one: (n, D) for n queries of an episode.
 
@@ -115,7 +103,7 @@ def displacement(
     n_support = len(episode.support)
     head = Cosine(prototypes(found[:n_support], episode.support_labels), scale, bias)
     ball, moves = Ball("linf", EPSILON, EPSILON / 4), []
-    for part in which.split(chunk):
+    for part in which.split(CHUNK):
         images, labels = episode.query[part], episode.query_labels[part]
 
         def loss_of(moved: Tensor, labels=labels) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from amt.attacks.losses import kl_sum
 from amt.attacks.perturb import ascend
-from amt.models.branch import Student, natural_weights
+from amt.models.branch import Student
 from amt.models.network import Network, logits
 from amt.models.weights import Weights
 from amt.training.autolora_settings import Adversary
@@ -75,43 +75,7 @@ def _detached(weights: Weights) -> Weights:
     return {name: weight.detach() for name, weight in weights.items()}
 
 
-def autolora(
-    network: Network,
-    student: Student,
-    images: Tensor,
-    attacked: Tensor,
-    labels: Tensor,
-    weighing: LossWeights,
-    rank: int,
-) -> Outcome:
-    """AutoLoRa's loss (eq. 6): clean images through the branch first, then attacked ones through the network.
-
-    Both passes are in train mode, so running statistics are updated twice where there is one BatchNorm set.
-
-    Args:
-        images, attacked: (n, 3, S, S) float in [0, 1].
-        labels: (n,) int64 in 0..K-1.
-        rank: r of the branch.
-    """
-    natural = natural_weights(network, student, rank)
-    return _two_passes(network, natural, student.weights, images, attacked, labels, weighing)
-
-
-def vanilla(
-    network: Network,
-    student: Student,
-    images: Tensor,
-    attacked: Tensor,
-    labels: Tensor,
-    weighing: LossWeights,
-) -> Outcome:
-    """TRADES on images and attacked (n, 3, S, S), labels (n,); clean images use, and train, the second
-    BatchNorm set if there is one."""
-    natural = student.weights | student.norms
-    return _two_passes(network, natural, student.weights, images, attacked, labels, weighing)
-
-
-def _two_passes(
+def two_threads(
     network: Network,
     natural: Weights,
     weights: Weights,
@@ -120,7 +84,17 @@ def _two_passes(
     labels: Tensor,
     weighing: LossWeights,
 ) -> Outcome:
-    """Clean images through the one set of weights, then attacked ones through the other, in train mode."""
+    """The loss of AutoLoRa (eq. 6) and of TRADES: first clean images through the natural thread, then
+    attacked ones through the deployed network, in train mode. A BatchNorm set that they share has its running
+    statistics updated twice.
+
+    Args:
+        natural: of AutoLoRa the `natural_weights`; of TRADES the network's, with the second BatchNorm set, if
+            there is one.
+        weights: of the deployed network.
+        images, attacked: (n, 3, S, S) float in [0, 1].
+        labels: (n,) int64 in 0..K-1.
+    """
     clean = logits(network, natural, images, training=True)
     moved = logits(network, weights, attacked, training=True)
     return Outcome(robust_loss(clean, moved, labels, weighing.robust, weighing.natural), clean, moved)

@@ -18,6 +18,11 @@ class StepRecord(NamedTuple):
     n_way: int
     seconds_per_step: float
 
+    @classmethod
+    def of(cls, row: Sequence[float]) -> "StepRecord":
+        """The record in a row of numbers."""
+        return cls(*row)._replace(n_way=int(row[6]))
+
 
 def mean(records: Sequence[StepRecord]) -> StepRecord:
     """The mean of one level's records of the episodes of one step; the ways are those of the last."""

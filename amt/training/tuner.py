@@ -145,10 +145,10 @@ class Tuner:
         """
         size, lr = self.settings.episodes_per_step, learning_rate(self.settings, self.epoch)
         starts_epoch = self.episodes_done % self.settings.episodes_per_epoch == 0
-        rows = torch.zeros(len(self._sums), size, len(_Row._fields), dtype=torch.float64)
+        rows = torch.zeros(len(self._sums), size, len(StepRecord._fields), dtype=torch.float64)
         for numbers, leaves in self._together.items():
             self._step_together(numbers, leaves, episodes, rows, lr)
-        found = [[_Row._make(row).record(lr) for row in level] for level in self._ranks.total(rows).tolist()]
+        found = [[StepRecord.of(row) for row in level] for level in self._ranks.total(rows).tolist()]
         for p, records in enumerate(found):
             before = NO_STEPS if starts_epoch else self._sums[p]
             self._sums[p] = functools.reduce(EpochSums.plus, records, before)
@@ -183,7 +183,7 @@ class Tuner:
         for first in range(0, size, places):
             place = first + self.share.place
             if place < size:  # else others have an episode left: they are only listened to
-                found, noted = self._gradients(numbers, leaves, episodes[first // places], place)
+                found, noted = self._gradients(numbers, leaves, episodes[first // places], place, lr)
                 rows[list(numbers), place] = torch.tensor(noted, dtype=torch.float64)
             for gradients in self._siblings.each(found)[: size - first]:
                 total = [_sum(a, b) for a, b in zip(total, gradients, strict=True)] if total else gradients
@@ -193,8 +193,8 @@ class Tuner:
             self._descend(p, [None if gradient is None else gradient[k : k + 1] for gradient in total], lr)
 
     def _gradients(
-        self, numbers: Sequence[int], leaves: Pool, episode: Episode, place: int
-    ) -> tuple[list[Tensor | None], list["_Row"]]:
+        self, numbers: Sequence[int], leaves: Pool, episode: Episode, place: int, lr: float
+    ) -> tuple[list[Tensor | None], list[StepRecord]]:
         """The scaled gradients (P, ...) of some levels on the episode `place` of a step, and what is noted of
         each level."""
         began = time.perf_counter()
@@ -219,7 +219,7 @@ class Tuner:
             parameter.grad = None
         seconds = (time.perf_counter() - began) / len(numbers)
         n_way = outcome.clean.shape[-1]
-        return gradients, [_Row._make([*row[1:6], n_way, seconds]) for row in told]
+        return gradients, [StepRecord(*row[1:6], lr, n_way, seconds) for row in told]
 
     def _descend(self, p: int, gradients: Sequence[Tensor | None], lr: float) -> None:
         """One step of SGD on level p, by the scaled gradients of its parameters."""
@@ -298,21 +298,6 @@ class Tuner:
                 self._scalers[p].load_state_dict(numbers["scalers"][p])
         if "seen" in numbers:  # not in older files
             self._sums = [EpochSums(*numbers["seen"][p]) for p in range(len(self._sums))]
-
-
-class _Row(NamedTuple):
-    """What is noted of one level on one episode: a `StepRecord` without the learning rate."""
-
-    total: float
-    natural: float
-    robust: float
-    clean_accuracy: float
-    robust_accuracy: float
-    n_way: float
-    seconds: float
-
-    def record(self, lr: float) -> StepRecord:
-        return StepRecord(*self[:5], lr=lr, n_way=int(self.n_way), seconds_per_step=self.seconds)
 
 
 def meta_tune(
