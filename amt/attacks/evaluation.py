@@ -85,18 +85,19 @@ def attack_queries(
     found, seen = images.clone(), images.new_empty(len(images), 0)
     states = [generator.get_state() for generator in generators]
     for part in attack.parts():
-        for surrogate in others if part.kind == "transfer" else (logits,):
+        turns = {"transfer": others, "pgd": (logits,) * part.restarts}.get(part.kind, (logits,))
+        for turn, surrogate in enumerate(turns):
             left = (~fooled).nonzero().squeeze(1)
             if len(left) == 0:
                 break
-            own = [_rewound(generators[k], states[k]) for k in left.tolist()] if part.kind in _OURS else []
+            if turn == 0 or part.kind == "transfer":  # a restart goes on from where the last one has drawn
+                for generator, state in zip(generators, states, strict=True):
+                    generator.set_state(state)
             task = _Task(part, epsilon, logits, images[left], labels[left], n_way)
+            own = [generators[k] for k in left.tolist()] if generators else []
             found[left], fooled[left], logits_there = _attacked(task, surrogate, own, seed)
             seen = filled(seen, left, logits_there)
     return Attacked(found, fooled, seen, attack.variant(n_way, len(others)))
-
-
-_OURS = ("pgd", "pyramid", "transfer")  # not the library's
 
 
 class _Task(NamedTuple):
@@ -110,18 +111,14 @@ class _Task(NamedTuple):
     n_way: int
 
 
-def _rewound(generator: torch.Generator, state: Tensor) -> torch.Generator:
-    generator.set_state(state)
-    return generator
-
-
 def _attacked(
     task: _Task, surrogate: Logits, generators: Sequence[torch.Generator], seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The images as one part of an attack leaves them, which of them are misclassified, and their logits."""
-    kind = task.attack.kind
+    kind, ball = task.attack.kind, _ball(task.attack, task.epsilon)
     if kind == "pgd":
-        return _pgd(task, generators)
+        steps = task.attack.budget
+        return pgd(task.logits, task.images, task.labels, ball, steps, generators, _objective(task))
     if kind in ("pyramid", "transfer"):
         found = _to_the_end(task._replace(logits=surrogate), generators)
     else:
@@ -182,23 +179,6 @@ def attack_support(
 
 def _ball(attack: Attack, epsilon: float) -> Ball:
     return Ball(attack.norm, epsilon / 255, attack.step_at(epsilon) / 255)
-
-
-def _pgd(task: _Task, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor, Tensor]:
-    """PGD, restarted from another point for the images that withstood."""
-    attack, images, labels = task.attack, task.images, task.labels
-    found, fooled = images.clone(), torch.zeros_like(labels, dtype=torch.bool)
-    seen = images.new_empty(len(images), 0)
-    for _ in range(attack.restarts):
-        left = (~fooled).nonzero().squeeze(1)
-        if len(left) == 0:
-            break
-        own = [generators[k] for k in left.tolist()]
-        loss_of = _objective(task._replace(images=images[left], labels=labels[left]))
-        ball, steps = _ball(attack, task.epsilon), attack.budget
-        moved, wrong, logits = pgd(task.logits, images[left], labels[left], ball, steps, own, loss_of)
-        found[left], fooled[left], seen = moved, wrong, filled(seen, left, logits)
-    return found, fooled, seen
 
 
 def _to_the_end(task: _Task, generators: Sequence[torch.Generator]) -> Tensor:

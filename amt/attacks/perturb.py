@@ -1,6 +1,6 @@
 """Worst-case moves of inputs and of weights: one ascent for all attacks, in two geometries.
 
-    points  ->  gradient of the loss at them  ->  a step, projected  ->  points  ...        `ascent`
+    points  ->  gradient of the loss at them  ->  a step, projected  ->  points  ...
 
     Ball        points are images, within epsilon of the given ones: evaluation, AutoLoRa
     Pyramid     points are perturbations, one per grid, added to the images: AMT's meta-training
@@ -12,7 +12,7 @@ autograd for is the gradient with respect to the points.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -63,38 +63,24 @@ def input_gradient(loss_of: Callable[[Any], Tensor | None], points: Any) -> Any:
     return found[0] if single else list(found)
 
 
-def ascent(
-    start: Points,
-    gradient_of: Callable[[Points], Points | None],
-    move: Callable[[Points, Points], Points],
-    steps: int,
-) -> Iterator[Points]:
-    """Yield the points after each of `steps` steps: the loop of every attack on inputs.
-
-    Args:
-        start: the first points, which are not yielded.
-        gradient_of: points -> direction of ascent; None ends the ascent.
-        move: (points, gradient) -> the next points, projected.
-    """
-    points = start
-    for _ in range(steps):
-        direction = gradient_of(points)
-        if direction is None:
-            return
-        points = move(points, direction)
-        yield points
-
-
 def end_of_ascent(
     start: Points,
     gradient_of: Callable[[Points], Points | None],
     move: Callable[[Points, Points], Points],
     steps: int,
 ) -> Points:
-    """The points that an `ascent` ends at; `start` where it made no step."""
+    """The points that steps of ascent end at.
+
+    Args:
+        gradient_of: points -> direction of ascent; None ends it.
+        move: (points, gradient) -> the next points, projected.
+    """
     points = start
-    for points in ascent(start, gradient_of, move, steps):  # noqa: B007
-        pass
+    for _ in range(steps):
+        direction = gradient_of(points)
+        if direction is None:
+            break
+        points = move(points, direction)
     return points
 
 

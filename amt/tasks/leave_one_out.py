@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amt.attacks.perturb import Ball, ascent, input_gradient
+from amt.attacks.perturb import Ball, input_gradient
 from amt.models.heads import cosine_logits, index_in_class, prototypes
 from amt.models.network import CHUNK, Network, features, fixed_features
 from amt.models.weights import Merged
@@ -177,8 +177,9 @@ def _losses(network: Network, merged: Callable[[], Merged], trial: Trial) -> Ite
         worst = torch.maximum(worst, torch.cat(found))
         return None if last else torch.cat(slopes)
 
-    points, move = trial.start, partial(_ball(trial.epsilon).step, images=trial.held_out)
-    for points in ascent(trial.start, look, move, STEPS):  # noqa: B007
+    points = trial.start
+    for _ in range(STEPS):
+        points = _ball(trial.epsilon).step(points, look(points), trial.held_out)
         yield float(share @ worst)
     look(points, last=True)
     yield float(share @ worst)
