@@ -5,6 +5,7 @@ tried on the images that withstood those before. amt/attacks/evaluation.py runs 
 without torch. Epsilon is in 1/255 of the pixel range, in both norms.
 """
 
+import argparse
 import dataclasses
 import itertools
 import math
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from meta_dataset_readers.errors import InputError, nearest
+from meta_dataset_readers.settings import Number, positive_int
 
 NORMS = ("linf", "l2")
 DLR_WAYS = 3  # with fewer classes there is no third-largest logit to divide by: the margin takes its place
@@ -249,7 +251,7 @@ def parse_attack(words: Sequence[str], **defaults) -> Attack:
             raise InputError(f"--attack {kind} {option}: expected {', '.join(f'{n}=...' for n in known)}")
         try:
             given[name] = _READ[name](text)
-        except ValueError as error:
+        except argparse.ArgumentTypeError as error:
             raise InputError(f"--attack {kind} {option}: {error}") from error
     settings = {name: value for name, value in defaults.items() if name in known} | given
     settings = {**KINDS[kind].options, **settings}
@@ -260,38 +262,18 @@ def parse_attack(words: Sequence[str], **defaults) -> Attack:
         raise InputError(f"--attack {' '.join(words)}: {error}") from error
 
 
-def _positive_integer(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"expected a positive integer, got {text!r}")
-    return int(text)
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"expected a number, got {text!r}") from None
-
-
-def _positive_number(text: str) -> float:
-    number = _number(text)
-    if not math.isfinite(number) or number <= 0:
-        raise ValueError(f"expected a positive number, got {text!r}")
-    return number
-
-
 def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(_number(part) for part in text.split(","))
+    return tuple(Number()(part) for part in text.split(","))
 
 
 # How the value of an option is read. `Attack` checks what several options have to agree on.
 _READ: dict[str, Callable[[str], Any]] = {
     "norm": str,
     "epsilon": _numbers,
-    "steps": _positive_integer,
-    "restarts": _positive_integer,
-    "step_size": _positive_number,
+    "steps": positive_int,
+    "restarts": positive_int,
+    "step_size": Number(above=0),
     "loss": str,
-    "queries": _positive_integer,
-    "targets": _positive_integer,
+    "queries": positive_int,
+    "targets": positive_int,
 }

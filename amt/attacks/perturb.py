@@ -181,15 +181,13 @@ class Pyramid:
     tensors (n, 3, rows, columns), one per grid.
 
     Args:
-        epsilon: bound of every value, in the units of the images.
-        step_size: of signed ascent, in the same units.
+        epsilon: bound of every value.
+        step_size: of signed ascent.
         grids, scalars: as above; the default is ordinary PGD, clipped inside of the graph.
         noise: of the start, "zero", "random1" (uniform within epsilon) or "random2" (0.001 times a standard
             normal).
-        lower, upper: black and white in the units of the images.
 
-    Units are pixels from 0 to 1. For images that were normalised, epsilon, step size and limits may be
-    tensors that broadcast over (n, 3, H, W).
+    Units are pixels from 0 to 1. Epsilon and step size may be tensors that broadcast over (n, 3, H, W).
     """
 
     epsilon: Tensor | float
@@ -197,8 +195,6 @@ class Pyramid:
     grids: tuple[int, ...] = (0,)
     scalars: tuple[float, ...] = (1.0,)
     noise: str = "random1"
-    lower: Tensor | float = 0.0
-    upper: Tensor | float = 1.0
 
     def start(self, images: Tensor, generator: Generators) -> list[Tensor]:
         """Starting perturbations of images (n, 3, H, W), one (n, 3, rows, columns) per grid.
@@ -233,11 +229,8 @@ class Pyramid:
     def clip(self, images: Tensor) -> Tensor:
         """Clip images (n, 3, H, W) to the valid range; a value exactly at a limit passes half its gradient,
         as published."""
-        lower, upper = (
-            limit.to(images) if isinstance(limit, Tensor) else constant(limit, images)
-            for limit in (self.lower, self.upper)
-        )
-        return torch.maximum(torch.minimum(images, upper), lower)
+        black, white = constant(0.0, images), constant(1.0, images)
+        return torch.maximum(torch.minimum(images, white), black)
 
     @classmethod
     def joined(cls, pyramids: Sequence["Pyramid"], images: Tensor) -> "Pyramid":

@@ -366,12 +366,9 @@ def _split_classes(
             raise InputError(f"{root / name}: {found}, expected 2 or more: training and test need one each")
         entries += [Entry(f"{name}/{file}", label, root) for file in files]
     labels = int64(entry.label for entry in entries)
-    train, test = choose_per_class(labels, lambda n: _training_share(n, most), (seed,))
+    most = len(entries) if most is None else most
+    train, test = choose_per_class(labels, lambda n: min(4 * n // 5, most), (seed,))
     return place.pictures(root, classes, [entries[i] for i in train], [entries[i] for i in test])
-
-
-def _training_share(n: int, most: int | None) -> int:
-    return min(4 * n // 5, n if most is None else most)
 
 
 _HOMES = {

@@ -69,9 +69,11 @@ def open_splits(name: str, folder: Path, validation: float = 0.1, seed: int = 0)
     if validation == 0:
         held_out = Chosen(train, np.empty(0, np.int64))
     elif held_out is None:
-        chosen, others = choose_per_class(
-            train.labels, lambda n: _validation_share(n, validation), (seed, _VALIDATION)
-        )
+
+        def share(n: int) -> int:
+            return min(max(1, round(validation * n)), n - 1)
+
+        chosen, others = choose_per_class(train.labels, share, (seed, _VALIDATION))
         train, held_out = Chosen(train, others), Chosen(train, chosen)
     name = known(name).name
     return Splits(
@@ -81,10 +83,6 @@ def open_splits(name: str, folder: Path, validation: float = 0.1, seed: int = 0)
         held_out,
         opened.test,
     )
-
-
-def _validation_share(n: int, share: float) -> int:
-    return min(max(1, round(share * n)), n - 1)
 
 
 # --- transforms ------------------------------------------------------------------------------------------

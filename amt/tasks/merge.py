@@ -68,7 +68,8 @@ def route_each(
     Arguments as of `route`: support (S, 3, H, W), labels (S,).
     """
     by_view = {routing.view: routing for routing in routings}
-    cosines = _cosines(network, pool, support, labels, generator, list(by_view.values()), members)
+    views = list(by_view.values())
+    cosines = support_cosines(network, pool, support, labels, generator, views, members)
     scores = {view: compactness(found, labels) for view, found in zip(by_view, cosines, strict=True)}
     return [blend(*scores[routing.view], routing) for routing in routings]
 
@@ -79,26 +80,12 @@ def support_cosines(
     support: Tensor,
     labels: Tensor,
     generator: torch.Generator,
-    routing: Routing,
-) -> Tensor:
-    """Cosines (P, S, N) of the support's views with the support's prototypes, for every adapter alone.
-
-    Arguments as of `route`.
-    """
-    (cosines,) = _cosines(network, pool, support, labels, generator, [routing], None)
-    return cosines
-
-
-def _cosines(
-    network: Network,
-    pool: Pool,
-    support: Tensor,
-    labels: Tensor,
-    generator: torch.Generator,
     routings: Sequence[Routing],
-    members: Members | None,
+    members: Members | None = None,
 ) -> list[Tensor]:
-    """`support_cosines` for each of `routings`; the prototypes are computed once."""
+    """For each of `routings` the cosines (P, S, N) of the support's views with the support's prototypes, for
+    every adapter alone. The prototypes are computed once. Arguments as of `route`.
+    """
     network = dataclasses.replace(network, autocast=None)  # scores differ in the third digit: keep float32
     # Each view draws what it would draw alone.
     generators = [generator.clone_state() for _ in routings]

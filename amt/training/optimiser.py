@@ -35,12 +35,8 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
 def momentum(optimiser: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> Weights:
     """The momentum buffers of SGD by the names of their parameters, which have any shape; none before a
     parameter's first step."""
-    states = {name: optimiser.state.get(parameter, {}) for name, parameter in parameters.items()}
-    return {
-        name: state["momentum_buffer"]
-        for name, state in states.items()
-        if state.get("momentum_buffer") is not None
-    }
+    held = {name: optimiser.state.get(each, {}).get("momentum_buffer") for name, each in parameters.items()}
+    return {name: buffer for name, buffer in held.items() if buffer is not None}
 
 
 def restore_momentum(

@@ -88,8 +88,9 @@ class Tuner:
         self._sums = [NO_STEPS] * len(pool)
         self._ranks, self.share = ranks, share(ranks.rank, ranks.world, len(pool))
         shares = [share(rank, ranks.world, len(pool)) for rank in range(ranks.world)]
+        distinct = dict.fromkeys(each.levels for each in shares)
         self._siblings = ranks.split(  # those who train the same levels
-            [[rank for rank, each in enumerate(shares) if each.levels == own] for own in _distinct(shares)]
+            [[rank for rank, each in enumerate(shares) if each.levels == own] for own in distinct]
         )
         self._plain = pool.to("cpu") if ranks.world > 1 else None  # what `gathered` puts members back into
         # The levels that train together, by their numbers, and leaves of their members side by side.
@@ -359,10 +360,6 @@ def _on_cpu(tensors: Weights) -> Weights:
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return None if one is None or other is None else one + other
-
-
-def _distinct(shares: Sequence[Share]) -> list[tuple[int, ...]]:
-    return list(dict.fromkeys(each.levels for each in shares))
 
 
 def _leaves(pool: Pool) -> Pool:
