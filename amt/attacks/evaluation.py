@@ -50,10 +50,7 @@ def attack_queries(
     seed: int = 0,
 ) -> Attacked:
     """Run any attack but "support" at one radius: its parts in turn, each on the images that withstood those
-    before.
-
-    Every part begins with the same random numbers. So an attack of several losses breaks exactly the images
-    that one of them breaks alone.
+    before, and each from the same random numbers: several losses break what one of them breaks alone.
 
     Args:
         epsilon: in 1/255 of the pixel range.
@@ -63,8 +60,7 @@ def attack_queries(
         generators: a CPU generator for each image, so that its random starts do not depend on which others
             are attacked; the library's attacks use none.
         others: the networks that images are made on, for "transfer" only the first.
-        seed: in 0..2**31 - 1, decides the random numbers of the library's attacks: the same for every image,
-            so that they do not depend on the others either.
+        seed: in 0..2**31 - 1, decides the random numbers of the library's attacks, the same for every image.
 
     Raises:
         InputError: more targets than other classes.

@@ -143,11 +143,8 @@ class Attack:
 
     @property
     def budget(self) -> int:
-        """How long the attack goes on: the steps of its gradient ascent, for Square its queries.
-
-        Raises:
-            ValueError: AutoAttack, whose parts have budgets of their own.
-        """
+        """The steps of its gradient ascent, for Square its queries. Raises ValueError for AutoAttack, whose
+        parts have budgets of their own."""
         budget = self.queries if self.kind == "square" else self.steps
         if budget is None:
             raise ValueError(f"{self.kind} has no number of steps")
@@ -179,11 +176,8 @@ class Attack:
         )
 
     def variant(self, n_way: int, n_others: int = 0) -> str:
-        """What is run among N ways where the name does not tell; empty where it does.
-
-        Args:
-            n_others: other networks that images are made on.
-        """
+        """What is run among N ways where the name does not tell, with other networks to make images on; empty
+        where it does."""
         if self.kind == "autoattack":
             parts, targets = autoattack_parts(n_way, self.targets)
             return ", ".join(f"{part} x{targets}" if part.endswith("-t") else part for part in parts)
@@ -203,23 +197,14 @@ def on_queries(attacks: Iterable[Attack], norm: str) -> list[Attack]:
 
 
 def autoattack_parts(n_way: int, targets: int | None = None) -> tuple[list[str], int]:
-    """AutoAttack's standard parts as far as N ways allow them, and how many targets they try.
-
-    Below 4 ways the targeted DLR loss does not exist.
-
-    Raises:
-        InputError: more targets than other classes.
-    """
+    """AutoAttack's standard parts as far as N ways allow them (below 4 there is no targeted DLR loss), and
+    how many targets they try. Raises InputError for more targets than other classes."""
     parts = ["apgd-ce", *(["apgd-t"] if n_way >= TARGETED_DLR_WAYS else []), "fab-t", "square"]
     return parts, target_count("autoattack", n_way, targets)
 
 
 def target_count(kind: str, n_way: int, targets: int | None = None) -> int:
-    """How many classes a targeted attack tries among N.
-
-    Raises:
-        InputError: more than there are other classes.
-    """
+    """How many classes a targeted attack tries among N. Raises InputError for more than there are others."""
     if targets is not None and targets > n_way - 1:
         raise InputError(
             f"--attack {kind} targets={targets}: an episode of {n_way} ways has {n_way - 1} other classes"

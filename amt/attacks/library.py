@@ -25,20 +25,8 @@ Logits = Callable[[Tensor], Tensor]
 def library_attack(
     attack: Attack, epsilon: float, logits: Logits, images: Tensor, labels: Tensor, n_way: int, seed: int
 ) -> Tensor:
-    """Run "apgd", "autoattack", "fab" or "square" at one radius.
-
-    Args:
-        epsilon: in 1/255 of the pixel range.
-        logits: images (n, 3, H, W) in [0, 1] -> (n, N), differentiable.
-        images, labels: (Q, 3, H, W) in [0, 1] and (Q,) int64, all classified correctly.
-        n_way: number of classes N.
-        seed: in 0..2**31 - 1.
-
-    Returns:
-        Attacked images (Q, 3, H, W) in [0, 1] within epsilon.
-
-    Raises:
-        InputError: more targets than other classes.
+    """Images (Q, 3, H, W) attacked by "apgd", "autoattack", "fab" or "square" at one radius. Arguments and
+    errors as of `attack_queries`.
     """
     common = {
         "norm": {"linf": "Linf", "l2": "L2"}[attack.norm],

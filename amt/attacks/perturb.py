@@ -93,15 +93,13 @@ def ascend(
     loss_scale: float = LOSS_SCALE,
     compiled: Callable[[Callable[[Points], Points]], Callable[[Points], Points]] | None = None,
 ) -> Tensor:
-    """Projected gradient ascent that goes on to the last step with every image: the attack of training, and
-    of images that are meant to fool another network.
+    """Projected gradient ascent that goes on to the last step with every image.
 
     Args:
         loss_of: attacked images (n, 3, H, W) -> scalar to be increased, summed over the images.
         images: (n, 3, H, W) in [0, 1], clean.
         points: where to start, see `Ball.start` and `Pyramid.start`. For a ball they may lie outside of the
             valid range; the first gradient is taken there.
-        geometry: a `Ball` or a `Pyramid`.
         steps: gradients taken, which is all that this costs.
         loss_scale: multiplies the loss before its gradient is taken, so that float16 does not flush it to
             zero; a power of two, so that it changes no step otherwise.
@@ -138,12 +136,8 @@ class Ball:
     step_size: float
 
     def start(self, images: Tensor, generator: Generators) -> Tensor:
-        """A uniformly random point of each image's ball, clipped to the valid range.
-
-        Args:
-            images: (n, 3, H, W) in [0, 1].
-            generator: CPU generators, one for all images or one for each.
-        """
+        """A uniformly random point of each image's ball, clipped to the valid range: (n, 3, H, W) in [0, 1].
+        CPU generators, one for all images or one for each."""
         if self.norm == "linf":
             noise = uniform_noise(images.shape, generator)
         else:
@@ -197,11 +191,8 @@ class Pyramid:
     noise: str = "random1"
 
     def start(self, images: Tensor, generator: Generators) -> list[Tensor]:
-        """Starting perturbations of images (n, 3, H, W), one (n, 3, rows, columns) per grid.
-
-        Args:
-            generator: CPU generators, one for all images or one for each.
-        """
+        """Starting perturbations of images (n, 3, H, W), one (n, 3, rows, columns) per grid. CPU generators,
+        one for all images or one for each."""
         n, channels, height, width = images.shape
         deltas = []
         for cells in self.grids:
@@ -299,10 +290,9 @@ def pgd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Projected gradient ascent from a random start (Madry et al. 2018), the attack of evaluation.
 
-    An image is left as it is as soon as it is misclassified, at any of the steps + 1 points. That makes the
-    attack at least as strong as one judged at its last point, and far cheaper on networks that break easily:
-    such an image goes through the network no more, on the CPU from the next step on, else within `PATIENCE`
-    steps.
+    An image is left as it is as soon as it is misclassified, at any of the steps + 1 points: at least as
+    strong as an attack judged at its last point, and cheaper, as such an image goes through the network no
+    more, on the CPU from the next step on, else within `PATIENCE` steps.
 
     Args:
         logits_of: (n, 3, H, W) in [0, 1] -> (n, N), differentiable; called on subsets of the images.

@@ -62,21 +62,14 @@ def factor_groups(name: str) -> int:
 
 
 def split_principal(weight: Tensor, rank: int, groups: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Split a weight into its leading singular triplets and the rest.
+    """Split a weight (out, in), or a convolution's (out, in, kh, kw), into its leading singular triplets and
+    the rest: W_res like `weight`, A (groups, r, in), B (groups, out / groups, r).
 
     Per group of output rows W = U S V^T:  A = sqrt(S_r) V_r^T,  B = U_r sqrt(S_r),  W_res = W - B A.
     The signs of A's rows and B's columns are arbitrary together; B A is not.
 
-    Args:
-        weight: (out, in) or a convolution's (out, in, kh, kw).
-        rank: r, at most min(out / groups, in * kh * kw).
-        groups: number of equal blocks of rows to split separately.
-
-    Returns:
-        W_res like `weight`, A (groups, r, in), B (groups, out / groups, r).
-
     Raises:
-        ValueError: the rank exceeds the matrix.
+        ValueError: the rank exceeds min(out / groups, in * kh * kw).
     """
     blocks = weight.reshape(groups, weight.shape[0] // groups, -1)
     if not 0 < rank <= min(blocks.shape[1:]):
@@ -175,11 +168,8 @@ class Pool:
         return len(self.scale)
 
     def __getitem__(self, member: int) -> "Pool":
-        """Member `member` alone: a pool of size one that shares its tensors.
-
-        Raises:
-            IndexError: there is no such member.
-        """
+        """Member `member` alone: a pool of size one that shares its tensors. Raises IndexError if there is
+        no such member."""
         if not 0 <= member < len(self):
             raise IndexError(f"member {member} of a pool of {len(self)}")
         part = slice(member, member + 1)
@@ -198,11 +188,8 @@ class Pool:
         return dataclasses.replace(self, **{name: moved(value) for name, value in vars(self).items()})
 
     def merge(self, coefficients: Sequence[float]) -> Weights:
-        """Complete weights; a gradient reaches every factor of a member whose coefficient is not 0.
-
-        Args:
-            coefficients: P numbers that sum to 1: only then does an untrained pool give back the
-                pretrained network.
+        """Complete weights; a gradient reaches every factor of a member whose coefficient is not 0. The P
+        coefficients sum to 1, as only then does an untrained pool give back the pretrained network.
 
         Raises:
             ValueError: another number of coefficients, or a sum other than 1.
@@ -295,8 +282,6 @@ def principal_pool(
     """An untrained pool: every adapter starts at the leading singular triplets of the pretrained weights.
 
     Args:
-        weights: all pretrained weights by name.
-        rank: r of every adapter.
         levels: one robustness level per adapter.
         layers: endings of the names of the layers to adapt.
         norms: whether members have LayerNorms of their own.
@@ -315,12 +300,7 @@ def principal_pool(
 
 
 def pretrained_pool(weights: Weights, levels: Sequence[Perturbation]) -> Pool:
-    """An untrained pool: every member is the pretrained network.
-
-    Args:
-        weights: all pretrained weights by name.
-        levels: one robustness level per member.
-    """
+    """An untrained pool: every member is the pretrained network, with a robustness level of its own."""
     copies = {name: torch.stack([weight] * len(levels)) for name, weight in weights.items()}
     return Pool({}, {}, {}, *_untrained_head(weights, len(levels)), tuple(levels), copies)
 

@@ -59,11 +59,8 @@ class Arithmetic:
         return dataclasses.replace(self, precision="float32")
 
     def use(self) -> None:
-        """Compute so from now on, in this process; before anything is done on a GPU.
-
-        Raises:
-            InputError: the environment asks cuBLAS for what does not repeat its bits.
-        """
+        """Compute so from now on, in this process; before anything is done on a GPU. Raises InputError where
+        the environment asks cuBLAS for what does not repeat its bits."""
         import torch
 
         if self.deterministic and os.environ.setdefault(_WORKSPACE, _WORKSPACES[0]) not in _WORKSPACES:

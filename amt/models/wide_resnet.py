@@ -40,16 +40,7 @@ def _block(count: int, inside: int, out: int, stride: int) -> nn.Module:
 
 
 class WideResNet(nn.Module):
-    """Normalised images (N, 3, H, W) -> logits (N, K).
-
-    Args:
-        depth: number of layers, 6 n + 4.
-        widen: factor of the widths.
-        n_classes: K.
-
-    Raises:
-        ValueError: no n >= 1 gives that depth.
-    """
+    """A network of 6 n + 4 layers, and of K classes. Raises ValueError if no n >= 1 gives that depth."""
 
     def __init__(self, depth: int, widen: int, n_classes: int):
         super().__init__()

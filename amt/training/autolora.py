@@ -53,13 +53,8 @@ class StepRecord(NamedTuple):
 
 
 def new_student(network: Network, weights: Weights, settings: Settings, norms: Weights) -> Student:
-    """The student before its first step, on the device of `weights`; its tensors are copies.
-
-    Args:
-        weights: complete state dict, with the classifier.
-        norms: the pre-training's BatchNorm set for clean images, empty if there is none: then that of
-            `weights` is both.
-    """
+    """The student before its first step, on the device of `weights`, a complete state dict; its tensors are
+    copies. `norms` is the pre-training's BatchNorm set for clean images; empty: that of `weights` is both."""
     factors: Weights = {}
     if settings.branch:
         names = network.adapted(settings.published)
@@ -85,9 +80,7 @@ class FineTuner:
     continues exactly as the saved one would have.
 
     Args:
-        network: its structure.
         student: see `new_student`; becomes leaves that are trained in place.
-        settings: of the run.
         n_batches: in an epoch.
         training_accuracy: the accuracy in [0, 1] of weights on the whole training set, augmented and in eval
             mode; needed with `settings.whole_passes` only.
@@ -291,11 +284,8 @@ class FineTuner:
         )
 
     def end_epoch(self, clean: float, robust: float) -> dict:
-        """Note the validation accuracies in per cent; keep the best weights, or bring them back.
-
-        Returns:
-            The note: epoch, rate, weights of the loss, accuracies, the schedule's condition and best.
-        """
+        """Note the validation accuracies in per cent, beside epoch, rate, weights of the loss and what the
+        schedule says; keep the best weights, or bring them back."""
         rate, weighing = self.rate, self.weighing
         self.epoch, self.batch = self.epoch + 1, 0
         note = {"epoch": self.epoch, "lr": rate, "clean": clean, "robust": robust}
@@ -326,11 +316,7 @@ class FineTuner:
         }
 
     def restore(self, tensors: Weights, numbers: dict) -> None:
-        """Continue from what `state` gave.
-
-        Raises:
-            KeyError, TypeError or ValueError: it is not the state of such a tuner.
-        """
+        """Continue from what `state` gave. Raises KeyError, TypeError or ValueError for anything else."""
         best, buffers, student = {}, {}, {}
         for name, tensor in tensors.items():
             part, _, own = name.partition("/")
@@ -352,11 +338,7 @@ class FineTuner:
 
 
 def _overwrite(student: Student, source: Student) -> None:
-    """Make `student` equal to `source`, in place.
-
-    Raises:
-        ValueError: they differ in names or shapes.
-    """
+    """Make `student` equal to `source`, in place. Raises ValueError if they differ in names or shapes."""
     targets, values = student.tensors, source.tensors
     for name in sorted(targets.keys() | values.keys()):
         found = tuple(values[name].shape) if name in values else "absent"

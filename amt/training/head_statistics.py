@@ -53,11 +53,8 @@ def measure_statistics(
 def covariances(
     network: Network, networks: Networks, episodes: Iterable[Episode], seed: int
 ) -> list[Statistics]:
-    """Two covariances for each of `networks`, (D, D) float32 on the CPU.
-
-    Args:
-        networks: each is called once for every episode.
-        episodes, seed: as of `measure_statistics`.
+    """Two covariances for each of `networks`, (D, D) float32 on the CPU. Arguments as of
+    `measure_statistics`.
 
     Raises:
         InputError: there is no episode, or too few images for a covariance.

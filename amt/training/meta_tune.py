@@ -72,7 +72,7 @@ def query_outcome(
 
     Args:
         pool: P members whose factors and scale require gradients, and their levels, which have grids, scalars
-            and steps in common; where every gamma is 0 the weights do not move.
+            and steps in common.
         start: the attack's start on the queries of all levels (P Q, 3, H, W), see `started`.
         loss_scale: scales the losses whose gradients steer the two perturbations, so that float16 does not
             flush them to zero: a number, or one for each level (P,).

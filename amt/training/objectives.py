@@ -49,14 +49,8 @@ def attack(
     generator: torch.Generator,
     away_from: Weights | None = None,
 ) -> Tensor:
-    """Training images moved to raise the loss of the network in eval mode: (n, 3, S, S) in [0, 1], no graph.
-
-    Args:
-        images: (n, 3, S, S) float in [0, 1].
-        labels: (n,) int64 in 0..K-1.
-        away_from: raise the KL divergence from the prediction that these weights make of the images as they
-            are, in place of the cross-entropy.
-    """
+    """Training images (n, 3, S, S) in [0, 1] moved to raise the cross-entropy of the network in eval mode,
+    or the KL divergence from the prediction that weights `away_from` make of the images as they are."""
     weights = _detached(weights)
     if away_from is not None:
         with torch.no_grad():
@@ -113,10 +107,8 @@ def twins(
     the statistics it was pre-trained with (its second set, with parameters of its own), the second through
     the adaptive one, which is deployed. A batch of one image is the adaptive network's.
 
-    Args:
-        images, attacked: (n, 3, S, S) float in [0, 1].
-        labels: (n,) int64 in 0..K-1.
-        share: weight of the frozen half's loss, the authors' lambda; the other half has 1.
+    Arguments as of `two_threads`, images (n, 3, S, S); `share` is the weight of the frozen half's loss, the
+    authors' lambda; the other half has 1.
     """
     half = len(images) // 2
     frozen, adaptive = student.weights | student.norms, student.weights
@@ -152,12 +144,8 @@ def objective_gradients(
     weighing: LossWeights,
 ) -> tuple[Weights, Weights]:
     """Gradients of the natural and of the adversarial objective, CE(nat) and (1 - l1) CE(adv) +
-    l2 KL(nat || adv), for the deployed network in eval mode without its classifier, by name.
-
-    Args:
-        images, attacked: (n, 3, S, S) float in [0, 1].
-        labels: (n,) int64 in 0..K-1.
-    """
+    l2 KL(nat || adv), for the deployed network in eval mode without its classifier, by name. Arguments as of
+    `two_threads`, images (n, 3, S, S)."""
     own = f"{network.classifier}."
     shared = {name: student.weights[name] for name in network.parameters if not name.startswith(own)}
     shared = {name: weight.detach().requires_grad_() for name, weight in shared.items()}

@@ -23,10 +23,8 @@ def check_loss(loss: float, where: str) -> None:
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise `NonFiniteLoss` if a tensor, of any shape, is not finite after the last step.
-
-    The loss of that step may still have been finite; such weights must not be saved.
-    """
+    """Raise `NonFiniteLoss` if a tensor, of any shape, is not finite after the last step, whose loss may
+    still have been."""
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise NonFiniteLoss(f"{name} is no longer finite at {where}")
@@ -42,12 +40,8 @@ def momentum(optimiser: torch.optim.Optimizer, parameters: Mapping[str, Tensor])
 def restore_momentum(
     optimiser: torch.optim.Optimizer, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
 ) -> None:
-    """Continue from what `momentum` gave, tensors of any shape; the buffers are copied.
-
-    Raises:
-        KeyError: there is no parameter of that name.
-        ValueError: a buffer has another shape than its parameter.
-    """
+    """Continue from what `momentum` gave, tensors of any shape; the buffers are copied. Raises KeyError for a
+    buffer of no parameter, ValueError for one of another shape than its own."""
     for name, buffer in buffers.items():
         parameter = parameters[name]
         if buffer.shape != parameter.shape:

@@ -136,10 +136,8 @@ class Tuner:
         ]
 
     def step(self, *episodes: Episode) -> list[StepRecord]:
-        """Train on the episodes of one step; a record per level, the mean over all of the step's episodes.
-
-        Args:
-            episodes: this rank's share of the step, all of it if it is alone.
+        """Train on this rank's share of the episodes of one step; a record per level, the mean over all of
+        the step's episodes.
 
         Raises:
             NonFiniteLoss: the loss of a level is not finite; no level of its pass has made its step.
@@ -169,12 +167,7 @@ class Tuner:
             check_finite(_parameters(member), f"episode {self.episodes_done}, level {p}")
 
     def _step_together(
-        self,
-        numbers: Sequence[int],
-        leaves: Pool,
-        episodes: Sequence[Episode],
-        rows: Tensor,
-        lr: float,
+        self, numbers: Sequence[int], leaves: Pool, episodes: Sequence[Episode], rows: Tensor, lr: float
     ) -> None:
         """The passes of some levels, one for each episode, and then each one's step of its own; what is noted
         of them goes into `rows` (P, B, fields)."""
@@ -287,10 +280,7 @@ class Tuner:
 
     def restore(self, buffers: Weights, numbers: dict) -> None:
         """Continue from the state of all levels, what `gathered` gave; the pool is given to the constructor.
-
-        Raises:
-            KeyError, IndexError, TypeError or ValueError: it is not the state of such a tuner.
-        """
+        Raises KeyError, IndexError, TypeError or ValueError for anything else."""
         self.episodes_done = numbers["episodes_done"]
         for p, member in self._members.items():
             own = {name.removeprefix(f"{p}."): b for name, b in buffers.items() if name.startswith(f"{p}.")}
@@ -309,9 +299,7 @@ def meta_tune(
     main.py does the same step, and keeps a run beside it: checkpoints, validation, a log.
 
     Args:
-        network: the structure, on the device to train on.
-        pool: on that device, for example a `principal_pool`; it is not written to.
-        episodes: support (S, 3, H, W) and query (Q, 3, H, W) in [0, 1].
+        pool: on the network's device, for example a `principal_pool`; it is not written to.
         settings: length and rate; None for the published ones, whose first epochs warm up.
 
     Raises:
