@@ -257,10 +257,8 @@ class _Source(Dataset):
 
 
 def picture_seed(*key: int) -> int:
-    """A seed in 0..2^63-1 for what is random about a picture, by a key of integers >= 0.
-
-    A digest, where attacks have the cheaper mixture of `models.weights.stream`: there is one for every
-    picture of an epoch, so neighbouring keys must have unrelated seeds.
-    """
+    """A seed in 0..2^63-1 for what is random about a picture, by a key of integers >= 0. A digest, and not
+    the cheaper mixture of `models.weights.stream`, as pictures are many: neighbours must have unrelated
+    seeds."""
     digest = hashlib.blake2b(struct.pack(f"<{len(key)}Q", *key), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -61,14 +61,9 @@ class Trial:
 def new_trial(
     network: Network, support: Tensor, labels: Tensor, epsilon: float, generator: torch.Generator
 ) -> Trial:
-    """The same held-out images, and the same start of their attack, for all networks.
-
-    Args:
-        support: (S, 3, H, W) in [0, 1].
-        labels: (S,) int64 in 0..N-1.
-        epsilon: in 1/255 of the pixel range; 0: they are not attacked.
-        generator: a CPU generator for the augmentation and the start.
-    """
+    """The same held-out images of a support set (S, 3, H, W), (S,), and the same start of their attack within
+    epsilon / 255, for all networks; at 0 they are not attacked. A CPU generator draws augmentation and
+    start."""
     which = torch.arange(len(labels), device=labels.device)
     if epsilon > 0:
         n_way = int(labels.max()) + 1
@@ -93,10 +88,8 @@ def lowest_loss(
     """The number of the network with the least `leave_one_out_loss`, the first of equals, and that loss.
 
     The loss at the worst points seen can only grow, so the network with the least loss so far is always
-    attacked next, and the others are attacked no further once it is done.
-
-    Args:
-        networks: each is called whenever it is needed, so that not all have to be in memory.
+    attacked next, and the others are attacked no further once it is done. Each of `networks` is called
+    whenever it is needed, so that not all have to be in memory.
     """
     running = [_losses(network, merged, trial) for merged in networks]
     queue = [(0.0, k, 0) for k in range(len(networks))]

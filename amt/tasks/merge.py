@@ -41,8 +41,7 @@ def route(
     """Merging coefficients of a task, one per adapter, summing to 1.
 
     Args:
-        support: (S, 3, H, W) in [0, 1].
-        labels: (S,) int64 in 0..N-1.
+        support, labels: (S, 3, H, W) in [0, 1], and (S,) int64 in 0..N-1.
         generator: a CPU generator for the augmentation or the attack's start; left as it was.
         members: `kept_members(pool)` to route many tasks.
 
@@ -63,10 +62,8 @@ def route_each(
     routings: Sequence[Routing],
     members: Members | None = None,
 ) -> list[Coefficients]:
-    """The coefficients of `route` for each of `routings`; what they have in common is computed once.
-
-    Arguments as of `route`: support (S, 3, H, W), labels (S,).
-    """
+    """The coefficients of `route` for each of `routings`; what they have in common is computed once. Support
+    is (S, 3, H, W), labels (S,)."""
     by_view = {routing.view: routing for routing in routings}
     views = list(by_view.values())
     cosines = support_cosines(network, pool, support, labels, generator, views, members)
@@ -112,8 +109,8 @@ def support_cosines(
 
 
 def kept_members(pool: Pool) -> Members:
-    """A function that merges each member at its first call and caches it, which saves a fifth of the time of
-    routing with one image per class. Takes the memory of P networks."""
+    """A function that merges each member once, which saves a fifth of the time of routing with one image per
+    class, and takes the memory of P networks."""
     return functools.cache(functools.partial(_alone, pool))
 
 
