@@ -75,11 +75,7 @@ def provenance() -> dict:
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Write `path` (ending in .safetensors) and a readable .json beside it, each replaced atomically.
-
-    Raises:
-        InputError: the place cannot be written to; what was there stays as it was.
-    """
+    """Write a checkpoint as `write` does."""
     write(path, *packed(checkpoint))
 
 
@@ -118,14 +114,9 @@ def content(tensors: Weights, about: dict) -> bytes:
 
 
 def replace_described(path: Path, content: bytes, text: str) -> None:
-    """Replace `path`, and the .json beside it that describes it, each in one step.
-
-    The earlier description is out of the way before `path` changes, so whatever happens in between, a .json
-    that is there describes the file beside it.
-
-    Raises:
-        InputError: as `replace_file`; what was there stays as it was.
-    """
+    """Replace `path`, and the .json beside it that describes it, each in one step. The earlier description is
+    out of the way before `path` changes, so a .json that is there always describes the file beside it. Raises
+    InputError as `replace_file`; what was there stays as it was."""
     readable = path.with_suffix(".json")
     aside = readable.with_name(f".{readable.name}.part")
 
@@ -157,11 +148,8 @@ def contradicted(path: Path, content: weight_files.Content) -> bool:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint written by `save`, or one of the published code (see `published.read_pool`).
-
-    Raises:
-        InputError: the file is missing, is no checkpoint, or its tensors do not form a pool.
-    """
+    """Read a checkpoint written by `save`, or one of the published code (see `published.read_pool`). Raises
+    InputError for a file that is missing, is no checkpoint, or whose tensors do not form a pool."""
     return parse(path, weight_files.read(path, "checkpoint"))
 
 
@@ -324,11 +312,8 @@ def check_architecture(path: Path, pool: Pool, weights: Weights, arch: str) -> N
 def arch_of(
     path: Path, about: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], given: str | None = None
 ) -> str:
-    """The architecture of weights of these shapes, which is given or named by the file they come from.
-
-    Raises:
-        InputError: nothing says which it is.
-    """
+    """The architecture of weights of these shapes, which is given or named by the file they come from. Raises
+    InputError if nothing says which it is."""
     arch = given or about.get("arch")
     if not isinstance(arch, str):
         raise InputError(f"{path}: does not say its architecture; name it by --arch")

@@ -47,11 +47,8 @@ class EpisodeTaskset(Dataset):
         return len(self.episodes)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Task `index` in 0..len-1: data (S + Q, 3, H, W) in [0, 1] and labels (S + Q,).
-
-        Raises:
-            InputError: the episode's shots do not fit the order, or it cannot be read.
-        """
+        """Task `index` in 0..len-1: data (S + Q, 3, H, W) in [0, 1] and labels (S + Q,). Raises InputError if
+        the episode's shots do not fit the order, or it cannot be read."""
         if not 0 <= index < len(self):
             raise IndexError(f"task {index} of {len(self)}")
         return task_of(self.episodes[index], self.order)

@@ -89,10 +89,7 @@ def load_network(
 
 def find_weights(base: str, origin: Origin) -> Path:
     """The file of pretrained weights to take when none is named: one in checkpoints/, or one from timm's hub.
-
-    Raises:
-        InputError: there is none in checkpoints/, and the hub has none or cannot be reached.
-    """
+    Raises InputError where the hub has none or cannot be reached."""
     for ending in (".safetensors", ".pth"):
         if (CHECKPOINTS / f"{base}{ending}").is_file():
             return CHECKPOINTS / f"{base}{ending}"
@@ -153,16 +150,12 @@ def read_weights(
 
     Every tensor of the file is accounted for: it is one of the network's, or by its name a part of the
     pretraining task (see `pretraining_only`) or a text tower's. For networks of timm's own, files that timm
-    itself converts when it loads them, such as DINOv2's with registers, are converted likewise.
+    itself converts when it loads them, such as DINOv2's with registers, are converted likewise. Gives a
+    complete state dict, float32.
 
     Args:
-        path: the file.
-        network: the structure that is to be filled.
         key: of the network to take from a file of several, see `state_dicts.unwrap`.
         tell: is given a line for each choice among networks and for what is left out.
-
-    Returns:
-        A complete state dict, float32.
 
     Raises:
         InputError: the file cannot be read, or tensors are missing, unexpected, misshapen or not finite.

@@ -54,7 +54,6 @@ def read_pool(path: Path, data: Mapping[str, Any]) -> tuple[Pool, dict]:
     paper; of any other number epsilon 0 is recorded, and `about` says that they are unknown.
 
     Args:
-        path: for errors.
         data: the contents of a file in which `find_state` finds something.
 
     Returns:
@@ -103,15 +102,8 @@ def pool_from_published(state: Mapping[str, Tensor], levels: tuple[Perturbation,
     """A pool from a state dict of the published code: one LoRA (`backbone.`) or several (`backbone.model.`).
 
     Published factors are (g * r, in) and (out, r); ours carry the groups g as an axis. The one head is every
-    adapter's.
-
-    Args:
-        state: named tensors, complete (`read_pool` checks what comes from a file).
-        levels: what the LoRAs were trained for, one each.
-
-    Raises:
-        ValueError: as many LoRAs as levels were not found.
-    """
+    adapter's. The tensors are complete (`read_pool` checks what comes from a file). Raises ValueError for
+    another number of LoRAs than of levels."""
     prefix = "backbone.model." if _is_pool(state) else "backbone."
     residual: Weights = {}
     factors: dict[tuple[str, str], dict[int, Tensor]] = {}
@@ -136,14 +128,9 @@ def pool_from_published(state: Mapping[str, Tensor], levels: tuple[Perturbation,
 def published_shapes(
     patch: int, dim: int, depth: int, hidden: int, tokens: int, rank: int, adapters: int | None
 ) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a published checkpoint by name, in the published order.
-
-    Args:
-        patch, dim, depth: of the ViT; `hidden` is the width of its MLPs, `tokens` the length of its position
-            table.
-        rank: r of every LoRA.
-        adapters: how many LoRAs a pool holds; None for a training checkpoint.
-    """
+    """Every tensor of a published checkpoint by name, in the published order. `hidden` is the width of the
+    ViT's MLPs, `tokens` the length of its position table, `adapters` how many LoRAs of this rank a pool
+    holds, None for a training checkpoint."""
     prefix = "backbone." if adapters is None else "backbone.model."
     numbers = [""] if adapters is None else [f".{k}" for k in range(adapters)]
     layers = {

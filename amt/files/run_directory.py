@@ -209,13 +209,8 @@ def settings_pairs(found: Mapping, asked: Mapping) -> list[tuple[str, object, ob
 
 
 def check_same(path: Path, pairs: Iterable[tuple[str, object, object]], flag: str = "--output_dir") -> None:
-    """Raise an `InputError` that names the first difference between a run's settings and those asked for.
-
-    Args:
-        path: the file that the earlier settings are from.
-        pairs: name, earlier and asked value; plain JSON values.
-        flag: that names the directory.
-    """
+    """Raise an `InputError` that names the first difference between a run's settings, which are from `path`,
+    and those asked for: of name, earlier and asked value, plain JSON values."""
     for name, before, now in pairs:
         if before != now:
             raise InputError(

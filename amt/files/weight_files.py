@@ -62,7 +62,6 @@ def read(path: Path, what: str = "file", trust: bool = False) -> Content:
     """Everything in a safetensors or torch file, on the CPU; its name's ending is not looked at.
 
     Args:
-        path: the file.
         what: what a missing file is called, such as "checkpoint".
         trust: let the file run what it likes while it is read: for files of one's own, in a place where
             nothing can be lost.
