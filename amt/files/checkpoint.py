@@ -99,11 +99,8 @@ def packed(checkpoint: Checkpoint) -> tuple[Weights, dict]:
 
 def write(path: Path, tensors: Weights, about: dict) -> None:
     """Write tensors as `path` (ending in .safetensors) with `about` and digests in its header, and a readable
-    .json of `about` beside it, each replaced atomically.
-
-    Raises:
-        InputError: the place cannot be written to; what was there stays as it was.
-    """
+    .json of `about` beside it, each replaced atomically. Raises InputError if the place cannot be written to;
+    what was there stays as it was."""
     replace_described(path, content(tensors, about), json.dumps(about, indent=1) + "\n")
 
 

@@ -70,14 +70,11 @@ def task_of(episode: Episode, order: str) -> tuple[Tensor, Tensor]:
 
     "interleaved": support at the even positions 0, 2, ..., 2 (S - 1), query at all others: the
     `adaptation_indices` of learn2learn's MAML and ANIL examples, where S is shots times ways. Needs at least
-    S - 1 queries, or the last support images would have no place.
-    "grouped": by label, and within a label first support, then query: the split of `partition_task`, of the
-    prototypical networks and of the Lightning modules. Needs as many support images of each class as of the
-    others, and as many queries, since that is how those find the border between the two.
-
-    Raises:
-        InputError: the episode is not so, or there is no such order.
-    """
+    S - 1 queries, or the last support images would have no place. "grouped": by label, and within a label
+    first support, then query: the split of `partition_task`, of the prototypical networks and of the
+    Lightning modules. Needs as many support images of each class as of the others, and as many queries, since
+    that is how those find the border between the two. Raises InputError if the episode is not so, or there is
+    no such order."""
     _check_order(order)
     n_support, n_query = len(episode.support), len(episode.query)
     data = torch.cat([episode.support, episode.query])

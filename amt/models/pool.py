@@ -65,12 +65,9 @@ def split_principal(weight: Tensor, rank: int, groups: int = 1) -> tuple[Tensor,
     """Split a weight (out, in), or a convolution's (out, in, kh, kw), into its leading singular triplets and
     the rest: W_res like `weight`, A (groups, r, in), B (groups, out / groups, r).
 
-    Per group of output rows W = U S V^T:  A = sqrt(S_r) V_r^T,  B = U_r sqrt(S_r),  W_res = W - B A.
-    The signs of A's rows and B's columns are arbitrary together; B A is not.
-
-    Raises:
-        ValueError: the rank exceeds min(out / groups, in * kh * kw).
-    """
+    Per group of output rows W = U S V^T:  A = sqrt(S_r) V_r^T,  B = U_r sqrt(S_r),  W_res = W - B A. The
+    signs of A's rows and B's columns are arbitrary together; B A is not. Raises ValueError if the rank
+    exceeds min(out / groups, in * kh * kw)."""
     blocks = weight.reshape(groups, weight.shape[0] // groups, -1)
     if not 0 < rank <= min(blocks.shape[1:]):
         raise ValueError(f"rank {rank} does not fit a {blocks.shape[1]} x {blocks.shape[2]} matrix")
@@ -189,11 +186,8 @@ class Pool:
 
     def merge(self, coefficients: Sequence[float]) -> Weights:
         """Complete weights; a gradient reaches every factor of a member whose coefficient is not 0. The P
-        coefficients sum to 1, as only then does an untrained pool give back the pretrained network.
-
-        Raises:
-            ValueError: another number of coefficients, or a sum other than 1.
-        """
+        coefficients sum to 1, as only then does an untrained pool give back the pretrained network. Raises
+        ValueError for another number of coefficients, or a sum other than 1."""
         coefficients = [float(c) for c in coefficients]
         if len(coefficients) != len(self):
             raise ValueError(f"{len(coefficients)} coefficients for a pool of {len(self)}")
@@ -220,12 +214,9 @@ class Pool:
 
     @staticmethod
     def concat(pools: Sequence["Pool"]) -> "Pool":
-        """One pool of all members of `pools`, in order.
-
-        Raises:
-            ValueError: they are of different kinds, ranks, layers or architectures, or of LoRAs with
-                different residuals (beyond the rounding of a float32 SVD).
-        """
+        """One pool of all members of `pools`, in order. Raises ValueError if they are of different kinds,
+        ranks, layers or architectures, or of LoRAs with different residuals (beyond the rounding of a float32
+        SVD)."""
         first = pools[0]
         for pool in pools[1:]:
             _check_joins(first, pool)

@@ -172,11 +172,8 @@ class FineTuner:
         return student.weights if settings.method == "twins" else student.weights | student.norms
 
     def step(self, images: Tensor, labels: Tensor) -> StepRecord:
-        """Train on one batch: (n, 3, S, S) float in [0, 1] and (n,) int64, on the student's device.
-
-        Raises:
-            NonFiniteLoss: the loss is not finite; only running statistics have changed.
-        """
+        """Train on one batch: (n, 3, S, S) float in [0, 1] and (n,) int64, on the student's device. Raises
+        NonFiniteLoss if the loss is not finite; only running statistics have changed."""
         began = time.perf_counter()
         if self.settings.weighs:
             self._weigh_first(images, labels)

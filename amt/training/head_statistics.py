@@ -54,11 +54,7 @@ def covariances(
     network: Network, networks: Networks, episodes: Iterable[Episode], seed: int
 ) -> list[Statistics]:
     """Two covariances for each of `networks`, (D, D) float32 on the CPU. Arguments as of
-    `measure_statistics`.
-
-    Raises:
-        InputError: there is no episode, or too few images for a covariance.
-    """
+    `measure_statistics`. Raises InputError if there is no episode, or too few images for a covariance."""
     nothing = torch.zeros((), dtype=torch.float64, device=network.device)
     sums = [[nothing, nothing] for _ in networks]
     freedom = moved = 0

@@ -137,11 +137,8 @@ class Tuner:
 
     def step(self, *episodes: Episode) -> list[StepRecord]:
         """Train on this rank's share of the episodes of one step; a record per level, the mean over all of
-        the step's episodes.
-
-        Raises:
-            NonFiniteLoss: the loss of a level is not finite; no level of its pass has made its step.
-        """
+        the step's episodes. Raises NonFiniteLoss if the loss of a level is not finite; no level of its pass
+        has made its step."""
         size, lr = self.settings.episodes_per_step, learning_rate(self.settings, self.epoch)
         starts_epoch = self.episodes_done % self.settings.episodes_per_epoch == 0
         rows = torch.zeros(len(self._sums), size, len(StepRecord._fields), dtype=torch.float64)
