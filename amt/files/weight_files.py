@@ -24,7 +24,8 @@ import safetensors
 import torch
 from torch import Tensor
 
-from amt.files import digests, numpy_pickles, pickles
+from amt.data import numpy_pickles
+from amt.files import digests, pickles
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError, first_line, printable
 from meta_dataset_readers.files import reading, size_of
