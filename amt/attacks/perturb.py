@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,23 +24,10 @@ from amt.attacks.constants import constant
 from amt.attacks.losses import misclassified
 
 Generators = torch.Generator | Sequence[torch.Generator]
-Points = TypeVar("Points")  # the state of an attack: a tensor, or a list with one for each grid
 
 # A power of two: exact in float32, and in float16 it keeps small gradients from being flushed to zero.
 LOSS_SCALE = 2.0**10
 PATIENCE = 4  # steps of `pgd` on a GPU from one count of the images that are left to the next
-
-
-class Geometry(Protocol[Points]):
-    """The set of points that an attack may reach, and the images that they stand for."""
-
-    def apply(self, points: Points, images: Tensor) -> Tensor:
-        """The attacked images (n, 3, H, W), with graph to `points`."""
-        ...
-
-    def step(self, points: Points, gradient: Points, images: Tensor) -> Points:
-        """The points after one projected step of steepest ascent on images (n, 3, H, W)."""
-        ...
 
 
 def input_gradient(loss_of: Callable[[Any], Tensor | None], points: Any) -> Any:
@@ -64,12 +51,12 @@ def input_gradient(loss_of: Callable[[Any], Tensor | None], points: Any) -> Any:
 
 
 def end_of_ascent(
-    start: Points,
-    gradient_of: Callable[[Points], Points | None],
-    move: Callable[[Points, Points], Points],
+    start: Tensor,
+    gradient_of: Callable[[Tensor], Tensor | None],
+    move: Callable[[Tensor, Tensor], Tensor],
     steps: int,
-) -> Points:
-    """The points that steps of ascent end at.
+) -> Tensor:
+    """The points (n, 3, H, W) that steps of ascent end at.
 
     Args:
         gradient_of: points -> direction of ascent; None ends it.
@@ -87,11 +74,11 @@ def end_of_ascent(
 def ascend(
     loss_of: Callable[[Tensor], Tensor],
     images: Tensor,
-    points: Points,
-    geometry: Geometry[Points],
+    points: Any,
+    geometry: "Ball | Pyramid",
     steps: int,
     loss_scale: float = LOSS_SCALE,
-    compiled: Callable[[Callable[[Points], Points]], Callable[[Points], Points]] | None = None,
+    compiled: Callable[[Callable[[Any], Any]], Callable[[Any], Any]] | None = None,
 ) -> Tensor:
     """Projected gradient ascent that goes on to the last step with every image.
 
@@ -109,10 +96,10 @@ def ascend(
         Attacked images (n, 3, H, W) in [0, 1], without graph.
     """
 
-    def scaled_loss(at: Points) -> Tensor:
+    def scaled_loss(at: Any) -> Tensor:
         return loss_scale * loss_of(geometry.apply(at, images))
 
-    def step(at: Points) -> Points:
+    def step(at: Any) -> Any:
         return geometry.step(at, input_gradient(scaled_loss, at), images)
 
     one_step = step if compiled is None else compiled(step)

@@ -181,8 +181,9 @@ _NO_CHECKSUMS = (
 
 def hashes(path: Path) -> Lines:
     """A file's digests, and whether it is one of those that the authors released."""
-    released = published.released_file(path)
-    lines = [("sha256", version.digest(path)), ("git blob", published.git_blob_id(path))]
+    blob = published.git_blob_id(path)
+    released = published.RELEASED.get(blob)
+    lines = [("sha256", version.digest(path)), ("git blob", blob)]
     return lines + [("released", f"bit for bit the authors' {released}")] * (released is not None)
 
 

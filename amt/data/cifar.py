@@ -126,39 +126,23 @@ _STAND_INS = {
     "_codecs.encode": _pickled_bytes,
 }
 
+
+def _pickles(folder: str, train: tuple[str, ...], test: str, names: str, kind: str) -> Form:
+    files = folder, train, (test,), names
+    return Form(*files, _pickled_names(f"{kind}label_names"), _pickled_batch(f"{kind}labels"))
+
+
+def _binaries(folder: str, train: tuple[str, ...], test: str, names: str, label_bytes: int) -> Form:
+    return Form(folder, train, (test,), names, read_lines, _binary_batch(label_bytes))
+
+
+_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
+_BINARIES = tuple(f"{name}.bin" for name in _BATCHES)
 CIFAR10 = (
-    Form(
-        "cifar-10-batches-py",
-        tuple(f"data_batch_{number}" for number in range(1, 6)),
-        ("test_batch",),
-        "batches.meta",
-        _pickled_names("label_names"),
-        _pickled_batch("labels"),
-    ),
-    Form(
-        "cifar-10-batches-bin",
-        tuple(f"data_batch_{number}.bin" for number in range(1, 6)),
-        ("test_batch.bin",),
-        "batches.meta.txt",
-        read_lines,
-        _binary_batch(1),
-    ),
+    _pickles("cifar-10-batches-py", _BATCHES, "test_batch", "batches.meta", ""),
+    _binaries("cifar-10-batches-bin", _BINARIES, "test_batch.bin", "batches.meta.txt", 1),
 )
 CIFAR100 = (
-    Form(
-        "cifar-100-python",
-        ("train",),
-        ("test",),
-        "meta",
-        _pickled_names("fine_label_names"),
-        _pickled_batch("fine_labels"),
-    ),
-    Form(
-        "cifar-100-binary",
-        ("train.bin",),
-        ("test.bin",),
-        "fine_label_names.txt",
-        read_lines,
-        _binary_batch(2),
-    ),
+    _pickles("cifar-100-python", ("train",), "test", "meta", "fine_"),
+    _binaries("cifar-100-binary", ("train.bin",), "test.bin", "fine_label_names.txt", 2),
 )

@@ -141,10 +141,7 @@ def pretraining_only(name: str) -> str | None:
 
 
 def read_weights(
-    path: Path,
-    network: nn.Module,
-    key: str | None = None,
-    tell: Callable[[str], object] | None = None,
+    path: Path, network: nn.Module, key: str | None = None, tell: Callable[[str], object] | None = None
 ) -> Weights:
     """The weights for `network` in a file of timm's, DINO's, iBOT's, DeiT's, MoCo's or CLIP's format.
 

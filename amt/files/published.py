@@ -159,11 +159,6 @@ def published_shapes(
     return shapes | {f"{prefix}norm.weight": (dim,), f"{prefix}norm.bias": (dim,)}
 
 
-def released_file(path: Path) -> str | None:
-    """Which of the files that the authors released `path` is, bit for bit; None for any other."""
-    return RELEASED.get(git_blob_id(path))
-
-
 def git_blob_id(path: Path) -> str:
     """The name that git gives to the contents of `path`."""
     digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)

@@ -182,13 +182,10 @@ class Network:
     def cast(self, weights: Weights) -> Weights:
         """Weights as mixed precision casts them in every pass, cast once; the same if there is none. Those
         that require gradients stay: passes that share a cast would add up gradients in its precision."""
-        return {
-            name: weight.to(self.autocast) if self._casts(name) and not weight.requires_grad else weight
-            for name, weight in weights.items()
-        }
-
-    def _casts(self, name: str) -> bool:
-        return self.autocast is not None and name in self._of_products
+        if self.autocast is None:
+            return weights
+        cast = {name for name in self._of_products & weights.keys() if not weights[name].requires_grad}
+        return weights | {name: weights[name].to(self.autocast) for name in cast}
 
     def adapted(self, published: bool = False) -> tuple[str, ...]:
         """The weights that get a low-rank branch of AutoLoRa's: those of all convolutions and linear layers

@@ -7,7 +7,7 @@ prototypes of the support, or by another head (amt/models/heads.py). Knows no at
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,24 +42,14 @@ class Classifier(NamedTuple):
 
 
 Predictor = Callable[[Episode], Classifier]
-
-
-class Fitter(Protocol):
-    """What makes the classifier of a task under given weights."""
-
-    def __call__(
-        self, network: Network, merged: Merged, episode: Episode, coefficients: Coefficients = ()
-    ) -> Classifier:
-        """The classifier of an episode with support (S, 3, H, W); `coefficients` are those of the merge,
-        empty if there was none."""
-        ...
+Fitter = Callable[..., Classifier]  # of a network, merged weights, an episode, and coefficients: see below
 
 
 def prototype_classifier(
     network: Network, merged: Merged, episode: Episode, coefficients: Coefficients = ()
 ) -> Classifier:
-    """The classifier by cosine to the support's prototypes (Snell et al. 2017; Hu et al. 2022). The episode
-    is on the device of the weights; its query is not used."""
+    """The classifier by cosine to the prototypes (Snell et al. 2017; Hu et al. 2022) of an episode's support
+    (S, 3, H, W), which is on the device of the weights; `coefficients` are those of the merge, if any."""
     return head_classifier(network, merged, episode, coefficients)
 
 

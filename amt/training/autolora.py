@@ -112,10 +112,7 @@ class FineTuner:
         self._seen: list[tuple[int, int]] = []  # right and all, of the latest batches
         self.trained = {name: student.tensors[name].requires_grad_() for name in self._trained_names()}
         self._optimiser = torch.optim.SGD(
-            list(self.trained.values()),
-            settings.lr,
-            settings.momentum,
-            weight_decay=settings.weight_decay,
+            list(self.trained.values()), settings.lr, settings.momentum, weight_decay=settings.weight_decay
         )
 
     def _trained_names(self) -> list[str]:
@@ -276,8 +273,7 @@ class FineTuner:
     def check_finite(self) -> None:
         """Raise `NonFiniteLoss` if the last step left anything that is not finite."""
         check_finite(
-            self.student.tensors,
-            f"epoch {self.epoch + 1}, batch {self.batch}, learning rate {self.rate:g}",
+            self.student.tensors, f"epoch {self.epoch + 1}, batch {self.batch}, learning rate {self.rate:g}"
         )
 
     def end_epoch(self, clean: float, robust: float) -> dict:

@@ -126,8 +126,7 @@ class Settings:
         "which costs nothing",
     )
     published: bool = setting(
-        False,
-        "repeat what the published code does otherwise than the paper (implies --whole_passes)",
+        False, "repeat what the published code does otherwise than the paper (implies --whole_passes)"
     )
     twins_share: float = setting(
         0.3, "weight of the frozen half of TWINS", flag="twins_lambda", least=0, most=10**6

@@ -78,12 +78,7 @@ def covariances(
 
 
 def displacement(
-    network: Network,
-    merged: Merged,
-    episode: Episode,
-    found: Tensor,
-    which: Tensor,
-    key: tuple[int, int],
+    network: Network, merged: Merged, episode: Episode, found: Tensor, which: Tensor, key: tuple[int, int]
 ) -> Tensor:
     """Feature of the attacked image minus feature of the clean one: (n, D) for n queries of an episode.
 
