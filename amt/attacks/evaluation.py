@@ -185,11 +185,10 @@ def _to_the_end(task: _Task, generators: Sequence[torch.Generator]) -> Tensor:
     def loss_of(moved: Tensor) -> Tensor:
         return objective(task.logits(moved), everything)
 
+    geometry = _ball(attack, task.epsilon)
     if attack.kind == "pyramid":
-        pyramid = Perturbation(task.epsilon, attack.step_at(task.epsilon)).pyramid
-        return ascend(loss_of, images, pyramid.start(images, generators), pyramid, attack.budget)
-    ball = _ball(attack, task.epsilon)
-    return ascend(loss_of, images, ball.start(images, generators), ball, attack.budget)
+        geometry = Perturbation(task.epsilon, attack.step_at(task.epsilon)).pyramid
+    return ascend(loss_of, images, geometry.start(images, generators), geometry, attack.budget)
 
 
 def _objective(task: _Task) -> Callable[[Tensor, Tensor], Tensor]:

@@ -85,9 +85,8 @@ def ascend(
     Args:
         loss_of: attacked images (n, 3, H, W) -> scalar to be increased, summed over the images.
         images: (n, 3, H, W) in [0, 1], clean.
-        points: where to start, see `Ball.start` and `Pyramid.start`. For a ball they may lie outside of the
-            valid range; the first gradient is taken there.
-        steps: gradients taken, which is all that this costs.
+        points: where to start, for a ball perhaps outside of the valid range; see `Ball.start`,
+            `Pyramid.start`.
         loss_scale: multiplies the loss before its gradient is taken, so that float16 does not flush it to
             zero; a power of two, so that it changes no step otherwise.
         compiled: makes one program of a step, points -> points; None leaves it as it is.
@@ -283,11 +282,9 @@ def pgd(
 
     Args:
         logits_of: (n, 3, H, W) in [0, 1] -> (n, N), differentiable; called on subsets of the images.
-        images: (Q, 3, H, W) in [0, 1].
-        labels: (Q,) int64 in 0..N-1.
+        images, labels: (Q, 3, H, W) in [0, 1], and (Q,) int64 in 0..N-1.
         ball: the images allowed; with epsilon 0 the clean ones alone.
-        steps: number of gradient steps.
-        generator: CPU generators for the start, one for all images or one for each.
+        generator: as of `Ball.start`.
         loss_of: logits (n, N) of some of the images, and their numbers (n,) int64 -> scalar to be increased,
             summed over the images; None for the cross-entropy.
 
@@ -354,9 +351,9 @@ def perturb_weights(loss: Tensor, factors: dict[str, Tensor], radius: Tensor | f
     gradient with respect to w' is the gradient with respect to w. What multiplies a member's loss cancels.
 
     Args:
-        loss: scalar, the sum of the members' losses, whose graph reaches every factor; its graph is freed.
-        factors: tensors (P, ...) that require gradients, by name; a member's factor is a row.
-        radius: relative size of the moves (the paper's gamma), of every member or (P,).
+        loss: scalar, the sum of the members' losses; its graph, which reaches every factor, is freed.
+        factors: tensors (P, ...) that require gradients, by name.
+        radius: the paper's gamma, of every member or (P,).
     """
     gradients = torch.autograd.grad(loss, list(factors.values()))
     return {

@@ -28,12 +28,9 @@ ORDERS = ("interleaved", "grouped")
 class EpisodeTaskset(Dataset):
     """Episodes as learn2learn's loops expect a Taskset: `sample()`, `len`, `[i]` and iteration.
 
-    Task i is episode i. `sample()` gives the tasks in turn and after the last begins again, so every episode
-    is used before one is used twice, and no random generator is touched.
-
-    Args:
-        episodes: a map-style data set or sequence of `Episode`.
-        order: "interleaved" or "grouped", see `task_of`.
+    Task i is episode i, of a map-style data set or sequence; its images are in an order of `task_of`.
+    `sample()` gives the tasks in turn and after the last begins again, so every episode is used before one is
+    used twice, and no random generator is touched.
     """
 
     def __init__(self, episodes: Dataset | Sequence[Episode], order: str = "interleaved"):

@@ -54,9 +54,7 @@ def load_network(
         weights: a file of weights in timm's, DINO's, iBOT's, DeiT's or CLIP's format, see `read_weights`.
             None takes NAME.safetensors or NAME.pth in the project's folder checkpoints if there is one, and
             otherwise asks timm's hub.
-        device: where the network lives.
-        autocast: see `Network`.
-        image_size: side in pixels that episodes are read at; None for the architecture's own.
+        autocast, image_size: see `Network`; None for the architecture's own size.
         pretrained: False for random weights, always the same: where a checkpoint brings all of them.
         key, tell: see `read_weights`.
 

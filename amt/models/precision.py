@@ -23,13 +23,7 @@ _WORKSPACE, _WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # of 
 
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
-    """How a command computes.
-
-    Args:
-        precision: one of `PRECISIONS`. "tf32" rounds the factors of float32 products to 10 bits of mantissa
-            on GPUs that can; "bf16" and "fp16" are mixed precision.
-        deterministic: use only kernels that give the same bits every time.
-    """
+    """How a command computes."""
 
     precision: str = setting(
         "float32",

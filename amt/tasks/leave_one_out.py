@@ -116,10 +116,8 @@ def leave_one_out_logits(
     """Logits (n, N) of held-out images: for their own class without them, for the others as they are.
 
     Args:
-        views: (n, D) features of the held-out images; may carry a graph.
-        support: (S, D) features of all support images.
-        labels: (S,) int64 in 0..N-1.
-        which: (n,) int64, the numbers of the held-out images.
+        views: (n, D) features of the held-out images, whose numbers are `which` (n,).
+        support, labels: (S, D) features of all support images, and (S,) int64 in 0..N-1.
         scale, bias: of the logits, see `cosine_logits`.
     """
     centres, own = prototypes(support, labels), labels[which]

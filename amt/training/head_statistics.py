@@ -36,10 +36,9 @@ def measure_statistics(
     """The statistics of every member of a pool and of the pretrained network, float32 on the CPU.
 
     Args:
-        network: the structure, in float32.
-        pool: of P members, on the network's device.
-        pretrained: the weights that it was tuned from, see `classifier.pretrained`.
-        episodes: of TRAIN classes, on the network's device; gone through once.
+        network: the structure, in float32; pool and episodes are on its device.
+        pretrained: the weights that the pool was tuned from, see `classifier.pretrained`.
+        episodes: of TRAIN classes; gone through once.
         seed: decides, with an episode's place, the attack's random starts.
 
     Raises InputError as `covariances`.

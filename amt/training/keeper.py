@@ -46,11 +46,9 @@ class Keeper:
         folder: created if missing.
         kind: of run, in words, such as "a meta-tuning"; another kind's directory is refused.
         settings: what decides the result; a run of other settings is refused.
-        flag: the flag that names the directory, for messages.
-        overwrite: start anew, whatever is there.
+        flag, overwrite, older: as of `RunDirectory`.
         minutes: of training after which a checkpoint is due within an epoch; 0 for none.
-        results: patterns of other files of this run below the directory; `overwrite` removes them too.
-        older: settings that runs of older versions do not name, as they were in those.
+        results: patterns of files of this run besides those above.
         ranks: that train together; every rank makes the same calls, except where it says otherwise.
 
     Raises:

@@ -66,7 +66,7 @@ class Tuner:
 
     Args:
         pool: all members, on every rank.
-        at_once: most levels in one pass; fewer need less memory and give the same result. None for all.
+        at_once: most levels in one pass, for less memory; None for all.
         ranks: that train it together, each its `share`; what they know of others' levels are the records.
 
     >>> tuner = Tuner(network, pool, TuneSettings(method="standard"))
