@@ -141,8 +141,7 @@ def attack_support(
     Args:
         epsilon: in 1/255 of the pixel range.
         fit: support images (S, 3, H, W) -> the logits function of the whole pipeline.
-        support, query: (S, 3, H, W) and (Q, 3, H, W) in [0, 1].
-        labels: (Q,) int64 of the queries, which the attacker knows.
+        query, labels: (Q, 3, H, W) in [0, 1], and (Q,) int64, which the attacker knows.
         generator: a CPU generator for the start.
 
     >>> attack = Attack("support", (4,), steps=2)

@@ -61,7 +61,7 @@ class Verdict(NamedTuple):
     """The schedule's decision after the validation accuracies of all epochs so far.
 
     Args:
-        rate: the learning rate of the next epoch.
+        rate: of the next epoch.
         condition: why the rate was just reduced and the best weights come back: 1, the accuracy rose in
             fewer than 75% of the window's epochs; 2, the window brought no new best; 0, no reduction.
         best: the first of the epochs (from 1) with the highest accuracy; 0 before the first.
@@ -80,9 +80,7 @@ def verdict(accuracies: Sequence[float], windows: Sequence[int], rate: float, di
 
     Args:
         accuracies: robust validation accuracy after epochs 1, 2, ...; ties are no improvement.
-        windows: see `windows`; empty or (0,) never reduces the rate.
-        rate: of the first epoch.
-        divide: what a reduction divides the rate by.
+        windows: see `windows`; empty or (0,) never reduces the rate, which starts as `rate`.
     """
     starts = {end + 1: (start, end) for start, end in itertools.pairwise(windows)}
     best, best_at_last_look, condition = 0, None, 0
