@@ -145,11 +145,11 @@ def _losses(network: Network, merged: Callable[[], Merged], trial: Trial) -> Ite
             views[trial.alone] = fixed_features(network, weights, trial.held_out[trial.alone])
         yield float(share @ errors(views, trial.which, scale, bias))
         return
-    worst = torch.zeros_like(share)
+    worst, ball = torch.zeros_like(share), _ball(trial.epsilon)
 
-    def look(points: Tensor, last: bool = False) -> Tensor | None:
-        """The gradient at the points, unless they are the last, whose errors are remembered where they are
-        the largest so far."""
+    def moved(points: Tensor, last: bool) -> Tensor:
+        """The points after a step, the last ones as they are; errors are remembered where they are the
+        largest so far."""
         nonlocal worst
         weights, scale, bias = merged()
         found, slopes = [], []
@@ -166,14 +166,12 @@ def _losses(network: Network, merged: Callable[[], Merged], trial: Trial) -> Ite
             else:
                 slopes.append(input_gradient(partial(loss_at, which=which), at))
         worst = torch.maximum(worst, torch.cat(found))
-        return None if last else torch.cat(slopes)
+        return points if last else ball.step(points, torch.cat(slopes), trial.held_out)
 
     points = trial.start
-    for _ in range(STEPS):
-        points = _ball(trial.epsilon).step(points, look(points), trial.held_out)
+    for number in range(1, trial.points + 1):
+        points = moved(points, last=number == trial.points)
         yield float(share @ worst)
-    look(points, last=True)
-    yield float(share @ worst)
 
 
 def _shares(labels: Tensor) -> Tensor:

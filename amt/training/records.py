@@ -21,7 +21,7 @@ class StepRecord(NamedTuple):
     @classmethod
     def of(cls, row: Sequence[float]) -> "StepRecord":
         """The record in a row of numbers."""
-        return cls(*row)._replace(n_way=int(row[6]))
+        return cls._make(row)._replace(n_way=int(row[6]))
 
 
 def mean(records: Sequence[StepRecord]) -> StepRecord:

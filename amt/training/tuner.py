@@ -210,7 +210,7 @@ class Tuner:
             parameter.grad = None
         seconds = (time.perf_counter() - began) / len(numbers)
         n_way = outcome.clean.shape[-1]
-        return gradients, [StepRecord(*row[1:6], lr, n_way, seconds) for row in told]
+        return gradients, [StepRecord._make([*row[1:6], lr, n_way, seconds]) for row in told]
 
     def _descend(self, p: int, gradients: Sequence[Tensor | None], lr: float) -> None:
         """One step of SGD on level p, by the scaled gradients of its parameters."""
