@@ -64,13 +64,24 @@ def normalised(u8: Tensor) -> Tensor:
     return (pixels(u8) - mean) / std
 
 
+@dataclasses.dataclass(frozen=True)
+class NormalisedPyramid(Pyramid):
+    """Perturbations of images that are normalised: black and white are other values in each channel."""
+
+    lower: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(()))
+    upper: Tensor = dataclasses.field(default_factory=lambda: torch.ones(()))
+
+    def clip(self, images: Tensor) -> Tensor:
+        return torch.maximum(torch.minimum(images, self.upper.to(images)), self.lower.to(images))
+
+
 class NormalisedLevel(Perturbation):
     """A level whose images are normalised, as they were when the numbers were recorded."""
 
     @property
-    def pyramid(self) -> Pyramid:
+    def pyramid(self) -> NormalisedPyramid:
         mean, std = statistics()
-        return Pyramid(
+        return NormalisedPyramid(
             self.epsilon / 255 * (1 / std),
             self.step_size / 255 * (1 / std),
             self.grids,

@@ -98,7 +98,7 @@ def test_a_column_says_what_was_run(words, found):
         ("pgd epsilon=8,4", "epsilon 8,4, expected increasing values"),
         ("pgd epsilon=4,4", "epsilon 4,4, expected increasing values"),
         ("pgd epsilon=0", "epsilon 0, expected positive numbers"),
-        ("pgd epsilon=nan", "expected positive numbers"),
+        ("pgd epsilon=nan", "expected a number, got 'nan'"),
         ("pgd epsilon=", "expected a number, got ''"),
         ("pgd epsilon=8,x", "expected a number, got 'x'"),
     ],

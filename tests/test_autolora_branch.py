@@ -19,6 +19,7 @@ from toy_autolora import (
     RANK,
     SHORT,
     SIDE,
+    autolora,
     changed,
     chosen,
     copies,
@@ -27,6 +28,7 @@ from toy_autolora import (
     network,
     start_of,
     tuner_of,
+    vanilla,
 )
 
 from amt.models.branch import Student, factor_shapes, natural_weights
@@ -35,7 +37,7 @@ from amt.models.weights import stream
 from amt.training.accuracy import validate
 from amt.training.autolora import new_student
 from amt.training.autolora_settings import Adversary
-from amt.training.objectives import attack, autolora, twins, vanilla
+from amt.training.objectives import attack, twins
 from amt.training.schedule import LossWeights
 
 pytestmark = pytest.mark.usefixtures("one_thread")

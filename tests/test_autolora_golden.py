@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from autolora_golden import INDEX, arrays, below, golden
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
+from toy_autolora import autolora, vanilla
 
 from amt.attacks.perturb import Ball, ascend
 from amt.models.branch import Student, factor_shapes, natural_weights, new_factors
@@ -19,7 +20,7 @@ from amt.models.resnet import ResNet
 from amt.training.accuracy import accuracy
 from amt.training.autolora import FineTuner
 from amt.training.autolora_settings import Adversary, Settings
-from amt.training.objectives import attack, autolora, vanilla
+from amt.training.objectives import attack
 from amt.training.schedule import LossWeights
 
 pytestmark = golden

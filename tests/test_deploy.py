@@ -21,7 +21,7 @@ from amt.evaluation.settings import Deployment
 from amt.models.architectures import Arch
 from amt.models.heads import prototypes
 from amt.models.network import Network, features
-from amt.models.pool import FullPool, LoRAPool, Merged, Pool, pretrained_pool, principal_pool
+from amt.models.pool import Merged, Pool, pretrained_pool, principal_pool
 from amt.models.trim import Trim
 from amt.models.weights import stream
 from amt.tasks.classifier import Classifier, prototype_classifier
@@ -42,12 +42,12 @@ def network() -> Network:
 
 
 @pytest.fixture(scope="module")
-def pool(network) -> LoRAPool:
+def pool(network) -> Pool:
     return moved_apart(principal_pool(network.weights, 2, LEVELS), 0.3)
 
 
 @pytest.fixture(scope="module")
-def full(network) -> FullPool:
+def full(network) -> Pool:
     return moved_apart(pretrained_pool(network.weights, LEVELS), 0.05)
 
 
@@ -167,8 +167,8 @@ def test_a_single_adapter_needs_no_router(network, pool, monkeypatch):
 @pytest.mark.parametrize("trims", [(), (HALF,)])
 def test_fixed_weights_are_made_once_for_all_tasks(network, pool, trims, monkeypatch):
     merges = []
-    real = LoRAPool.merge
-    monkeypatch.setattr(LoRAPool, "merge", lambda self, c: merges.append(tuple(c)) or real(self, c))
+    real = Pool.merge
+    monkeypatch.setattr(Pool, "merge", lambda self, c: merges.append(tuple(c)) or real(self, c))
     for deployment in (Deployment(routing="uniform", trims=trims), Deployment(routing="soup", trims=trims)):
         predict, _ = deploy(network, pool, deployment, "tiny", nowhere)
         for k in range(3):
@@ -179,8 +179,8 @@ def test_fixed_weights_are_made_once_for_all_tasks(network, pool, trims, monkeyp
 def test_a_router_merges_every_adapter_once_for_all_tasks(network, pool, monkeypatch):
     """And the chosen mixture once per task."""
     merges = []
-    real = LoRAPool.merge
-    monkeypatch.setattr(LoRAPool, "merge", lambda self, c: merges.append(len(self)) or real(self, c))
+    real = Pool.merge
+    monkeypatch.setattr(Pool, "merge", lambda self, c: merges.append(len(self)) or real(self, c))
     predict, _ = deploy(network, pool, Deployment(), "tiny", nowhere)
     for k in range(4):
         predict(make_episode(k))
@@ -222,7 +222,7 @@ class Filters(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def world() -> tuple[Network, FullPool, Episode]:
+def world() -> tuple[Network, Pool, Episode]:
     """Classes differ in a channel's brightness, loudly and noisily, and in a faint pattern, always alike.
 
     Member 0 sees the pattern alone, which an attack within 8/255 can wipe out; member 1 the channel.
@@ -244,7 +244,9 @@ def world() -> tuple[Network, FullPool, Episode]:
 
     network = Network("filters", Filters(), SIDE, mean=(0.4,) * 3, std=(1.0,) * 3)
     levels = (Perturbation(0.1, 0.025), Perturbation(8, 2))
-    members = FullPool({"rows": torch.stack([faint, loud])}, torch.full((2,), 10.0), torch.zeros(2), levels)
+    members = Pool(
+        {}, {}, {}, torch.full((2,), 10.0), torch.zeros(2), levels, {"rows": torch.stack([faint, loud])}
+    )
     return network, members, Episode(*draw(5), *draw(8), source="made", index=0)
 
 

@@ -26,7 +26,7 @@ from amt.cli import pool as pooling
 from amt.files import checkpoint, export
 from amt.files.checkpoint import Checkpoint
 from amt.models.network import Network
-from amt.models.pool import FullPool, Pool, pretrained_pool, principal_pool
+from amt.models.pool import Pool, pretrained_pool, principal_pool
 from amt.models.trim import Trim
 from amt.models.weights import trim_singular_values
 from amt.training.meta_tune import natural_outcome, querying_outcome
@@ -44,7 +44,7 @@ def network() -> Network:
 
 
 @pytest.fixture(scope="module")
-def pool(network) -> FullPool:
+def pool(network) -> Pool:
     """Three networks that differ in every weight, and in their heads."""
     moved = moved_apart(pretrained_pool(network.weights, (DUAL, ORDINARY, ORDINARY)))
     return dataclasses.replace(moved, scale=torch.tensor([9.0, 10, 11]), bias=torch.tensor([0.0, 0.1, 0.2]))
@@ -72,7 +72,7 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 1
 def test_a_one_hot_merge_is_that_member_bit_for_bit(pool):
     for p in range(len(pool)):
         one_hot = [float(k == p) for k in range(len(pool))]
-        assert identical(pool.merge(one_hot), {name: each[p] for name, each in pool.weights.items()})
+        assert identical(pool.merge(one_hot), {name: each[p] for name, each in pool.whole.items()})
         assert identical(pool[p].merge((1.0,)), pool.merge(one_hot))
         assert [float(part) for part in pool.head(one_hot)] == [pool.scale[p], pool.bias[p]]
         assert pool[p].levels == (pool.levels[p],)
@@ -90,7 +90,7 @@ def test_merging_is_the_weighted_sum_and_reaches_every_member(pool):
     leaves = {name: each.clone().requires_grad_() for name, each in pool.factors.items()}
     shares = (0.5, 0.75, -0.25)
     merged = pool.with_factors(leaves).merge(shares)
-    expected = {name: sum(c * each[p] for p, c in enumerate(shares)) for name, each in pool.weights.items()}
+    expected = {name: sum(c * each[p] for p, c in enumerate(shares)) for name, each in pool.whole.items()}
     assert close(merged, expected) == []
     sum(weight.sum() for weight in merged.values()).backward()
     for leaf in leaves.values():
@@ -106,7 +106,7 @@ def test_coefficients_that_do_not_sum_to_one_are_refused(pool):
 
 def test_concat_and_indexing_are_inverse(pool):
     again = Pool.concat([pool[p] for p in range(len(pool))])
-    assert identical(again.weights, pool.weights) and torch.equal(again.scale, pool.scale)
+    assert identical(again.whole, pool.whole) and torch.equal(again.scale, pool.scale)
     assert again.levels == pool.levels and identical(again.factors, pool.to("cpu").factors)
     for outside in (-1, len(pool)):
         with pytest.raises(IndexError):
@@ -316,7 +316,7 @@ def rewritten(file: Path, change) -> Path:
 
 def test_a_full_pool_comes_back_from_its_file(pool, file, network):
     saved = checkpoint.load(file)
-    assert isinstance(saved.pool, FullPool) and identical(saved.pool.weights, pool.weights)
+    assert saved.pool.tune == "full" and identical(saved.pool.whole, pool.whole)
     assert torch.equal(saved.pool.scale, pool.scale) and torch.equal(saved.pool.bias, pool.bias)
     assert saved.pool.levels == pool.levels and saved.about == {"arch": "tiny"}
     assert json.loads(file.with_suffix(".json").read_text())["tune"] == "full"
@@ -371,7 +371,7 @@ def test_a_full_pool_is_described_assembled_and_exported(network, pool, file, tm
     assert pooling.main([str(one), str(file), "--out", str(out), "--epsilon", "1", "2", "4", "8"]) == 0
     assert "4 complete networks, epsilon 1, 2, 4, 8 (of 255)" in capsys.readouterr().out
     joined = checkpoint.load(out).pool
-    assert identical(joined[0].weights, pool[1].weights) and identical(joined[3].weights, pool[2].weights)
+    assert identical(joined[0].whole, pool[1].whole) and identical(joined[3].whole, pool[2].whole)
     loras = tmp_path / "loras.safetensors"
     checkpoint.save(loras, Checkpoint(principal_pool(network.weights, 2, [DUAL]), {"arch": "tiny"}))
     fails(

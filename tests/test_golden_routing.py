@@ -117,7 +117,8 @@ def test_routing(name, case, several, monkeypatch):
         monkeypatch.setattr(merge, "augment", lambda images, generator: data[f"{name}/z"])
         assert routing.augment_probability == 1
     labels, generator = episode.support_labels, torch.Generator()
-    cosines = support_cosines(several.network, several.pool, episode.support, labels, generator, routing)
+    given = (several.network, several.pool, episode.support, labels, generator, [routing])
+    (cosines,) = support_cosines(*given)
     assert_close(cosines, data[f"{name}/expert_cos"], 3e-6, case)
     intra, inter = compactness(cosines, labels)
     assert_close(intra, data[f"{name}/intra"], 2e-6, case)

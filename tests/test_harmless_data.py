@@ -26,7 +26,8 @@ from pickles_by_hand import (
     zip_file,
 )
 
-from amt.files import numpy_pickles, weight_files
+from amt.data import numpy_pickles
+from amt.files import weight_files
 
 ARRAYS = {
     "vector": np.arange(3.0),

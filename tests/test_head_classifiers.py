@@ -19,11 +19,13 @@ from amt.evaluation.evaluate import evaluate
 from amt.evaluation.settings import Deployment
 from amt.files import checkpoint
 from amt.files.checkpoint import Checkpoint
+from amt.models import network as models_network
 from amt.models.architectures import Arch
 from amt.models.head_settings import TRAINED, Head, default_head
 from amt.models.heads import PoolStatistics
 from amt.models.pool import principal_pool
 from amt.tasks.classifier import head_classifier, pretrained, prototype_classifier
+from amt.training import head_statistics as heads_measured
 from amt.training.head_statistics import covariances, measure_statistics
 from amt.training.meta_tune import OUTCOMES, started
 
@@ -179,11 +181,14 @@ def test_statistics_of_another_network_are_refused(pool, known):
 # --- statistics ------------------------------------------------------------------------------------------
 
 
-def test_statistics_are_the_same_in_any_batches_and_every_time(network, pool):
+def test_statistics_are_the_same_in_any_batches_and_every_time(network, pool, monkeypatch):
     networks = [lambda: pool.merged((1.0, 0.0)), lambda: pretrained(network)]
-    first, again, small = (
-        covariances(network, networks, map(patterned_episode, range(3)), 5, chunk) for chunk in (64, 64, 2)
-    )
+    found = []
+    for chunk in (64, 64, 2):
+        for module in (heads_measured, models_network):
+            monkeypatch.setattr(module, "CHUNK", chunk)
+        found.append(covariances(network, networks, map(patterned_episode, range(3)), 5))
+    first, again, small = found
     for one, two, three in zip(first, again, small, strict=True):
         for name in ("source", "attack"):
             expected = getattr(one, name)

@@ -12,7 +12,7 @@ PACKAGES = {
     "attacks": set(),
     "data": set(),
     "models": {"attacks"},  # a pool knows the levels of its members
-    "files": {"attacks", "models"},
+    "files": {"attacks", "data", "models"},  # both read pickles that hold arrays
     "tasks": {"attacks", "models", "files"},
     "training": {"attacks", "models", "files", "tasks"},
     "evaluation": {"attacks", "data", "models", "files", "tasks"},

@@ -92,7 +92,7 @@ def test_parts_have_the_gradients_of_one_pass(network, tune, method, head, monke
     """Those that reach the support through the head, and those of the weights' move, among them; of the same
     attacked images, as an attack's signs flip where a slope is zero up to rounding."""
 
-    def started(_levels, _loss_of, query: Tensor, start: list[Tensor], *_how) -> Tensor:
+    def started(_network, _levels, _weights, _loss_of, query: Tensor, start: list[Tensor], *_how) -> Tensor:
         return (query + start[-1].view(query.shape)).clamp(0, 1)
 
     attack = meta_tune.attacked_queries

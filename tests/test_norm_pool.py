@@ -24,7 +24,7 @@ from amt.files.checkpoint import Checkpoint
 from amt.files.export import merged_network
 from amt.files.published import pool_from_published
 from amt.models.network import features
-from amt.models.pool import LoRANormPool, Pool, norm_weights, principal_pool
+from amt.models.pool import Pool, norm_weights, principal_pool
 from amt.models.trim import Trim
 from amt.models.weights import trim_singular_values
 from amt.training.tuner import Tuner
@@ -40,12 +40,12 @@ NAMES = {
 
 
 @pytest.fixture(scope="module")
-def untrained(network) -> LoRANormPool:
+def untrained(network) -> Pool:
     return principal_pool(network.weights, RANK, LEVELS, norms=True)
 
 
 @pytest.fixture(scope="module")
-def pool(untrained) -> LoRANormPool:
+def pool(untrained) -> Pool:
     """Three members that differ in factors, norms and heads."""
     return dataclasses.replace(moved_apart(untrained), scale=torch.tensor([9.0, 10, 11]))
 
@@ -54,7 +54,7 @@ def pool(untrained) -> LoRANormPool:
 
 
 def test_an_untrained_pool_is_the_pretrained_network(network, untrained, episode):
-    assert set(norm_weights(network.weights)) == NAMES == untrained.norms.keys()
+    assert set(norm_weights(network.weights)) == NAMES == untrained.whole.keys()
     merged = untrained.merge([0.5, 0.75, -0.25])
     assert all(torch.equal(merged[name], network.weights[name]) for name in NAMES)
     wanted = features(network, network.weights, episode.query)
@@ -69,13 +69,13 @@ def test_merging_averages_the_norms_and_adds_the_factors(network, pool):
     merged, loras = pool.merge(shares), principal_pool(network.weights, RANK, LEVELS)
     loras = loras.with_factors(pool.factors)
     for name, weight in loras.merge(shares).items():
-        wanted = sum(c * pool.norms[name][p] for p, c in enumerate(shares)) if name in NAMES else weight
+        wanted = sum(c * pool.whole[name][p] for p, c in enumerate(shares)) if name in NAMES else weight
         torch.testing.assert_close(merged[name], wanted)
     for p in range(3):
         one_hot = [float(p == k) for k in range(3)]
         assert_identical(pool.merge(one_hot), pool[p].merge([1.0]))
-        assert all(torch.equal(pool.merge(one_hot)[name], pool.norms[name][p]) for name in NAMES)
-        assert all(torch.equal(pool.stack()[name][p], pool.norms[name][p]) for name in NAMES)
+        assert all(torch.equal(pool.merge(one_hot)[name], pool.whole[name][p]) for name in NAMES)
+        assert all(torch.equal(pool.stack()[name][p], pool.whole[name][p]) for name in NAMES)
     leaf = trainable(pool)
     features(network, leaf.merge(shares), make_episode(0).query).square().sum().backward()
     assert all(factor.grad[p].abs().sum() > 0 for factor in leaf.factors.values() for p in range(3))
@@ -83,7 +83,7 @@ def test_merging_averages_the_norms_and_adds_the_factors(network, pool):
 
 def test_concat_and_indexing_are_inverse(network, pool):
     again = Pool.concat([pool[p] for p in range(3)])
-    assert isinstance(again, LoRANormPool)
+    assert again.tune == "lora+norm"
     assert_identical(tensors(again), tensors(pool))
     assert_identical(tensors(pool.to("cpu")), tensors(pool))
     with pytest.raises(ValueError, match=r"--tune lora, another with lora\+norm"):
@@ -98,19 +98,6 @@ def test_a_merged_pool_can_be_trimmed(pool):
 
 
 # Training
-
-
-def test_without_norms_it_trains_as_loras_do(network):
-    loras = moved_apart(principal_pool(network.weights, RANK, LEVELS))
-    frozen = LoRANormPool(*(getattr(loras, f.name) for f in dataclasses.fields(loras)), norms={})
-    found = []
-    for pool in (loras, frozen):
-        tuner = Tuner(network, pool, quick(lr=1e-3))
-        for k in range(2):
-            tuner.step(make_episode(k))
-        found.append((tensors(tuner.pool), tuner.state()))
-    assert_identical(found[1][0], found[0][0])
-    assert_identical(found[1][1][0], found[0][1][0])
 
 
 @pytest.mark.parametrize("variant", [{}, {"loss": "features"}, {"method": "querying"}])
@@ -130,7 +117,7 @@ def test_while_its_norms_rest_it_is_a_pool_of_loras(network, variant):
     for name, factor in loras.items():
         torch.testing.assert_close(both[name], factor, rtol=1e-4, atol=1e-6)
     for name in NAMES:
-        assert all(not torch.equal(both[name][p], before.norms[name][p]) for p in range(2)), name
+        assert all(not torch.equal(both[name][p], before.whole[name][p]) for p in range(2)), name
     assert not torch.equal(network.weights["norm.bias"], both["norm.bias"][0])
 
 
@@ -172,7 +159,7 @@ def file(pool, tmp_path) -> Path:
 
 def test_it_comes_back_from_its_file(pool, file, network):
     saved = checkpoint.load(file)
-    assert isinstance(saved.pool, LoRANormPool) and saved.pool.levels == pool.levels
+    assert saved.pool.tune == "lora+norm" and saved.pool.levels == pool.levels
     assert_identical(tensors(saved.pool), tensors(pool))
     assert_identical(saved.pool.residual, pool.residual)
     assert json.loads(file.with_suffix(".json").read_text())["tune"] == "lora+norm"
@@ -264,7 +251,7 @@ def test_main_trains_it_and_it_is_tested(world, tmp_path):
     last = tmp_path / "parts" / "last.safetensors"
     assert same_tensors(tmp_path / "whole" / "last.safetensors", last)
     found = checkpoint.load(last)
-    assert isinstance(found.pool, LoRANormPool) and found.statistics is not None
+    assert found.pool.tune == "lora+norm" and found.statistics is not None
     assert about(last)["tune"] == "lora+norm"
     refused = command("main", *world.train(tmp_path / "parts", *short, "--tune", "lora"))
     assert refused.code == 2 and 'tune "lora+norm", not "lora"' in refused.err

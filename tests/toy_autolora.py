@@ -9,11 +9,13 @@ from timm.models import VisionTransformer
 from torch import Tensor
 from torchvision.models.resnet import BasicBlock
 
+from amt.models.branch import Student, natural_weights
 from amt.models.network import Network
 from amt.models.resnet import ResNet
 from amt.training.accuracy import accuracy
 from amt.training.autolora import FineTuner, new_student
 from amt.training.autolora_settings import Adversary, Settings
+from amt.training.objectives import Outcome, two_threads
 
 SIDE, CLASSES, RANK = 8, 3, 2
 SHORT = Adversary(steps=2)
@@ -99,3 +101,15 @@ def is_statistic(name: str) -> bool:
 
 
 KINDS = pytest.mark.parametrize("kind", MAKERS)
+
+
+def autolora(net: Network, student: Student, images, attacked, labels, weighing, rank: int) -> Outcome:
+    """AutoLoRa's loss on a batch."""
+    natural = natural_weights(net, student, rank)
+    return two_threads(net, natural, student.weights, images, attacked, labels, weighing)
+
+
+def vanilla(net: Network, student: Student, images, attacked, labels, weighing) -> Outcome:
+    """The loss of TRADES on a batch."""
+    natural = student.weights | student.norms
+    return two_threads(net, natural, student.weights, images, attacked, labels, weighing)

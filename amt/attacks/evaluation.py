@@ -50,10 +50,7 @@ def attack_queries(
     seed: int = 0,
 ) -> Attacked:
     """Run any attack but "support" at one radius: its parts in turn, each on the images that withstood those
-    before.
-
-    Every part begins with the same random numbers. So an attack of several losses breaks exactly the images
-    that one of them breaks alone.
+    before, and each from the same random numbers: several losses break what one of them breaks alone.
 
     Args:
         epsilon: in 1/255 of the pixel range.
@@ -63,8 +60,7 @@ def attack_queries(
         generators: a CPU generator for each image, so that its random starts do not depend on which others
             are attacked; the library's attacks use none.
         others: the networks that images are made on, for "transfer" only the first.
-        seed: in 0..2**31 - 1, decides the random numbers of the library's attacks: the same for every image,
-            so that they do not depend on the others either.
+        seed: in 0..2**31 - 1, decides the random numbers of the library's attacks, the same for every image.
 
     Raises:
         InputError: more targets than other classes.
@@ -85,18 +81,19 @@ def attack_queries(
     found, seen = images.clone(), images.new_empty(len(images), 0)
     states = [generator.get_state() for generator in generators]
     for part in attack.parts():
-        for surrogate in others if part.kind == "transfer" else (logits,):
+        turns = {"transfer": others, "pgd": (logits,) * part.restarts}.get(part.kind, (logits,))
+        for turn, surrogate in enumerate(turns):
             left = (~fooled).nonzero().squeeze(1)
             if len(left) == 0:
                 break
-            own = [_rewound(generators[k], states[k]) for k in left.tolist()] if part.kind in _OURS else []
+            if turn == 0 or part.kind == "transfer":  # a restart goes on from where the last one has drawn
+                for generator, state in zip(generators, states, strict=True):
+                    generator.set_state(state)
             task = _Task(part, epsilon, logits, images[left], labels[left], n_way)
+            own = [generators[k] for k in left.tolist()] if generators else []
             found[left], fooled[left], logits_there = _attacked(task, surrogate, own, seed)
             seen = filled(seen, left, logits_there)
     return Attacked(found, fooled, seen, attack.variant(n_way, len(others)))
-
-
-_OURS = ("pgd", "pyramid", "transfer")  # not the library's
 
 
 class _Task(NamedTuple):
@@ -110,18 +107,14 @@ class _Task(NamedTuple):
     n_way: int
 
 
-def _rewound(generator: torch.Generator, state: Tensor) -> torch.Generator:
-    generator.set_state(state)
-    return generator
-
-
 def _attacked(
     task: _Task, surrogate: Logits, generators: Sequence[torch.Generator], seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The images as one part of an attack leaves them, which of them are misclassified, and their logits."""
-    kind = task.attack.kind
+    kind, ball = task.attack.kind, _ball(task.attack, task.epsilon)
     if kind == "pgd":
-        return _pgd(task, generators)
+        steps = task.attack.budget
+        return pgd(task.logits, task.images, task.labels, ball, steps, generators, _objective(task))
     if kind in ("pyramid", "transfer"):
         found = _to_the_end(task._replace(logits=surrogate), generators)
     else:
@@ -148,8 +141,7 @@ def attack_support(
     Args:
         epsilon: in 1/255 of the pixel range.
         fit: support images (S, 3, H, W) -> the logits function of the whole pipeline.
-        support, query: (S, 3, H, W) and (Q, 3, H, W) in [0, 1].
-        labels: (Q,) int64 of the queries, which the attacker knows.
+        query, labels: (Q, 3, H, W) in [0, 1], and (Q,) int64, which the attacker knows.
         generator: a CPU generator for the start.
 
     >>> attack = Attack("support", (4,), steps=2)
@@ -184,23 +176,6 @@ def _ball(attack: Attack, epsilon: float) -> Ball:
     return Ball(attack.norm, epsilon / 255, attack.step_at(epsilon) / 255)
 
 
-def _pgd(task: _Task, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor, Tensor]:
-    """PGD, restarted from another point for the images that withstood."""
-    attack, images, labels = task.attack, task.images, task.labels
-    found, fooled = images.clone(), torch.zeros_like(labels, dtype=torch.bool)
-    seen = images.new_empty(len(images), 0)
-    for _ in range(attack.restarts):
-        left = (~fooled).nonzero().squeeze(1)
-        if len(left) == 0:
-            break
-        own = [generators[k] for k in left.tolist()]
-        loss_of = _objective(task._replace(images=images[left], labels=labels[left]))
-        ball, steps = _ball(attack, task.epsilon), attack.budget
-        moved, wrong, logits = pgd(task.logits, images[left], labels[left], ball, steps, own, loss_of)
-        found[left], fooled[left], seen = moved, wrong, filled(seen, left, logits)
-    return found, fooled, seen
-
-
 def _to_the_end(task: _Task, generators: Sequence[torch.Generator]) -> Tensor:
     """The training attack of AMT, or PGD; with every image, fooled or not."""
     attack, images, objective = task.attack, task.images, _objective(task)
@@ -209,11 +184,10 @@ def _to_the_end(task: _Task, generators: Sequence[torch.Generator]) -> Tensor:
     def loss_of(moved: Tensor) -> Tensor:
         return objective(task.logits(moved), everything)
 
+    geometry = _ball(attack, task.epsilon)
     if attack.kind == "pyramid":
-        pyramid = Perturbation(task.epsilon, attack.step_at(task.epsilon)).pyramid
-        return ascend(loss_of, images, pyramid.start(images, generators), pyramid, attack.budget)
-    ball = _ball(attack, task.epsilon)
-    return ascend(loss_of, images, ball.start(images, generators), ball, attack.budget)
+        geometry = Perturbation(task.epsilon, attack.step_at(task.epsilon)).pyramid
+    return ascend(loss_of, images, geometry.start(images, generators), geometry, attack.budget)
 
 
 def _objective(task: _Task) -> Callable[[Tensor, Tensor], Tensor]:

@@ -5,6 +5,7 @@ tried on the images that withstood those before. amt/attacks/evaluation.py runs 
 without torch. Epsilon is in 1/255 of the pixel range, in both norms.
 """
 
+import argparse
 import dataclasses
 import itertools
 import math
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from meta_dataset_readers.errors import InputError, nearest
+from meta_dataset_readers.settings import Number, positive_int
 
 NORMS = ("linf", "l2")
 DLR_WAYS = 3  # with fewer classes there is no third-largest logit to divide by: the margin takes its place
@@ -141,11 +143,8 @@ class Attack:
 
     @property
     def budget(self) -> int:
-        """How long the attack goes on: the steps of its gradient ascent, for Square its queries.
-
-        Raises:
-            ValueError: AutoAttack, whose parts have budgets of their own.
-        """
+        """The steps of its gradient ascent, for Square its queries. Raises ValueError for AutoAttack, whose
+        parts have budgets of their own."""
         budget = self.queries if self.kind == "square" else self.steps
         if budget is None:
             raise ValueError(f"{self.kind} has no number of steps")
@@ -177,11 +176,8 @@ class Attack:
         )
 
     def variant(self, n_way: int, n_others: int = 0) -> str:
-        """What is run among N ways where the name does not tell; empty where it does.
-
-        Args:
-            n_others: other networks that images are made on.
-        """
+        """What is run among N ways where the name does not tell, with other networks to make images on; empty
+        where it does."""
         if self.kind == "autoattack":
             parts, targets = autoattack_parts(n_way, self.targets)
             return ", ".join(f"{part} x{targets}" if part.endswith("-t") else part for part in parts)
@@ -201,23 +197,14 @@ def on_queries(attacks: Iterable[Attack], norm: str) -> list[Attack]:
 
 
 def autoattack_parts(n_way: int, targets: int | None = None) -> tuple[list[str], int]:
-    """AutoAttack's standard parts as far as N ways allow them, and how many targets they try.
-
-    Below 4 ways the targeted DLR loss does not exist.
-
-    Raises:
-        InputError: more targets than other classes.
-    """
+    """AutoAttack's standard parts as far as N ways allow them (below 4 there is no targeted DLR loss), and
+    how many targets they try. Raises InputError for more targets than other classes."""
     parts = ["apgd-ce", *(["apgd-t"] if n_way >= TARGETED_DLR_WAYS else []), "fab-t", "square"]
     return parts, target_count("autoattack", n_way, targets)
 
 
 def target_count(kind: str, n_way: int, targets: int | None = None) -> int:
-    """How many classes a targeted attack tries among N.
-
-    Raises:
-        InputError: more than there are other classes.
-    """
+    """How many classes a targeted attack tries among N. Raises InputError for more than there are others."""
     if targets is not None and targets > n_way - 1:
         raise InputError(
             f"--attack {kind} targets={targets}: an episode of {n_way} ways has {n_way - 1} other classes"
@@ -249,7 +236,7 @@ def parse_attack(words: Sequence[str], **defaults) -> Attack:
             raise InputError(f"--attack {kind} {option}: expected {', '.join(f'{n}=...' for n in known)}")
         try:
             given[name] = _READ[name](text)
-        except ValueError as error:
+        except argparse.ArgumentTypeError as error:
             raise InputError(f"--attack {kind} {option}: {error}") from error
     settings = {name: value for name, value in defaults.items() if name in known} | given
     settings = {**KINDS[kind].options, **settings}
@@ -260,38 +247,18 @@ def parse_attack(words: Sequence[str], **defaults) -> Attack:
         raise InputError(f"--attack {' '.join(words)}: {error}") from error
 
 
-def _positive_integer(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"expected a positive integer, got {text!r}")
-    return int(text)
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"expected a number, got {text!r}") from None
-
-
-def _positive_number(text: str) -> float:
-    number = _number(text)
-    if not math.isfinite(number) or number <= 0:
-        raise ValueError(f"expected a positive number, got {text!r}")
-    return number
-
-
 def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(_number(part) for part in text.split(","))
+    return tuple(Number()(part) for part in text.split(","))
 
 
 # How the value of an option is read. `Attack` checks what several options have to agree on.
 _READ: dict[str, Callable[[str], Any]] = {
     "norm": str,
     "epsilon": _numbers,
-    "steps": _positive_integer,
-    "restarts": _positive_integer,
-    "step_size": _positive_number,
+    "steps": positive_int,
+    "restarts": positive_int,
+    "step_size": Number(above=0),
     "loss": str,
-    "queries": _positive_integer,
-    "targets": _positive_integer,
+    "queries": positive_int,
+    "targets": positive_int,
 }

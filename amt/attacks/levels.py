@@ -18,6 +18,7 @@ _MOST = 10**6  # of every number of a level
 @dataclasses.dataclass(frozen=True)
 class Perturbation:
     """One robustness level of meta-training: how far inputs and weights move, and the weight of their loss.
+    The flags' help says the rest.
 
     The input moves on a pyramid of grids (AMT, section 3.2), see `amt.attacks.perturb.Pyramid`.
     `grids=(0,)`, `scalars=(1.0,)` is ordinary PGD.
@@ -25,12 +26,8 @@ class Perturbation:
     Args:
         epsilon: bound in 1/255 of the pixel range, >= 0. It bounds every grid's values before they are
             multiplied by the grid's scalar, so it bounds a pixel's move only where the one scalar is 1.
-        step_size: step in the same unit.
-        steps: number of attack steps K.
-        gamma: radius of the weight perturbation relative to each factor's norm; 0 leaves weights alone.
-        beta: weight of the robust term in the loss.
-        grids: cells per side of each grid; 0 is one cell per pixel.
-        scalars: what each grid's values are multiplied by.
+        step_size: in the same unit.
+        gamma: of the weight perturbation, relative to each factor's norm; 0 leaves weights alone.
         start: "zero", "random1" (uniform within epsilon) or "random2" (0.001 times a standard normal).
             From "zero" the KL gradient is exactly zero, so that attack may never leave the clean image.
 

@@ -25,20 +25,8 @@ Logits = Callable[[Tensor], Tensor]
 def library_attack(
     attack: Attack, epsilon: float, logits: Logits, images: Tensor, labels: Tensor, n_way: int, seed: int
 ) -> Tensor:
-    """Run "apgd", "autoattack", "fab" or "square" at one radius.
-
-    Args:
-        epsilon: in 1/255 of the pixel range.
-        logits: images (n, 3, H, W) in [0, 1] -> (n, N), differentiable.
-        images, labels: (Q, 3, H, W) in [0, 1] and (Q,) int64, all classified correctly.
-        n_way: number of classes N.
-        seed: in 0..2**31 - 1.
-
-    Returns:
-        Attacked images (Q, 3, H, W) in [0, 1] within epsilon.
-
-    Raises:
-        InputError: more targets than other classes.
+    """Images (Q, 3, H, W) attacked by "apgd", "autoattack", "fab" or "square" at one radius. Arguments and
+    errors as of `attack_queries`.
     """
     common = {
         "norm": {"linf": "Linf", "l2": "L2"}[attack.norm],
@@ -49,7 +37,7 @@ def library_attack(
     # The library draws from torch's global generator, whose state is restored afterwards.
     devices = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad(), _SameForEveryImage() as same:
-        return _RUN[attack.kind](attack, same.spared(logits), images, labels, n_way, common)
+        return _run(attack, same.spared(logits), images, labels, n_way, common)
 
 
 class _SameForEveryImage(TorchFunctionMode):
@@ -94,35 +82,21 @@ class _Apgd(APGDAttack):
         return margin(x, y) if x.shape[1] < DLR_WAYS else super().dlr_loss(x, y)
 
 
-def _apgd(attack: Attack, logits: Logits, images: Tensor, labels: Tensor, _n_way: int, common: dict):
-    own = {"n_restarts": attack.restarts, "loss": attack.loss, "logger": _quiet()}
-    runner = _Apgd(logits, attack.budget, **own, **common)
-    return runner.perturb(images, labels)
-
-
-def _square(attack: Attack, logits: Logits, images: Tensor, labels: Tensor, _n_way: int, common: dict):
-    return SquareAttack(logits, n_queries=attack.budget, **common).perturb(images, labels)
-
-
-def _fab(attack: Attack, logits: Logits, images: Tensor, labels: Tensor, n_way: int, common: dict):
-    targets = target_count("fab", n_way, attack.targets)
-    runner = FABAttack_PT(logits, n_iter=attack.budget, targeted=True, n_target_classes=targets, **common)
-    return runner.perturb(images, labels)
-
-
-def _autoattack(attack: Attack, logits: Logits, images: Tensor, labels: Tensor, n_way: int, common: dict):
+def _run(
+    attack: Attack, logits: Logits, images: Tensor, labels: Tensor, n_way: int, common: dict[str, Any]
+) -> Tensor:
+    logger = _quiet()
+    if attack.kind == "apgd":
+        own = {"n_restarts": attack.restarts, "loss": attack.loss, "logger": logger}
+        return _Apgd(logits, attack.budget, **own, **common).perturb(images, labels)
+    if attack.kind == "square":
+        return SquareAttack(logits, n_queries=attack.budget, **common).perturb(images, labels)
+    if attack.kind == "fab":
+        own = {"targeted": True, "n_target_classes": target_count("fab", n_way, attack.targets)}
+        return FABAttack_PT(logits, n_iter=attack.budget, **own, **common).perturb(images, labels)
     parts, targets = autoattack_parts(n_way, attack.targets)
-    _quiet()
     # Its annotations ask for a Module and a list of literals; it only calls the one and compares the others.
     runner = AutoAttack(logits, version="custom", attacks=parts, **common)  # pyright: ignore[reportArgumentType]
     runner.apgd.n_restarts = runner.fab.n_restarts = 1
     runner.apgd_targeted.n_target_classes = runner.fab.n_target_classes = targets
     return runner.run_standard_evaluation(images, labels, batch_size=len(images))[0]
-
-
-_RUN: dict[str, Callable[..., Any]] = {
-    "apgd": _apgd,
-    "square": _square,
-    "autoattack": _autoattack,
-    "fab": _fab,
-}

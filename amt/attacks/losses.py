@@ -9,14 +9,8 @@ from torch import Tensor
 
 
 def kl_sum(clean: Tensor, attacked: Tensor) -> Tensor:
-    """sum_i KL(softmax(clean_i) || softmax(attacked_i)), the divergence of TRADES (Zhang et al. 2019).
-
-    Args:
-        clean, attacked: logits (..., n, N), float; gradient flows into both.
-
-    Returns:
-        Sums over the n images (...), >= 0.
-    """
+    """sum_i KL(softmax(clean_i) || softmax(attacked_i)), the divergence of TRADES (Zhang et al. 2019): logits
+    (..., n, N), gradient flows into both -> sums over the n images (...), >= 0."""
     divergence = F.kl_div(
         F.log_softmax(attacked, -1), F.log_softmax(clean, -1), reduction="none", log_target=True
     )
@@ -24,15 +18,8 @@ def kl_sum(clean: Tensor, attacked: Tensor) -> Tensor:
 
 
 def squared_distance_sum(features: Tensor, anchor: Tensor) -> Tensor:
-    """sum_i ||f_i - a_i||^2, not divided by D (Schlarmann et al. 2024, FARE).
-
-    Args:
-        features: (..., n, D), float.
-        anchor: (n, D), where each belongs.
-
-    Returns:
-        Sums over the n images (...), >= 0.
-    """
+    """sum_i ||f_i - a_i||^2, not divided by D (Schlarmann et al. 2024, FARE): features (..., n, D), and
+    where each belongs (n, D) -> sums over the n images (...), >= 0."""
     return (features - anchor).square().sum((-2, -1))
 
 
@@ -45,46 +32,22 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """By how much the nearest wrong class leads, max_{i != y} z_i - z_y (Carlini & Wagner 2017).
-
-    Args:
-        logits: (n, N) float with N >= 2.
-        labels: (n,) int64 in 0..N-1.
-
-    Returns:
-        (n,) float; negative while an image is classified correctly.
-    """
+    """By how much the nearest wrong class leads, max_{i != y} z_i - z_y (Carlini & Wagner 2017): logits
+    (n, N) with N >= 2, labels (n,) -> (n,), negative while an image is classified correctly."""
     own = logits.gather(1, labels[:, None]).squeeze(1)
     return logits.scatter(1, labels[:, None], -torch.inf).amax(1) - own
 
 
 def dlr(logits: Tensor, labels: Tensor) -> Tensor:
-    """Difference of logits ratio (Croce & Hein 2020, eq. 6), -(z_y - max_{i != y} z_i) / (z_(1) - z_(3)).
-
-    Args:
-        logits: (n, N) float with N >= 3.
-        labels: (n,) int64 in 0..N-1.
-
-    Returns:
-        (n,) float; negative while an image is classified correctly.
-
-    Raises:
-        RuntimeError: fewer than 3 classes.
-    """
+    """Difference of logits ratio (Croce & Hein 2020, eq. 6), -(z_y - max_{i != y} z_i) / (z_(1) - z_(3)):
+    logits (n, N) with N >= 3, labels (n,) -> (n,), negative while an image is classified correctly."""
     largest = logits.topk(3, dim=1).values
     return margin(logits, labels) / (largest[:, 0] - largest[:, 2] + 1e-12)
 
 
 def loss_sum(name: str, logits: Tensor, labels: Tensor) -> Tensor:
-    """A loss of labels by its name in `--attack pgd loss=...`: "ce", "dlr" or "margin".
-
-    Args:
-        logits: (n, N) float.
-        labels: (n,) int64 in 0..N-1.
-
-    Returns:
-        A scalar, the sum over the n images.
-    """
+    """A loss by its name in `--attack pgd loss=...`, "ce", "dlr" or "margin": logits (n, N), labels (n,) ->
+    a scalar, the sum over the n images."""
     if name == "ce":
         return F.cross_entropy(logits, labels, reduction="sum")
     return {"dlr": dlr, "margin": margin}[name](logits, labels).sum()

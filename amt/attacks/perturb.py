@@ -1,6 +1,6 @@
 """Worst-case moves of inputs and of weights: one ascent for all attacks, in two geometries.
 
-    points  ->  gradient of the loss at them  ->  a step, projected  ->  points  ...        `ascent`
+    points  ->  gradient of the loss at them  ->  a step, projected  ->  points  ...
 
     Ball        points are images, within epsilon of the given ones: evaluation, AutoLoRa
     Pyramid     points are perturbations, one per grid, added to the images: AMT's meta-training
@@ -12,9 +12,9 @@ autograd for is the gradient with respect to the points.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,23 +24,10 @@ from amt.attacks.constants import constant
 from amt.attacks.losses import misclassified
 
 Generators = torch.Generator | Sequence[torch.Generator]
-Points = TypeVar("Points")  # the state of an attack: a tensor, or a list with one for each grid
 
 # A power of two: exact in float32, and in float16 it keeps small gradients from being flushed to zero.
 LOSS_SCALE = 2.0**10
 PATIENCE = 4  # steps of `pgd` on a GPU from one count of the images that are left to the next
-
-
-class Geometry(Protocol[Points]):
-    """The set of points that an attack may reach, and the images that they stand for."""
-
-    def apply(self, points: Points, images: Tensor) -> Tensor:
-        """The attacked images (n, 3, H, W), with graph to `points`."""
-        ...
-
-    def step(self, points: Points, gradient: Points, images: Tensor) -> Points:
-        """The points after one projected step of steepest ascent on images (n, 3, H, W)."""
-        ...
 
 
 def input_gradient(loss_of: Callable[[Any], Tensor | None], points: Any) -> Any:
@@ -63,60 +50,43 @@ def input_gradient(loss_of: Callable[[Any], Tensor | None], points: Any) -> Any:
     return found[0] if single else list(found)
 
 
-def ascent(
-    start: Points,
-    gradient_of: Callable[[Points], Points | None],
-    move: Callable[[Points, Points], Points],
+def end_of_ascent(
+    start: Tensor,
+    gradient_of: Callable[[Tensor], Tensor | None],
+    move: Callable[[Tensor, Tensor], Tensor],
     steps: int,
-) -> Iterator[Points]:
-    """Yield the points after each of `steps` steps: the loop of every attack on inputs.
+) -> Tensor:
+    """The points (n, 3, H, W) that steps of ascent end at.
 
     Args:
-        start: the first points, which are not yielded.
-        gradient_of: points -> direction of ascent; None ends the ascent.
+        gradient_of: points -> direction of ascent; None ends it.
         move: (points, gradient) -> the next points, projected.
     """
     points = start
     for _ in range(steps):
         direction = gradient_of(points)
         if direction is None:
-            return
+            break
         points = move(points, direction)
-        yield points
-
-
-def end_of_ascent(
-    start: Points,
-    gradient_of: Callable[[Points], Points | None],
-    move: Callable[[Points, Points], Points],
-    steps: int,
-) -> Points:
-    """The points that an `ascent` ends at; `start` where it made no step."""
-    points = start
-    for points in ascent(start, gradient_of, move, steps):  # noqa: B007
-        pass
     return points
 
 
 def ascend(
     loss_of: Callable[[Tensor], Tensor],
     images: Tensor,
-    points: Points,
-    geometry: Geometry[Points],
+    points: Any,
+    geometry: "Ball | Pyramid",
     steps: int,
     loss_scale: float = LOSS_SCALE,
-    compiled: Callable[[Callable[[Points], Points]], Callable[[Points], Points]] | None = None,
+    compiled: Callable[[Callable[[Any], Any]], Callable[[Any], Any]] | None = None,
 ) -> Tensor:
-    """Projected gradient ascent that goes on to the last step with every image: the attack of training, and
-    of images that are meant to fool another network.
+    """Projected gradient ascent that goes on to the last step with every image.
 
     Args:
         loss_of: attacked images (n, 3, H, W) -> scalar to be increased, summed over the images.
         images: (n, 3, H, W) in [0, 1], clean.
-        points: where to start, see `Ball.start` and `Pyramid.start`. For a ball they may lie outside of the
-            valid range; the first gradient is taken there.
-        geometry: a `Ball` or a `Pyramid`.
-        steps: gradients taken, which is all that this costs.
+        points: where to start, for a ball perhaps outside of the valid range; see `Ball.start`,
+            `Pyramid.start`.
         loss_scale: multiplies the loss before its gradient is taken, so that float16 does not flush it to
             zero; a power of two, so that it changes no step otherwise.
         compiled: makes one program of a step, points -> points; None leaves it as it is.
@@ -125,10 +95,10 @@ def ascend(
         Attacked images (n, 3, H, W) in [0, 1], without graph.
     """
 
-    def scaled_loss(at: Points) -> Tensor:
+    def scaled_loss(at: Any) -> Tensor:
         return loss_scale * loss_of(geometry.apply(at, images))
 
-    def step(at: Points) -> Points:
+    def step(at: Any) -> Any:
         return geometry.step(at, input_gradient(scaled_loss, at), images)
 
     one_step = step if compiled is None else compiled(step)
@@ -152,12 +122,8 @@ class Ball:
     step_size: float
 
     def start(self, images: Tensor, generator: Generators) -> Tensor:
-        """A uniformly random point of each image's ball, clipped to the valid range.
-
-        Args:
-            images: (n, 3, H, W) in [0, 1].
-            generator: CPU generators, one for all images or one for each.
-        """
+        """A uniformly random point of each image's ball, clipped to the valid range: (n, 3, H, W) in [0, 1].
+        CPU generators, one for all images or one for each."""
         if self.norm == "linf":
             noise = uniform_noise(images.shape, generator)
         else:
@@ -195,15 +161,13 @@ class Pyramid:
     tensors (n, 3, rows, columns), one per grid.
 
     Args:
-        epsilon: bound of every value, in the units of the images.
-        step_size: of signed ascent, in the same units.
+        epsilon: bound of every value.
+        step_size: of signed ascent.
         grids, scalars: as above; the default is ordinary PGD, clipped inside of the graph.
         noise: of the start, "zero", "random1" (uniform within epsilon) or "random2" (0.001 times a standard
             normal).
-        lower, upper: black and white in the units of the images.
 
-    Units are pixels from 0 to 1. For images that were normalised, epsilon, step size and limits may be
-    tensors that broadcast over (n, 3, H, W).
+    Units are pixels from 0 to 1. Epsilon and step size may be tensors that broadcast over (n, 3, H, W).
     """
 
     epsilon: Tensor | float
@@ -211,15 +175,10 @@ class Pyramid:
     grids: tuple[int, ...] = (0,)
     scalars: tuple[float, ...] = (1.0,)
     noise: str = "random1"
-    lower: Tensor | float = 0.0
-    upper: Tensor | float = 1.0
 
     def start(self, images: Tensor, generator: Generators) -> list[Tensor]:
-        """Starting perturbations of images (n, 3, H, W), one (n, 3, rows, columns) per grid.
-
-        Args:
-            generator: CPU generators, one for all images or one for each.
-        """
+        """Starting perturbations of images (n, 3, H, W), one (n, 3, rows, columns) per grid. CPU generators,
+        one for all images or one for each."""
         n, channels, height, width = images.shape
         deltas = []
         for cells in self.grids:
@@ -247,11 +206,8 @@ class Pyramid:
     def clip(self, images: Tensor) -> Tensor:
         """Clip images (n, 3, H, W) to the valid range; a value exactly at a limit passes half its gradient,
         as published."""
-        lower, upper = (
-            limit.to(images) if isinstance(limit, Tensor) else constant(limit, images)
-            for limit in (self.lower, self.upper)
-        )
-        return torch.maximum(torch.minimum(images, upper), lower)
+        black, white = constant(0.0, images), constant(1.0, images)
+        return torch.maximum(torch.minimum(images, white), black)
 
     @classmethod
     def joined(cls, pyramids: Sequence["Pyramid"], images: Tensor) -> "Pyramid":
@@ -320,18 +276,15 @@ def pgd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Projected gradient ascent from a random start (Madry et al. 2018), the attack of evaluation.
 
-    An image is left as it is as soon as it is misclassified, at any of the steps + 1 points. That makes the
-    attack at least as strong as one judged at its last point, and far cheaper on networks that break easily:
-    such an image goes through the network no more, on the CPU from the next step on, else within `PATIENCE`
-    steps.
+    An image is left as it is as soon as it is misclassified, at any of the steps + 1 points: at least as
+    strong as an attack judged at its last point, and cheaper, as such an image goes through the network no
+    more, on the CPU from the next step on, else within `PATIENCE` steps.
 
     Args:
         logits_of: (n, 3, H, W) in [0, 1] -> (n, N), differentiable; called on subsets of the images.
-        images: (Q, 3, H, W) in [0, 1].
-        labels: (Q,) int64 in 0..N-1.
+        images, labels: (Q, 3, H, W) in [0, 1], and (Q,) int64 in 0..N-1.
         ball: the images allowed; with epsilon 0 the clean ones alone.
-        steps: number of gradient steps.
-        generator: CPU generators for the start, one for all images or one for each.
+        generator: as of `Ball.start`.
         loss_of: logits (n, N) of some of the images, and their numbers (n,) int64 -> scalar to be increased,
             summed over the images; None for the cross-entropy.
 
@@ -398,9 +351,9 @@ def perturb_weights(loss: Tensor, factors: dict[str, Tensor], radius: Tensor | f
     gradient with respect to w' is the gradient with respect to w. What multiplies a member's loss cancels.
 
     Args:
-        loss: scalar, the sum of the members' losses, whose graph reaches every factor; its graph is freed.
-        factors: tensors (P, ...) that require gradients, by name; a member's factor is a row.
-        radius: relative size of the moves (the paper's gamma), of every member or (P,).
+        loss: scalar, the sum of the members' losses; its graph, which reaches every factor, is freed.
+        factors: tensors (P, ...) that require gradients, by name.
+        radius: the paper's gamma, of every member or (P,).
     """
     gradients = torch.autograd.grad(loss, list(factors.values()))
     return {

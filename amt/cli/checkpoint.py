@@ -22,7 +22,6 @@ from amt.files.digests import serialise
 from amt.files.names import beside
 from amt.files.weight_files import Content
 from amt.models.architectures import matching_archs
-from amt.models.pool import LoRANormPool, LoRAPool
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError, printable, say
 from meta_dataset_readers.files import replace_file
@@ -64,12 +63,12 @@ def main(argv: Sequence[str]) -> int:
 def describe_pool(found: Checkpoint, content: Content) -> Lines:
     """What is known about a pool, ours or published."""
     pool, about = found.pool, found.about
-    loras = isinstance(pool, LoRAPool)
+    loras = pool.rank is not None
     levels = ", ".join(f"{level.epsilon:g}" for level in pool.levels) + " (of 255)"
     if checkpoint.HEADER in content.header:
         unfinished = "tuner" in about and not about.get("finished")
         kind = "our pool of " + ("LoRAs" if loras else "complete networks")
-        kind += " and LayerNorms" * isinstance(pool, LoRANormPool)
+        kind += " and LayerNorms" * (pool.tune == "lora+norm")
         kind += ", of an unfinished training that main.py --resume continues" * unfinished
         state = content.data
     else:
@@ -182,8 +181,9 @@ _NO_CHECKSUMS = (
 
 def hashes(path: Path) -> Lines:
     """A file's digests, and whether it is one of those that the authors released."""
-    released = published.released_file(path)
-    lines = [("sha256", version.digest(path)), ("git blob", published.git_blob_id(path))]
+    blob = published.git_blob_id(path)
+    released = published.RELEASED.get(blob)
+    lines = [("sha256", version.digest(path)), ("git blob", blob)]
     return lines + [("released", f"bit for bit the authors' {released}")] * (released is not None)
 
 

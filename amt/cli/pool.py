@@ -29,7 +29,7 @@ from amt.files.checkpoint import Checkpoint
 from amt.files.pretrained import load_network
 from amt.models.heads import PoolStatistics
 from amt.models.network import find_device
-from amt.models.pool import LoRANormPool, Pool
+from amt.models.pool import Pool
 from meta_dataset_readers.errors import InputError, say
 from meta_dataset_readers.protocol import EpisodeSampling
 from meta_dataset_readers.reader import EpisodeReader
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
     checkpoint.save(args.out, saved)
     levels = ", ".join(f"{level.epsilon:g}" for level in pool.levels)
     kind = "complete networks" if pool.rank is None else f"LoRAs of rank {pool.rank}"
-    kind += " with LayerNorms" * isinstance(pool, LoRANormPool)
+    kind += " with LayerNorms" * (pool.tune == "lora+norm")
     heads = ", with statistics for heads" if saved.statistics is not None else ""
     say(f"wrote {args.out}: {len(pool)} {kind}, epsilon {levels} (of 255){heads}")
     return 0

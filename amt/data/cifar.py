@@ -6,7 +6,6 @@ their place, and a pickle that asks for anything else is refused.
 
 import io
 import pickle
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from amt.data.list_files import as_integers, as_texts, read_lines
+from amt.data.numpy_pickles import STAND_INS, NumpyArray, NumpyType
 from meta_dataset_readers.errors import InputError, first_line
 from meta_dataset_readers.files import read_bytes
 
@@ -71,7 +71,7 @@ def _binary_batch(label_bytes: int) -> Callable[[Path], tuple[np.ndarray, list[i
 
 
 def _unpickled(file: Path) -> dict[str, Any]:
-    """The dictionary in a pickle of texts, numbers, lists and arrays of integers."""
+    """The dictionary in a pickle of texts, numbers, lists and arrays."""
     try:
         content = _CifarUnpickler(file).load()
         if not isinstance(content, dict):
@@ -79,8 +79,7 @@ def _unpickled(file: Path) -> dict[str, Any]:
         # Keys are bytes where Python 3 has rewritten a pickle of Python 2.
         content = {key.decode("latin-1") if isinstance(key, bytes) else key: content[key] for key in content}
         return {
-            key: value.array() if isinstance(value, _PickledArray) else value
-            for key, value in content.items()
+            key: value.array if isinstance(value, NumpyArray) else value for key, value in content.items()
         }
     except InputError:
         raise
@@ -101,52 +100,17 @@ class _CifarUnpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> object:
         try:
-            return _STAND_INS[f"{module.replace('numpy._core', 'numpy.core')}.{name}"]
+            return _STAND_INS[f"{module}.{name}"]
         except KeyError:
             asked = f"{module}.{name}".encode("unicode_escape").decode()[:200]
             reason = "a dictionary of arrays needs no such thing, and reading it could run any code"
             raise InputError(f"{self._file}: the pickle asks for {asked}: {reason}") from None
 
 
-class _PickledType:
-    """Stands in for numpy.dtype, of integers only."""
-
-    def __init__(self, code: str, *_):
-        self._code, self._order = code, "<"
-
-    def __setstate__(self, state: tuple) -> None:
-        self._order = state[1]
-
-    def numpy(self) -> np.dtype:
-        if not re.fullmatch(r"[iu][1248]", self._code) or self._order not in ("<", ">", "|", "="):
-            raise ValueError(f"an array of type {self._code!r}, expected integers")
-        return np.dtype(self._order + self._code)
-
-
-class _PickledArray:
-    """Stands in for numpy.ndarray."""
-
-    def __init__(self, *_):
-        self._state: tuple | None = None
-
-    def __setstate__(self, state: tuple) -> None:
-        self._state = state
-
-    def array(self) -> np.ndarray:
-        _, shape, kind, column_major, data = self._state
-        data = data.encode("latin-1") if isinstance(data, str) else data
-        return np.frombuffer(data, kind.numpy()).reshape(shape, order="F" if column_major else "C")
-
-
-def _pickled_from_buffer(data: bytes, kind: _PickledType, shape: tuple, order: str) -> _PickledArray:
-    array = _PickledArray()
+def _pickled_from_buffer(data: bytes, kind: NumpyType, shape: tuple, order: str) -> NumpyArray:
+    array = NumpyArray()
     array.__setstate__((1, shape, kind, order == "F", data))
     return array
-
-
-def _pickled_scalar(kind: _PickledType, data: bytes | str) -> int:
-    array = _pickled_from_buffer(data, kind, (), "C")
-    return int(array.array())
 
 
 def _pickled_bytes(text: str, encoding: str) -> bytes:
@@ -156,47 +120,29 @@ def _pickled_bytes(text: str, encoding: str) -> bytes:
 
 
 _STAND_INS = {
-    "numpy.core.multiarray._reconstruct": _PickledArray,
-    "numpy.core.multiarray.scalar": _pickled_scalar,
+    **{name: stand_in for stand_in, name in STAND_INS},
     "numpy.core.numeric._frombuffer": _pickled_from_buffer,
-    "numpy.ndarray": _PickledArray,
-    "numpy.dtype": _PickledType,
+    "numpy._core.numeric._frombuffer": _pickled_from_buffer,
     "_codecs.encode": _pickled_bytes,
 }
 
+
+def _pickles(folder: str, train: tuple[str, ...], test: str, names: str, kind: str) -> Form:
+    files = folder, train, (test,), names
+    return Form(*files, _pickled_names(f"{kind}label_names"), _pickled_batch(f"{kind}labels"))
+
+
+def _binaries(folder: str, train: tuple[str, ...], test: str, names: str, label_bytes: int) -> Form:
+    return Form(folder, train, (test,), names, read_lines, _binary_batch(label_bytes))
+
+
+_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
+_BINARIES = tuple(f"{name}.bin" for name in _BATCHES)
 CIFAR10 = (
-    Form(
-        "cifar-10-batches-py",
-        tuple(f"data_batch_{number}" for number in range(1, 6)),
-        ("test_batch",),
-        "batches.meta",
-        _pickled_names("label_names"),
-        _pickled_batch("labels"),
-    ),
-    Form(
-        "cifar-10-batches-bin",
-        tuple(f"data_batch_{number}.bin" for number in range(1, 6)),
-        ("test_batch.bin",),
-        "batches.meta.txt",
-        read_lines,
-        _binary_batch(1),
-    ),
+    _pickles("cifar-10-batches-py", _BATCHES, "test_batch", "batches.meta", ""),
+    _binaries("cifar-10-batches-bin", _BINARIES, "test_batch.bin", "batches.meta.txt", 1),
 )
 CIFAR100 = (
-    Form(
-        "cifar-100-python",
-        ("train",),
-        ("test",),
-        "meta",
-        _pickled_names("fine_label_names"),
-        _pickled_batch("fine_labels"),
-    ),
-    Form(
-        "cifar-100-binary",
-        ("train.bin",),
-        ("test.bin",),
-        "fine_label_names.txt",
-        read_lines,
-        _binary_batch(2),
-    ),
+    _pickles("cifar-100-python", ("train",), "test", "meta", "fine_"),
+    _binaries("cifar-100-binary", ("train.bin",), "test.bin", "fine_label_names.txt", 2),
 )

@@ -133,9 +133,8 @@ def _library():
     try:
         import imagecorruptions
     except ImportError as error:
-        raise InputError(
-            f"corruptions need the package {LIBRARY} ({error}): pip install {LIBRARY}"
-        ) from error
+        hint = f"pip install {LIBRARY}"
+        raise InputError(f"corruptions need the package {LIBRARY} ({error}): {hint}") from error
     return imagecorruptions
 
 

@@ -25,11 +25,9 @@ class Opened(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """One data set that is known by name.
+    """One data set that is known by name, which messages call by its title.
 
     Args:
-        name: its name here.
-        title: its name in messages.
         n_classes: how many classes it has as it is distributed; None where the folder tells.
         image_size: the side in pixels that it is read at by default.
         open: `open(folder, seed)`: the data set in a folder; the seed is for those without an official split.
@@ -98,11 +96,8 @@ class DatasetFolder:
         test: Sequence["Entry"],
         validation: Sequence["Entry"] | None = None,
     ) -> Opened:
-        """The data set whose pictures are these files below `root`.
-
-        Raises InputError for a path that leaves the root, a file that is listed twice or not there, and a
-        split without pictures.
-        """
+        """The data set whose pictures are these files below `root`. Raises InputError for a path that leaves
+        the root, a file that is listed twice or not there, and a split without pictures."""
         listed: dict[str, Path] = {}
         for entry in (*train, *test, *(validation or ())):
             parts = path_parts(entry.file)
@@ -142,10 +137,8 @@ def class_label(file: Path, labels: dict[str, int], name: str) -> int:
 
 
 def class_names_by_folder(*splits: Sequence[Entry]) -> list[str]:
-    """The folder of each class, by label, of data sets that number their classes.
-
-    Raises InputError for a class in two folders: its labels and its paths disagree.
-    """
+    """The folder of each class, by label, of data sets that number their classes. Raises InputError for a
+    class in two folders: its labels and its paths disagree."""
     folders: dict[int, str] = {}
     for entry in (entry for split in splits for entry in split):
         folder = "/".join(path_parts(entry.file)[-2:-1])

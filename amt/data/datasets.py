@@ -45,16 +45,12 @@ from meta_dataset_readers.pictures import picture_names, upright
 
 
 def known(name: str) -> Known:
-    """The entry of the table by any of its names: case, "-", "_" and spaces do not count.
-
-    Raises InputError for an unknown name.
-    """
+    """The entry of the table by any of its names: case, "-", "_" and spaces do not count. Raises InputError
+    for an unknown one."""
     names = {_plain(alias): entry for entry in DATASETS.values() for alias in (entry.name, *entry.aliases)}
     if _plain(name) not in names:
-        hint = nearest(name, DATASETS)
-        raise InputError(
-            f"--dataset {name}: no such data set, {hint}; a folder of one's own is 'imagefolder'"
-        )
+        hint = f"{nearest(name, DATASETS)}; a folder of one's own is 'imagefolder'"
+        raise InputError(f"--dataset {name}: no such data set, {hint}")
     return names[_plain(name)]
 
 
@@ -158,10 +154,8 @@ def _open_dogs(place: DatasetFolder, _seed: int) -> Opened:
     splits = []
     for split in ("train", "test"):
         file = place.file(f"lists/{split}_list.mat", "a list of pictures", f"{split}_list.mat")
-        files, labels = (
-            as_texts(file, read_matlab(file, "file_list")),
-            as_integers(file, read_matlab(file, "labels")),
-        )
+        files = as_texts(file, read_matlab(file, "file_list"))
+        labels = as_integers(file, read_matlab(file, "labels"))
         check_same_length(file, pictures=files, labels=labels)
         labels = labels_from_zero(file, labels, place.entry.n_classes)
         splits.append([Entry(*pair, file) for pair in zip(files, labels, strict=True)])
@@ -366,12 +360,9 @@ def _split_classes(
             raise InputError(f"{root / name}: {found}, expected 2 or more: training and test need one each")
         entries += [Entry(f"{name}/{file}", label, root) for file in files]
     labels = int64(entry.label for entry in entries)
-    train, test = choose_per_class(labels, lambda n: _training_share(n, most), (seed,))
+    most = len(entries) if most is None else most
+    train, test = choose_per_class(labels, lambda n: min(4 * n // 5, most), (seed,))
     return place.pictures(root, classes, [entries[i] for i in train], [entries[i] for i in test])
-
-
-def _training_share(n: int, most: int | None) -> int:
-    return min(4 * n // 5, n if most is None else most)
 
 
 _HOMES = {

@@ -86,11 +86,8 @@ def int64(labels: Iterable[int]) -> Tensor:
 def choose_per_class(
     labels: Tensor, how_many: Callable[[int], int], key: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Splits indices into (chosen, others), both ascending: `how_many(n)` of the n pictures of each class.
-
-    A function of its arguments: which pictures of a class are chosen depends on `key` (integers >= 0), the
-    class and its size, not on other classes.
-    """
+    """Splits indices into (chosen, others), both ascending: `how_many(n)` of the n pictures of each class,
+    which depend on `key` (integers >= 0), the class and its size, not on other classes."""
     labels = labels.numpy()
     chosen = np.zeros(len(labels), bool)
     for label in np.unique(labels):

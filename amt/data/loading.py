@@ -69,9 +69,11 @@ def open_splits(name: str, folder: Path, validation: float = 0.1, seed: int = 0)
     if validation == 0:
         held_out = Chosen(train, np.empty(0, np.int64))
     elif held_out is None:
-        chosen, others = choose_per_class(
-            train.labels, lambda n: _validation_share(n, validation), (seed, _VALIDATION)
-        )
+
+        def share(n: int) -> int:
+            return min(max(1, round(validation * n)), n - 1)
+
+        chosen, others = choose_per_class(train.labels, share, (seed, _VALIDATION))
         train, held_out = Chosen(train, others), Chosen(train, chosen)
     name = known(name).name
     return Splits(
@@ -81,10 +83,6 @@ def open_splits(name: str, folder: Path, validation: float = 0.1, seed: int = 0)
         held_out,
         opened.test,
     )
-
-
-def _validation_share(n: int, share: float) -> int:
-    return min(max(1, round(share * n)), n - 1)
 
 
 # --- transforms ------------------------------------------------------------------------------------------
@@ -259,10 +257,8 @@ class _Source(Dataset):
 
 
 def picture_seed(*key: int) -> int:
-    """A seed in 0..2^63-1 for what is random about a picture, by a key of integers >= 0.
-
-    A digest, where attacks have the cheaper mixture of `models.weights.stream`: there is one for every
-    picture of an epoch, so neighbouring keys must have unrelated seeds.
-    """
+    """A seed in 0..2^63-1 for what is random about a picture, by a key of integers >= 0. A digest, and not
+    the cheaper mixture of `models.weights.stream`, as pictures are many: neighbours must have unrelated
+    seeds."""
     digest = hashlib.blake2b(struct.pack(f"<{len(key)}Q", *key), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

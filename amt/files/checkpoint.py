@@ -29,7 +29,7 @@ from amt.files.digests import serialise
 from amt.files.version import commit
 from amt.models.architectures import base_arch, stated
 from amt.models.heads import PoolStatistics
-from amt.models.pool import FullPool, LoRANormPool, LoRAPool, Pool, norm_weights
+from amt.models.pool import Pool, norm_weights
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError, printable
 from meta_dataset_readers.files import folder_to_disk, parse_json, read_json, replace_file
@@ -75,11 +75,7 @@ def provenance() -> dict:
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Write `path` (ending in .safetensors) and a readable .json beside it, each replaced atomically.
-
-    Raises:
-        InputError: the place cannot be written to; what was there stays as it was.
-    """
+    """Write a checkpoint as `write` does."""
     write(path, *packed(checkpoint))
 
 
@@ -87,8 +83,7 @@ def packed(checkpoint: Checkpoint) -> tuple[Weights, dict]:
     """The tensors and the text of a checkpoint's file."""
     pool = checkpoint.pool
     tensors = {f"factors/{name}": tensor for name, tensor in pool.factors.items()}
-    if isinstance(pool, LoRAPool):
-        tensors |= {f"residual/{name}": tensor for name, tensor in pool.residual.items()}
+    tensors |= {f"residual/{name}": tensor for name, tensor in pool.residual.items()}
     tensors |= {"head/scale": pool.scale, "head/bias": pool.bias}
     tensors |= {f"momentum/{name}": tensor for name, tensor in checkpoint.momentum.items()}
     if checkpoint.statistics is not None:
@@ -104,11 +99,8 @@ def packed(checkpoint: Checkpoint) -> tuple[Weights, dict]:
 
 def write(path: Path, tensors: Weights, about: dict) -> None:
     """Write tensors as `path` (ending in .safetensors) with `about` and digests in its header, and a readable
-    .json of `about` beside it, each replaced atomically.
-
-    Raises:
-        InputError: the place cannot be written to; what was there stays as it was.
-    """
+    .json of `about` beside it, each replaced atomically. Raises InputError if the place cannot be written to;
+    what was there stays as it was."""
     replace_described(path, content(tensors, about), json.dumps(about, indent=1) + "\n")
 
 
@@ -119,14 +111,9 @@ def content(tensors: Weights, about: dict) -> bytes:
 
 
 def replace_described(path: Path, content: bytes, text: str) -> None:
-    """Replace `path`, and the .json beside it that describes it, each in one step.
-
-    The earlier description is out of the way before `path` changes, so whatever happens in between, a .json
-    that is there describes the file beside it.
-
-    Raises:
-        InputError: as `replace_file`; what was there stays as it was.
-    """
+    """Replace `path`, and the .json beside it that describes it, each in one step. The earlier description is
+    out of the way before `path` changes, so a .json that is there always describes the file beside it. Raises
+    InputError as `replace_file`; what was there stays as it was."""
     readable = path.with_suffix(".json")
     aside = readable.with_name(f".{readable.name}.part")
 
@@ -158,11 +145,8 @@ def contradicted(path: Path, content: weight_files.Content) -> bool:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint written by `save`, or one of the published code (see `published.read_pool`).
-
-    Raises:
-        InputError: the file is missing, is no checkpoint, or its tensors do not form a pool.
-    """
+    """Read a checkpoint written by `save`, or one of the published code (see `published.read_pool`). Raises
+    InputError for a file that is missing, is no checkpoint, or whose tensors do not form a pool."""
     return parse(path, weight_files.read(path, "checkpoint"))
 
 
@@ -235,8 +219,8 @@ def _parse_own(path: Path, tensors: dict[str, Tensor], text: str) -> Checkpoint:
             for level in about.pop("levels")
         )
         about.pop("format")
-        tune = about.pop("tune", LoRAPool.tune)  # older files hold LoRAs and do not say so
-        if not levels or tune not in (LoRAPool.tune, LoRANormPool.tune, FullPool.tune):
+        tune = about.pop("tune", "lora")  # older files hold LoRAs and do not say so
+        if not levels or tune not in ("lora", "lora+norm", "full"):
             raise ValueError(f"{len(levels)} levels, tuned {tune!r}")
     except InputError:
         raise
@@ -246,8 +230,7 @@ def _parse_own(path: Path, tensors: dict[str, Tensor], text: str) -> Checkpoint:
     for name in ("scale", "bias"):
         if name not in groups["head"] or tuple(groups["head"][name].shape) != (len(levels),):
             raise InputError(f"{path}: tensor head/{name} is missing or not of shape ({len(levels)},)")
-    read_pool = {FullPool.tune: _full_pool, LoRAPool.tune: _lora_pool, LoRANormPool.tune: _lora_norm_pool}
-    pool = read_pool[tune](path, groups["residual"], groups["factors"], groups["head"], levels)
+    pool = _pool(path, tune, groups, levels)
     return Checkpoint(pool, about, groups["momentum"], _statistics(path, groups["statistics"], len(pool)))
 
 
@@ -275,41 +258,27 @@ def _grouped(path: Path, tensors: Weights) -> dict[str, Weights]:
     return groups
 
 
-def _lora_pool(path: Path, residual: Weights, factors: Weights, head: Weights, levels: Levels) -> LoRAPool:
+def _pool(path: Path, tune: str, groups: dict[str, Weights], levels: Levels) -> Pool:
+    residual, factors, head = (groups[name] for name in ("residual", "factors", "head"))
     adapted = [name for name in residual if f"{name}.lora_A" in factors]
+    own = {"lora": (), "lora+norm": norm_weights(residual), "full": factors}[tune]
+    whole = {name: factors[name] for name in own if name in factors}
+    if tune == "full" and (residual or not factors):
+        raise InputError(f"{path}: holds no complete weights, which are expected as factors/NAME alone")
+    if len(factors) != 2 * len(adapted) + len(whole) or not (adapted or tune == "full"):
+        raise InputError(f"{path}: the factors do not belong to the weights beside them")
     A = {name: factors[f"{name}.lora_A"] for name in adapted}
     B = {name: factors.get(f"{name}.lora_B") for name in adapted}
-    if not adapted or len(factors) != 2 * len(adapted):
-        raise InputError(f"{path}: the factors do not belong to the weights beside them")
     for name in adapted:
         check_factors(path, name, residual[name], A[name], B[name], len(levels))
-    return LoRAPool(residual, A, B, head["scale"], head["bias"], levels)
-
-
-def _lora_norm_pool(
-    path: Path, residual: Weights, factors: Weights, head: Weights, levels: Levels
-) -> LoRANormPool:
-    norms = {name: factors[name] for name in norm_weights(residual) if name in factors}
-    loras = _lora_pool(path, residual, {n: f for n, f in factors.items() if n not in norms}, head, levels)
-    for name, norm in norms.items():
-        expected = (len(levels), *residual[name].shape)
-        if tuple(norm.shape) != expected:
+    for name, weight in whole.items():
+        expected = (len(levels), *(residual[name].shape if residual else weight.shape[1:]))
+        if tuple(weight.shape) != expected:
             raise InputError(
-                f"{path}: tensor factors/{name} has shape {tuple(norm.shape)}, expected {expected}"
+                f"{path}: tensor factors/{name} has shape {tuple(weight.shape)}, expected {expected}, "
+                f"one weight for each of {len(levels)} levels"
             )
-    return LoRANormPool(residual, loras.A, loras.B, head["scale"], head["bias"], levels, norms)
-
-
-def _full_pool(path: Path, residual: Weights, factors: Weights, head: Weights, levels: Levels) -> FullPool:
-    if not factors or residual:
-        raise InputError(f"{path}: holds no complete weights, which are expected as factors/NAME alone")
-    for name, weight in factors.items():
-        if weight.ndim < 1 or len(weight) != len(levels):
-            raise InputError(
-                f"{path}: tensor factors/{name} has shape {tuple(weight.shape)}, "
-                f"expected one weight for each of {len(levels)} levels"
-            )
-    return FullPool(factors, head["scale"], head["bias"], levels)
+    return Pool(residual, A, B, head["scale"], head["bias"], levels, whole)
 
 
 def check_factors(path: Path, name: str, weight: Tensor, A: Tensor, B: Tensor | None, adapters: int) -> None:
@@ -340,11 +309,8 @@ def check_architecture(path: Path, pool: Pool, weights: Weights, arch: str) -> N
 def arch_of(
     path: Path, about: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], given: str | None = None
 ) -> str:
-    """The architecture of weights of these shapes, which is given or named by the file they come from.
-
-    Raises:
-        InputError: nothing says which it is.
-    """
+    """The architecture of weights of these shapes, which is given or named by the file they come from. Raises
+    InputError if nothing says which it is."""
     arch = given or about.get("arch")
     if not isinstance(arch, str):
         raise InputError(f"{path}: does not say its architecture; name it by --arch")

@@ -37,11 +37,8 @@ def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
 
 
 def check(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bool:
-    """Compare what was read with the digests in the header; False if it has none.
-
-    Raises:
-        InputError: the first tensor or field that differs, is missing or is not listed.
-    """
+    """Compare what was read with the digests in the header; False if it has none. Raises InputError for the
+    first tensor or field that differs, is missing or is not listed."""
     if FIELD not in metadata:
         return False
     where = f"{path}: damaged header field {FIELD!r}"

@@ -28,12 +28,9 @@ ORDERS = ("interleaved", "grouped")
 class EpisodeTaskset(Dataset):
     """Episodes as learn2learn's loops expect a Taskset: `sample()`, `len`, `[i]` and iteration.
 
-    Task i is episode i. `sample()` gives the tasks in turn and after the last begins again, so every episode
-    is used before one is used twice, and no random generator is touched.
-
-    Args:
-        episodes: a map-style data set or sequence of `Episode`.
-        order: "interleaved" or "grouped", see `task_of`.
+    Task i is episode i, of a map-style data set or sequence; its images are in an order of `task_of`.
+    `sample()` gives the tasks in turn and after the last begins again, so every episode is used before one is
+    used twice, and no random generator is touched.
     """
 
     def __init__(self, episodes: Dataset | Sequence[Episode], order: str = "interleaved"):
@@ -47,11 +44,8 @@ class EpisodeTaskset(Dataset):
         return len(self.episodes)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Task `index` in 0..len-1: data (S + Q, 3, H, W) in [0, 1] and labels (S + Q,).
-
-        Raises:
-            InputError: the episode's shots do not fit the order, or it cannot be read.
-        """
+        """Task `index` in 0..len-1: data (S + Q, 3, H, W) in [0, 1] and labels (S + Q,). Raises InputError if
+        the episode's shots do not fit the order, or it cannot be read."""
         if not 0 <= index < len(self):
             raise IndexError(f"task {index} of {len(self)}")
         return task_of(self.episodes[index], self.order)
@@ -73,14 +67,11 @@ def task_of(episode: Episode, order: str) -> tuple[Tensor, Tensor]:
 
     "interleaved": support at the even positions 0, 2, ..., 2 (S - 1), query at all others: the
     `adaptation_indices` of learn2learn's MAML and ANIL examples, where S is shots times ways. Needs at least
-    S - 1 queries, or the last support images would have no place.
-    "grouped": by label, and within a label first support, then query: the split of `partition_task`, of the
-    prototypical networks and of the Lightning modules. Needs as many support images of each class as of the
-    others, and as many queries, since that is how those find the border between the two.
-
-    Raises:
-        InputError: the episode is not so, or there is no such order.
-    """
+    S - 1 queries, or the last support images would have no place. "grouped": by label, and within a label
+    first support, then query: the split of `partition_task`, of the prototypical networks and of the
+    Lightning modules. Needs as many support images of each class as of the others, and as many queries, since
+    that is how those find the border between the two. Raises InputError if the episode is not so, or there is
+    no such order."""
     _check_order(order)
     n_support, n_query = len(episode.support), len(episode.query)
     data = torch.cat([episode.support, episode.query])

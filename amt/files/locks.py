@@ -17,10 +17,9 @@ class Lock:
     """Holds a lock until `release`, or until this process ends in any way.
 
     A file system without locks is warned of, and the program goes on. Forked children hold nothing, so that
-    a process that reads for one that was killed does not keep its lock.
+    a process that reads for one that was killed does not keep its lock. The file is created if missing.
 
     Args:
-        path: a file, created if missing; it is not written to.
         shared: any number of processes may hold it, while none holds it alone.
         wait: until it is free; otherwise that is an error.
 

@@ -11,11 +11,8 @@ from meta_dataset_readers.files import read_bytes
 
 
 def read(path: Path, most: int, *, what: str = "file") -> dict[str, np.ndarray]:
-    """Every array of an archive by its name, of any shape and dtype but Python objects.
-
-    Args:
-        most: bytes that the file and its arrays may have.
-        what: what a missing file is called.
+    """Every array of an archive by its name, of any shape and dtype but Python objects. File and arrays may
+    have `most` bytes; a missing file is called `what`.
 
     Raises:
         InputError: there is no such file, or it is larger.

@@ -99,11 +99,8 @@ def names(stream: BinaryIO) -> set[str]:
     """All classes and functions that the next pickle of a stream asks for, dotted, as this Python calls them.
 
     They are for telling what a file is. Names can also be put together while a pickle runs (STACK_GLOBAL), in
-    ways that no listing follows: here such a name is a guess, and `rehearse` lets none pass.
-
-    Raises:
-        Damaged: the stream holds no whole pickle.
-    """
+    ways that no listing follows: here such a name is a guess, and `rehearse` lets none pass. Raises Damaged
+    if the stream holds no whole pickle."""
     found: set[str] = set()
     texts: list[str] = []  # STACK_GLOBAL takes the last two texts, as pickles are usually written
     memo: dict[int, str] = {}

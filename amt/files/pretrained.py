@@ -53,9 +53,7 @@ def load_network(
         weights: a file of weights in timm's, DINO's, iBOT's, DeiT's or CLIP's format, see `read_weights`.
             None takes NAME.safetensors or NAME.pth in the project's folder checkpoints if there is one, and
             otherwise asks timm's hub.
-        device: where the network lives.
-        autocast: see `Network`.
-        image_size: side in pixels that episodes are read at; None for the architecture's own.
+        autocast, image_size: see `Network`; None for the architecture's own size.
         pretrained: False for random weights, always the same: where a checkpoint brings all of them.
         key, tell: see `read_weights`.
 
@@ -88,10 +86,7 @@ def load_network(
 
 def find_weights(base: str, origin: Origin) -> Path:
     """The file of pretrained weights to take when none is named: one in checkpoints/, or one from timm's hub.
-
-    Raises:
-        InputError: there is none in checkpoints/, and the hub has none or cannot be reached.
-    """
+    Raises InputError where the hub has none or cannot be reached."""
     for ending in (".safetensors", ".pth"):
         if (CHECKPOINTS / f"{base}{ending}").is_file():
             return CHECKPOINTS / f"{base}{ending}"
@@ -125,25 +120,18 @@ def _holds_loras(path: Path) -> InputError:
 
 
 def read_weights(
-    path: Path,
-    network: nn.Module,
-    key: str | None = None,
-    tell: Callable[[str], object] | None = None,
+    path: Path, network: nn.Module, key: str | None = None, tell: Callable[[str], object] | None = None
 ) -> Weights:
     """The weights for `network` in a file of timm's, DINO's, iBOT's, DeiT's, MoCo's or CLIP's format.
 
     Every tensor of the file is accounted for: it is one of the network's, or by its name a part of the
     pretraining task (see `names.beside`) or a text tower's. For networks of timm's own, files that timm
-    itself converts when it loads them, such as DINOv2's with registers, are converted likewise.
+    itself converts when it loads them, such as DINOv2's with registers, are converted likewise. Gives a
+    complete state dict, float32.
 
     Args:
-        path: the file.
-        network: the structure that is to be filled.
         key: of the network to take from a file of several, see `state_dicts.unwrap`.
         tell: is given a line for each choice among networks and for what is left out.
-
-    Returns:
-        A complete state dict, float32.
 
     Raises:
         InputError: the file cannot be read, or tensors are missing, unexpected, misshapen or not finite.

@@ -26,7 +26,7 @@ from torch import Tensor
 from amt.attacks.levels import POOL_EPSILONS, Perturbation
 from amt.files import state_dicts, weight_files
 from amt.models.architectures import ARCHS
-from amt.models.pool import VIT_LAYERS, LoRAPool, factor_groups
+from amt.models.pool import VIT_LAYERS, Pool, factor_groups
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError
 
@@ -47,14 +47,13 @@ def find_state(data: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
     return next((state for state in states if any(map(_FACTOR.fullmatch, state))), None)
 
 
-def read_pool(path: Path, data: Mapping[str, Any]) -> tuple[LoRAPool, dict]:
+def read_pool(path: Path, data: Mapping[str, Any]) -> tuple[Pool, dict]:
     """The pool in a published checkpoint, and what is known about it.
 
     A training's level is in its arguments. A pool's levels are in no file: four LoRAs get those of the
     paper; of any other number epsilon 0 is recorded, and `about` says that they are unknown.
 
     Args:
-        path: for errors.
         data: the contents of a file in which `find_state` finds something.
 
     Returns:
@@ -99,19 +98,12 @@ def read_pool(path: Path, data: Mapping[str, Any]) -> tuple[LoRAPool, dict]:
     return pool_from_published(state, levels), about
 
 
-def pool_from_published(state: Mapping[str, Tensor], levels: tuple[Perturbation, ...]) -> LoRAPool:
+def pool_from_published(state: Mapping[str, Tensor], levels: tuple[Perturbation, ...]) -> Pool:
     """A pool from a state dict of the published code: one LoRA (`backbone.`) or several (`backbone.model.`).
 
     Published factors are (g * r, in) and (out, r); ours carry the groups g as an axis. The one head is every
-    adapter's.
-
-    Args:
-        state: named tensors, complete (`read_pool` checks what comes from a file).
-        levels: what the LoRAs were trained for, one each.
-
-    Raises:
-        ValueError: as many LoRAs as levels were not found.
-    """
+    adapter's. The tensors are complete (`read_pool` checks what comes from a file). Raises ValueError for
+    another number of LoRAs than of levels."""
     prefix = "backbone.model." if _is_pool(state) else "backbone."
     residual: Weights = {}
     factors: dict[tuple[str, str], dict[int, Tensor]] = {}
@@ -130,20 +122,15 @@ def pool_from_published(state: Mapping[str, Tensor], levels: tuple[Perturbation,
         groups = factor_groups(name)
         (A if side == "A" else B)[name] = stacked.reshape(len(levels), groups, -1, stacked.shape[-1])
     scale, bias = (state[name].reshape(1).repeat(len(levels)) for name in ("scale_cls", "bias"))
-    return LoRAPool(residual, A, B, scale, bias, levels)
+    return Pool(residual, A, B, scale, bias, levels)
 
 
 def published_shapes(
     patch: int, dim: int, depth: int, hidden: int, tokens: int, rank: int, adapters: int | None
 ) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a published checkpoint by name, in the published order.
-
-    Args:
-        patch, dim, depth: of the ViT; `hidden` is the width of its MLPs, `tokens` the length of its position
-            table.
-        rank: r of every LoRA.
-        adapters: how many LoRAs a pool holds; None for a training checkpoint.
-    """
+    """Every tensor of a published checkpoint by name, in the published order. `hidden` is the width of the
+    ViT's MLPs, `tokens` the length of its position table, `adapters` how many LoRAs of this rank a pool
+    holds, None for a training checkpoint."""
     prefix = "backbone." if adapters is None else "backbone.model."
     numbers = [""] if adapters is None else [f".{k}" for k in range(adapters)]
     layers = {
@@ -170,11 +157,6 @@ def published_shapes(
                 shapes |= {f"{block}{layer}.lora_A{k}": (groups * rank, width) for k in numbers}
                 shapes |= {f"{block}{layer}.lora_B{k}": (out, rank) for k in numbers}
     return shapes | {f"{prefix}norm.weight": (dim,), f"{prefix}norm.bias": (dim,)}
-
-
-def released_file(path: Path) -> str | None:
-    """Which of the files that the authors released `path` is, bit for bit; None for any other."""
-    return RELEASED.get(git_blob_id(path))
 
 
 def git_blob_id(path: Path) -> str:

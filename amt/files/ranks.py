@@ -32,11 +32,8 @@ class LostRank(InputError):
 
 
 def place() -> tuple[int, int]:
-    """This process's rank and the number of ranks, by RANK and WORLD_SIZE.
-
-    Raises:
-        InputError: they make no sense.
-    """
+    """This process's rank and the number of ranks, by RANK and WORLD_SIZE. Raises InputError if they make no
+    sense."""
     given = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     try:
         rank, world = map(int, given)
@@ -211,14 +208,8 @@ ALONE = Ranks()
 
 @contextlib.contextmanager
 def together(seconds: float) -> Iterator[Ranks]:
-    """The ranks while they work together; only rank 0 prints. An error in one ends all, and one tells it.
-
-    Args:
-        seconds: that a rank may keep the others waiting, here and later.
-
-    Raises:
-        InputError: the ranks do not meet.
-    """
+    """The ranks while they work together; only rank 0 prints. An error in one ends all, and one tells it. A
+    rank may keep the others waiting for `seconds`, here and later. Raises InputError if they do not meet."""
     rank, world = place()
     if world == 1:
         yield ALONE

@@ -47,14 +47,13 @@ class RunDirectory:
     Args:
         folder: created if missing.
         about: the content of run.json: `kind` (none for an evaluation), `settings`, and what else describes
-            the run. To it is added what it ran with: `threads`, the numbers of CPU threads, and `arithmetic`,
-            what `precision.in_use` said; one each, or more where it was continued with another.
+            the run. Added are `threads`, the numbers of CPU threads it ran with, and `arithmetic`, what
+            `precision.in_use` said then.
         results: patterns of what the run writes here. Where there is any of it and neither run.json nor a
             file of `resumable`, the directory is somebody else's.
         flag: that names the directory, for messages.
         overwrite: remove what a run of this kind has written, run.json included, and start anew.
-        part: the file that belongs to this part of the run, whose other parts may write at the same time;
-            None where the run is written by one process.
+        part: the file of this part of the run, whose other parts may write at the same time; None: no parts.
         renew: (run.json, its content, `about`) -> the new content, or an error where the two do not go
             together; by default the settings must be the same, and run.json stays as it is.
         older: settings that older versions' run.json does not name, as they were.
@@ -209,13 +208,8 @@ def settings_pairs(found: Mapping, asked: Mapping) -> list[tuple[str, object, ob
 
 
 def check_same(path: Path, pairs: Iterable[tuple[str, object, object]], flag: str = "--output_dir") -> None:
-    """Raise an `InputError` that names the first difference between a run's settings and those asked for.
-
-    Args:
-        path: the file that the earlier settings are from.
-        pairs: name, earlier and asked value; plain JSON values.
-        flag: that names the directory.
-    """
+    """Raise an `InputError` that names the first difference between a run's settings, which are from `path`,
+    and those asked for: of name, earlier and asked value, plain JSON values."""
     for name, before, now in pairs:
         if before != now:
             raise InputError(

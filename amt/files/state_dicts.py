@@ -123,11 +123,9 @@ def _states(data: Mapping[str, Any], key: str, seen: set[int]) -> Iterator[tuple
 
 
 def unwrap(path: Path, data: Mapping[str, Any], known: Shapes = _NONE, key: str | None = None) -> StateDict:
-    """The network in a file's contents.
+    """The network in a file's contents, which `weight_files.read` found.
 
     Args:
-        path: for errors.
-        data: what `weight_files.read` found.
         known: shapes by name of the network to be filled; such names are kept as they are, though they may
             begin like a prefix.
         key: of the network to take, where there are several; its last part will do.

@@ -17,11 +17,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 class TensorBoard:
     """An events file in `folder`, whose name ends in `suffix`; TensorBoard drops what earlier files hold from
-    step `first` on, if that is not 0. Use it as a context manager, or `close` it.
-
-    Raises:
-        OSError: the file cannot be written, here and in every method.
-    """
+    step `first` on, if that is not 0. Use it as a context manager, or `close` it. Raises OSError if the file
+    cannot be written, here and in every method."""
 
     def __init__(self, folder: Path, first: int = 0, suffix: str = ""):
         folder.mkdir(parents=True, exist_ok=True)

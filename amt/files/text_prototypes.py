@@ -47,11 +47,7 @@ class TextPrototypes:
         return self.embeddings.shape[1]
 
     def of(self, names: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
-        """The embeddings of these N classes, in order: (N, E) float32.
-
-        Raises:
-            InputError: there is none for one of them.
-        """
+        """The embeddings of these N classes, in order: (N, E) float32. Raises InputError as `check`."""
         self.check(names)
         return self.embeddings[[self.rows[plain(name)] for name in names]].to(device)
 
@@ -88,11 +84,8 @@ def plain(name: str) -> str:
 
 
 def read(path: Path) -> TextPrototypes:
-    """The text prototypes in a file.
-
-    Raises:
-        InputError: there is no such file, or it is damaged, too large, or something else.
-    """
+    """The text prototypes in a file. Raises InputError if there is no such file, or it is damaged, too large,
+    or something else."""
     where = f"--text_prototypes {path}"
     try:
         found = npz.read(path, LARGEST, what="file of text prototypes")

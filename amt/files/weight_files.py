@@ -24,7 +24,8 @@ import safetensors
 import torch
 from torch import Tensor
 
-from amt.files import digests, numpy_pickles, pickles
+from amt.data import numpy_pickles
+from amt.files import digests, pickles
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError, first_line, printable
 from meta_dataset_readers.files import reading, size_of
@@ -62,7 +63,6 @@ def read(path: Path, what: str = "file", trust: bool = False) -> Content:
     """Everything in a safetensors or torch file, on the CPU; its name's ending is not looked at.
 
     Args:
-        path: the file.
         what: what a missing file is called, such as "checkpoint".
         trust: let the file run what it likes while it is read: for files of one's own, in a place where
             nothing can be lost.

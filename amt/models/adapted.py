@@ -26,13 +26,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """`linear`, whose gradient reaches the factors that are merged in the weight, and x: (..., in) ->
-    (..., out).
-
-    Args:
-        weight, bias: as of `linear`, without graph.
-        A, B: (g, r, in) and (g, out/g, r) of g groups of output rows, or (P, g, ...) of P networks.
-    """
+    """`linear` (..., in) -> (..., out) of a weight and bias without graph, whose gradient reaches x and the
+    factors that are merged in the weight: A (g, r, in) and B (g, out/g, r), or (P, g, ...) of P networks."""
     return _Adapted.apply(x, weight, bias, A, B)
 
 

@@ -128,11 +128,8 @@ TOKENS = 4  # patches per side at least: attention over fewer has nothing to tel
 
 
 def base_arch(name: str) -> str:
-    """The architecture behind a name; `X_amt` (training) and `X_amt_merge` (testing) are X.
-
-    Raises:
-        InputError: the name is neither in the table nor, after `timm:`, in timm's.
-    """
+    """The architecture behind a name; `X_amt` (training) and `X_amt_merge` (testing) are X. Raises InputError
+    for a name that is neither in the table nor, after `timm:`, in timm's."""
     base = re.sub("_amt(_merge)?$", "", name)
     if base.startswith(TIMM):
         _check_timm_name(base)
@@ -143,11 +140,7 @@ def base_arch(name: str) -> str:
 
 def timm_name(arch: str) -> tuple[str, int | None]:
     """NAME and E of `timm:NAME:E`: the features are those of a projection to E numbers, with 0 those before
-    it. E is None where the name leaves it to the file of weights.
-
-    Raises:
-        InputError: E is no such number.
-    """
+    it. E is None where the name leaves it to the file of weights. Raises InputError for another E."""
     name, colon, width = arch.removeprefix(TIMM).partition(":")
     if not colon:
         return name, None
@@ -195,10 +188,7 @@ def build_network(arch: Arch) -> nn.Module:
 def build_timm_network(arch: str) -> nn.Module:
     """A randomly initialised network of timm, the NAME of `timm:NAME`, without a classifier; of `timm:NAME:E`
     it ends in a projection to E features. Queries, keys and values are one layer, as the LoRAs adapt it.
-
-    Raises:
-        InputError: it is not a ViT for images of any size, or has no layer `qkv`.
-    """
+    Raises InputError for what is no ViT for images of any size, or has no layer `qkv`."""
     import timm
     from timm.models.eva import Eva
 

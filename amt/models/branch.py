@@ -80,11 +80,8 @@ def new_factors(
 
 
 def natural_weights(network: Network, student: Student, rank: int) -> Weights:
-    """The weights of the natural thread: gradients reach the factors and the classifier only.
-
-    With a second BatchNorm set the thread uses that one, without gradient; otherwise it shares the network's,
-    whose running statistics it updates in turn.
-    """
+    """The weights of the natural thread: gradients reach the factors and the classifier only. It uses the
+    second BatchNorm set if there is one, otherwise the network's, whose running statistics it updates."""
     fixed = {
         name: weight if network.is_head(name) else weight.detach() for name, weight in student.weights.items()
     }

@@ -18,34 +18,22 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclasses.dataclass(frozen=True)
 class Compiler:
-    """What compiles functions of tensors.
-
-    Args:
-        backend: of torch.compile.
-        graphs: whether steps without gradient are replayed as CUDA graphs.
-    """
+    """What compiles functions of tensors, by a backend of torch.compile; with `graphs` steps without gradient
+    are replayed as CUDA graphs."""
 
     backend: str | Callable[..., Any] = "inductor"
     graphs: bool = False
 
     def __call__(self, function: Function, repeated: bool = False) -> Function:
-        """The function compiled, when it is first called.
-
-        Args:
-            function: of tensors of any shape, and what is constant.
-            repeated: it is called again and again on what it returned, and nothing waits for its gradient.
-        """
+        """A function of tensors of any shape, compiled when it is first called; `repeated` if it is called
+        again and again on what it returned, and nothing waits for its gradient."""
         mode = "reduce-overhead" if self.graphs and repeated else None
         compiled: Any = torch.compile(function, backend=self.backend, mode=mode)
         return compiled
 
 
 def compiler_for(device: torch.device) -> Compiler:
-    """The compiler for a device; CUDA graphs on CUDA.
-
-    Raises:
-        InputError: torch.compile does not work here, as where there is no C++ compiler.
-    """
+    """The compiler for a device. Raises InputError where torch.compile does not work."""
     # The gradient of an attack's loss is part of its step; a program's variants are few, but not eight.
     torch._dynamo.config.trace_autograd_ops = True
     torch._dynamo.config.recompile_limit = 64

@@ -103,11 +103,8 @@ class Network:
         return {name: tensor for name, tensor in self.module.named_buffers() if name not in self.names}
 
     def start(self, seed: int) -> Weights:
-        """A random complete state dict, float32, a function of the seed alone; its tensors are fresh.
-
-        Raises:
-            ValueError: the network has no `make`.
-        """
+        """A random complete state dict, float32, a function of the seed alone; its tensors are fresh. Raises
+        ValueError for a network without `make`."""
         if self.make is None:
             raise ValueError(f"{self.arch} cannot be built anew: it has no `make`")
         return dict(_seeded(self.make, seed).state_dict())
@@ -185,13 +182,10 @@ class Network:
     def cast(self, weights: Weights) -> Weights:
         """Weights as mixed precision casts them in every pass, cast once; the same if there is none. Those
         that require gradients stay: passes that share a cast would add up gradients in its precision."""
-        return {
-            name: weight.to(self.autocast) if self._casts(name) and not weight.requires_grad else weight
-            for name, weight in weights.items()
-        }
-
-    def _casts(self, name: str) -> bool:
-        return self.autocast is not None and name in self._of_products
+        if self.autocast is None:
+            return weights
+        cast = {name for name in self._of_products & weights.keys() if not weights[name].requires_grad}
+        return weights | {name: weights[name].to(self.autocast) for name in cast}
 
     def adapted(self, published: bool = False) -> tuple[str, ...]:
         """The weights that get a low-rank branch of AutoLoRa's: those of all convolutions and linear layers
@@ -259,12 +253,10 @@ def features(network: Network, weights: Weights, images: Tensor) -> Tensor:
 
 
 def logits(network: Network, weights: Weights, images: Tensor, training: bool = False) -> Tensor:
-    """Logits of `images` under `weights`: (N, 3, S, S) float in [0, 1] -> (N, K).
+    """Logits of `images` under `weights`: (N, 3, S, S) float in [0, 1], S the `image_size` -> (N, K).
 
     Args:
-        network: the structure.
         weights: a complete state dict, of one floating-point type and device with `images`.
-        images: of the network's `image_size`.
         training: normalise by the batch's statistics, and update the running statistics (momentum 0.1,
             unbiased variance) IN PLACE in `weights`; otherwise by the running statistics, which stay.
 
@@ -286,13 +278,10 @@ def logits(network: Network, weights: Weights, images: Tensor, training: bool = 
 
 def level_features(network: Network, weights: Weights, images: Tensor) -> Tensor:
     """Features of P networks of one structure, each with images of its own: (P, N, 3, H, W) float in [0, 1]
-    -> (P, N, D) float32.
+    -> (P, N, D) float32. Weights are those of `Pool.stack`.
 
     One pass where there are several and the structure is made for it (`Network.takes_factors`), else a pass
     for each; of more than `network.micro_batch` images in parts.
-
-    Args:
-        weights: by name, (P, ...) where the networks differ, see `Pool.stack`; the others are shared.
     """
     return in_parts(functools.partial(_level_features, network, weights), images, network.micro_batch)
 
@@ -383,16 +372,14 @@ def projected(network: Network, width: int) -> Network:
 def build_classifier(
     arch: str, n_classes: int, image_size: int, *, resize: int | None = None, normalise: bool = True
 ) -> Network:
-    """The classifier called `arch`, with random weights that are always the same.
+    """The classifier of K classes called `arch`, with random weights that are always the same.
 
     ResNets for images (or `resize`) under 64 px have a stem of 3x3, stride 1 and no max-pool; transformers
     have a position table of the requested size.
 
     Args:
         arch: a name in `CLASSIFIERS`, the published r18, r34 and r50, or `timm:NAME`.
-        n_classes: K.
-        image_size: side in pixels that images are read at.
-        resize: side in pixels that images are enlarged to inside the network.
+        image_size, resize: as of `Network`.
         normalise: whether the network's input is normalised (ImageNet's mean and standard deviation, of
             timm's networks their own); False for networks that take pixels in [0, 1].
 
@@ -429,11 +416,7 @@ def _check_classifier(network: Network, n_classes: int) -> None:
 
 def find_device(name: str) -> torch.device:
     """The device called `name`; "cuda" is the device of this process among torchrun's, and so is "auto" if
-    this machine has one, else the CPU.
-
-    Raises:
-        InputError: this machine has no such device.
-    """
+    this machine has one, else the CPU. Raises InputError where there is no such device."""
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name in ("auto", "cuda") and devices:  # torchrun's processes on one machine share its devices out
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % devices}"

@@ -19,9 +19,7 @@ _again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=F
 
 def in_parts(pass_of: Callable[[Tensor], Tensor], images: Tensor, most: int | None) -> Tensor:
     """`pass_of` of images (P, N, ...), each of which goes its own way, `most` of the N at once; None for all.
-
-    Gradients add up over the parts; those of one part at a time are in memory.
-    """
+    Gradients add up over the parts."""
     if most is None or images.shape[1] <= most:
         return pass_of(images)
     return torch.cat([_again(pass_of, part) for part in images.split(most, dim=1)], dim=1)

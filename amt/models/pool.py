@@ -7,8 +7,8 @@
     B    (P, g, out/g, r)
     B A  (g, out/g, in), viewed in the shape of W: (out, in), or (out, in, kh, kw) for a convolution
 
-All members of a `LoRAPool` share W_res, so a merge is exact whatever the members; a `LoRANormPool` has their
-LayerNorms beside. A `FullPool` has complete networks as members, sum_p c_p W_p: every weight is a factor.
+LoRAs share W_res, so a merge is exact whatever the members. Weights that a member has whole are averaged,
+sum_p c_p W_p: its LayerNorms beside LoRAs (`--tune lora+norm`), or all of a complete network (`--tune full`).
 Knows no training and no file.
 
 LoRA: Hu et al. 2021, arxiv.org/abs/2106.09685. Start from the leading singular triplets: Meng et al. 2024,
@@ -18,7 +18,6 @@ arxiv.org/abs/2204.07305.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -63,22 +62,12 @@ def factor_groups(name: str) -> int:
 
 
 def split_principal(weight: Tensor, rank: int, groups: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Split a weight into its leading singular triplets and the rest.
+    """Split a weight (out, in), or a convolution's (out, in, kh, kw), into its leading singular triplets and
+    the rest: W_res like `weight`, A (groups, r, in), B (groups, out / groups, r).
 
-    Per group of output rows W = U S V^T:  A = sqrt(S_r) V_r^T,  B = U_r sqrt(S_r),  W_res = W - B A.
-    The signs of A's rows and B's columns are arbitrary together; B A is not.
-
-    Args:
-        weight: (out, in) or a convolution's (out, in, kh, kw).
-        rank: r, at most min(out / groups, in * kh * kw).
-        groups: number of equal blocks of rows to split separately.
-
-    Returns:
-        W_res like `weight`, A (groups, r, in), B (groups, out / groups, r).
-
-    Raises:
-        ValueError: the rank exceeds the matrix.
-    """
+    Per group of output rows W = U S V^T:  A = sqrt(S_r) V_r^T,  B = U_r sqrt(S_r),  W_res = W - B A. The
+    signs of A's rows and B's columns are arbitrary together; B A is not. Raises ValueError if the rank
+    exceeds min(out / groups, in * kh * kw)."""
     blocks = weight.reshape(groups, weight.shape[0] // groups, -1)
     if not 0 < rank <= min(blocks.shape[1:]):
         raise ValueError(f"rank {rank} does not fit a {blocks.shape[1]} x {blocks.shape[2]} matrix")
@@ -89,37 +78,71 @@ def split_principal(weight: Tensor, rank: int, groups: int = 1) -> tuple[Tensor,
     return weight - low_rank(A, B, weight), A, B
 
 
+@dataclasses.dataclass(frozen=True)
 class Pool:
     """P members of one architecture, each with the classifier head it was trained with; immutable.
 
-    The common part of all kinds: training, merging and evaluation use nothing else.
-
-    Attributes:
-        tune: the value of --tune that trains this kind.
+    Args:
+        residual: the weights that members share, by name; adapted ones hold W_res, and those of LayerNorms
+            that members have of their own the pretrained ones. Empty where members share nothing.
+        A, B: low-rank factors by the name of the weight they adapt; shapes as in the module's docstring.
         scale, bias: (P,) the head's logit scale and bias.
         levels: the P robustness levels the members were (or are to be) trained for.
-        rank: of the low-rank factors, or None where there are none.
-        residual: what members of low rank are added to; empty where there are none.
-        shapes: names and shapes of the complete weights that `merge` gives.
-        adapted: names of the weights in which members differ.
-        factors: all that is trained but the head: tensors with a leading P by name, in an order fixed by
-            names, as sums over factors depend on it.
+        whole: weights that every member has of its own, (P, ...) over their own shape, by name.
+
+    >>> len(Pool.concat([pool, pool])), sorted(pool.merge([0.25, 0.75])) == sorted(pool.shapes)
+    (4, True)
     """
 
-    tune: ClassVar[str]
-    __dataclass_fields__: ClassVar[dict[str, Any]]  # all kinds are dataclasses
+    residual: Weights
+    A: dict[str, Tensor]
+    B: dict[str, Tensor]
     scale: Tensor
     bias: Tensor
     levels: tuple[Perturbation, ...]
-    rank: int | None
-    residual: Weights
-    shapes: dict[str, tuple[int, ...]]
-    adapted: frozenset[str]
-    factors: dict[str, Tensor]
+    whole: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
-    def with_factors(self, factors: dict[str, Tensor]) -> Self:
+    @property
+    def tune(self) -> str:
+        """The value of --tune that trains such a pool."""
+        if not self.A:
+            return "full"
+        return "lora+norm" if self.whole else "lora"
+
+    @property
+    def rank(self) -> int | None:
+        """Of the low-rank factors; None where there are none."""
+        return next((A.shape[2] for A in self.A.values()), None)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the complete weights that `merge` gives."""
+        shared = {name: tuple(weight.shape) for name, weight in self.residual.items()}
+        return shared | {name: tuple(weight.shape[1:]) for name, weight in self.whole.items()}
+
+    @property
+    def adapted(self) -> frozenset[str]:
+        """Names of the weights in which members differ."""
+        return frozenset((*self.A, *self.whole))
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """All that is trained but the head, (P, ...): `<weight>.lora_A`, `<weight>.lora_B` and whole weights
+        by their own names, in an order fixed by names, as sums over factors depend on it."""
+        named = {}
+        for name in sorted(self.A):
+            named[f"{name}.lora_A"] = self.A[name]
+            named[f"{name}.lora_B"] = self.B[name]
+        return named | dict(sorted(self.whole.items()))
+
+    def with_factors(self, factors: dict[str, Tensor]) -> "Pool":
         """The same pool with other factors (P, ...), of the names and shapes of `factors`."""
-        raise NotImplementedError
+        return dataclasses.replace(
+            self,
+            A={name: factors[f"{name}.lora_A"] for name in self.A},
+            B={name: factors[f"{name}.lora_B"] for name in self.B},
+            whole={name: factors[name] for name in self.whole},
+        )
 
     def stack(self, apart: bool = False) -> Weights:
         """Complete weights of every member at once, by name: (P, ...) where members differ, without the P
@@ -130,21 +153,20 @@ class Pool:
                 `<layer>.lora_A` and `<layer>.lora_B`: far less work, for networks that take them so, see
                 `Network.takes_factors`.
         """
-        raise NotImplementedError
-
-    def _mixture(self, shares: dict[int, float]) -> Weights:
-        """Complete weights of some members in these shares, which sum to 1."""
-        raise NotImplementedError
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not apart):
+            merged = {name: plus_low_rank(self.residual[name], self.A[name], self.B[name]) for name in self.A}
+        found = self.residual | merged | self.whole
+        if apart:
+            for part, factors in (("lora_A", self.A), ("lora_B", self.B)):
+                found |= {name.removesuffix("weight") + part: factor for name, factor in factors.items()}
+        return found
 
     def __len__(self) -> int:
         return len(self.scale)
 
-    def __getitem__(self, member: int) -> Self:
-        """Member `member` alone: a pool of size one that shares its tensors.
-
-        Raises:
-            IndexError: there is no such member.
-        """
+    def __getitem__(self, member: int) -> "Pool":
+        """Member `member` alone: a pool of size one that shares its tensors. Raises IndexError if there is
+        no such member."""
         if not 0 <= member < len(self):
             raise IndexError(f"member {member} of a pool of {len(self)}")
         part = slice(member, member + 1)
@@ -152,7 +174,7 @@ class Pool:
         head = {"scale": self.scale[part], "bias": self.bias[part], "levels": self.levels[part]}
         return dataclasses.replace(chosen, **head)
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> "Pool":
         """The same pool with every tensor on `device`."""
 
         def moved(value):
@@ -163,21 +185,23 @@ class Pool:
         return dataclasses.replace(self, **{name: moved(value) for name, value in vars(self).items()})
 
     def merge(self, coefficients: Sequence[float]) -> Weights:
-        """Complete weights; a gradient reaches every factor of a member whose coefficient is not 0.
-
-        Args:
-            coefficients: P numbers that sum to 1: only then does an untrained pool give back the
-                pretrained network.
-
-        Raises:
-            ValueError: another number of coefficients, or a sum other than 1.
-        """
+        """Complete weights; a gradient reaches every factor of a member whose coefficient is not 0. The P
+        coefficients sum to 1, as only then does an untrained pool give back the pretrained network. Raises
+        ValueError for another number of coefficients, or a sum other than 1."""
         coefficients = [float(c) for c in coefficients]
         if len(coefficients) != len(self):
             raise ValueError(f"{len(coefficients)} coefficients for a pool of {len(self)}")
         if not abs(sum(coefficients) - 1) <= 1e-4:  # so that NaN is refused as well
             raise ValueError(f"coefficients sum to {sum(coefficients):.6g}, expected 1")
-        return self._mixture({p: c for p, c in enumerate(coefficients) if c != 0})
+        shares = {p: c for p, c in enumerate(coefficients) if c != 0}
+        low = {name: self._plus_low_rank(name, shares) for name in self.A}
+        return self.residual | low | {name: _mean(weight, shares) for name, weight in self.whole.items()}
+
+    def _plus_low_rank(self, name: str, shares: dict[int, float]) -> Tensor:
+        """W_res + sum_p c_p B_p A_p, the sum as one product of rank k r for k members."""
+        wide_A = torch.cat([self.A[name][p] for p in shares], dim=1)
+        wide_B = torch.cat([share * self.B[name][p] for p, share in shares.items()], dim=2)
+        return plus_low_rank(self.residual[name], wide_A[None], wide_B[None])[0]
 
     def head(self, coefficients: Sequence[float]) -> tuple[Tensor, Tensor]:
         """The merged head: logit scale and bias, two scalars."""
@@ -190,12 +214,9 @@ class Pool:
 
     @staticmethod
     def concat(pools: Sequence["Pool"]) -> "Pool":
-        """One pool of all members of `pools`, in order.
-
-        Raises:
-            ValueError: they are of different kinds, ranks, layers or architectures, or of LoRAs with
-                different residuals (beyond the rounding of a float32 SVD).
-        """
+        """One pool of all members of `pools`, in order. Raises ValueError if they are of different kinds,
+        ranks, layers or architectures, or of LoRAs with different residuals (beyond the rounding of a float32
+        SVD)."""
         first = pools[0]
         for pool in pools[1:]:
             _check_joins(first, pool)
@@ -207,6 +228,17 @@ class Pool:
         }
         joined = {name: torch.cat([each[name] for each in found]) for name in found[0]}
         return dataclasses.replace(first.with_factors(joined), **head)
+
+
+LoRAPool = Pool  # its name while complete networks were another kind
+
+
+def _mean(weight: Tensor, shares: dict[int, float]) -> Tensor:
+    """sum_p c_p W_p of a weight (P, ...) as W_k + sum_p c_p (W_p - W_k), k the first member with c_k != 0: so
+    a single member, and a pool whose members are still equal, come out bit for bit."""
+    first, *others = shares
+    base = weight[first]
+    return base + sum(shares[p] * (weight[p] - base) for p in others) if others else base
 
 
 def _nearly_equal(one: Tensor | None, two: Tensor | None) -> bool:
@@ -231,193 +263,19 @@ def _check_joins(first: Pool, other: Pool) -> None:
         raise ValueError("the pools differ in the layers they adapt")
 
 
-@dataclasses.dataclass(frozen=True)
-class LoRAPool(Pool):
-    """P low-rank adapters over one shared residual.
-
-    Args:
-        residual: every weight of the network by name; adapted ones hold W_res.
-        A, B: factors by the name of the weight they adapt; shapes as in the module's docstring.
-        scale, bias, levels: see `Pool`.
-
-    >>> len(LoRAPool.concat([pool, pool])), sorted(pool.merge([0.25, 0.75])) == sorted(pool.shapes)
-    (4, True)
-    """
-
-    residual: Weights
-    A: dict[str, Tensor]
-    B: dict[str, Tensor]
-    scale: Tensor
-    bias: Tensor
-    levels: tuple[Perturbation, ...]
-
-    tune = "lora"
-
-    @property
-    def rank(self) -> int:
-        return next(iter(self.A.values())).shape[2]
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(weight.shape) for name, weight in self.residual.items()}
-
-    @property
-    def adapted(self) -> frozenset[str]:
-        return frozenset(self.A)
-
-    @property
-    def factors(self) -> dict[str, Tensor]:
-        """All low-rank factors in one dictionary: `<weight>.lora_A` (P, g, r, in) and `<weight>.lora_B`
-        (P, g, out/g, r)."""
-        named = {}
-        for name in sorted(self.A):
-            named[f"{name}.lora_A"] = self.A[name]
-            named[f"{name}.lora_B"] = self.B[name]
-        return named
-
-    def with_factors(self, factors: dict[str, Tensor]) -> "LoRAPool":
-        """The same pool with other factors (P, ...), of the names and shapes of `factors`."""
-        return dataclasses.replace(
-            self,
-            A={name: factors[f"{name}.lora_A"] for name in self.A},
-            B={name: factors[f"{name}.lora_B"] for name in self.B},
-        )
-
-    def stack(self, apart: bool = False) -> Weights:
-        """Complete weights of every member, see `Pool`: adapted ones are (P, ...)."""
-        if not apart:
-            return self.residual | self._adapted()
-        with torch.no_grad():
-            found = self.residual | self._adapted()
-        for part, factors in (("lora_A", self.A), ("lora_B", self.B)):
-            found |= {name.removesuffix("weight") + part: factor for name, factor in factors.items()}
-        return found
-
-    def _adapted(self) -> Weights:
-        """The adapted weights of every member, (P, ...)."""
-        return {name: plus_low_rank(self.residual[name], self.A[name], self.B[name]) for name in self.A}
-
-    def _mixture(self, shares: dict[int, float]) -> Weights:
-        """W_res + sum_p c_p B_p A_p, each sum as one product of rank k r for k members."""
-
-        def mixed(name: str) -> Tensor:
-            wide_A = torch.cat([self.A[name][p] for p in shares], dim=1)
-            wide_B = torch.cat([share * self.B[name][p] for p, share in shares.items()], dim=2)
-            return plus_low_rank(self.residual[name], wide_A[None], wide_B[None])[0]
-
-        return self.residual | {name: mixed(name) for name in self.A}
-
-
-@dataclasses.dataclass(frozen=True)
-class LoRANormPool(LoRAPool):
-    """A `LoRAPool` whose members have weights and biases of the LayerNorms of their own, which are trained
-    and merged like complete weights; `residual` has the pretrained ones.
-
-    Args:
-        norms: (P, D) by name, see `norm_weights`.
-    """
-
-    norms: dict[str, Tensor]
-
-    tune = "lora+norm"
-
-    @property
-    def adapted(self) -> frozenset[str]:
-        return frozenset((*self.A, *self.norms))
-
-    @property
-    def factors(self) -> dict[str, Tensor]:
-        """The low-rank factors, see `LoRAPool`, and the LayerNorms (P, D) by their own names."""
-        return super().factors | dict(sorted(self.norms.items()))
-
-    def with_factors(self, factors: dict[str, Tensor]) -> "LoRANormPool":
-        """The same pool with other factors and LayerNorms (P, ...), of the names and shapes of `factors`."""
-        loras, norms = super().with_factors(factors), {name: factors[name] for name in self.norms}
-        return dataclasses.replace(self, A=loras.A, B=loras.B, norms=norms)
-
-    def stack(self, apart: bool = False) -> Weights:
-        """Complete weights of every member, see `Pool`: adapted ones and LayerNorms are (P, ...)."""
-        return super().stack(apart) | self.norms
-
-    def _mixture(self, shares: dict[int, float]) -> Weights:
-        return super()._mixture(shares) | _mixed(self.norms, shares)
-
-
-@dataclasses.dataclass(frozen=True)
-class FullPool(Pool):
-    """P complete sets of weights of one network, which full meta-tuning trains. Every weight is a factor.
-
-    Args:
-        weights: every weight by name, (P, ...) over its own shape: position table, class token, norms and
-            biases too.
-        scale, bias, levels: see `Pool`.
-    """
-
-    weights: dict[str, Tensor]
-    scale: Tensor
-    bias: Tensor
-    levels: tuple[Perturbation, ...]
-
-    tune = "full"
-    rank = None
-
-    @property
-    def residual(self) -> Weights:
-        return {}
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(weight.shape[1:]) for name, weight in self.weights.items()}
-
-    @property
-    def adapted(self) -> frozenset[str]:
-        return frozenset(self.weights)
-
-    @property
-    def factors(self) -> dict[str, Tensor]:
-        """All weights (P, ...) by their own names."""
-        return dict(sorted(self.weights.items()))
-
-    def with_factors(self, factors: dict[str, Tensor]) -> "FullPool":
-        """The same pool with other weights (P, ...), of the names and shapes of `factors`."""
-        return dataclasses.replace(self, weights={name: factors[name] for name in self.weights})
-
-    def stack(self, apart: bool = False) -> Weights:
-        """Complete weights of every member, see `Pool`: all are (P, ...), and are the factors."""
-        return self.weights
-
-    def _mixture(self, shares: dict[int, float]) -> Weights:
-        """sum_p c_p W_p as W_k + sum_p c_p (W_p - W_k), k the first member with c_k != 0: so a single member,
-        and a pool whose members are still equal, come out bit for bit."""
-        return _mixed(self.weights, shares)
-
-
-def _mixed(weights: dict[str, Tensor], shares: dict[int, float]) -> Weights:
-    """Weights (P, ...) of members with these shares as one, see `FullPool._mixture`."""
-    first, *others = shares
-
-    def mixed(weight: Tensor) -> Tensor:
-        base = weight[first]
-        return base + sum(shares[p] * (weight[p] - base) for p in others) if others else base
-
-    return {name: mixed(weight) for name, weight in weights.items()}
-
-
 def principal_pool(
     weights: Weights,
     rank: int,
     levels: Sequence[Perturbation],
     layers: Sequence[str] = VIT_LAYERS,
     norms: bool = False,
-) -> LoRAPool:
+) -> Pool:
     """An untrained pool: every adapter starts at the leading singular triplets of the pretrained weights.
 
     Args:
-        weights: all pretrained weights by name.
-        rank: r of every adapter.
         levels: one robustness level per adapter.
         layers: endings of the names of the layers to adapt.
-        norms: whether members have LayerNorms of their own, see `LoRANormPool`.
+        norms: whether members have LayerNorms of their own.
 
     >>> principal_pool(network.weights, rank=4, levels=[Perturbation(8, 2)]).rank
     4
@@ -427,20 +285,15 @@ def principal_pool(
         residual[name], one_A, one_B = split_principal(weights[name], rank, factor_groups(name))
         A[name] = one_A.repeat(len(levels), 1, 1, 1)
         B[name] = one_B.repeat(len(levels), 1, 1, 1)
-    parts = (residual, A, B, *_untrained_head(weights, len(levels)), tuple(levels))
-    copies = {name: torch.stack([weights[name]] * len(levels)) for name in norm_weights(weights)}
-    return LoRANormPool(*parts, copies) if norms else LoRAPool(*parts)
+    own = norm_weights(weights) if norms else []
+    copies = {name: torch.stack([weights[name]] * len(levels)) for name in own}
+    return Pool(residual, A, B, *_untrained_head(weights, len(levels)), tuple(levels), copies)
 
 
-def pretrained_pool(weights: Weights, levels: Sequence[Perturbation]) -> FullPool:
-    """An untrained pool: every member is the pretrained network.
-
-    Args:
-        weights: all pretrained weights by name.
-        levels: one robustness level per member.
-    """
+def pretrained_pool(weights: Weights, levels: Sequence[Perturbation]) -> Pool:
+    """An untrained pool: every member is the pretrained network, with a robustness level of its own."""
     copies = {name: torch.stack([weight] * len(levels)) for name, weight in weights.items()}
-    return FullPool(copies, *_untrained_head(weights, len(levels)), tuple(levels))
+    return Pool({}, {}, {}, *_untrained_head(weights, len(levels)), tuple(levels), copies)
 
 
 def _untrained_head(weights: Weights, members: int) -> tuple[Tensor, Tensor]:

@@ -23,13 +23,7 @@ _WORKSPACE, _WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # of 
 
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
-    """How a command computes.
-
-    Args:
-        precision: one of `PRECISIONS`. "tf32" rounds the factors of float32 products to 10 bits of mantissa
-            on GPUs that can; "bf16" and "fp16" are mixed precision.
-        deterministic: use only kernels that give the same bits every time.
-    """
+    """How a command computes."""
 
     precision: str = setting(
         "float32",
@@ -59,11 +53,8 @@ class Arithmetic:
         return dataclasses.replace(self, precision="float32")
 
     def use(self) -> None:
-        """Compute so from now on, in this process; before anything is done on a GPU.
-
-        Raises:
-            InputError: the environment asks cuBLAS for what does not repeat its bits.
-        """
+        """Compute so from now on, in this process; before anything is done on a GPU. Raises InputError where
+        the environment asks cuBLAS for what does not repeat its bits."""
         import torch
 
         if self.deterministic and os.environ.setdefault(_WORKSPACE, _WORKSPACES[0]) not in _WORKSPACES:

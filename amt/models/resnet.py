@@ -12,13 +12,11 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
 
 class ResNet(nn.Module):
-    """A residual network of any widths and depths, of torchvision's blocks and with torchvision's names.
+    """A residual network of any widths and depths, of torchvision's blocks.
 
     Args:
-        block: `BasicBlock` or `Bottleneck`.
         depths: number of blocks per stage.
         widths: planes per stage; every stage but the first halves the resolution.
-        n_classes: K.
         small: a stem of 3x3 that does not shrink the image, in place of 7x7 / 2 and a max-pool.
     """
 

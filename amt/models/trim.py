@@ -28,11 +28,8 @@ class Trim:
 
 
 def parse_trim(text: str) -> Trim:
-    """Read NAME:BLOCK:KEEP, such as qkv:-1:0.5.
-
-    Raises:
-        ValueError: the text has another form, or KEEP is not in (0, 1].
-    """
+    """Read NAME:BLOCK:KEEP, such as qkv:-1:0.5. Raises ValueError for what has another form, or KEEP
+    outside of (0, 1]."""
     try:
         layer, block, keep = text.split(":")
         found = Trim(layer, int(block), float(keep))
@@ -44,11 +41,7 @@ def parse_trim(text: str) -> Trim:
 
 
 def read_trim(text: str) -> Trim:
-    """`parse_trim` as the `type` of a flag.
-
-    Raises:
-        ArgumentTypeError: in place of its ValueError.
-    """
+    """`parse_trim` as the `type` of a flag: raises ArgumentTypeError in place of its ValueError."""
     try:
         return parse_trim(text)
     except ValueError as error:

@@ -147,11 +147,8 @@ class VisionTransformer(nn.Module):
     """A ViT with a CLS token and learned positions, without a head; random weights of torch's generator.
 
     Args:
-        image_size: side in pixels that the position table is for.
-        patch_size: side in pixels.
-        dim: D, of tokens and features.
-        depth: number of blocks.
-        heads: of attention; D is a multiple of it.
+        image_size, patch_size: sides in pixels, the former of what the position table is for.
+        dim: D, of tokens and features, a multiple of `heads`.
         mlp_ratio: the MLP's hidden layer has int(D mlp_ratio) units.
     """
 

@@ -7,6 +7,8 @@ Every block is a row of (depth - 4) / 6 pre-activation units of two 3x3 convolut
 (`block1.layer.0.convShortcut.weight`). Knows no weights and no normalisation.
 """
 
+from collections import OrderedDict
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,30 +33,14 @@ class _Unit(nn.Module):
         return shortcut + self.conv2(F.relu(self.bn2(self.conv1(active))))
 
 
-class _Block(nn.Module):
+def _block(count: int, inside: int, out: int, stride: int) -> nn.Module:
     """A row of units, the first of which changes width and resolution."""
-
-    def __init__(self, count: int, inside: int, out: int, stride: int):
-        super().__init__()
-        self.layer = nn.Sequential(
-            _Unit(inside, out, stride), *(_Unit(out, out, stride=1) for _ in range(count - 1))
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+    units = [_Unit(inside, out, stride), *(_Unit(out, out, stride=1) for _ in range(count - 1))]
+    return nn.Sequential(OrderedDict(layer=nn.Sequential(*units)))
 
 
 class WideResNet(nn.Module):
-    """Normalised images (N, 3, H, W) -> logits (N, K).
-
-    Args:
-        depth: number of layers, 6 n + 4.
-        widen: factor of the widths.
-        n_classes: K.
-
-    Raises:
-        ValueError: no n >= 1 gives that depth.
-    """
+    """A network of 6 n + 4 layers, and of K classes. Raises ValueError if no n >= 1 gives that depth."""
 
     def __init__(self, depth: int, widen: int, n_classes: int):
         super().__init__()
@@ -63,9 +49,9 @@ class WideResNet(nn.Module):
             raise ValueError(f"depth is {depth}, expected 6 n + 4")
         first, second, third = (width * widen for width in WIDTHS)
         self.conv1 = nn.Conv2d(3, WIDTHS[0], 3, padding=1, bias=False)
-        self.block1 = _Block(count, WIDTHS[0], first, stride=1)
-        self.block2 = _Block(count, first, second, stride=2)
-        self.block3 = _Block(count, second, third, stride=2)
+        self.block1 = _block(count, WIDTHS[0], first, stride=1)
+        self.block2 = _block(count, first, second, stride=2)
+        self.block3 = _block(count, second, third, stride=2)
         self.bn1 = nn.BatchNorm2d(third)
         self.fc = nn.Linear(third, n_classes)
         for module in self.modules():

@@ -7,7 +7,7 @@ prototypes of the support, or by another head (amt/models/heads.py). Knows no at
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,29 +54,14 @@ class Classifier(NamedTuple):
 
 
 Predictor = Callable[[Episode], Classifier]
-
-
-class Fitter(Protocol):
-    """What makes the classifier of a task under given weights."""
-
-    def __call__(
-        self, network: Network, merged: Merged, episode: Episode, coefficients: Coefficients = ()
-    ) -> Classifier:
-        """The classifier of an episode with support (S, 3, H, W); `coefficients` are those of the merge."""
-        ...
+Fitter = Callable[..., Classifier]  # of a network, merged weights, an episode, and coefficients: see below
 
 
 def prototype_classifier(
     network: Network, merged: Merged, episode: Episode, coefficients: Coefficients = ()
 ) -> Classifier:
-    """The classifier by cosine to the support's prototypes (Snell et al. 2017; Hu et al. 2022).
-
-    Args:
-        network: the structure.
-        merged: its weights, and the scale and bias of the logits.
-        episode: on the device of the weights; its support is (S, 3, H, W), its query is not used.
-        coefficients: of the merge, empty if there was none.
-    """
+    """The classifier by cosine to the prototypes (Snell et al. 2017; Hu et al. 2022) of an episode's support
+    (S, 3, H, W), which is on the device of the weights; `coefficients` are those of the merge, if any."""
     return head_classifier(network, merged, episode, coefficients)
 
 
@@ -94,8 +79,6 @@ def head_classifier(
     """The classifier by any head, fitted to the support; a `Fitter` once `head` and what follows are bound.
 
     Args:
-        network, merged, episode, coefficients: as of `prototype_classifier`; support (S, 3, H, W).
-        head: which, and its options.
         statistics: of the pool that was merged, for heads that need them.
         second: the network whose logits are mixed in, if `head` mixes.
         seed: decides, with the episode's index, the augmented views of the support.
@@ -242,11 +225,8 @@ VIEWS = 8  # of each support image, where there is one for each class
 
 
 def support_views(network: Network, support: Tensor, *, seed: int, index: int) -> Tensor:
-    """Augmented views of support images, differentiable: (S, 3, H, W) -> (VIEWS, S, 3, H, W), in [0, 1].
-
-    Args:
-        seed, index: decide the augmentation, the latter being the episode's.
-    """
+    """Augmented views of support images, differentiable: (S, 3, H, W) -> (VIEWS, S, 3, H, W), in [0, 1]. Seed
+    and the episode's index decide the augmentation."""
     generator, normal = stream(seed, index, 5), network.normalise(support)
     seen = [network.denormalise(augment(normal, generator)).clamp(0, 1) for _ in range(VIEWS)]
     return torch.stack(seen)
@@ -268,11 +248,7 @@ class _Part(NamedTuple):
     statistics: Statistics | None
 
     def fitted(
-        self,
-        support: Tensor,
-        labels: Tensor,
-        views: Tensor | None,
-        features_of: FeaturesOf,
+        self, support: Tensor, labels: Tensor, views: Tensor | None, features_of: FeaturesOf
     ) -> _Found:
         return self.fitted_to(*self.features(support, views, features_of), labels)
 
@@ -302,12 +278,9 @@ def pretrained(network: Network) -> Merged:
 
 
 def fixed_predictor(
-    network: Network,
-    merged: Merged,
-    coefficients: Coefficients = (),
-    fitter: Fitter = prototype_classifier,
+    network: Network, merged: Merged, coefficients: Coefficients = (), fitter: Fitter = prototype_classifier
 ) -> Predictor:
-    """The same weights for every task, with its own head; arguments as of `prototype_classifier`."""
+    """The same weights for every task, with its own head."""
     return lambda episode: fitter(network, merged, episode, coefficients)
 
 
@@ -317,10 +290,8 @@ def pretrained_predictor(network: Network) -> Predictor:
 
 
 def merged_networks(pool: Pool, kept: int = 2) -> Callable[[Coefficients, tuple[Trim, ...]], Merged]:
-    """A function that merges and trims, and caches the last `kept` networks.
-
-    Fixed coefficients give every task the same weights, and trimming them takes longer than the task itself.
-    """
+    """A function that merges and trims, and caches the last `kept` networks: fixed coefficients give every
+    task the same weights, and trimming them takes longer than the task itself."""
 
     @functools.lru_cache(maxsize=kept)
     def merged(coefficients: Coefficients, trims: tuple[Trim, ...]) -> Merged:
@@ -341,9 +312,7 @@ def merged_predictor(
 
     Args:
         choose: (support, labels, generator) -> coefficients; it gets no query.
-        trims: see `trim_singular_values`.
         seed: decides, with the episode's index, the generator for `choose`.
-        fitter: classifies by prototypes, or by another head.
     """
     merged = merged_networks(pool)
 

@@ -34,14 +34,8 @@ def finetuned_predictor(
     coefficients: Coefficients = (),
     fitter: Fitter = prototype_classifier,
 ) -> Predictor:
-    """For every task: fine-tune the weights on the support set, then prototypes.
-
-    Args:
-        merged: complete weights, of a pool or pretrained; scale and bias stay as they are.
-        seed: decides, with the episode's index, the augmentation.
-        coefficients: of the merge, empty if there was none.
-        fitter: classifies under the tuned weights, by prototypes or another head.
-    """
+    """For every task: fine-tune the weights on the support set, then prototypes, or another `fitter`. The
+    seed decides, with the episode's index, the augmentation."""
 
     def predict(episode: Episode) -> Classifier:
         generator = stream(seed, episode.index, 3)
@@ -65,8 +59,7 @@ def finetune(
 
     Args:
         merged: the weights that every task starts from; they are not written to.
-        support: (S, 3, H, W) in [0, 1].
-        labels: (S,) int64 in 0..N-1.
+        support, labels: (S, 3, H, W) in [0, 1], and (S,) int64 in 0..N-1.
         generator: a CPU generator for the augmentation.
 
     Raises:

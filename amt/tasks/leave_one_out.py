@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amt.attacks.perturb import Ball, ascent, input_gradient
+from amt.attacks.perturb import Ball, input_gradient
 from amt.models.heads import cosine_logits, index_in_class, prototypes
 from amt.models.network import CHUNK, Network, features, fixed_features
 from amt.models.weights import Merged
@@ -61,14 +61,9 @@ class Trial:
 def new_trial(
     network: Network, support: Tensor, labels: Tensor, epsilon: float, generator: torch.Generator
 ) -> Trial:
-    """The same held-out images, and the same start of their attack, for all networks.
-
-    Args:
-        support: (S, 3, H, W) in [0, 1].
-        labels: (S,) int64 in 0..N-1.
-        epsilon: in 1/255 of the pixel range; 0: they are not attacked.
-        generator: a CPU generator for the augmentation and the start.
-    """
+    """The same held-out images of a support set (S, 3, H, W), (S,), and the same start of their attack within
+    epsilon / 255, for all networks; at 0 they are not attacked. A CPU generator draws augmentation and
+    start."""
     which = torch.arange(len(labels), device=labels.device)
     if epsilon > 0:
         n_way = int(labels.max()) + 1
@@ -93,10 +88,8 @@ def lowest_loss(
     """The number of the network with the least `leave_one_out_loss`, the first of equals, and that loss.
 
     The loss at the worst points seen can only grow, so the network with the least loss so far is always
-    attacked next, and the others are attacked no further once it is done.
-
-    Args:
-        networks: each is called whenever it is needed, so that not all have to be in memory.
+    attacked next, and the others are attacked no further once it is done. Each of `networks` is called
+    whenever it is needed, so that not all have to be in memory.
     """
     running = [_losses(network, merged, trial) for merged in networks]
     queue = [(0.0, k, 0) for k in range(len(networks))]
@@ -123,10 +116,8 @@ def leave_one_out_logits(
     """Logits (n, N) of held-out images: for their own class without them, for the others as they are.
 
     Args:
-        views: (n, D) features of the held-out images; may carry a graph.
-        support: (S, D) features of all support images.
-        labels: (S,) int64 in 0..N-1.
-        which: (n,) int64, the numbers of the held-out images.
+        views: (n, D) features of the held-out images, whose numbers are `which` (n,).
+        support, labels: (S, D) features of all support images, and (S,) int64 in 0..N-1.
         scale, bias: of the logits, see `cosine_logits`.
     """
     centres, own = prototypes(support, labels), labels[which]
@@ -154,11 +145,11 @@ def _losses(network: Network, merged: Callable[[], Merged], trial: Trial) -> Ite
             views[trial.alone] = fixed_features(network, weights, trial.held_out[trial.alone])
         yield float(share @ errors(views, trial.which, scale, bias))
         return
-    worst = torch.zeros_like(share)
+    worst, ball = torch.zeros_like(share), _ball(trial.epsilon)
 
-    def look(points: Tensor, last: bool = False) -> Tensor | None:
-        """The gradient at the points, unless they are the last, whose errors are remembered where they are
-        the largest so far."""
+    def moved(points: Tensor, last: bool) -> Tensor:
+        """The points after a step, the last ones as they are; errors are remembered where they are the
+        largest so far."""
         nonlocal worst
         weights, scale, bias = merged()
         found, slopes = [], []
@@ -175,13 +166,12 @@ def _losses(network: Network, merged: Callable[[], Merged], trial: Trial) -> Ite
             else:
                 slopes.append(input_gradient(partial(loss_at, which=which), at))
         worst = torch.maximum(worst, torch.cat(found))
-        return None if last else torch.cat(slopes)
+        return points if last else ball.step(points, torch.cat(slopes), trial.held_out)
 
-    points, move = trial.start, partial(_ball(trial.epsilon).step, images=trial.held_out)
-    for points in ascent(trial.start, look, move, STEPS):  # noqa: B007
+    points = trial.start
+    for number in range(1, trial.points + 1):
+        points = moved(points, last=number == trial.points)
         yield float(share @ worst)
-    look(points, last=True)
-    yield float(share @ worst)
 
 
 def _shares(labels: Tensor) -> Tensor:

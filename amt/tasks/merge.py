@@ -41,8 +41,7 @@ def route(
     """Merging coefficients of a task, one per adapter, summing to 1.
 
     Args:
-        support: (S, 3, H, W) in [0, 1].
-        labels: (S,) int64 in 0..N-1.
+        support, labels: (S, 3, H, W) in [0, 1], and (S,) int64 in 0..N-1.
         generator: a CPU generator for the augmentation or the attack's start; left as it was.
         members: `kept_members(pool)` to route many tasks.
 
@@ -63,12 +62,11 @@ def route_each(
     routings: Sequence[Routing],
     members: Members | None = None,
 ) -> list[Coefficients]:
-    """The coefficients of `route` for each of `routings`; what they have in common is computed once.
-
-    Arguments as of `route`: support (S, 3, H, W), labels (S,).
-    """
+    """The coefficients of `route` for each of `routings`; what they have in common is computed once. Support
+    is (S, 3, H, W), labels (S,)."""
     by_view = {routing.view: routing for routing in routings}
-    cosines = _cosines(network, pool, support, labels, generator, list(by_view.values()), members)
+    views = list(by_view.values())
+    cosines = support_cosines(network, pool, support, labels, generator, views, members)
     scores = {view: compactness(found, labels) for view, found in zip(by_view, cosines, strict=True)}
     return [blend(*scores[routing.view], routing) for routing in routings]
 
@@ -79,26 +77,12 @@ def support_cosines(
     support: Tensor,
     labels: Tensor,
     generator: torch.Generator,
-    routing: Routing,
-) -> Tensor:
-    """Cosines (P, S, N) of the support's views with the support's prototypes, for every adapter alone.
-
-    Arguments as of `route`.
-    """
-    (cosines,) = _cosines(network, pool, support, labels, generator, [routing], None)
-    return cosines
-
-
-def _cosines(
-    network: Network,
-    pool: Pool,
-    support: Tensor,
-    labels: Tensor,
-    generator: torch.Generator,
     routings: Sequence[Routing],
-    members: Members | None,
+    members: Members | None = None,
 ) -> list[Tensor]:
-    """`support_cosines` for each of `routings`; the prototypes are computed once."""
+    """For each of `routings` the cosines (P, S, N) of the support's views with the support's prototypes, for
+    every adapter alone. The prototypes are computed once. Arguments as of `route`.
+    """
     network = dataclasses.replace(network, autocast=None)  # scores differ in the third digit: keep float32
     # Each view draws what it would draw alone.
     generators = [generator.clone_state() for _ in routings]
@@ -125,8 +109,8 @@ def _cosines(
 
 
 def kept_members(pool: Pool) -> Members:
-    """A function that merges each member at its first call and caches it, which saves a fifth of the time of
-    routing with one image per class. Takes the memory of P networks."""
+    """A function that merges each member once, which saves a fifth of the time of routing with one image per
+    class, and takes the memory of P networks."""
     return functools.cache(functools.partial(_alone, pool))
 
 

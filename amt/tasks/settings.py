@@ -22,14 +22,11 @@ class Routing:
     """How support scores become merging coefficients.
 
     Args:
-        beta, gamma: sharpness and balance, as in amt/tasks/merge.py (the published blend_beta and
-            blend_gamma).
-        top_k: how many adapters share the weight.
-        augment_probability: chance that the support images compared with the prototypes are augmented at
-            all, where they are not attacked.
-        epsilon: from clean to robust, in 1/255 of the pixel range. 0: the published scores. Above: the same
-            scores on support images attacked within epsilon, for each adapter its own. As these are not
-            augmented, 0 is a rule of its own and not the limit of small values.
+        beta, gamma, top_k: as in amt/tasks/merge.py.
+        augment_probability: of the support images that are compared with the prototypes, where they are not
+            attacked.
+        epsilon: in 1/255 of the pixel range. Attacked images, for each adapter its own, are not augmented:
+            0 is a rule of its own and not the limit of small values.
         steps: of that attack, each of epsilon / 4.
 
     >>> Routing(beta=10, epsilon=4).view
@@ -75,13 +72,8 @@ class Routing:
 
 @dataclasses.dataclass(frozen=True)
 class Finetuning:
-    """How a network is fine-tuned on a task's support set.
-
-    Args:
-        steps: of Adam, with its usual momenta 0.9 and 0.999 and no weight decay, as published.
-        lr: its rate; 0 leaves the weights as they are.
-        augment_probability: chance that a step augments the support set at all.
-        augment_kinds: of `merge.augment`.
+    """How a network is fine-tuned on a task's support set: by Adam with its usual momenta 0.9 and 0.999 and
+    no weight decay, as published. A rate of 0 leaves the weights as they are.
     """
 
     steps: int = setting(

@@ -28,8 +28,7 @@ def chosen_share(
     """The share of `SHARES` with the least loss, the least of equals.
 
     Args:
-        features: (S, D) of the support.
-        labels: (S,) int64 in 0..N-1.
+        features, labels: (S, D), and (S,) int64 in 0..N-1, of the support.
         texts: of the N classes, as a head.
         fit: features and labels of some support images, of all classes -> their head.
         views: (V, S, D) of augmented views of the support; needed if no class has two images.

@@ -26,12 +26,8 @@ class Accuracy(NamedTuple):
 
 
 def accuracy(network: Network, weights: Weights, batches: Batches) -> float:
-    """The share of images that are classified correctly, in [0, 1], in eval mode.
-
-    Args:
-        weights: complete state dict; the work is done on its device.
-        batches: images (n, 3, S, S) float in [0, 1], labels (n,) int64, numbers of the images (n,).
-    """
+    """The share of images that are classified correctly, in [0, 1], in eval mode, on the weights' device.
+    Batches are images (n, 3, S, S) float in [0, 1], labels (n,) int64, numbers of the images (n,)."""
     device = next(iter(weights.values())).device
     right = count = 0
     with torch.no_grad():
@@ -43,19 +39,10 @@ def accuracy(network: Network, weights: Weights, batches: Batches) -> float:
 
 
 def validate(
-    network: Network,
-    weights: Weights,
-    batches: Batches,
-    adversary: Adversary,
-    seed: int,
+    network: Network, weights: Weights, batches: Batches, adversary: Adversary, seed: int
 ) -> Accuracy:
-    """Clean accuracy, and robust accuracy under PGD from a uniform start.
-
-    Args:
-        weights, batches: as of `accuracy`.
-        adversary: the attack; its own start is not used.
-        seed: decides, with the number of an image, where its attack starts: the same in every epoch.
-    """
+    """Clean accuracy, and robust accuracy under PGD from a uniform start, which the seed decides with the
+    number of an image: the same in every epoch. Other arguments as of `accuracy`."""
     weights = {name: weight.detach() for name, weight in weights.items()}
     device = next(iter(weights.values())).device
 

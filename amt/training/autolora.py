@@ -18,15 +18,7 @@ from amt.models.network import Network, logits
 from amt.models.weights import Weights, stream
 from amt.training import parallel
 from amt.training.autolora_settings import Settings
-from amt.training.objectives import (
-    Outcome,
-    attack,
-    autolora,
-    linear,
-    objective_gradients,
-    twins,
-    vanilla,
-)
+from amt.training.objectives import Outcome, attack, linear, objective_gradients, twins, two_threads
 from amt.training.optimiser import check_finite, check_loss, momentum, restore_momentum
 from amt.training.schedule import (
     LOWEST_RATE,
@@ -61,13 +53,8 @@ class StepRecord(NamedTuple):
 
 
 def new_student(network: Network, weights: Weights, settings: Settings, norms: Weights) -> Student:
-    """The student before its first step, on the device of `weights`; its tensors are copies.
-
-    Args:
-        weights: complete state dict, with the classifier.
-        norms: the pre-training's BatchNorm set for clean images, empty if there is none: then that of
-            `weights` is both.
-    """
+    """The student before its first step, on the device of `weights`, a complete state dict; its tensors are
+    copies. `norms` is the pre-training's BatchNorm set for clean images; empty: that of `weights` is both."""
     factors: Weights = {}
     if settings.branch:
         names = network.adapted(settings.published)
@@ -93,9 +80,7 @@ class FineTuner:
     continues exactly as the saved one would have.
 
     Args:
-        network: its structure.
         student: see `new_student`; becomes leaves that are trained in place.
-        settings: of the run.
         n_batches: in an epoch.
         training_accuracy: the accuracy in [0, 1] of weights on the whole training set, augmented and in eval
             mode; needed with `settings.whole_passes` only.
@@ -127,10 +112,7 @@ class FineTuner:
         self._seen: list[tuple[int, int]] = []  # right and all, of the latest batches
         self.trained = {name: student.tensors[name].requires_grad_() for name in self._trained_names()}
         self._optimiser = torch.optim.SGD(
-            list(self.trained.values()),
-            settings.lr,
-            settings.momentum,
-            weight_decay=settings.weight_decay,
+            list(self.trained.values()), settings.lr, settings.momentum, weight_decay=settings.weight_decay
         )
 
     def _trained_names(self) -> list[str]:
@@ -187,11 +169,8 @@ class FineTuner:
         return student.weights if settings.method == "twins" else student.weights | student.norms
 
     def step(self, images: Tensor, labels: Tensor) -> StepRecord:
-        """Train on one batch: (n, 3, S, S) float in [0, 1] and (n,) int64, on the student's device.
-
-        Raises:
-            NonFiniteLoss: the loss is not finite; only running statistics have changed.
-        """
+        """Train on one batch: (n, 3, S, S) float in [0, 1] and (n,) int64, on the student's device. Raises
+        NonFiniteLoss if the loss is not finite; only running statistics have changed."""
         began = time.perf_counter()
         if self.settings.weighs:
             self._weigh_first(images, labels)
@@ -240,15 +219,17 @@ class FineTuner:
         )
 
     def _outcome(self, images: Tensor, attacked: Tensor, labels: Tensor, weighing: LossWeights) -> Outcome:
-        settings = self.settings
+        network, student, settings = self.network, self.student, self.settings
         if settings.mode != "AFF":
-            return linear(self.network, self.student, attacked, labels)
+            return linear(network, student, attacked, labels)
         if settings.published and settings.high_resolution:
             weighing = weighing._replace(robust=weighing.robust * len(labels) / settings.batch_size)
-        common = (self.network, self.student, images, attacked, labels, weighing)
-        if settings.method == "autolora":
-            return autolora(*common, settings.rank)
-        return twins(*common, settings.twins_share) if settings.method == "twins" else vanilla(*common)
+        if settings.method == "twins":
+            return twins(network, student, images, attacked, labels, weighing, settings.twins_share)
+        natural = student.weights | student.norms
+        if settings.branch:
+            natural = natural_weights(network, student, settings.rank)
+        return two_threads(network, natural, student.weights, images, attacked, labels, weighing)
 
     def _similarity(
         self, images: Tensor, attacked: Tensor, labels: Tensor, weighing: LossWeights
@@ -292,16 +273,12 @@ class FineTuner:
     def check_finite(self) -> None:
         """Raise `NonFiniteLoss` if the last step left anything that is not finite."""
         check_finite(
-            self.student.tensors,
-            f"epoch {self.epoch + 1}, batch {self.batch}, learning rate {self.rate:g}",
+            self.student.tensors, f"epoch {self.epoch + 1}, batch {self.batch}, learning rate {self.rate:g}"
         )
 
     def end_epoch(self, clean: float, robust: float) -> dict:
-        """Note the validation accuracies in per cent; keep the best weights, or bring them back.
-
-        Returns:
-            The note: epoch, rate, weights of the loss, accuracies, the schedule's condition and best.
-        """
+        """Note the validation accuracies in per cent, beside epoch, rate, weights of the loss and what the
+        schedule says; keep the best weights, or bring them back."""
         rate, weighing = self.rate, self.weighing
         self.epoch, self.batch = self.epoch + 1, 0
         note = {"epoch": self.epoch, "lr": rate, "clean": clean, "robust": robust}
@@ -332,11 +309,7 @@ class FineTuner:
         }
 
     def restore(self, tensors: Weights, numbers: dict) -> None:
-        """Continue from what `state` gave.
-
-        Raises:
-            KeyError, TypeError or ValueError: it is not the state of such a tuner.
-        """
+        """Continue from what `state` gave. Raises KeyError, TypeError or ValueError for anything else."""
         best, buffers, student = {}, {}, {}
         for name, tensor in tensors.items():
             part, _, own = name.partition("/")
@@ -358,11 +331,7 @@ class FineTuner:
 
 
 def _overwrite(student: Student, source: Student) -> None:
-    """Make `student` equal to `source`, in place.
-
-    Raises:
-        ValueError: they differ in names or shapes.
-    """
+    """Make `student` equal to `source`, in place. Raises ValueError if they differ in names or shapes."""
     targets, values = student.tensors, source.tensors
     for name in sorted(targets.keys() | values.keys()):
         found = tuple(values[name].shape) if name in values else "absent"

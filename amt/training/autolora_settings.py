@@ -26,15 +26,13 @@ def _epochs(text: str) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Adversary:
-    """The attack of training or validation: projected ascent.
+    """The attack of training or validation: projected ascent. Its flags' help says the rest.
 
     Args:
         epsilon, step_size: in 1/255 of the pixel range.
-        steps: gradients taken.
         start: of training, "gaussian", 0.001 times a standard normal; "uniform" in an L-infinity ball, where
             the first gradient is taken even outside of the pixel range; "uniform_valid" in the ball and the
             pixel range; "none", the images.
-        norm: "linf" or "l2".
     """
 
     epsilon: float = setting(
@@ -69,13 +67,10 @@ class Adversary:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How one mode is fine-tuned; plain values but for `adversary`.
+    """How one mode is fine-tuned; plain values but for `adversary`. The flags' help says the rest.
 
     Args:
         mode: "SLF", "ALF" or "AFF".
-        method: of AFF, "autolora", "vanilla" or "twins".
-        epochs, batch_size: length of the run.
-        lr, momentum, weight_decay: of SGD, over everything that is trained.
         adversary: of training.
         auto_lr: reduce the rate and bring the best weights back by the validation accuracies; otherwise
             divide by ten after the epochs in `milestones`.
@@ -83,21 +78,14 @@ class Settings:
             `scale`.
         natural_share: the fixed lambda_1.
         scale: the largest (or the fixed) weight of the divergence.
-        divide: what a reduction divides the rate by.
-        milestones: of the ordinary schedule.
-        rank: of the low-rank branch.
         dual_norms: clean images have a BatchNorm set of their own.
         high_resolution: the schedule for 224 px: windows of four epochs, an end at a rate under 1e-5, and
             weights of the loss that are set once per epoch.
-        whole_passes: measure the accuracy that weighs the loss by passes over the whole training set, as the
-            paper has it; otherwise on the batches as they are trained on, at no cost.
         published: repeat the deviations of the published code: that accuracy without the branch (low
             resolution, one BatchNorm set); the branch in some blocks only; windows of 50 epochs for any
             number; at high resolution a divergence divided by the nominal batch size; with two BatchNorm sets
             the first image's shortcuts for all. Not repeated: choices on test data, and at high resolution
             an attack of validation that starts at the images.
-        twins_share: weight of the frozen half's loss.
-        similarity_every: batches after which the gradients of the two objectives are compared; 0 for never.
         seed: decides order, augmentation and the attacks' starts.
     """
 
@@ -138,8 +126,7 @@ class Settings:
         "which costs nothing",
     )
     published: bool = setting(
-        False,
-        "repeat what the published code does otherwise than the paper (implies --whole_passes)",
+        False, "repeat what the published code does otherwise than the paper (implies --whole_passes)"
     )
     twins_share: float = setting(
         0.3, "weight of the frozen half of TWINS", flag="twins_lambda", least=0, most=10**6

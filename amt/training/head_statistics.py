@@ -17,14 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amt.attacks.perturb import Ball, ascend
-from amt.models.heads import (
-    Cosine,
-    PoolStatistics,
-    Statistics,
-    index_in_class,
-    prototypes,
-    within_class,
-)
+from amt.models.heads import Cosine, PoolStatistics, Statistics, index_in_class, prototypes, within_class
 from amt.models.network import CHUNK, Network, features, fixed_features
 from amt.models.pool import Pool
 from amt.models.weights import Merged, stream
@@ -43,14 +36,12 @@ def measure_statistics(
     """The statistics of every member of a pool and of the pretrained network, float32 on the CPU.
 
     Args:
-        network: the structure, in float32.
-        pool: of P members, on the network's device.
-        pretrained: the weights that it was tuned from, see `classifier.pretrained`.
-        episodes: of TRAIN classes, on the network's device; gone through once.
+        network: the structure, in float32; pool and episodes are on its device.
+        pretrained: the weights that the pool was tuned from, see `classifier.pretrained`.
+        episodes: of TRAIN classes; gone through once.
         seed: decides, with an episode's place, the attack's random starts.
 
-    Raises:
-        InputError: there is no episode, or too few images for a covariance.
+    Raises InputError as `covariances`.
     """
     members = [functools.cache(functools.partial(pool[p].merged, (1.0,))) for p in range(len(pool))]
     *own, plain = covariances(network, [*members, lambda: pretrained], episodes, seed)
@@ -59,18 +50,10 @@ def measure_statistics(
 
 
 def covariances(
-    network: Network, networks: Networks, episodes: Iterable[Episode], seed: int, chunk: int = CHUNK
+    network: Network, networks: Networks, episodes: Iterable[Episode], seed: int
 ) -> list[Statistics]:
-    """Two covariances for each of `networks`, (D, D) float32 on the CPU.
-
-    Args:
-        networks: each is called once for every episode.
-        episodes, seed: as of `measure_statistics`.
-        chunk: images in one pass.
-
-    Raises:
-        InputError: there is no episode, or too few images for a covariance.
-    """
+    """Two covariances for each of `networks`, (D, D) float32 on the CPU. Arguments as of
+    `measure_statistics`. Raises InputError if there is no episode, or too few images for a covariance."""
     nothing = torch.zeros((), dtype=torch.float64, device=network.device)
     sums = [[nothing, nothing] for _ in networks]
     freedom = moved = 0
@@ -79,11 +62,9 @@ def covariances(
         labels = torch.cat([episode.support_labels, episode.query_labels])
         which = _some(episode.query_labels, episode.n_way)
         for k, merged in enumerate(networks):
-            found = torch.cat(
-                [fixed_features(network, merged().weights, part) for part in images.split(chunk)]
-            )
+            found = fixed_features(network, merged().weights, images)
             sums[k][0] = sums[k][0] + within_class(found.double(), labels)
-            moves = displacement(network, merged(), episode, found, which, (seed, number), chunk).double()
+            moves = displacement(network, merged(), episode, found, which, (seed, number)).double()
             sums[k][1] = sums[k][1] + moves.T @ moves
         freedom += len(labels) - episode.n_way
         moved += len(which)
@@ -96,13 +77,7 @@ def covariances(
 
 
 def displacement(
-    network: Network,
-    merged: Merged,
-    episode: Episode,
-    found: Tensor,
-    which: Tensor,
-    key: tuple[int, int],
-    chunk: int = CHUNK,
+    network: Network, merged: Merged, episode: Episode, found: Tensor, which: Tensor, key: tuple[int, int]
 ) -> Tensor:
     """Feature of the attacked image minus feature of the clean one: (n, D) for n queries of an episode.
 
@@ -115,7 +90,7 @@ def displacement(
     n_support = len(episode.support)
     head = Cosine(prototypes(found[:n_support], episode.support_labels), scale, bias)
     ball, moves = Ball("linf", EPSILON, EPSILON / 4), []
-    for part in which.split(chunk):
+    for part in which.split(CHUNK):
         images, labels = episode.query[part], episode.query_labels[part]
 
         def loss_of(moved: Tensor, labels=labels) -> Tensor:

@@ -46,11 +46,9 @@ class Keeper:
         folder: created if missing.
         kind: of run, in words, such as "a meta-tuning"; another kind's directory is refused.
         settings: what decides the result; a run of other settings is refused.
-        flag: the flag that names the directory, for messages.
-        overwrite: start anew, whatever is there.
+        flag, overwrite, older: as of `RunDirectory`.
         minutes: of training after which a checkpoint is due within an epoch; 0 for none.
-        results: patterns of other files of this run below the directory; `overwrite` removes them too.
-        older: settings that runs of older versions do not name, as they were in those.
+        results: patterns of files of this run besides those above.
         ranks: that train together; every rank makes the same calls, except where it says otherwise.
 
     Raises:
@@ -112,10 +110,8 @@ class Keeper:
         self._ranks = ALONE
 
     def begin(self, what: str, unit: str, total: int, done: int) -> None:
-        """Open the progress line and TensorBoard's file; `done` of `total` units are done.
-
-        Call it after `last`, if it exists, has been checked against the settings.
-        """
+        """Open the progress line and TensorBoard's file; `done` of `total` units are done. To be called once
+        `last`, if it exists, has been checked against the settings."""
         self._saved_at, self._due = time.monotonic(), False
         self.good = self.last if done and self.last.exists() else None
         if self._ranks.first:
@@ -219,11 +215,7 @@ def check_resumable(path: Path, saved: checkpoint.Checkpoint) -> None:
 
 def fine_tuning_state(path: Path) -> tuple[Weights, dict]:
     """The tensors that a fine-tuning continues from, and the header of its file, with at least `protocol` and
-    `tuner`.
-
-    Raises:
-        InputError: the file is damaged or holds no such state.
-    """
+    `tuner`. Raises InputError for a file that is damaged or holds no such state."""
     content = weight_files.read(path, "state of a fine-tuning")
     try:
         about = checkpoint.parse_header(path, content.header[checkpoint.HEADER])

@@ -22,14 +22,10 @@ def robust_loss(
     """Cross-entropy plus beta times the mean KL from clean to attacked.
 
     Args:
-        clean, attacked: logits (..., Q, N) of the clean and the attacked queries, neither detached.
-        labels: (Q,) int64 in 0..N-1.
+        clean, attacked: logits (..., Q, N), neither detached; labels are (Q,), the losses (...).
         beta: weight of the robust term, a number or (...); AutoLoRa's lambda_2.
         share: of the clean logits in the cross-entropy, in [0, 1]; the attacked ones have the rest. 1 is
             TRADES; AutoLoRa (Xu et al. 2024, eq. 6) has lambda_1 here.
-
-    Returns:
-        Means over the queries (...), with graph.
     """
     natural = cross_entropy_sum(clean, labels) / len(labels)
     if share != 1:

@@ -26,17 +26,8 @@ _HALF = 2.4  # of a value kept in mixed precision, where some stay float32
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What decides the memory of a step of training, besides the network.
-
-    Args:
-        method: one of `METHODS`.
-        tune: "lora" or "full".
-        members: of the pool.
-        at_once: levels in one pass.
-        support, query: images of the episode.
-        micro_batch: images of a level in one part; None for all.
-        grad_checkpointing: whether blocks are made again.
-    """
+    """What decides the memory of a step of training, besides the network: the flags of main.py, the members
+    of the pool, how many levels go in one pass (`at_once`), and the images of an episode."""
 
     method: str
     tune: str

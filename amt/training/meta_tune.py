@@ -72,28 +72,27 @@ def query_outcome(
 
     Args:
         pool: P members whose factors and scale require gradients, and their levels, which have grids, scalars
-            and steps in common; where every gamma is 0 the weights do not move.
+            and steps in common.
         start: the attack's start on the queries of all levels (P Q, 3, H, W), see `started`.
         loss_scale: scales the losses whose gradients steer the two perturbations, so that float16 does not
             flush them to zero: a number, or one for each level (P,).
         head: what classifies the queries, see `TuneSettings`.
     """
     # The support has no part in the move of the weights: there its head is settled.
-    heads, weights, settled, fixed = _fitted_to_support(network, pool, episode, head)
+    heads, weights, settled, still = _fitted_to_support(network, pool, episode, head)
     query = _for_each(pool, episode.query)
     clean = level_features(network, weights, query)
     target = settled(clean).detach()
 
-    def divergence(images: Tensor, which: slice) -> Tensor:
-        return (loss_scale * kl_sum(target[:, which], fixed(images))).sum()
+    def divergence(seen: Tensor, which: slice) -> Tensor:
+        return kl_sum(target[:, which], settled(seen))
 
-    images = attacked_queries(pool.levels, divergence, query, start, network.micro_batch, network.compiler)
+    images = attacked_queries(network, pool.levels, still, divergence, query, start, loss_scale)
     attacked = level_features(network, weights, images)
-    gamma, beta = _numbers(pool.levels, "gamma", pool.scale), _numbers(pool.levels, "beta", target)
-    if any(level.gamma > 0 for level in pool.levels):
+    beta = _numbers(pool.levels, "beta", target)
+    if _weights_move(pool):
         uphill = robust_loss(settled(clean), settled(attacked), episode.query_labels, beta)
-        moved = perturb_weights((loss_scale * uphill.total).sum(), pool.factors, gamma)
-        weights = _weights(network, pool.with_factors(moved))
+        weights = _moved(network, pool, loss_scale * uphill.total)
         both = level_features(network, weights, torch.cat([query, images], dim=1))
         clean, attacked = both.chunk(2, dim=1)
     clean_logits, attacked_logits = _classified(heads, clean), _classified(heads, attacked)
@@ -114,16 +113,16 @@ def querying_outcome(
     The attack increases the cross-entropy with the true labels, under weights and prototypes as they are.
     Arguments as of `query_outcome`, queries (Q, 3, H, W); the levels' `gamma` and `beta` are not used.
     """
-    heads, weights, _, fixed = _fitted_to_support(network, pool, episode, head)
+    heads, weights, settled, still = _fitted_to_support(network, pool, episode, head)
     query = _for_each(pool, episode.query)
 
-    def mistakes(images: Tensor, which: slice) -> Tensor:
-        return (loss_scale * cross_entropy_sum(fixed(images), episode.query_labels[which])).sum()
+    def mistakes(seen: Tensor, which: slice) -> Tensor:
+        return cross_entropy_sum(settled(seen), episode.query_labels[which])
 
-    images = attacked_queries(pool.levels, mistakes, query, start, network.micro_batch, network.compiler)
+    images = attacked_queries(network, pool.levels, still, mistakes, query, start, loss_scale)
     attacked = _classified(heads, level_features(network, weights, images))
     with torch.no_grad():
-        clean = fixed(query)  # for the record: nothing is learnt from it
+        clean = settled(level_features(network, still, query))  # for the record: nothing is learnt from it
     return QueryOutcome(_cross_entropy_alone(attacked, episode.query_labels), clean, attacked)
 
 
@@ -166,27 +165,23 @@ def feature_outcome(
     query = _for_each(pool, episode.query)
     with torch.no_grad():
         anchor = features(network, network.weights, episode.query)
-        settled = _fitted_to_support(network, pool, episode, head)[2]
-        still = network.cast({name: weight.detach() for name, weight in pool.stack().items()})
+        _, _, settled, still = _fitted_to_support(network, pool, episode, head)
         clean = level_features(network, still, query)
 
-    def away(images: Tensor, which: slice) -> Tensor:
-        found = level_features(network, still, images)
-        return (loss_scale * squared_distance_sum(found, anchor[which])).sum()
+    def away(seen: Tensor, which: slice) -> Tensor:
+        return squared_distance_sum(seen, anchor[which])
 
-    images = attacked_queries(pool.levels, away, query, start, network.micro_batch, network.compiler)
+    images = attacked_queries(network, pool.levels, still, away, query, start, loss_scale)
     weights = _weights(network, pool)
-    if moves and any(level.gamma > 0 for level in pool.levels):
-        uphill = loss_scale * squared_distance_sum(level_features(network, weights, images), anchor)
-        gamma = _numbers(pool.levels, "gamma", pool.scale)
-        weights = _weights(network, pool.with_factors(perturb_weights(uphill.sum(), pool.factors, gamma)))
     attacked = level_features(network, weights, images)
+    if moves and _weights_move(pool):
+        weights = _moved(network, pool, loss_scale * squared_distance_sum(attacked, anchor))
+        attacked = level_features(network, weights, images)
     near, far = (squared_distance_sum(each, anchor) / len(anchor) for each in (clean, attacked))
     return QueryOutcome(RobustLoss(far, near, far), settled(clean), settled(attacked.detach()))
 
 
 OUTCOMES = {"adsv": query_outcome, "querying": querying_outcome, "standard": natural_outcome}
-METHODS = tuple(OUTCOMES)
 
 
 def outcome_of(settings: TuneSettings) -> Callable[..., QueryOutcome]:
@@ -204,6 +199,16 @@ def _for_each(pool: Pool, images: Tensor) -> Tensor:
 def _weights(network: Network, pool: Pool) -> Weights:
     """Weights of all members for `level_features`, with graph to every factor."""
     return network.cast(pool.stack(apart=network.takes_factors))
+
+
+def _weights_move(pool: Pool) -> bool:
+    return any(level.gamma > 0 for level in pool.levels)
+
+
+def _moved(network: Network, pool: Pool, losses: Tensor) -> Weights:
+    """Weights of all members moved uphill on the losses (P,), whose graph is freed."""
+    gamma = _numbers(pool.levels, "gamma", pool.scale)
+    return _weights(network, pool.with_factors(perturb_weights(losses.sum(), pool.factors, gamma)))
 
 
 def _numbers(levels: Sequence[Perturbation], name: str, like: Tensor) -> Tensor:
@@ -226,10 +231,9 @@ def _classified(heads: list[Fitted], queries: Tensor) -> Tensor:
 
 def _fitted_to_support(
     network: Network, pool: Pool, episode: Episode, head: str | None
-) -> tuple[list[Fitted], Weights, Fitted, Callable[[Tensor], Tensor]]:
+) -> tuple[list[Fitted], Weights, Fitted, Weights]:
     """All members fitted to the support set: heads with graph; weights with a graph of their own for the
-    queries; and without graph all heads as one, and the classifier images (P, Q, 3, H, W) -> logits (P, Q, N)
-    for the attack, differentiable by the images alone."""
+    queries; and without graph all heads as one, and the weights, for the attack."""
     weights = _weights(network, pool)
     support = level_features(network, weights, _for_each(pool, episode.support))
     heads = _fit(pool, head, support, episode.support_labels)
@@ -237,11 +241,7 @@ def _fitted_to_support(
     if not network.takes_factors:  # the weight perturbation frees the graph of the merged weights
         weights = _weights(network, pool)
     still = network.cast({name: weights[name].detach() for name in pool.shapes})
-
-    def fixed(images: Tensor) -> Tensor:
-        return settled(level_features(network, still, images))
-
-    return heads, weights, settled, fixed
+    return heads, weights, settled, still
 
 
 def _cross_entropy_alone(logits: Tensor, labels: Tensor) -> RobustLoss:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from amt.attacks.losses import kl_sum
 from amt.attacks.perturb import ascend
-from amt.models.branch import Student, natural_weights
+from amt.models.branch import Student
 from amt.models.network import Network, logits
 from amt.models.weights import Weights
 from amt.training.autolora_settings import Adversary
@@ -49,14 +49,8 @@ def attack(
     generator: torch.Generator,
     away_from: Weights | None = None,
 ) -> Tensor:
-    """Training images moved to raise the loss of the network in eval mode: (n, 3, S, S) in [0, 1], no graph.
-
-    Args:
-        images: (n, 3, S, S) float in [0, 1].
-        labels: (n,) int64 in 0..K-1.
-        away_from: raise the KL divergence from the prediction that these weights make of the images as they
-            are, in place of the cross-entropy.
-    """
+    """Training images (n, 3, S, S) in [0, 1] moved to raise the cross-entropy of the network in eval mode,
+    or the KL divergence from the prediction that weights `away_from` make of the images as they are."""
     weights = _detached(weights)
     if away_from is not None:
         with torch.no_grad():
@@ -75,43 +69,7 @@ def _detached(weights: Weights) -> Weights:
     return {name: weight.detach() for name, weight in weights.items()}
 
 
-def autolora(
-    network: Network,
-    student: Student,
-    images: Tensor,
-    attacked: Tensor,
-    labels: Tensor,
-    weighing: LossWeights,
-    rank: int,
-) -> Outcome:
-    """AutoLoRa's loss (eq. 6): clean images through the branch first, then attacked ones through the network.
-
-    Both passes are in train mode, so running statistics are updated twice where there is one BatchNorm set.
-
-    Args:
-        images, attacked: (n, 3, S, S) float in [0, 1].
-        labels: (n,) int64 in 0..K-1.
-        rank: r of the branch.
-    """
-    natural = natural_weights(network, student, rank)
-    return _two_passes(network, natural, student.weights, images, attacked, labels, weighing)
-
-
-def vanilla(
-    network: Network,
-    student: Student,
-    images: Tensor,
-    attacked: Tensor,
-    labels: Tensor,
-    weighing: LossWeights,
-) -> Outcome:
-    """TRADES on images and attacked (n, 3, S, S), labels (n,); clean images use, and train, the second
-    BatchNorm set if there is one."""
-    natural = student.weights | student.norms
-    return _two_passes(network, natural, student.weights, images, attacked, labels, weighing)
-
-
-def _two_passes(
+def two_threads(
     network: Network,
     natural: Weights,
     weights: Weights,
@@ -120,7 +78,17 @@ def _two_passes(
     labels: Tensor,
     weighing: LossWeights,
 ) -> Outcome:
-    """Clean images through the one set of weights, then attacked ones through the other, in train mode."""
+    """The loss of AutoLoRa (eq. 6) and of TRADES: first clean images through the natural thread, then
+    attacked ones through the deployed network, in train mode. A BatchNorm set that they share has its running
+    statistics updated twice.
+
+    Args:
+        natural: of AutoLoRa the `natural_weights`; of TRADES the network's, with the second BatchNorm set, if
+            there is one.
+        weights: of the deployed network.
+        images, attacked: (n, 3, S, S) float in [0, 1].
+        labels: (n,) int64 in 0..K-1.
+    """
     clean = logits(network, natural, images, training=True)
     moved = logits(network, weights, attacked, training=True)
     return Outcome(robust_loss(clean, moved, labels, weighing.robust, weighing.natural), clean, moved)
@@ -139,10 +107,8 @@ def twins(
     the statistics it was pre-trained with (its second set, with parameters of its own), the second through
     the adaptive one, which is deployed. A batch of one image is the adaptive network's.
 
-    Args:
-        images, attacked: (n, 3, S, S) float in [0, 1].
-        labels: (n,) int64 in 0..K-1.
-        share: weight of the frozen half's loss, the authors' lambda; the other half has 1.
+    Arguments as of `two_threads`, images (n, 3, S, S); `share` is the weight of the frozen half's loss, the
+    authors' lambda; the other half has 1.
     """
     half = len(images) // 2
     frozen, adaptive = student.weights | student.norms, student.weights
@@ -178,12 +144,8 @@ def objective_gradients(
     weighing: LossWeights,
 ) -> tuple[Weights, Weights]:
     """Gradients of the natural and of the adversarial objective, CE(nat) and (1 - l1) CE(adv) +
-    l2 KL(nat || adv), for the deployed network in eval mode without its classifier, by name.
-
-    Args:
-        images, attacked: (n, 3, S, S) float in [0, 1].
-        labels: (n,) int64 in 0..K-1.
-    """
+    l2 KL(nat || adv), for the deployed network in eval mode without its classifier, by name. Arguments as of
+    `two_threads`, images (n, 3, S, S)."""
     own = f"{network.classifier}."
     shared = {name: student.weights[name] for name in network.parameters if not name.startswith(own)}
     shared = {name: weight.detach().requires_grad_() for name, weight in shared.items()}

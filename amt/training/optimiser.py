@@ -23,10 +23,8 @@ def check_loss(loss: float, where: str) -> None:
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise `NonFiniteLoss` if a tensor, of any shape, is not finite after the last step.
-
-    The loss of that step may still have been finite; such weights must not be saved.
-    """
+    """Raise `NonFiniteLoss` if a tensor, of any shape, is not finite after the last step, whose loss may
+    still have been."""
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise NonFiniteLoss(f"{name} is no longer finite at {where}")
@@ -35,23 +33,15 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
 def momentum(optimiser: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> Weights:
     """The momentum buffers of SGD by the names of their parameters, which have any shape; none before a
     parameter's first step."""
-    states = {name: optimiser.state.get(parameter, {}) for name, parameter in parameters.items()}
-    return {
-        name: state["momentum_buffer"]
-        for name, state in states.items()
-        if state.get("momentum_buffer") is not None
-    }
+    held = {name: optimiser.state.get(each, {}).get("momentum_buffer") for name, each in parameters.items()}
+    return {name: buffer for name, buffer in held.items() if buffer is not None}
 
 
 def restore_momentum(
     optimiser: torch.optim.Optimizer, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
 ) -> None:
-    """Continue from what `momentum` gave, tensors of any shape; the buffers are copied.
-
-    Raises:
-        KeyError: there is no parameter of that name.
-        ValueError: a buffer has another shape than its parameter.
-    """
+    """Continue from what `momentum` gave, tensors of any shape; the buffers are copied. Raises KeyError for a
+    buffer of no parameter, ValueError for one of another shape than its own."""
     for name, buffer in buffers.items():
         parameter = parameters[name]
         if buffer.shape != parameter.shape:

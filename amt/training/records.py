@@ -18,6 +18,11 @@ class StepRecord(NamedTuple):
     n_way: int
     seconds_per_step: float
 
+    @classmethod
+    def of(cls, row: Sequence[float]) -> "StepRecord":
+        """The record in a row of numbers."""
+        return cls._make(row)._replace(n_way=int(row[6]))
+
 
 def mean(records: Sequence[StepRecord]) -> StepRecord:
     """The mean of one level's records of the episodes of one step; the ways are those of the last."""
@@ -26,14 +31,8 @@ def mean(records: Sequence[StepRecord]) -> StepRecord:
 
 
 class EpochSums(NamedTuple):
-    """Sums over one level's steps since an epoch began, which show a collapse.
-
-    Args:
-        steps: how many.
-        excess: of |natural loss - ln(ways)|.
-        divergence: of the robust loss.
-        ways: of the last step.
-    """
+    """Sums over one level's steps since an epoch began, which show a collapse: of 1, of the natural loss's
+    distance from ln(ways), of the robust loss; and the ways of the last step."""
 
     steps: int
     excess: float
@@ -46,11 +45,8 @@ class EpochSums(NamedTuple):
         return EpochSums(self.steps + 1, self.excess + excess, self.divergence + record.robust, record.n_way)
 
     def collapsed(self, robust: bool) -> bool:
-        """Whether the level looks like a constant network: loss at ln(ways), KL divergence at zero.
-
-        Args:
-            robust: whether the level trains against an adversary (only then is there a divergence).
-        """
+        """Whether the level looks like a constant network: loss at ln(ways), and where it trains against an
+        adversary (`robust`) KL divergence at zero."""
         if self.steps == 0 or self.excess / self.steps >= 0.01:
             return False
         return not robust or self.divergence / self.steps < 1e-3

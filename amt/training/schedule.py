@@ -20,23 +20,16 @@ SHORTEST_WINDOW = 2
 
 
 class LossWeights(NamedTuple):
-    """Weights of the terms of the loss (eq. 7).
-
-    Args:
-        natural: lambda_1, of the natural cross-entropy; the adversarial one has 1 - lambda_1.
-        robust: lambda_2, of the KL divergence.
-    """
+    """Weights of the terms of the loss (eq. 7): lambda_1 of the natural cross-entropy, where the adversarial
+    one has 1 - lambda_1, and lambda_2 of the KL divergence."""
 
     natural: float
     robust: float
 
 
 def loss_weights(accuracy: float, scale: float = 6.0) -> LossWeights:
-    """The weights for an accuracy in [0, 1] of the natural branch on the training data.
-
-    Args:
-        scale: the largest lambda_2.
-    """
+    """The weights for an accuracy in [0, 1] of the natural branch on the training data; `scale` is the
+    largest lambda_2."""
     return LossWeights(1 - accuracy, scale * accuracy)
 
 
@@ -52,10 +45,6 @@ def windows(mode: str, epochs: int, high_resolution: bool = False, published: bo
     Linear modes and high resolutions look back every four epochs. When everything is fine-tuned at a low
     resolution the windows shrink from 16 epochs to 2 over 50 epochs, and in proportion over another number;
     the published code keeps those of 50 epochs.
-
-    Args:
-        mode: "SLF", "ALF" or "AFF".
-        epochs: of the whole training.
     """
     if mode != "AFF" or high_resolution:
         return list(range(0, epochs + 1, LINEAR_WINDOW))
@@ -72,7 +61,7 @@ class Verdict(NamedTuple):
     """The schedule's decision after the validation accuracies of all epochs so far.
 
     Args:
-        rate: the learning rate of the next epoch.
+        rate: of the next epoch.
         condition: why the rate was just reduced and the best weights come back: 1, the accuracy rose in
             fewer than 75% of the window's epochs; 2, the window brought no new best; 0, no reduction.
         best: the first of the epochs (from 1) with the highest accuracy; 0 before the first.
@@ -91,9 +80,7 @@ def verdict(accuracies: Sequence[float], windows: Sequence[int], rate: float, di
 
     Args:
         accuracies: robust validation accuracy after epochs 1, 2, ...; ties are no improvement.
-        windows: see `windows`; empty or (0,) never reduces the rate.
-        rate: of the first epoch.
-        divide: what a reduction divides the rate by.
+        windows: see `windows`; empty or (0,) never reduces the rate, which starts as `rate`.
     """
     starts = {end + 1: (start, end) for start, end in itertools.pairwise(windows)}
     best, best_at_last_look, condition = 0, None, 0

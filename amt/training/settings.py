@@ -12,20 +12,15 @@ MOST_RATE = 1000
 
 @dataclasses.dataclass(frozen=True)
 class TuneSettings:
-    """How the pool is trained; the robustness levels are the pool's own.
+    """How the pool is trained; the robustness levels are the pool's own. The flags' help says the rest.
 
     Args:
-        epochs, episodes_per_epoch: length of the run.
-        episodes_per_step: episodes whose gradients a step averages; it divides `episodes_per_epoch`.
+        episodes_per_step: divides `episodes_per_epoch`.
         lr, warmup_lr, min_lr, warmup_epochs: cosine schedule, constant within an epoch, linear warm-up.
-        momentum: of SGD.
-        method: one of `METHODS`; see amt/training/meta_tune.py.
-        clip_grad: largest norm of one level's gradient, or None.
-        epsilon_warmup: episodes over which epsilon and step size grow linearly to their level; 0 for none.
-        epsilon_from: an episode's epsilon is drawn uniformly from this to the level's own; None: it is that.
-        loss: one of `LOSSES` in place of the method's own, which knows the labels; None: the method's own.
-            "features" needs an adversary.
-        head: what classifies the queries, one of `TRAINED` with its default options; None: prototypes.
+        method: see amt/training/meta_tune.py.
+        clip_grad, epsilon_from, loss, head: None for none, the level's own, the method's own, prototypes.
+        epsilon_warmup: the step size grows with it.
+        loss: "features" needs an adversary.
         seed: decides the attacks' random starts, together with the episode's number and the level.
 
     >>> TuneSettings(method="standard").adversarial

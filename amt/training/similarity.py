@@ -16,18 +16,11 @@ _PARAMETERS = ("weight", "bias")
 
 
 def gradient_similarity(natural: Mapping[str, Tensor], adversarial: Mapping[str, Tensor]) -> dict[str, float]:
-    """The cosine between the gradients of two objectives, by layer, in the order of `natural`.
+    """The cosine between the gradients of two objectives, tensors of any shape by the names of parameters.
 
-    All parameters of a layer, such as its weight and bias, make up one vector. A layer on which a gradient
-    is exactly zero has no direction, and NaN for its cosine.
-
-    Args:
-        natural, adversarial: by the name of a parameter, the gradient of an objective with respect to it, of
-            any shape; the same names in both.
-
-    Raises:
-        ValueError: the names or the shapes differ.
-    """
+    All parameters of a layer, such as its weight and bias, make up one vector. A layer on which a gradient is
+    exactly zero has no direction, and NaN for its cosine. Raises ValueError if the names or the shapes
+    differ."""
     if natural.keys() != adversarial.keys():
         raise ValueError(f"gradients of other parameters: {sorted(natural.keys() ^ adversarial.keys())[:3]}")
     layers: dict[str, list[str]] = {}

@@ -66,7 +66,7 @@ class Tuner:
 
     Args:
         pool: all members, on every rank.
-        at_once: most levels in one pass; fewer need less memory and give the same result. None for all.
+        at_once: most levels in one pass, for less memory; None for all.
         ranks: that train it together, each its `share`; what they know of others' levels are the records.
 
     >>> tuner = Tuner(network, pool, TuneSettings(method="standard"))
@@ -88,8 +88,9 @@ class Tuner:
         self._sums = [NO_STEPS] * len(pool)
         self._ranks, self.share = ranks, share(ranks.rank, ranks.world, len(pool))
         shares = [share(rank, ranks.world, len(pool)) for rank in range(ranks.world)]
+        distinct = dict.fromkeys(each.levels for each in shares)
         self._siblings = ranks.split(  # those who train the same levels
-            [[rank for rank, each in enumerate(shares) if each.levels == own] for own in _distinct(shares)]
+            [[rank for rank, each in enumerate(shares) if each.levels == own] for own in distinct]
         )
         self._plain = pool.to("cpu") if ranks.world > 1 else None  # what `gathered` puts members back into
         # The levels that train together, by their numbers, and leaves of their members side by side.
@@ -135,20 +136,15 @@ class Tuner:
         ]
 
     def step(self, *episodes: Episode) -> list[StepRecord]:
-        """Train on the episodes of one step; a record per level, the mean over all of the step's episodes.
-
-        Args:
-            episodes: this rank's share of the step, all of it if it is alone.
-
-        Raises:
-            NonFiniteLoss: the loss of a level is not finite; no level of its pass has made its step.
-        """
+        """Train on this rank's share of the episodes of one step; a record per level, the mean over all of
+        the step's episodes. Raises NonFiniteLoss if the loss of a level is not finite; no level of its pass
+        has made its step."""
         size, lr = self.settings.episodes_per_step, learning_rate(self.settings, self.epoch)
         starts_epoch = self.episodes_done % self.settings.episodes_per_epoch == 0
-        rows = torch.zeros(len(self._sums), size, len(_Row._fields), dtype=torch.float64)
+        rows = torch.zeros(len(self._sums), size, len(StepRecord._fields), dtype=torch.float64)
         for numbers, leaves in self._together.items():
             self._step_together(numbers, leaves, episodes, rows, lr)
-        found = [[_Row._make(row).record(lr) for row in level] for level in self._ranks.total(rows).tolist()]
+        found = [[StepRecord.of(row) for row in level] for level in self._ranks.total(rows).tolist()]
         for p, records in enumerate(found):
             before = NO_STEPS if starts_epoch else self._sums[p]
             self._sums[p] = functools.reduce(EpochSums.plus, records, before)
@@ -168,12 +164,7 @@ class Tuner:
             check_finite(_parameters(member), f"episode {self.episodes_done}, level {p}")
 
     def _step_together(
-        self,
-        numbers: Sequence[int],
-        leaves: Pool,
-        episodes: Sequence[Episode],
-        rows: Tensor,
-        lr: float,
+        self, numbers: Sequence[int], leaves: Pool, episodes: Sequence[Episode], rows: Tensor, lr: float
     ) -> None:
         """The passes of some levels, one for each episode, and then each one's step of its own; what is noted
         of them goes into `rows` (P, B, fields)."""
@@ -183,7 +174,7 @@ class Tuner:
         for first in range(0, size, places):
             place = first + self.share.place
             if place < size:  # else others have an episode left: they are only listened to
-                found, noted = self._gradients(numbers, leaves, episodes[first // places], place)
+                found, noted = self._gradients(numbers, leaves, episodes[first // places], place, lr)
                 rows[list(numbers), place] = torch.tensor(noted, dtype=torch.float64)
             for gradients in self._siblings.each(found)[: size - first]:
                 total = [_sum(a, b) for a, b in zip(total, gradients, strict=True)] if total else gradients
@@ -193,8 +184,8 @@ class Tuner:
             self._descend(p, [None if gradient is None else gradient[k : k + 1] for gradient in total], lr)
 
     def _gradients(
-        self, numbers: Sequence[int], leaves: Pool, episode: Episode, place: int
-    ) -> tuple[list[Tensor | None], list["_Row"]]:
+        self, numbers: Sequence[int], leaves: Pool, episode: Episode, place: int, lr: float
+    ) -> tuple[list[Tensor | None], list[StepRecord]]:
         """The scaled gradients (P, ...) of some levels on the episode `place` of a step, and what is noted of
         each level."""
         began = time.perf_counter()
@@ -219,7 +210,7 @@ class Tuner:
             parameter.grad = None
         seconds = (time.perf_counter() - began) / len(numbers)
         n_way = outcome.clean.shape[-1]
-        return gradients, [_Row._make([*row[1:6], n_way, seconds]) for row in told]
+        return gradients, [StepRecord._make([*row[1:6], lr, n_way, seconds]) for row in told]
 
     def _descend(self, p: int, gradients: Sequence[Tensor | None], lr: float) -> None:
         """One step of SGD on level p, by the scaled gradients of its parameters."""
@@ -286,10 +277,7 @@ class Tuner:
 
     def restore(self, buffers: Weights, numbers: dict) -> None:
         """Continue from the state of all levels, what `gathered` gave; the pool is given to the constructor.
-
-        Raises:
-            KeyError, IndexError, TypeError or ValueError: it is not the state of such a tuner.
-        """
+        Raises KeyError, IndexError, TypeError or ValueError for anything else."""
         self.episodes_done = numbers["episodes_done"]
         for p, member in self._members.items():
             own = {name.removeprefix(f"{p}."): b for name, b in buffers.items() if name.startswith(f"{p}.")}
@@ -300,21 +288,6 @@ class Tuner:
             self._sums = [EpochSums(*numbers["seen"][p]) for p in range(len(self._sums))]
 
 
-class _Row(NamedTuple):
-    """What is noted of one level on one episode: a `StepRecord` without the learning rate."""
-
-    total: float
-    natural: float
-    robust: float
-    clean_accuracy: float
-    robust_accuracy: float
-    n_way: float
-    seconds: float
-
-    def record(self, lr: float) -> StepRecord:
-        return StepRecord(*self[:5], lr=lr, n_way=int(self.n_way), seconds_per_step=self.seconds)
-
-
 def meta_tune(
     network: Network, pool: Pool, episodes: Iterable[Episode], settings: TuneSettings | None = None
 ) -> Pool:
@@ -323,9 +296,7 @@ def meta_tune(
     main.py does the same step, and keeps a run beside it: checkpoints, validation, a log.
 
     Args:
-        network: the structure, on the device to train on.
-        pool: on that device, for example a `principal_pool`; it is not written to.
-        episodes: support (S, 3, H, W) and query (Q, 3, H, W) in [0, 1].
+        pool: on the network's device, for example a `principal_pool`; it is not written to.
         settings: length and rate; None for the published ones, whose first epochs warm up.
 
     Raises:
@@ -374,10 +345,6 @@ def _on_cpu(tensors: Weights) -> Weights:
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return None if one is None or other is None else one + other
-
-
-def _distinct(shares: Sequence[Share]) -> list[tuple[int, ...]]:
-    return list(dict.fromkeys(each.levels for each in shares))
 
 
 def _leaves(pool: Pool) -> Pool:

@@ -12,7 +12,7 @@ from amt.files.digests import serialise
 from amt.models.head_settings import TEXT, Head
 from amt.models.heads import Cosine, Fitted, Linear, WithTexts, prototypes
 from amt.models.network import Network, features
-from amt.models.pool import LoRAPool, Pool
+from amt.models.pool import Pool
 from amt.models.trim import Trim
 from amt.models.vit import resize_positions
 from amt.models.weights import Coefficients, Weights, trim_singular_values
@@ -25,7 +25,7 @@ SELF_CONTAINED = ("onnx", "torch")  # formats that normalise pixels themselves, 
 
 def check_kind(pool: Pool, to: str, where: str = "the pool") -> None:
     """Raise an `InputError`, which begins with `where`, if this kind of pool has no place in the format."""
-    if to in ("peft", "published") and not isinstance(pool, LoRAPool):
+    if to in ("peft", "published") and pool.rank is None:
         raise InputError(
             f"{where} holds complete networks, and --to {to} takes LoRAs only; expected timm, onnx or torch"
         )

@@ -26,14 +26,14 @@ from amt.files.export.merged import (
 from amt.files.export.readme import export_readme
 from amt.files.export.timm_model import timm_call
 from amt.models.network import Network
-from amt.models.pool import LoRANormPool, LoRAPool
+from amt.models.pool import Pool
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError
 
 _SAME_NETWORK = 1e-5  # largest distance, relative to W, of W - W_res from rank r: far above float32 rounding
 
 
-def peft_adapter(network: Network, pool: LoRAPool, coefficients: Sequence[float]) -> tuple[dict, Weights]:
+def peft_adapter(network: Network, pool: Pool, coefficients: Sequence[float]) -> tuple[dict, Weights]:
     """An adapter that makes the pretrained network into the merged one: PEFT's config and tensors.
 
     PEFT adds to the pretrained W, our factors to the residual W_res = W - B_0 A_0 that all adapters share. So
@@ -71,8 +71,8 @@ def peft_adapter(network: Network, pool: LoRAPool, coefficients: Sequence[float]
         tensors[f"base_model.model.{layer}.lora_A.weight"] = A.flatten(0, 1).float()
         tensors[f"base_model.model.{layer}.lora_B.weight"] = torch.block_diag(*B).float()
         ranks[layer] = A.shape[0] * A.shape[1]
-    norms = pool.merge(coefficients) if isinstance(pool, LoRANormPool) else {}
-    norms = {name: norms[name] for name in pool.adapted - pool.A.keys()}
+    merged = pool.merge(coefficients) if pool.whole else {}
+    norms = {name: merged[name] for name in pool.whole}
     tensors |= {f"base_model.model.{name}": norm.float().contiguous() for name, norm in sorted(norms.items())}
     usual = min(ranks.values())
     unusual = {layer: rank for layer, rank in ranks.items() if rank != usual}
@@ -96,7 +96,7 @@ def peft_adapter(network: Network, pool: LoRAPool, coefficients: Sequence[float]
     return config, tensors
 
 
-def _removed(name: str, weight: Tensor, pool: LoRAPool) -> tuple[Tensor, Tensor]:
+def _removed(name: str, weight: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
     """A_0 (g, r, in) and B_0 (g, out/g, r) with B_0 A_0 = W - W_res, in double precision."""
     groups, rank = pool.A[name].shape[1:3]
     difference = (weight.double() - pool.residual[name].double()).reshape(groups, len(weight) // groups, -1)
@@ -113,7 +113,7 @@ def _other_network(name: str) -> InputError:
     )
 
 
-def adapter_files(folder: Path, merged: MergedNetwork, pool: LoRAPool, about: dict) -> dict[str, bytes]:
+def adapter_files(folder: Path, merged: MergedNetwork, pool: Pool, about: dict) -> dict[str, bytes]:
     """The files of the adapter that is to lie in `folder`, by name; `about` describes it.
 
     Raises InputError as `peft_adapter`, and for a trimmed network.

@@ -2,12 +2,12 @@
 
 from amt.files.export.merged import check_kind
 from amt.files.published import published_shapes
-from amt.models.pool import LoRANormPool, LoRAPool
+from amt.models.pool import Pool
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError
 
 
-def published_state(pool: LoRAPool, adapter: int | None = None) -> Weights:
+def published_state(pool: Pool, adapter: int | None = None) -> Weights:
     """The state dict of the published code: of a pool, or with `adapter` that of a training of one LoRA.
 
     The published layouts have one scale and one bias: a pool gets the mean over its adapters. No prediction
@@ -20,14 +20,14 @@ def published_state(pool: LoRAPool, adapter: int | None = None) -> Weights:
     """
     check_kind(pool, "published")
     weights, loras = pool.residual, pool.factors
-    if isinstance(pool, LoRANormPool):
+    if pool.whole:
         if adapter is None:
             raise InputError(
                 "each LoRA of the pool has LayerNorms of its own, the published layout one set; name one "
                 "LoRA by --adapter"
             )
-        weights = weights | {name: norm[adapter] for name, norm in pool.norms.items()}
-        loras = {name: factor for name, factor in loras.items() if name not in pool.norms}
+        weights = weights | {name: norm[adapter] for name, norm in pool.whole.items()}
+        loras = {name: factor for name, factor in loras.items() if name not in pool.whole}
     try:
         dim, _, patch, _ = weights["patch_embed.proj.weight"].shape
         shapes = published_shapes(

@@ -1,7 +1,7 @@
 """Stand-ins for the functions by which pickles make numpy's types, numbers and arrays.
 
 numpy's own do whatever a pickle's bytes lead them to; these take numbers and texts out of bytes of the right
-length, and nothing else. Knows no files; what comes here has passed `pickles.rehearse`.
+length, and nothing else. Knows no files.
 """
 
 import re
@@ -22,8 +22,9 @@ class NumpyType:
     def __setstate__(self, state: tuple) -> None:
         self._order = {">": ">"}.get(state[1], "<")
 
-    def numbers(self, data: bytes) -> np.ndarray:
-        """The numbers or texts in `data`, in a row."""
+    def numbers(self, data: bytes | str) -> np.ndarray:
+        """The numbers or texts in `data`, in a row; Python 2's bytes are a text."""
+        data = data.encode("latin-1") if isinstance(data, str) else data
         return np.frombuffer(data, np.dtype(self.code).newbyteorder(self._order))
 
 
@@ -38,7 +39,7 @@ class NumpyArray:
         self.array = kind.numbers(data).reshape(sizes, order="F" if by_columns else "C")
 
 
-def scalar(kind: NumpyType, data: bytes) -> float | int | bool | complex | str | bytes:
+def scalar(kind: NumpyType, data: bytes | str) -> float | int | bool | complex | str | bytes:
     """A single number, or a short text, as Python's own; a long text could be asked for without end."""
     if re.fullmatch(r"[US]\d{3,}", kind.code):
         raise ValueError("a text of numpy's with more than 99 letters")
