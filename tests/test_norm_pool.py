@@ -270,18 +270,8 @@ def test_main_trains_it_and_it_is_tested(world, tmp_path):
     assert refused.code == 2 and 'tune "lora+norm", not "lora"' in refused.err
     dry = command("main", *world.train(tmp_path / "dry", *short, "--dry_run"))
     assert dry.code == 0 and "would meta-tune 2 LoRAs" in dry.out
-    flags = (
-        "--resume",
-        last,
-        "--epsilon",
-        8,
-        "--attack_iters",
-        1,
-        "--nTestEpisode",
-        1,
-        "--probe_episodes",
-        0,
-    )
+    few = ("--nTestEpisode", 1, "--probe_episodes", 0)
+    flags = ("--resume", last, "--epsilon", 8, "--attack_iters", 1, *few)
     for more in (("--routing", "amt", "--trim", "qkv:0:0.5"), ("--head", "robust-lda")):
         ended = command("test_meta_dataset", *world.test(tmp_path / more[1], *flags, *more))
         assert ended.code == 0, ended.err
