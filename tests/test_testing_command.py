@@ -159,13 +159,6 @@ def test_without_a_checkpoint_the_pretrained_network_is_measured(world, tmp_path
     assert all(row["coefficients"] == [] and "clean" in row for row in runs.load(tmp_path).rows["tiny"])
 
 
-def test_a_single_episode_has_no_interval_and_the_results_are_still_json(world, tmp_path):
-    ended = command("test_meta_dataset", *world.test(tmp_path, "--nTestEpisode", 1))
-    assert ended.code == 0, ended.err
-    summary = strict_json(tmp_path / "results.json")["summary"]
-    assert {entry["interval"] for columns in summary.values() for entry in columns.values()} == {None}
-
-
 def test_several_domains_are_averaged(world, tmp_path):
     ended = command("test_meta_dataset", *world.test(tmp_path, "--test_sources", "tiny", "no_valid"))
     assert ended.code == 0, ended.err
