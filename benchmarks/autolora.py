@@ -28,41 +28,28 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import autolora_baseline
 import side_by_side
 import torch
-from harness import digits, ratio, spread
-from side_by_side import (
-    IMPLEMENTATIONS,
-    Machine,
-    Measured,
-    Worker,
-    environment,
-    gemm_rate,
-    peak_memory,
-    serve,
-)
+from harness import ratio, spread
+from side_by_side import Alone, Machine, Measured, Report, outcomes, peak_memory, say
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from amt.attacks.perturb import Ball, pgd
-from amt.cli import options
 from amt.models.branch import Student
 from amt.models.network import build_classifier, logits
 from amt.models.weights import stream
 from amt.training.accuracy import accuracy, validate
 from amt.training.autolora import FineTuner, new_student
 from amt.training.autolora_settings import Adversary, Settings
-from meta_dataset_readers.errors import InputError, exit_on_bad_input
+from meta_dataset_readers.errors import exit_on_bad_input
 from meta_dataset_readers.settings import positive_int
 
 CLASSES = 10
@@ -308,13 +295,12 @@ def counted(side: Side, images: int) -> Passes:
     return Passes(flops.total, forwards / images, backwards / images)
 
 
-class Bench:
+class Bench(Alone):
     """One implementation of one job, in a process of its own; a `side_by_side.Side`."""
 
     def __init__(self, job: Job, implementation: str, machine: Machine):
-        torch.manual_seed(0)
-        torch.set_num_threads(machine.threads)
-        self.job, self.machine = job, machine
+        super().__init__(machine)
+        self.job = job
         self._side = SIDES[implementation, job.kind](Problem(job, machine.device))
         self.idle_memory = peak_memory(machine.device)
 
@@ -336,10 +322,6 @@ class Bench:
         result = self._side.turn()
         return self.machine.now() - began, result
 
-    def finish(self) -> tuple[float, float, float]:
-        """Peak and idle memory, then the rate of the yardstick."""
-        return peak_memory(self.machine.device), self.idle_memory, gemm_rate(self.machine)
-
 
 def check_alike(job: Job, machine: Machine) -> float:
     """How far apart both sides are after the first turn: losses, relatively, or accuracies in per cent. The
@@ -349,11 +331,7 @@ def check_alike(job: Job, machine: Machine) -> float:
         RuntimeError: too far to compute the same thing. The sign of a gradient next to zero depends on
             rounding, so one image may fall on one side only.
     """
-    found = []
-    for name in IMPLEMENTATIONS:
-        with Worker(serve, Bench, job, name, machine) as worker:
-            found.append(worker.ask("outcome"))
-    ours, other = found
+    ours, other = outcomes(lambda name: Bench(job, name, machine))
     difference = abs(ours - other) / (abs(ours) if job.kind == "step" else 1)
     if difference > (TOLERANCE if job.kind == "step" else 150 / job.images):
         raise RuntimeError(f"{job.name}: the two sides compute different things: {ours} and {other}")
@@ -386,15 +364,6 @@ def table_row(job: Job, row: dict[str, Measured]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def record(job: Job, difference: float | None, row: dict[str, Measured]) -> dict:
-    """A row as plain data."""
-    sides = {
-        name: measured._asdict() | {"counts": measured.counts._asdict(), "gemm_share": measured.gemm_share}
-        for name, measured in row.items()
-    }
-    return {"name": job.name, **dataclasses.asdict(job), "difference": difference, **sides}
-
-
 def plan_of(arch: str, batch: int, steps: int, quick: bool, rows: list[str]) -> list[Job]:
     """The rows of one network."""
     if quick:
@@ -418,8 +387,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     Raises:
         InputError: an unknown network, a device of a third kind, or a report that could not be written.
     """
-    parser = options.Parser("Time fine-tuning by AutoLoRa beside a straightforward baseline.")
-    parser.formatter_class = argparse.HelpFormatter  # every default below is said in words
+    description = "Time fine-tuning by AutoLoRa beside a straightforward baseline."
+    parser = side_by_side.parser_of(description, "resnet_mini")
     parser.add_argument(
         "--arch", nargs="+", metavar="NAME", help="networks at 32 px (default: resnet_mini resnet18)"
     )
@@ -430,22 +399,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="images (default: 128; of other networks than resnet_mini on a CPU 16)",
     )
     parser.add_argument("--steps", type=positive_int, default=10, help="K of training (default: 10)")
-    parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's choice)")
     parser.add_argument(
         "--repeats", type=positive_int, help="turns per row (default: what takes 15 s, from 2 to 9)"
     )
-    parser.add_argument("--quick", action="store_true", help="tiny jobs once, resnet_mini alone by default")
-    parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, cuda:1, ...")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to this file")
     parser.set_defaults(fp16=False, bf16=False, cpu_time=False)
-    args = parser.parse(argv)
-    if not args.device.startswith(("cpu", "cuda")):
-        raise InputError(f"--device {args.device!r}: only cpu and cuda can be timed")
-    if args.json and not args.json.resolve().parent.is_dir():
-        raise InputError(f"--json {args.json}: no such folder {args.json.resolve().parent}")
+    args = side_by_side.checked(parser.parse(argv))
     args.arch = args.arch or list(DEFAULTS)[: 1 if args.quick else None]
-    if args.quick:
-        args.repeats = args.repeats or 1
     return args
 
 
@@ -468,29 +427,20 @@ def main() -> int:
     args = parse(sys.argv[1:])
     plan = jobs_of(args)
     machine, device, _ = side_by_side.find_machine(args)
-    about = environment(machine, device)
-    print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
-    began, results, rates = time.perf_counter(), [], []
+    report = Report(machine, device)
     for arch, jobs in plan.items():
         print(f"\n{arch}, random weights, {SIDE} px, {CLASSES} classes\n\n{HEADING}", flush=True)
         for job in jobs:
-            print(f"  {job.name}", file=sys.stderr, flush=True)
+            say(job.name)
             difference = None if job.kind == "epoch" else check_alike(job, machine)
             row = side_by_side.measure(
                 lambda name, job=job: Bench(job, name, machine),
                 lambda turn: side_by_side.planned_repeats(turn, args.repeats, least=2),
-                lambda line: print(f"    {line}", file=sys.stderr, flush=True),
             )
-            rates += [measured.gemm_rate for measured in row.values()]
-            results.append(record(job, difference, row))
-            print(table_row(job, row), flush=True)
-        print(f"\n{footnote(jobs, results)}", flush=True)
-    gigaflops = spread([rate / 1e9 for rate in rates])
-    side, seconds = machine.gemm_side, digits(time.perf_counter() - began)
-    print(f"\nGEMM rate, {side} x {side}: {gigaflops} GFLOP/s. All in {seconds} s.")
-    if args.json:
-        report = {"environment": about, "gemm_side": side, "rows": results}
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+            described = {"name": job.name, **dataclasses.asdict(job), "difference": difference}
+            report.add(table_row(job, row), described, row)
+        print(f"\n{footnote(jobs, report.rows)}", flush=True)
+    report.end(args.json)
     return 0
 
 

@@ -23,35 +23,32 @@ measured; the singular value decompositions of trimming are not counted.
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import side_by_side
 import torch
 from baseline import Baseline, evaluate_episode
-from harness import digits, ratio, spread
+from harness import ratio, spread
 from side_by_side import (
-    IMPLEMENTATIONS,
     N_WAY,
     POOL,
     RANK,
+    Alone,
     Counts,
     Machine,
     Measured,
-    Worker,
+    Report,
     chosen,
     counted,
-    environment,
-    gemm_rate,
+    outcomes,
     peak_memory,
     random_backbone,
     random_episode,
     random_pool,
-    serve,
+    say,
 )
 from torch import Tensor
 
@@ -161,13 +158,12 @@ def baseline(network: Network, pool: LoRAPool, job: Job) -> Evaluate:
 SIDES = {"ours": ours, "baseline": baseline}
 
 
-class Bench:
+class Bench(Alone):
     """One implementation of one job, in a process of its own; a `side_by_side.Side`."""
 
     def __init__(self, job: Job, implementation: str, machine: Machine):
-        torch.manual_seed(0)
-        torch.set_num_threads(machine.threads)
-        self.job, self.machine = job, machine
+        super().__init__(machine)
+        self.job = job
         network = random_backbone(job.arch, machine)
         self._evaluate = SIDES[implementation](network, random_pool(network, POOL, RANK, stream(0)), job)
         self._episodes = [
@@ -214,10 +210,6 @@ class Bench:
         accuracy = self._go_through(self.job.episodes, self.job.attack)
         return self.machine.now() - began, accuracy
 
-    def finish(self) -> tuple[float, float, float]:
-        """Peak and idle memory, then the rate of the yardstick."""
-        return peak_memory(self.machine.device), self.idle_memory, gemm_rate(self.machine)
-
 
 def brief(attack: Attack | None) -> Attack | None:
     """The attack with a single step."""
@@ -239,13 +231,8 @@ def check_alike(job: Job, machine: Machine) -> Difference:
         RuntimeError: too far to compute the same thing. Of the attacked images one may differ, since the sign
             of a gradient next to zero depends on rounding.
     """
-    outcomes = []
-    for name in IMPLEMENTATIONS:
-        with Worker(serve, Bench, job, name, machine) as worker:
-            outcomes.append(worker.ask("outcome"))
-    found = Difference(
-        *((torch.tensor(a) - torch.tensor(b)).abs().max().item() for a, b in zip(*outcomes, strict=True))
-    )
+    both = zip(*outcomes(lambda name: Bench(job, name, machine)), strict=True)
+    found = Difference(*((torch.tensor(a) - torch.tensor(b)).abs().max().item() for a, b in both))
     one_image = 1.5 / (N_WAY * job.per_class) if job.attack else 1e-6
     if found.coefficients > TOLERANCE or found.logits > TOLERANCE or found.accuracy > one_image:
         raise RuntimeError(f"{job.name}: the two sides compute different things: {found}")
@@ -274,15 +261,6 @@ def table_row(job: Job, difference: Difference, row: dict[str, Measured]) -> str
     return f"| {' | '.join(cells)} |"
 
 
-def record(job: Job, difference: Difference, row: dict[str, Measured]) -> dict:
-    """A row as plain data."""
-    sides = {
-        name: measured._asdict() | {"counts": measured.counts._asdict(), "gemm_share": measured.gemm_share}
-        for name, measured in row.items()
-    }
-    return {"name": job.name, **dataclasses.asdict(job), "difference": difference._asdict(), **sides}
-
-
 def plan_of(arch: str, quick: bool) -> list[Job]:
     """The rows of one network."""
     steps, per_class = (2, 2) if quick else (20, 10)
@@ -309,9 +287,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main() -> int:
     args = parse(sys.argv[1:])
     machine, device, _ = side_by_side.find_machine(args)
-    about = environment(machine, device)
-    print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
-    began, results, rates = time.perf_counter(), [], []
+    report = Report(machine, device)
     for arch in args.arch:
         size = ARCHS[arch].image_size
         jobs = chosen(plan_of(arch, args.quick), args.only)
@@ -320,22 +296,15 @@ def main() -> int:
             f"\n{arch}, random weights, {size} px, {queries} queries, pool of {POOL}\n\n{HEADING}", flush=True
         )
         for number, job in enumerate(jobs):
-            print(f"  {number + 1} of {len(jobs)}: {job.name}", file=sys.stderr, flush=True)
+            say(f"{number + 1} of {len(jobs)}: {job.name}")
             difference = check_alike(job, machine)
             row = side_by_side.measure(
                 lambda name, job=job: Bench(job, name, machine),
                 lambda turn: side_by_side.planned_repeats(turn, args.repeats),
-                lambda line: print(f"    {line}", file=sys.stderr, flush=True),
             )
-            rates += [measured.gemm_rate for measured in row.values()]
-            results.append(record(job, difference, row))
-            print(table_row(job, difference, row), flush=True)
-    gigaflops = spread([rate / 1e9 for rate in rates])
-    side, seconds = machine.gemm_side, digits(time.perf_counter() - began)
-    print(f"\nGEMM rate, {side} x {side}: {gigaflops} GFLOP/s. All in {seconds} s.")
-    if args.json:
-        report = {"environment": about, "gemm_side": side, "rows": results}
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+            described = {"name": job.name, **dataclasses.asdict(job), "difference": difference._asdict()}
+            report.add(table_row(job, difference, row), described, row)
+    report.end(args.json)
     return 0
 
 

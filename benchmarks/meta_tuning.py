@@ -23,10 +23,8 @@ measured. In mixed precision that rate is the low precision's, although routing 
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import side_by_side
@@ -39,17 +37,18 @@ from side_by_side import (
     N_WAY,
     POOL,
     RANK,
+    Alone,
     Counts,
     Machine,
     Measured,
+    Report,
     chosen,
     counted,
-    environment,
-    gemm_rate,
     peak_memory,
     random_backbone,
     random_episode,
     random_pool,
+    say,
 )
 from torch import Tensor
 
@@ -188,13 +187,12 @@ JOBS = {
 }
 
 
-class Bench:
-    """One implementation of one workload, in a process of its own."""
+class Bench(Alone):
+    """One implementation of one workload, in a process of its own; a `side_by_side.Side`."""
 
     def __init__(self, workload: Workload, implementation: str, machine: Machine):
-        torch.manual_seed(0)
-        torch.set_num_threads(machine.threads)
-        self.workload, self.machine, self._name = workload, machine, implementation
+        super().__init__(machine)
+        self.workload, self._name = workload, implementation
         network = random_backbone(workload.arch, machine)
         pool = random_pool(network, workload.levels if workload.job == "step" else POOL, RANK, stream(0))
         self._bind = JOBS[implementation, workload.job](network, pool)
@@ -234,22 +232,6 @@ class Bench:
         began = self.machine.now()
         accuracy = self._run()
         return (self.machine.now() - began) / self.workload.levels, accuracy
-
-    def finish(self) -> tuple[float, float, float]:
-        """Peak and idle memory, then the rate of the yardstick: last, since its matrices take memory, too."""
-        peak = peak_memory(self.machine.device)
-        return peak, self.idle_memory, gemm_rate(self.machine)
-
-
-def measure(
-    workload: Workload, machine: Machine, repeats: int | None, say: Callable[[str], None]
-) -> dict[str, Measured]:
-    """One row of the table."""
-    return side_by_side.measure(
-        lambda name: Bench(workload, name, machine),
-        lambda turn: planned_repeats(workload, turn, repeats),
-        say,
-    )
 
 
 def planned_repeats(workload: Workload, turn: float, asked: int | None) -> int:
@@ -360,9 +342,7 @@ def main() -> int:
     machine, device, rate = side_by_side.find_machine(args)
     plan = {arch: chosen(plan_of(arch, args.quick), args.only) for arch in args.arch}
     forecast = Forecast([workload for rows in plan.values() for workload in rows], args.repeats, rate)
-    about = environment(machine, device)
-    print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
-    began, results, rates = time.perf_counter(), [], []
+    report = Report(machine, device)
     for arch, workloads in plan.items():
         shape = ARCHS[arch]
         print(
@@ -371,34 +351,21 @@ def main() -> int:
         )
         rows = []
         for workload in workloads:
-            print(f"  {workload.name}; everything left: {forecast}", file=sys.stderr, flush=True)
-            row = measure(workload, machine, args.repeats, lambda line: print(f"    {line}", file=sys.stderr))
+            say(f"{workload.name}; everything left: {forecast}")
+            row = side_by_side.measure(
+                lambda name, workload=workload: Bench(workload, name, machine),
+                lambda turn, workload=workload: planned_repeats(workload, turn, args.repeats),
+            )
             forecast.timed(workload, row)
-            rates += [measured.gemm_rate for measured in row.values()]
             rows.append((workload, row))
-            results.append(record(workload, row))
-            print(table_row(workload, row), flush=True)
+            report.add(table_row(workload, row), dataclasses.asdict(workload), row)
+            if workload.job == "step":
+                for name, measured in row.items():
+                    report.rows[-1][name]["query_forwards"] = query_forwards(workload, measured.counts)
         if rows[0][0].job == "step":
             print(f"\n{footnotes(*rows[0])}")
-    gigaflops = spread([rate / 1e9 for rate in rates])
-    side, seconds = machine.gemm_side, time.perf_counter() - began
-    print(f"\nGEMM rate, {side} x {side}: {gigaflops} GFLOP/s. All in {seconds:.0f} s.")
-    if args.json:
-        report = {"environment": about, "gemm_side": machine.gemm_side, "rows": results}
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    report.end(args.json)
     return 0
-
-
-def record(workload: Workload, row: dict[str, Measured]) -> dict:
-    """A row as plain data."""
-    sides = {
-        name: measured._asdict() | {"counts": measured.counts._asdict(), "gemm_share": measured.gemm_share}
-        for name, measured in row.items()
-    }
-    if workload.job == "step":
-        for name, measured in row.items():
-            sides[name]["query_forwards"] = query_forwards(workload, measured.counts)
-    return dataclasses.asdict(workload) | sides
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@ side is an object with the methods `count`, `warm_up`, `run` and `finish`, see `
 
 import argparse
 import dataclasses
+import json
 import math
 import multiprocessing
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -107,6 +109,26 @@ class Side(Protocol):
 
     def finish(self) -> tuple[float, float, float]:
         """Peak and idle memory in MiB, then the rate of the yardstick, whose matrices take memory, too."""
+
+
+class Alone:
+    """What sides have in common: a process that is theirs alone.
+
+    Args:
+        machine: where they run.
+    """
+
+    idle_memory: float  # to be set when everything is there
+
+    def __init__(self, machine: Machine):
+        torch.manual_seed(0)
+        torch.set_num_threads(machine.threads)
+        self.machine = machine
+
+    def finish(self) -> tuple[float, float, float]:
+        """See `Side`."""
+        peak = peak_memory(self.machine.device)
+        return peak, self.idle_memory, gemm_rate(self.machine)
 
 
 def random_backbone(arch: str, machine: Machine) -> Network:
@@ -240,15 +262,26 @@ class Worker:
         return self.answer()
 
 
-def measure(
-    make: Callable[[str], Side], planned: Callable[[float], int], say: Callable[[str], None]
-) -> dict[str, Measured]:
+def outcomes(make: Callable[[str], Side]) -> list[Any]:
+    """What the method `outcome` of each side returns, in `IMPLEMENTATIONS`' order; `make` as of `measure`."""
+    found = []
+    for name in IMPLEMENTATIONS:
+        with Worker(serve, make, name) as worker:
+            found.append(worker.ask("outcome"))
+    return found
+
+
+def say(line: str) -> None:
+    """Tell of the progress."""
+    print(f"  {line}", file=sys.stderr, flush=True)
+
+
+def measure(make: Callable[[str], Side], planned: Callable[[float], int]) -> dict[str, Measured]:
     """One row: count, warm both implementations up, then let them take turns.
 
     Args:
         make: makes a side by its name in `IMPLEMENTATIONS`; it is called in the side's own process.
         planned: how many turns of so many seconds there are to be.
-        say: takes a line about the progress.
     """
     counts = {}
     for name in IMPLEMENTATIONS:
@@ -257,7 +290,7 @@ def measure(
     with Worker(serve, make, "ours") as ours, Worker(serve, make, "baseline") as baseline:
         workers = dict(zip(IMPLEMENTATIONS, (ours, baseline), strict=True))
         turn = sum(worker.ask("warm_up") for worker in workers.values())
-        say(f"counted and warm; a turn takes about {digits(turn)} s")
+        say(f"  counted and warm; a turn takes about {digits(turn)} s")
         runs = {name: [] for name in workers}
 
         def take_turns(numbers: range) -> None:
@@ -279,16 +312,41 @@ def measure(
         }
 
 
-def environment(machine: Machine, device: str) -> dict[str, str | int]:
-    """What the figures depend on besides this code."""
-    return harness.machine() | {
-        "threads": machine.threads,
-        "device": device,
-        "precision": str(machine.dtype).removeprefix("torch."),
-        "seconds": "of the processor" if machine.cpu_time else "of the wall clock",
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-    }
+class Report:
+    """What is printed and written: on which machine, row by row, and at the end the rate of the yardstick."""
+
+    def __init__(self, machine: Machine, device: str):
+        self._machine, self._began, self._rates = machine, time.perf_counter(), []
+        self.rows: list[dict] = []
+        self._environment = harness.machine() | {
+            "threads": machine.threads,
+            "device": device,
+            "precision": str(machine.dtype).removeprefix("torch."),
+            "seconds": "of the processor" if machine.cpu_time else "of the wall clock",
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+        }
+        print(", ".join(f"{key} {value}" for key, value in self._environment.items()), flush=True)
+
+    def add(self, line: str, described: Mapping, row: Mapping[str, Measured]) -> None:
+        """A row: its line in the table, and as plain data what it is `described` as, and both sides."""
+        self._rates += [measured.gemm_rate for measured in row.values()]
+        sides = {
+            name: measured._asdict()
+            | {"counts": measured.counts._asdict(), "gemm_share": measured.gemm_share}
+            for name, measured in row.items()
+        }
+        self.rows.append({**described, **sides})
+        print(line, flush=True)
+
+    def end(self, file: Path | None) -> None:
+        """The last line; and all figures in `file`, if there is to be one."""
+        gigaflops = harness.spread([rate / 1e9 for rate in self._rates])
+        side, seconds = self._machine.gemm_side, digits(time.perf_counter() - self._began)
+        print(f"\nGEMM rate, {side} x {side}: {gigaflops} GFLOP/s. All in {seconds} s.")
+        if file:
+            report = {"environment": self._environment, "gemm_side": side, "rows": self.rows}
+            file.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def planned_repeats(turn: float, asked: int | None, least: int = 1) -> int:
@@ -306,37 +364,51 @@ def parse(argv: list[str], description: str, archs: list[str]) -> argparse.Names
         InputError: an unknown network, two precisions at once, a device of a third kind, or a report that
             could not be written.
     """
-    parser = options.Parser(description)
-    parser.formatter_class = argparse.HelpFormatter  # every default below is said in words
+    parser = parser_of(description, archs[0])
     parser.add_argument("--arch", nargs="+", metavar="NAME", help=f"networks (default: {' '.join(archs)})")
-    parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's choice)")
     parser.add_argument(
         "--repeats",
         type=positive_int,
         help=f"turns per row (default: what takes {ROW_SECONDS} s, at most {MOST_REPEATS}, "
         "at least 2 of a training step)",
     )
-    parser.add_argument("--quick", action="store_true", help=f"tiny jobs once, {archs[0]} alone by default")
-    parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, cuda:1, ...")
     parser.add_argument("--fp16", action="store_true", help="mixed precision in float16")
     parser.add_argument("--bf16", action="store_true", help="mixed precision in bfloat16")
     parser.add_argument(
         "--cpu_time", action="store_true", help="count seconds of the processor, on a busy machine"
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name has this text alone")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to this file")
-    args = parser.parse(argv)
+    args = checked(parser.parse(argv))
     if args.fp16 and args.bf16:
         raise InputError("--fp16 and --bf16 exclude each other")
     if args.cpu_time and args.device != "cpu":
         raise InputError("--cpu_time is for --device cpu")
+    args.arch = [base_arch(name) for name in args.arch or (archs[:1] if args.quick else archs)]
+    return args
+
+
+def parser_of(description: str, quick: str) -> options.Parser:
+    """A parser of the flags that all have; `quick` is the network that --quick times."""
+    parser = options.Parser(description)
+    parser.formatter_class = argparse.HelpFormatter  # every default is said in words
+    parser.add_argument("--threads", type=positive_int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--quick", action="store_true", help=f"tiny jobs once, {quick} alone by default")
+    parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, cuda:1, ...")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to this file")
+    return parser
+
+
+def checked(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags of `parser_of`, and --repeats.
+
+    Raises:
+        InputError: a device of a third kind, or a report that could not be written.
+    """
     if not args.device.startswith(("cpu", "cuda")):
         raise InputError(f"--device {args.device!r}: only cpu and cuda can be timed")
     if args.json and not args.json.resolve().parent.is_dir():
         raise InputError(f"--json {args.json}: no such folder {args.json.resolve().parent}")
-    args.arch = [base_arch(name) for name in args.arch or (archs[:1] if args.quick else archs)]
-    if args.quick:
-        args.repeats = args.repeats or 1
+    args.repeats = args.repeats or (1 if args.quick else None)
     return args
 
 

@@ -367,10 +367,7 @@ def _strays(source: Source) -> list[str]:
 
 
 def _examined(
-    store: ImageStore,
-    address: _Address,
-    wanted: Mapping[int, Sequence[int]],
-    pool: Executor | None,
+    store: ImageStore, address: _Address, wanted: Mapping[int, Sequence[int]], pool: Executor | None
 ) -> Iterator[_Examined]:
     """Decode the `wanted` pictures of every class, by batch.
 

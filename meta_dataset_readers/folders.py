@@ -50,11 +50,7 @@ class FileStore(ImageStore):
     """
 
     def __init__(
-        self,
-        root: Path,
-        name: str,
-        files: Sequence[tuple[str, ...]],
-        prepare: Prepare | None = None,
+        self, root: Path, name: str, files: Sequence[tuple[str, ...]], prepare: Prepare | None = None
     ):
         self._root, self._name, self._files, self._prepare = root, name, tuple(files), prepare
 

@@ -35,9 +35,7 @@ class UnreadableImage(ValueError):
 
 
 def decode_image(
-    data: bytes,
-    formats: tuple[str, ...] = RECORD_FORMATS,
-    prepare: Prepare | None = None,
+    data: bytes, formats: tuple[str, ...] = RECORD_FORMATS, prepare: Prepare | None = None
 ) -> Image.Image:
     """The RGB picture encoded in `data` in one of `formats` (PIL's names), see `as_rgb`.
 

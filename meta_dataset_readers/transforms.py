@@ -66,16 +66,8 @@ def _exact(_width: int, _height: int, image_size: int) -> tuple[int, int]:
 RESIZES = {"shorter": _shorter_side, "square": _square, "exact": _exact}
 
 
-def train_transform(image: Image.Image, image_size: int, rng: np.random.Generator) -> Tensor:
-    """A random resized crop of `image`, colours jittered by up to 40 %, flipped with probability 1/2.
-
-    Returns a float32 tensor (3, image_size, image_size) in [0, 1].
-    """
-    return unit_range(planes(train_crop(image, image_size, rng)))
-
-
 def train_crop(image: Image.Image, image_size: int, rng: np.random.Generator) -> Image.Image:
-    """`train_transform` as a picture."""
+    """A random resized crop of `image`, colours jittered by up to 40 %, flipped with probability 1/2."""
     crop = image.crop(_random_box(image.width, image.height, rng))
     return _recoloured(crop.resize((image_size, image_size), Image.Resampling.BILINEAR), rng)
 

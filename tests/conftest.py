@@ -18,13 +18,15 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 from PIL import Image
 
 from amt.models.architectures import Arch, build_network
 from amt.models.network import Network
 from amt.models.pool import LoRAPool
 from meta_dataset_readers.episode import Episode
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import DamagedRecord, InputError
+from meta_dataset_readers.layouts import open_source
 from meta_dataset_readers.tfrecord import encode_example, write_records
 
 # Modules with fixtures that several files share: each is made once in a process.
@@ -142,6 +144,30 @@ def example_spec(kind: str, name: str, n_images: int) -> tuple[dict, int]:
     leaves = ["a1", "a2", "a3", "a4", "a5", "b1", "b2", "b3", "b4", "t1", "t2", "t3", "t4", "t5"]
     graphs = {"TRAIN": train, "TEST": test}
     return dag_spec(name, graphs, dict.fromkeys(leaves, n_images)), len(leaves)
+
+
+def readable(directory: Path) -> dict[tuple[int, int], bytes]:
+    """What can be read of a source by class and number, damage passed over; InputError if it cannot be
+    opened."""
+    source = open_source(directory.parent, directory.name)
+    found = {}
+    for class_id in range(len(source.spec.images_per_class)):
+        with contextlib.suppress(InputError):
+            for index in range(source.store.count(class_id)):
+                with contextlib.suppress(DamagedRecord):
+                    found[class_id, index] = source.store.encoded(class_id, index)
+    return found
+
+
+def change_a_byte(file: Path, draw) -> None:
+    """Change one byte of a file, or cut its end off, as hypothesis draws it."""
+    content = bytearray(file.read_bytes())
+    position = draw(st.integers(0, len(content) - 1))
+    if draw(st.booleans()):
+        content[position] ^= draw(st.integers(1, 255))
+    else:
+        del content[position:]
+    file.write_bytes(content)
 
 
 @pytest.fixture

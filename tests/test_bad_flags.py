@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT, Ended, process
+from commands import Ended
 from safetensors.torch import save_file
 from toy_training import World, assert_refused, command, error_line
 
@@ -185,12 +185,6 @@ def test_an_output_that_cannot_be_written_is_refused(world, tmp_path, script):
 def test_a_gpu_that_is_not_there_is_refused(world, tmp_path, script):
     ended = refused(world, script, tmp_path / "out", "--device", "cuda")
     assert_refused(ended, tmp_path / "out", "--device 'cuda'")
-
-
-def test_a_process_ends_with_code_2_and_one_line(world, tmp_path):
-    """What the tests above see from within, once from outside."""
-    ended = process(ROOT / "main.py", *world.train(tmp_path / "out", "--base-sources", "tinny"), cwd=tmp_path)
-    assert_refused(ended, tmp_path / "out", "'tinny'", "did you mean 'tiny'")
 
 
 # --- damaged records -------------------------------------------------------------------------------------

@@ -4,14 +4,13 @@ import dataclasses
 import functools
 import importlib
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import called
 from timm.models import VisionTransformer
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -34,13 +33,7 @@ NETWORKS = {
     "basic": functools.partial(ResNet, BasicBlock, (1, 1), (4, 6), 10, True),
     "bottleneck": functools.partial(ResNet, Bottleneck, (1, 1), (3, 4), 10, True),
     "vit": functools.partial(
-        VisionTransformer,
-        img_size=32,
-        patch_size=16,
-        embed_dim=12,
-        depth=1,
-        num_heads=2,
-        num_classes=10,
+        VisionTransformer, img_size=32, patch_size=16, embed_dim=12, depth=1, num_heads=2, num_classes=10
     ),
 }
 
@@ -205,25 +198,16 @@ def test_sides_that_compute_different_things_are_not_timed(monkeypatch, kind):
 # --- the command -----------------------------------------------------------------------------------------
 
 
-def test_quick_benchmark_prints_its_table(tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "benchmarks" / "autolora.py",
-            *("--quick", "--threads", "1", "--json", tmp_path / "figures.json"),
-        ],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert benchmark.HEADING in done.stdout and f"torch {torch.__version__}" in done.stdout
-    rows = [line for line in done.stdout.splitlines() if re.match(r"\| (step|epoch|validation)", line)]
+def test_quick_benchmark_prints_its_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "build_classifier", build_classifier)
+    flags = ("--quick", "--threads", 1, "--json", tmp_path / "figures.json")
+    done = called(benchmark.main, ["autolora.py", *flags])
+    assert done.code == 0, done.err
+    assert benchmark.HEADING in done.out and f"torch {torch.__version__}" in done.out
+    rows = [line for line in done.out.splitlines() if re.match(r"\| (step|epoch|validation)", line)]
     assert len(rows) == 3 and all(line.count("|") == 10 for line in rows)
-    assert "forward passes 4 (K + 2 = 4)" in done.stdout
-    assert "n = 4 batches: 5 (1 + ceil(n / floor(n/4)) = 5)" in done.stdout
+    assert "forward passes 4 (K + 2 = 4)" in done.out
+    assert "n = 4 batches: 5 (1 + ceil(n / floor(n/4)) = 5)" in done.out
     report = json.loads((tmp_path / "figures.json").read_text())
     assert [row["kind"] for row in report["rows"]] == list(benchmark.KINDS)
     assert report["rows"][0]["difference"] < benchmark.TOLERANCE

@@ -3,13 +3,12 @@
 import dataclasses
 import importlib
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import called
 
 from amt.attacks.kinds import Attack
 from amt.evaluation.evaluate import measure, query_generators
@@ -106,7 +105,7 @@ def test_a_turn_merges_anew_but_keeps_what_does_not_change(tiny, monkeypatch):
 
 def test_counts_are_those_of_a_turn(tiny):
     """The images that one turn of two episodes puts through the network."""
-    for name in evaluation.IMPLEMENTATIONS:
+    for name in side_by_side.IMPLEMENTATIONS:
         job = dataclasses.replace(tiny, attack=Attack("pgd", (1e-6,), steps=3, step_size=0.0))
         support, query = 5 * 2, 5 * 3
         routing, fitting, clean, attack = 4 * 2 * support, support, query, (3 + 1) * query
@@ -132,29 +131,15 @@ def test_the_plan_is_that_of_the_contract():
 
 
 def test_quick_benchmark_prints_its_table(tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "benchmarks/evaluation.py",
-            "--quick",
-            "--threads",
-            "1",
-            "--json",
-            tmp_path / "x.json",
-        ],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert evaluation.HEADING in done.stdout and f"torch {torch.__version__}" in done.stdout
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| 1-shot")]
+    flags = ("--quick", "--threads", 1, "--json", tmp_path / "x.json")
+    done = called(evaluation.main, ["evaluation.py", *flags])
+    assert done.code == 0, done.err
+    assert evaluation.HEADING in done.out and f"torch {torch.__version__}" in done.out
+    rows = [line for line in done.out.splitlines() if line.startswith("| 1-shot")]
     assert len(rows) == 3 and all(line.count("|") == 9 for line in rows)
     report = json.loads((tmp_path / "x.json").read_text())
     for row in report["rows"]:
         assert row["difference"]["logits"] < evaluation.TOLERANCE
-        for name in evaluation.IMPLEMENTATIONS:
+        for name in side_by_side.IMPLEMENTATIONS:
             assert len(row[name]["seconds"]) == 1 and row[name]["gemm_share"] > 0
     assert report["rows"][-1]["ours"]["accuracy"] == 1  # every image is attacked to the end

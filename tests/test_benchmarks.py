@@ -3,13 +3,12 @@
 import dataclasses
 import importlib
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import called
 
 from amt.attacks.kinds import Attack
 from amt.attacks.levels import Perturbation
@@ -35,13 +34,7 @@ LEVEL = Perturbation(epsilon=8, step_size=2, steps=3)
 NO_SCALING = torch.amp.GradScaler("cpu", enabled=False)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These networks are so small that threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small_problem(adapters: int, n_shot: int = 2):
@@ -134,10 +127,7 @@ def test_counter_sees_every_matrix_product_of_a_forward_pass():
     # The last block: keys and values of every token, and all else of the class token alone.
     last = 2 * tokens * dim**2 * 2 + 2 * dim**2 * (2 + 2 * ARCH.mlp_ratio) + attention / tokens
     embedding = 2 * patches * dim * 3 * ARCH.patch_size**2
-    assert counts == (
-        images * (embedding + (ARCH.depth - 1) * (linear + attention) + last),
-        images,
-    )
+    assert counts == (images * (embedding + (ARCH.depth - 1) * (linear + attention) + last), images)
 
 
 def test_counter_sees_the_backward_pass_of_attention():
@@ -193,26 +183,18 @@ def test_only_some_rows():
 
 
 def test_quick_benchmark_prints_its_table(tmp_path):
-    command = [sys.executable, "benchmarks/meta_tuning.py", "--quick", "--threads", "1", "--cpu_time"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "--json", str(tmp_path / "figures.json")],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    flags = ("--quick", "--threads", 1, "--cpu_time", "--json", tmp_path / "figures.json")
+    done = called(meta_tuning.main, ["meta_tuning.py", *flags])
+    assert done.code == 0, done.err
+    lines = done.out.splitlines()
     assert f"torch {torch.__version__}" in lines[0] and "threads 1" in lines[0]
     assert "seconds of the processor" in lines[0]
-    assert meta_tuning.HEADING in done.stdout
+    assert meta_tuning.HEADING in done.out
     rows = [line for line in lines if line.startswith(("| step", "| episode"))]
     assert len(rows) == 3 and all(line.count("|") == 8 for line in rows)
-    assert "ours 6 (K + 4 = 6), baseline 8 (2K + 4 = 8)" in done.stdout
+    assert "ours 6 (K + 4 = 6), baseline 8 (2K + 4 = 8)" in done.out
     assert "GEMM rate" in lines[-1]
-    assert "everything left: about" in done.stderr
+    assert "everything left: about" in done.err
 
     report = json.loads((tmp_path / "figures.json").read_text())
     assert [row["job"] for row in report["rows"]] == ["step", "step", "episode"]

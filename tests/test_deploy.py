@@ -447,10 +447,7 @@ def check(pool: Pool | None, deployment: Deployment, **n_by_split: int) -> None:
             Deployment(routings=GRID, select="valid"),
             ["--select valid", "'tiny'", "VALID has no classes", "--select_on"],
         ),
-        (
-            Deployment(routings=GRID, select="valid", select_on="other"),
-            ["'other'", "VALID has no classes"],
-        ),
+        (Deployment(routings=GRID, select="valid", select_on="other"), ["'other'", "VALID has no classes"]),
     ],
 )
 def test_settings_that_do_not_fit_the_pool_or_the_domain(request, kind, deployment, words):

@@ -163,11 +163,7 @@ def test_a_path_that_leads_outside_or_nowhere_is_refused(birds, lists, image):
     ("field", "value", "complaint"),
     [
         ("image_labels", [7], r"field 'image_labels': 1 labels, but 'image_names' has 2 images"),
-        (
-            "image_labels",
-            [7, 8],
-            r"field 'image_labels'\[1\]: expected an index into the 8 .*, found 8",
-        ),
+        ("image_labels", [7, 8], r"field 'image_labels'\[1\]: expected an index into the 8 .*, found 8"),
         ("image_labels", [-1, 3], r"field 'image_labels'\[0\]: .*, found -1"),
         ("image_labels", [7, True], r"field 'image_labels'\[1\]: .*, found True"),
         ("image_labels", [7, "3"], r"field 'image_labels'\[1\]: .*, found '3'"),
@@ -176,11 +172,7 @@ def test_a_path_that_leads_outside_or_nowhere_is_refused(birds, lists, image):
         ("image_names", [1, 2], r"field 'image_names': expected a string, found an integer"),
         ("label_names", [], r"field 'image_labels'\[0\]: expected an index into the 0"),
         ("label_names", None, r"field 'label_names': expected a list"),
-        (
-            "image_names",
-            ["/x/1.png", "/x/1.png"],
-            r"'image_names'\[0\]: '/x/1\.png': 4 parts are dropped",
-        ),
+        ("image_names", ["/x/1.png", "/x/1.png"], r"'image_names'\[0\]: '/x/1\.png': 4 parts are dropped"),
         (
             "image_names",
             ["/a/b/c/d/x/y.png", "/0/0/0/0/x/y.png"],

@@ -162,11 +162,7 @@ def test_split_folders_become_splits_with_ids_that_go_on(tmp_path):
     source = open_split_folders(tmp_path / "few", "few")
     assert source.spec.class_names == ("a", "b", "c", "m", "x", "y")
     assert source.spec.images_per_class == (5, 3, 4, 6, 2, 1) and source.resize == "exact"
-    assert [tuple(source.spec.classes(split)) for split in SPLITS] == [
-        (0, 1, 2),
-        (3,),
-        (4, 5),
-    ]
+    assert [tuple(source.spec.classes(split)) for split in SPLITS] == [(0, 1, 2), (3,), (4, 5)]
     assert source.store.origin(3, 5).file == "few/val/m/5.png"
     assert np.array_equal(source.store.read(4, 1), np.asarray(picture(1)))
 

@@ -11,13 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import fails, moved_apart, patterned_episode, random_backbone
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toy_baselines import ARCH, Plain, identical
-from toy_pools import trainable
+from toy_pools import assert_goes_on_exactly, quick, trainable
 
 from amt.attacks.levels import Perturbation
 from amt.cli import checkpoint as describing
@@ -27,8 +25,6 @@ from amt.files import checkpoint, export
 from amt.files.checkpoint import Checkpoint
 from amt.models.network import Network
 from amt.models.pool import Pool, pretrained_pool, principal_pool
-from amt.models.trim import Trim
-from amt.models.weights import trim_singular_values
 from amt.training.meta_tune import natural_outcome, querying_outcome
 from amt.training.settings import TuneSettings
 from amt.training.tuner import Tuner
@@ -66,24 +62,7 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 1
     return [name for name in found if not torch.allclose(found[name], expected[name], rtol=1e-4, atol=atol)]
 
 
-# --- a pool of complete networks -------------------------------------------------------------------------
-
-
-def test_a_one_hot_merge_is_that_member_bit_for_bit(pool):
-    for p in range(len(pool)):
-        one_hot = [float(k == p) for k in range(len(pool))]
-        assert identical(pool.merge(one_hot), {name: each[p] for name, each in pool.whole.items()})
-        assert identical(pool[p].merge((1.0,)), pool.merge(one_hot))
-        assert [float(part) for part in pool.head(one_hot)] == [pool.scale[p], pool.bias[p]]
-        assert pool[p].levels == (pool.levels[p],)
-
-
-@given(st.lists(st.floats(-2, 2, width=16), min_size=1, max_size=3))
-def test_an_untrained_pool_is_the_pretrained_network_whatever_the_coefficients(network, free):
-    start = pretrained_pool(network.weights, [ORDINARY] * (len(free) + 1))
-    coefficients = [*free, 1 - sum(free)]
-    assert identical(start.merge(coefficients), network.weights)
-    assert (start.scale == 10).all() and (start.bias == 0).all()
+# --- merging; the laws of every pool are in test_pool_laws -------------------------------------------------
 
 
 def test_merging_is_the_weighted_sum_and_reaches_every_member(pool):
@@ -98,27 +77,13 @@ def test_merging_is_the_weighted_sum_and_reaches_every_member(pool):
             assert torch.allclose(leaf.grad[p], torch.full_like(leaf.grad[p], share), atol=1e-6)
 
 
-def test_coefficients_that_do_not_sum_to_one_are_refused(pool):
-    for wrong in ([0.5, 0.5], [0.5, 0.5, 0.2], [1, 0, float("nan")]):
-        with pytest.raises(ValueError, match="coefficients"):
-            pool.merge(wrong)
-
-
-def test_concat_and_indexing_are_inverse(pool):
-    again = Pool.concat([pool[p] for p in range(len(pool))])
-    assert identical(again.whole, pool.whole) and torch.equal(again.scale, pool.scale)
-    assert again.levels == pool.levels and identical(again.factors, pool.to("cpu").factors)
-    for outside in (-1, len(pool)):
-        with pytest.raises(IndexError):
-            pool[outside]
-
-
 def test_only_what_belongs_together_is_joined(network, pool):
     other = random_backbone(dataclasses.replace(ARCH, depth=1))
     with pytest.raises(ValueError, match=r"blocks\.1\..*architecture"):
         Pool.concat([pool, pretrained_pool(other.weights, [ORDINARY])])
-    with pytest.raises(ValueError, match="--tune full, another with lora"):
-        Pool.concat([pool, principal_pool(network.weights, 2, [ORDINARY])])
+    for kind, norms in (("lora", False), (r"lora\+norm", True)):
+        with pytest.raises(ValueError, match=f"--tune full, another with {kind}"):
+            Pool.concat([pool, principal_pool(network.weights, 2, [ORDINARY], norms=norms)])
 
 
 def test_both_kinds_say_what_they_merge_to(network, pool):
@@ -129,13 +94,6 @@ def test_both_kinds_say_what_they_merge_to(network, pool):
         name.removesuffix(".lora_A") for name in loras.factors
     }
     assert (loras.rank, pool.rank, loras.tune, pool.tune) == (2, None, "lora", "full")
-
-
-def test_a_merged_full_pool_can_be_trimmed(pool):
-    merged = pool.merge([0.5, 0.5, 0])
-    trimmed = trim_singular_values(merged, [Trim("qkv", 0, 0.5)])
-    assert torch.linalg.matrix_rank(trimmed["blocks.0.attn.qkv.weight"]) == 12
-    assert trimmed["blocks.1.attn.qkv.weight"] is merged["blocks.1.attn.qkv.weight"]
 
 
 # --- training --------------------------------------------------------------------------------------------
@@ -277,21 +235,9 @@ def test_the_loss_under_attack_falls_when_querying_trains(network, tune):
 
 @pytest.mark.parametrize("method", ["standard", "querying", "adsv"])
 def test_a_restored_full_run_goes_on_exactly(network, tmp_path, method):
-    """Through the file: weights, momentum and the number of episodes."""
-    levels = (DUAL, ORDINARY)
-    straight = tuner_of(network, pretrained_pool(network.weights, levels), method)
-    for seed in range(4):
-        straight.step(patterned_episode(seed, side=16))
-        if seed == 1:
-            momentum, numbers = straight.state()
-            checkpoint.save(tmp_path / "a.safetensors", Checkpoint(straight.pool, {"n": numbers}, momentum))
-    saved = checkpoint.load(tmp_path / "a.safetensors")
-    again = tuner_of(network, saved.pool, method)
-    again.restore(saved.momentum, saved.about["n"])
-    for seed in (2, 3):
-        again.step(patterned_episode(seed, side=16))
-    assert identical(again.pool.factors, straight.pool.factors)
-    assert torch.equal(again.pool.scale, straight.pool.scale)
+    pool = pretrained_pool(network.weights, (DUAL, ORDINARY))
+    plan = quick(lr=0.01, episodes_per_epoch=100, method=method)
+    assert_goes_on_exactly(network, pool, plan, tmp_path)
 
 
 # --- files -----------------------------------------------------------------------------------------------
@@ -312,15 +258,6 @@ def rewritten(file: Path, change) -> Path:
     change(tensors, header)
     save_file(tensors, file, {"amt": json.dumps(header)})
     return file
-
-
-def test_a_full_pool_comes_back_from_its_file(pool, file, network):
-    saved = checkpoint.load(file)
-    assert saved.pool.tune == "full" and identical(saved.pool.whole, pool.whole)
-    assert torch.equal(saved.pool.scale, pool.scale) and torch.equal(saved.pool.bias, pool.bias)
-    assert saved.pool.levels == pool.levels and saved.about == {"arch": "tiny"}
-    assert json.loads(file.with_suffix(".json").read_text())["tune"] == "full"
-    checkpoint.check_architecture(file, saved.pool, network.weights, "tiny")
 
 
 def test_a_file_of_loras_from_before_there_was_a_choice_is_read(network, tmp_path):

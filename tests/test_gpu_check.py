@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import called
-from toy_training import World, command
+from toy_training import World, command, signal_after
 
 from amt.attacks.kinds import KINDS
 from amt.cli import options
@@ -108,8 +109,30 @@ def test_other_logits_and_coefficients_are_bad(place, monkeypatch):
     assert not check.coefficients(rows, [{"coefficients": [0.502, 0.498]}]).good
 
 
+PROGRAM = """
+import signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(sys.argv[1])))
+sys.stderr.write("meta-tuning: 1/6 [00:01]")
+sys.stderr.flush()
+signal.pause()
+"""
+
+
+def test_a_program_is_stopped_as_soon_as_a_step_is_done(place, tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    assert check.stop(place, tmp_path / "program.py", 143) == ""
+    assert check.stop(place, tmp_path / "program.py", 0) == "exit code 0 after SIGTERM, expected 143"
+    (tmp_path / "program.py").write_text("")
+    assert check.stop(place, tmp_path / "program.py") == "it ended before the signal"
+
+
 def test_a_stopped_training_is_continued_and_compared(place, monkeypatch):
-    """A process of its own gets the signal."""
+    def stop(place, script, *words) -> str:
+        with pytest.MonkeyPatch.context() as patch:
+            signal_after(patch, 1, signal.SIGTERM)
+            return "" if command(script.removesuffix(".py"), *words).code == 143 else "it was not stopped"
+
+    monkeypatch.setattr(check, "stop", stop)
     (line,) = check.resuming(place)
     assert line.good is True and line.found.startswith("0 of "), line
     assert json.loads((place.folder / "stopped" / "run.json").read_text())["arithmetic"][0]["deterministic"]

@@ -67,11 +67,11 @@ def test_names_and_errors_come_without_torch(code):
 
 def test_a_task_of_a_network_in_the_table_comes_without_what_takes_seconds():
     """timm brings every architecture that it knows, torchvision torch's compiler, which brings sympy."""
-    names = "from amt.few_shot import classifier, fitting, pictures, task_file"
-    build = "from amt.models.network import untrained\nuntrained('vit_mini')"
     slow = {"timm", "torchvision", "torch._dynamo", "sympy", "scipy.special", "matplotlib", "gradio", "httpx"}
-    assert not loaded(f"{names}\n{build}") & (slow - {"scipy.special"})  # which scikit-learn needs
-    assert not loaded(f"from amt.few_shot import fitting, pictures, task_file\n{build}") & slow
+    code = "from amt.few_shot import fitting, pictures, task_file\n"
+    code += "from amt.models.network import untrained\nuntrained('vit_mini')\n"
+    code += f"assert not {slow!r} & set(sys.modules)\nfrom amt.few_shot import classifier"
+    assert not loaded(code) & (slow - {"scipy.special"})  # which scikit-learn needs
 
 
 def test_importing_leaves_the_search_for_garbage_as_it_was(monkeypatch):

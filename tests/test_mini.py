@@ -286,16 +286,9 @@ def test_a_failure_half_way_leaves_nothing_that_passes_for_complete(tmp_path, mo
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_a_killed_run_leaves_no_specification(tmp_path):
     """SIGKILL in the middle of a source: what remains lies in a hidden directory without a specification."""
-    command = [
-        sys.executable,
-        "-m",
-        "meta_dataset_readers.mini",
-        "--out",
-        tmp_path,
-        "--sources",
-        "mini_objects",
-    ]
-    process = subprocess.Popen([*command, "--workers", "1", "--objects_per_class", "300"], cwd=ROOT)
+    command = [sys.executable, "-m", "meta_dataset_readers.mini", "--out", tmp_path]
+    flags = ["--sources", "mini_objects", "--workers", "1", "--objects_per_class", "300"]
+    process = subprocess.Popen([*command, *flags], cwd=ROOT)
     try:
         while process.poll() is None and not list(tmp_path.glob(".partial-*/mini_objects/0.tfrecords")):
             time.sleep(0.02)

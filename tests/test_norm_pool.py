@@ -1,7 +1,6 @@
 """Pools of LoRAs with LayerNorms of their own: the laws of a pool, training, files, exports, the commands."""
 
 import dataclasses
-import json
 import signal
 from pathlib import Path
 
@@ -13,7 +12,16 @@ from conftest import fails, moved_apart
 from safetensors.torch import load_file
 from test_full_pool import rewritten
 from toy_export import assert_same, images
-from toy_pools import LEVELS, RANK, assert_identical, make_episode, quick, tensors, trainable
+from toy_pools import (
+    LEVELS,
+    RANK,
+    assert_goes_on_exactly,
+    assert_identical,
+    make_episode,
+    quick,
+    tensors,
+    trainable,
+)
 from toy_training import command, signal_after
 
 from amt.attacks.levels import Perturbation
@@ -25,8 +33,6 @@ from amt.files.export import merged_network
 from amt.files.published import pool_from_published
 from amt.models.network import features
 from amt.models.pool import Pool, norm_weights, principal_pool
-from amt.models.trim import Trim
-from amt.models.weights import trim_singular_values
 from amt.training.tuner import Tuner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,51 +56,27 @@ def pool(untrained) -> Pool:
     return dataclasses.replace(moved_apart(untrained), scale=torch.tensor([9.0, 10, 11]))
 
 
-# The laws of a pool
+# The laws of its norms; those of every pool are in test_pool_laws
 
 
-def test_an_untrained_pool_is_the_pretrained_network(network, untrained, episode):
+def test_every_norm_is_a_members_own(network, untrained):
     assert set(norm_weights(network.weights)) == NAMES == untrained.whole.keys()
-    merged = untrained.merge([0.5, 0.75, -0.25])
-    assert all(torch.equal(merged[name], network.weights[name]) for name in NAMES)
-    wanted = features(network, network.weights, episode.query)
-    assert_same(features(network, merged, episode.query), wanted)
     assert untrained.tune == "lora+norm" and untrained.rank == RANK
     assert untrained.shapes == {name: tuple(weight.shape) for name, weight in network.weights.items()}
 
 
 def test_merging_averages_the_norms_and_adds_the_factors(network, pool):
-    """A one-hot merge is that member to the bit; the LoRAs merge as they do without norms of their own."""
+    """The LoRAs merge as they do without norms of their own."""
     shares = (0.2, 0.3, 0.5)
     merged, loras = pool.merge(shares), principal_pool(network.weights, RANK, LEVELS)
     loras = loras.with_factors(pool.factors)
     for name, weight in loras.merge(shares).items():
         wanted = sum(c * pool.whole[name][p] for p, c in enumerate(shares)) if name in NAMES else weight
         torch.testing.assert_close(merged[name], wanted)
-    for p in range(3):
-        one_hot = [float(p == k) for k in range(3)]
-        assert_identical(pool.merge(one_hot), pool[p].merge([1.0]))
-        assert all(torch.equal(pool.merge(one_hot)[name], pool.whole[name][p]) for name in NAMES)
-        assert all(torch.equal(pool.stack()[name][p], pool.whole[name][p]) for name in NAMES)
+    assert all(torch.equal(pool.stack()[name], pool.whole[name]) for name in NAMES)
     leaf = trainable(pool)
     features(network, leaf.merge(shares), make_episode(0).query).square().sum().backward()
     assert all(factor.grad[p].abs().sum() > 0 for factor in leaf.factors.values() for p in range(3))
-
-
-def test_concat_and_indexing_are_inverse(network, pool):
-    again = Pool.concat([pool[p] for p in range(3)])
-    assert again.tune == "lora+norm"
-    assert_identical(tensors(again), tensors(pool))
-    assert_identical(tensors(pool.to("cpu")), tensors(pool))
-    with pytest.raises(ValueError, match=r"--tune lora, another with lora\+norm"):
-        Pool.concat([principal_pool(network.weights, RANK, LEVELS), pool])
-
-
-def test_a_merged_pool_can_be_trimmed(pool):
-    merged = pool.merge([0.5, 0.5, 0])
-    trimmed = trim_singular_values(merged, [Trim("qkv", 0, 0.5)])
-    assert torch.linalg.matrix_rank(trimmed["blocks.0.attn.qkv.weight"]) == 12
-    assert all(trimmed[name] is merged[name] for name in NAMES)
 
 
 # Training
@@ -128,18 +110,9 @@ def test_levels_together_are_those_alone_and_resume_exactly(network, pool, tmp_p
     for k in range(3):
         whole.step(make_episode(k))
         alone.step(make_episode(k))
-        if k == 1:
-            momentum, numbers = whole.state()
-            file = tmp_path / "a.safetensors"
-            checkpoint.save(file, Checkpoint(whole.pool, {"n": numbers}, momentum))
     for name, factor in tensors(whole.pool).items():
         torch.testing.assert_close(tensors(alone.pool)[name], factor, rtol=1e-4, atol=1e-5)
-    saved = checkpoint.load(file)
-    again = Tuner(network, saved.pool, settings)
-    again.restore(saved.momentum, saved.about["n"])
-    again.step(make_episode(2))
-    assert_identical(tensors(again.pool), tensors(whole.pool))
-    assert_identical(again.state()[0], whole.state()[0])
+    assert_goes_on_exactly(network, pool, settings, tmp_path, total=3)
 
 
 def test_at_zero_learning_rate_nothing_moves(network, pool):
@@ -155,15 +128,6 @@ def test_at_zero_learning_rate_nothing_moves(network, pool):
 def file(pool, tmp_path) -> Path:
     checkpoint.save(tmp_path / "norms.safetensors", Checkpoint(pool, {"arch": "tiny"}))
     return tmp_path / "norms.safetensors"
-
-
-def test_it_comes_back_from_its_file(pool, file, network):
-    saved = checkpoint.load(file)
-    assert saved.pool.tune == "lora+norm" and saved.pool.levels == pool.levels
-    assert_identical(tensors(saved.pool), tensors(pool))
-    assert_identical(saved.pool.residual, pool.residual)
-    assert json.loads(file.with_suffix(".json").read_text())["tune"] == "lora+norm"
-    checkpoint.check_architecture(file, saved.pool, network.weights, "tiny")
 
 
 @pytest.mark.parametrize(
@@ -257,18 +221,8 @@ def test_main_trains_it_and_it_is_tested(world, tmp_path):
     assert refused.code == 2 and 'tune "lora+norm", not "lora"' in refused.err
     dry = command("main", *world.train(tmp_path / "dry", *short, "--dry_run"))
     assert dry.code == 0 and "would meta-tune 2 LoRAs" in dry.out
-    flags = (
-        "--resume",
-        last,
-        "--epsilon",
-        8,
-        "--attack_iters",
-        1,
-        "--nTestEpisode",
-        1,
-        "--probe_episodes",
-        0,
-    )
+    few = ("--nTestEpisode", 1, "--probe_episodes", 0)
+    flags = ("--resume", last, "--epsilon", 8, "--attack_iters", 1, *few)
     for more in (("--routing", "amt", "--trim", "qkv:0:0.5"), ("--head", "robust-lda")):
         ended = command("test_meta_dataset", *world.test(tmp_path / more[1], *flags, *more))
         assert ended.code == 0, ended.err

@@ -129,19 +129,9 @@ def test_the_step_is_a_quarter_of_each_epsilon_unless_given():
 
 def test_no_attack_where_epsilon_is_zero_or_absent():
     assert options.attacks(evaluation("--epsilon")) == options.attacks(evaluation("--epsilon", "0")) == ()
-    words = (
-        "--attack",
-        "pgd",
-        "--attack",
-        "pgd",
-        "norm=l2",
-        "epsilon=64",
-        "--attack",
-        "apgd",
-        "--alpha",
-        "1",
-    )
-    pgd, l2, apgd = options.attacks(evaluation("--epsilon", "4", *words, "--attack_iters", "7"))
+    words = ("--attack", "pgd", "--attack", "pgd", "norm=l2", "epsilon=64", "--attack", "apgd")
+    words += ("--alpha", "1", "--attack_iters", "7")
+    pgd, l2, apgd = options.attacks(evaluation("--epsilon", "4", *words))
     assert pgd == Attack("pgd", (4,), steps=7, step_size=1.0, loss="ce+dlr")
     assert apgd == Attack("apgd", (4,), loss="ce+dlr")
     # --alpha is meant in the other norm

@@ -1,6 +1,5 @@
 """Packed sources: what is packed is what was there, and damage to it is named."""
 
-import contextlib
 import io
 import json
 import os
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SPLITS, jpeg
+from conftest import SPLITS, change_a_byte, jpeg, readable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -180,34 +179,17 @@ def test_the_index_says_where_it_came_from_and_what_it_holds(packed, source):
 # --- damage to a packed source -----------------------------------------------------------------------------
 
 
-def read_all(directory: Path) -> dict[tuple[int, int], bytes]:
-    """What can be read of the pictures; damage is passed over."""
-    source = open_packed(directory, "birds")
-    found = {}
-    for class_id, count in enumerate(source.spec.images_per_class):
-        for index in range(count):
-            with contextlib.suppress(InputError):
-                found[class_id, index] = source.store.encoded(class_id, index)
-    return found
-
-
 @settings(max_examples=60)
 @given(data=st.data())
 def test_no_changed_byte_gives_a_wrong_picture(packed_once, data):
     """One byte of any file is changed, or its end cut off: pictures are right or refused, in one line."""
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(shutil.copytree(packed_once, Path(folder, "birds")))
-        sound = read_all(directory)
+        sound = readable(directory)
         file = directory / data.draw(st.sampled_from(sorted(contents(directory))))
-        content = bytearray(file.read_bytes())
-        position = data.draw(st.integers(0, len(content) - 1))
-        if data.draw(st.booleans()):
-            content[position] ^= data.draw(st.integers(1, 255))
-        else:
-            del content[position:]
-        file.write_bytes(content)
+        change_a_byte(file, data.draw)
         try:
-            found = read_all(directory)
+            found = readable(directory)
         except InputError as error:
             assert str(directory) in str(error) and "\n" not in str(error)
         else:

@@ -5,22 +5,55 @@ import math
 
 import pytest
 import torch
-from conftest import random_backbone
+from commands import about
+from conftest import moved_apart, random_backbone
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from toy_pools import ARCH, LEVELS, RANK, assert_identical, few, outcome_of, tensors, trainable
 
+from amt.files import checkpoint
+from amt.files.checkpoint import Checkpoint
 from amt.models.network import features
-from amt.models.pool import LoRAPool, principal_pool, split_principal
+from amt.models.pool import LoRAPool, Pool, pretrained_pool, principal_pool, split_principal
 from amt.models.trim import Trim
 from amt.models.weights import trim_singular_values
+
+# Laws of every kind
+
+
+STARTS = {
+    "lora": lambda weights: principal_pool(weights, RANK, LEVELS),
+    "lora+norm": lambda weights: principal_pool(weights, RANK, LEVELS, norms=True),
+    "full": lambda weights: pretrained_pool(weights, LEVELS),
+}
+
+
+@pytest.fixture(scope="module", params=STARTS)
+def start(request, network) -> Pool:
+    """A pool that is untrained."""
+    return STARTS[request.param](network.weights)
+
+
+@pytest.fixture(scope="module")
+def any_pool(start) -> Pool:
+    """Members that differ in everything that is theirs, and in their heads."""
+    heads = {"scale": torch.tensor([9.0, 10, 11]), "bias": torch.tensor([0.0, 0.1, 0.2])}
+    return dataclasses.replace(moved_apart(start), **heads)
+
+
+def own_weights(pool: Pool) -> dict[str, Tensor]:
+    """The weights that each member has complete."""
+    return getattr(pool, "norms", {}) | getattr(pool, "weights", {})
 
 
 @few
 @given(st.lists(st.floats(-2, 2), min_size=len(LEVELS) - 1, max_size=len(LEVELS) - 1))
-def test_an_untrained_pool_is_the_pretrained_network(network, untrained, episode, free):
-    """For any coefficients that sum to 1."""
-    weights = untrained.merge([*free, 1 - sum(free)])
+def test_an_untrained_pool_is_the_pretrained_network(network, start, episode, free):
+    """For any coefficients that sum to 1; bit for bit where members have complete weights."""
+    weights = start.merge([*free, 1 - sum(free)])
+    assert all(torch.equal(weights[name], network.weights[name]) for name in own_weights(start))
+    assert (start.scale == 10).all() and (start.bias == 0).all()
     expected = features(network, network.weights, episode.query)
     found = features(network, weights, episode.query)
     assert (found - expected).norm() < 1e-5 * expected.norm()
@@ -38,20 +71,57 @@ def test_an_untrained_pool_is_the_pretrained_network(network, untrained, episode
         (math.inf, 0.0, 0.0),
     ],
 )
-def test_merge_refuses_other_sums_and_counts(pool, coefficients):
+def test_merge_refuses_other_sums_and_counts(any_pool, coefficients):
     with pytest.raises(ValueError, match="coefficients"):
-        pool.merge(coefficients)
+        any_pool.merge(coefficients)
 
 
-def test_a_one_hot_merge_is_that_adapter_exactly(pool):
-    for p in range(len(pool)):
-        one_hot = [float(q == p) for q in range(len(pool))]
-        alone = pool[p].merge([1.0])
-        assert_identical(pool.merge(one_hot), alone)
-        assert torch.equal(pool.head(one_hot)[0], pool[p].head([1.0])[0])
+def test_a_one_hot_merge_is_that_member_exactly(any_pool):
+    for p in range(len(any_pool)):
+        one_hot = [float(q == p) for q in range(len(any_pool))]
+        alone, merged = any_pool[p].merge([1.0]), any_pool.merge(one_hot)
+        assert_identical(merged, alone)
+        assert all(torch.equal(merged[name], each[p]) for name, each in own_weights(any_pool).items())
+        assert [float(part) for part in any_pool.head(one_hot)] == [any_pool.scale[p], any_pool.bias[p]]
+        assert [float(part) for part in any_pool[p].head([1.0])] == [any_pool.scale[p], any_pool.bias[p]]
     assert not torch.equal(
-        pool[0].merge([1.0])["blocks.0.attn.qkv.weight"], alone["blocks.0.attn.qkv.weight"]
+        any_pool[0].merge([1.0])["blocks.0.attn.qkv.weight"], alone["blocks.0.attn.qkv.weight"]
     )
+
+
+def test_concat_and_indexing_are_inverse(any_pool):
+    again = Pool.concat([any_pool[p] for p in range(len(any_pool))])
+    assert type(again) is type(any_pool) and again.levels == any_pool.levels
+    assert_identical(tensors(again), tensors(any_pool))
+    assert_identical(tensors(any_pool.to("cpu")), tensors(any_pool))
+    for p in range(len(any_pool)):
+        assert_identical(tensors(again[p]), tensors(any_pool[p]))
+        assert again[p].levels == (any_pool.levels[p],)
+    for out_of_range in (-1, len(any_pool)):
+        with pytest.raises(IndexError):
+            any_pool[out_of_range]
+
+
+def test_a_merged_pool_can_be_trimmed(any_pool):
+    """What is not selected is the very same tensor."""
+    merged = any_pool.merge([0.5, 0.5, 0])
+    trimmed = trim_singular_values(merged, [Trim("qkv", 0, 0.5)])
+    assert torch.linalg.matrix_rank(trimmed.pop("blocks.0.attn.qkv.weight")) == 12
+    assert all(weight is merged[name] for name, weight in trimmed.items())
+
+
+def test_a_pool_comes_back_from_its_file(any_pool, network, tmp_path):
+    file = tmp_path / "pool.safetensors"
+    checkpoint.save(file, Checkpoint(any_pool, {"arch": "tiny"}))
+    saved = checkpoint.load(file)
+    assert type(saved.pool) is type(any_pool) and saved.pool.levels == any_pool.levels
+    assert_identical(tensors(saved.pool), tensors(any_pool))
+    assert_identical(saved.pool.residual, any_pool.residual)
+    assert saved.about == {"arch": "tiny"} and about(file)["tune"] == any_pool.tune
+    checkpoint.check_architecture(file, saved.pool, network.weights, "tiny")
+
+
+# Of LoRAs
 
 
 def test_gradients_reach_every_factor(network, pool, episode):
@@ -66,18 +136,6 @@ def test_gradients_reach_every_factor(network, pool, episode):
     for name, parameter in tensors(single).items():
         if name != "bias":
             assert parameter.grad.abs().sum() > 0, name
-
-
-def test_concat_and_indexing_are_inverse(pool):
-    again = LoRAPool.concat([pool[p] for p in range(len(pool))])
-    assert_identical(tensors(again), tensors(pool))
-    assert again.levels == pool.levels
-    for p in range(len(pool)):
-        assert_identical(tensors(again[p]), tensors(pool[p]))
-        assert again[p].levels == (pool.levels[p],)
-    for out_of_range in (-1, len(pool)):
-        with pytest.raises(IndexError):
-            pool[out_of_range]
 
 
 @pytest.mark.parametrize(

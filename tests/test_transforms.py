@@ -15,13 +15,18 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from meta_dataset_readers.pictures import FILE_FORMATS, UnreadableImage, decode_image
-from meta_dataset_readers.transforms import eval_transform, train_transform
+from meta_dataset_readers.transforms import eval_transform, planes, train_crop, unit_range
 
 
 def picture(width=40, height=30, mode="RGB", seed=0):
     channels = {"RGB": (3,), "RGBA": (4,), "L": ()}[mode]
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, *channels), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def train_transform(image, image_size, generator):
+    """An image (3, S, S) in [0, 1], as a reader gives it."""
+    return unit_range(planes(train_crop(image, image_size, generator)))
 
 
 def encoded(image, format):

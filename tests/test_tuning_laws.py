@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from toy_pools import (
     LEVELS,
     RANK,
+    assert_goes_on_exactly,
     assert_identical,
     few,
     make_episode,
@@ -22,8 +23,6 @@ from toy_pools import (
 
 from amt.attacks.levels import Perturbation
 from amt.attacks.perturb import ascend
-from amt.files import checkpoint as checkpoints
-from amt.files.checkpoint import Checkpoint
 from amt.models.network import Network
 from amt.models.pool import LoRAPool, principal_pool
 from amt.training import attack
@@ -101,22 +100,8 @@ def test_training_is_deterministic(network, pool):
 @pytest.mark.parametrize("dtype", [None, torch.float16], ids=["float32", "float16"])
 def test_a_resumed_run_equals_an_uninterrupted_one(pool, tmp_path, done, dtype):
     """Through the disk, to the bit, momentum and loss scale included."""
-    network, total = make_network(autocast=dtype), 5
     plan = quick(epsilon_warmup=3, clip_grad=1.0)
-    whole = trained(network, pool, plan, total)
-    first = trained(network, pool, plan, done)
-    momentum, numbers = first.state()
-    path = tmp_path / "run.safetensors"
-    checkpoints.save(path, Checkpoint(first.pool, {"tuner": numbers}, momentum))
-    found = checkpoints.load(path)
-    resumed = Tuner(network, found.pool, plan)
-    resumed.restore(found.momentum, found.about["tuner"])
-    assert resumed.episodes_done == done
-    records = [resumed.step(make_episode(k)) for k in range(done, total)]
-    assert_identical(tensors(resumed.pool), tensors(whole.pool))
-    assert_identical(resumed.state()[0], whole.state()[0])
-    assert resumed.state()[1] == whole.state()[1]
-    assert len(records) == total - done
+    assert_goes_on_exactly(make_network(autocast=dtype), pool, plan, tmp_path, done, total=5)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(network, pool, episode):

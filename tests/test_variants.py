@@ -9,13 +9,20 @@ import torch
 from commands import about, same_tensors
 from conftest import moved_apart
 from safetensors.torch import load_file, save_file
-from toy_pools import RANK, assert_identical, make_episode, make_network, quick, tensors, trainable
+from toy_pools import (
+    RANK,
+    assert_goes_on_exactly,
+    assert_identical,
+    make_episode,
+    make_network,
+    quick,
+    tensors,
+    trainable,
+)
 from toy_training import command, signal_after
 
 from amt.attacks.levels import Perturbation
 from amt.cli import options
-from amt.files import checkpoint
-from amt.files.checkpoint import Checkpoint
 from amt.models.network import Network, features
 from amt.models.pool import Pool, pretrained_pool, principal_pool
 from amt.training import attack, meta_tune
@@ -178,19 +185,7 @@ def test_a_level_may_be_drawn_up_to_its_own_epsilon():
 
 @pytest.mark.parametrize("variant", [{"epsilon_from": 0.0}, {"loss": "features"}])
 def test_a_resumed_variant_equals_an_uninterrupted_one(pool, tmp_path, variant):
-    network = make_network()
-    whole = trained(network, pool, range(4), **variant)
-    first = trained(network, pool, range(2), **variant)
-    momentum, numbers = first.state()
-    path = tmp_path / "run.safetensors"
-    checkpoint.save(path, Checkpoint(first.pool, {"tuner": numbers}, momentum))
-    saved = checkpoint.load(path)
-    again = Tuner(network, saved.pool, quick(**variant))
-    again.restore(saved.momentum, saved.about["tuner"])
-    for k in (2, 3):
-        again.step(make_episode(k))
-    assert_identical(tensors(again.pool), tensors(whole.pool))
-    assert_identical(again.state()[0], whole.state()[0])
+    assert_goes_on_exactly(make_network(), pool, quick(**variant), tmp_path)
 
 
 # The command

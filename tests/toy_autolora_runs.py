@@ -52,16 +52,8 @@ class World(NamedTuple):
     def flags(self, out: Path, *more) -> list:
         """Of a run of two epochs of three batches; later flags win."""
         return [
-            *(
-                "--dataset",
-                "cifar10",
-                "--data",
-                self.data,
-                "--arch",
-                "resnet_mini",
-                "--checkpoint",
-                self.weights,
-            ),
+            *("--dataset", "cifar10", "--data", self.data),
+            *("--arch", "resnet_mini", "--checkpoint", self.weights),
             *("--output", out, "--epochs", 2, "--batch_size", 16, "--val", 0.2, "--num_workers", 0),
             *("--num_steps_train", 2, "--num_steps_test", 2, "--device", "cpu", "--lr", 0.05, *more),
         ]

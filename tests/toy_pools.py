@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +11,14 @@ from hypothesis import settings
 from torch import Tensor
 
 from amt.attacks.levels import Perturbation
+from amt.files import checkpoint
+from amt.files.checkpoint import Checkpoint
 from amt.models.architectures import Arch
 from amt.models.network import Network
-from amt.models.pool import LoRAPool, principal_pool
+from amt.models.pool import LoRAPool, Pool, principal_pool
 from amt.training.meta_tune import query_outcome
 from amt.training.settings import TuneSettings
+from amt.training.tuner import Tuner
 from meta_dataset_readers.episode import Episode
 
 few = settings(max_examples=20, deadline=None)
@@ -67,6 +71,30 @@ def trainable(pool: LoRAPool) -> LoRAPool:
 
 def quick(**changes) -> TuneSettings:
     return TuneSettings(**{"epochs": 4, "episodes_per_epoch": 2, "lr": 0.05, "warmup_epochs": 0} | changes)
+
+
+def assert_goes_on_exactly(
+    network: Network, pool: Pool, plan: TuneSettings, folder: Path, done: int = 2, total: int = 4
+) -> None:
+    """A run that goes on from its file after `done` episodes ends with the bits of one that never stopped:
+    weights, momentum, numbers."""
+    whole, first = Tuner(network, pool, plan), Tuner(network, pool, plan)
+    for k in range(total):
+        whole.step(make_episode(k))
+        if k < done:
+            first.step(make_episode(k))
+    momentum, numbers = first.state()
+    file = folder / "run.safetensors"
+    checkpoint.save(file, Checkpoint(first.pool, {"tuner": numbers}, momentum))
+    found = checkpoint.load(file)
+    resumed = Tuner(network, found.pool, plan)
+    resumed.restore(found.momentum, found.about["tuner"])
+    assert resumed.episodes_done == done
+    for k in range(done, total):
+        resumed.step(make_episode(k))
+    assert_identical(tensors(resumed.pool), tensors(whole.pool))
+    assert_identical(resumed.state()[0], whole.state()[0])
+    assert resumed.state()[1] == whole.state()[1]
 
 
 def outcome_of(network: Network, pool: LoRAPool, episode: Episode, level: Perturbation, **keywords):

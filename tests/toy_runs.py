@@ -14,11 +14,7 @@ import numpy as np
 from amt.attacks.kinds import Attack
 from amt.evaluation.evaluate import columns
 
-ATTACKS = (
-    Attack("pgd", (2, 4, 8)),
-    Attack("square", (4, 8), queries=500),
-    Attack("pgd", (64, 128), "l2"),
-)
+ATTACKS = (Attack("pgd", (2, 4, 8)), Attack("square", (4, 8), queries=500), Attack("pgd", (64, 128), "l2"))
 DOMAINS = ("mini_signs", "mini_textures", "digits")
 ADAPTERS = (8, 6, 0.1, 0.01)
 

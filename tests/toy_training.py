@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, Ended, called, process
+from commands import ROOT, Ended, called
 from conftest import flat_spec, write_spec
 from PIL import Image
 from safetensors.torch import save_file
@@ -101,9 +101,9 @@ def world(tmp_path_factory) -> World:
 
 @pytest.fixture(scope="session")
 def trained(world, tmp_path_factory) -> tuple[Ended, Path]:
-    """An uninterrupted run of main.py in a process of its own: how it ended, and its folder."""
+    """An uninterrupted run of main.py: how it ended, and its folder."""
     out = tmp_path_factory.mktemp("trained")
-    return process(ROOT / "main.py", *world.train(out), cwd=tmp_path_factory.mktemp("elsewhere")), out
+    return command("main", *world.train(out)), out
 
 
 def scalars(run: Path) -> dict[str, dict[int, float]]:

@@ -235,10 +235,7 @@ def _weights(args: argparse.Namespace) -> Need:
     if found is not None:
         return Need(what, found=found)
     ways = [f"timm's hub, which a run asks for {origin.hub}"] if origin.hub else []
-    ways += [
-        f"{origin.url or 'their file'}, saved as {candidates[-1]}",
-        "--pretrained_checkpoint FILE",
-    ]
+    ways += [f"{origin.url or 'their file'}, saved as {candidates[-1]}", "--pretrained_checkpoint FILE"]
     return Need(what, problem="not on this machine", hint=f"they come from {', or '.join(ways)}")
 
 

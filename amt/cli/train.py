@@ -232,12 +232,7 @@ def with_statistics(
 
 
 def judged(
-    run: Keeper,
-    tuner: Tuner,
-    validation: Sequence[Dataset],
-    workers: int,
-    skipped: set[str],
-    ranks: Ranks,
+    run: Keeper, tuner: Tuner, validation: Sequence[Dataset], workers: int, skipped: set[str], ranks: Ranks
 ) -> dict[str, Any]:
     """The note of the epoch that has just ended: its levels that have collapsed, and the validation.
 

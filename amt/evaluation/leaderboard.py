@@ -211,9 +211,7 @@ def setting(run: Run) -> str:
 
 def score(run: Run) -> float:
     """What rows are ranked by: the mean of clean accuracy and the mean accuracy under attack, in per cent."""
-    name = next(iter(run.averages), None) if len(run.rows) > 1 else None
-    name = name or next(iter(run.rows))
-    clean, *attacked = (run.summary(name, column) for column in sorted(run.columns, key="clean".__ne__))
+    clean, *attacked = (run.summary(run.whole, column) for column in sorted(run.columns, key="clean".__ne__))
     means = [found.mean for found in attacked if found is not None]
     top = clean.mean if clean is not None else 0.0
     return (top + statistics.fmean(means)) / 2 if means else top

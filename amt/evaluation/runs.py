@@ -94,6 +94,16 @@ class Run:
         }
         return {name: members for name, members in found.items() if members}
 
+    @property
+    def average(self) -> str | None:
+        """The name of the average over all its domains; None if it has only one domain."""
+        return next(iter(self.averages), None) if len(self.rows) > 1 else None
+
+    @property
+    def whole(self) -> str:
+        """What stands for it in a sentence: its average, or its only domain."""
+        return self.average or next(iter(self.rows))
+
     @functools.cached_property
     def _summaries(self) -> dict[tuple[str, str], Summary]:
         if self.parts:

@@ -18,9 +18,10 @@ from meta_dataset_readers.files import replace_file
 SAMPLED = 10  # queries kept of an episode
 SUPPORT_SAMPLED = 20  # support images kept of it
 LARGEST = 2**28  # bytes of a file; forty images of 512 px are a third of that
-_DTYPES = {
-    **{"clean": "u1", "attacked": "u1", "perturbation": "f2"},
-    **{"labels": "i8", "predicted_clean": "i8", "predicted_attacked": "i8"},
+_ARRAYS = {  # of which dtype, with a letter for each dimension: the same letter is the same length
+    **{"clean": ("u1", "nhw3"), "attacked": ("u1", "nhw3"), "perturbation": ("f2", "nhw3")},
+    **dict.fromkeys(("labels", "predicted_clean", "predicted_attacked"), ("i8", "n")),
+    **{"support": ("u1", "mxy3"), "support_labels": ("i8", "m"), "shots": ("i8", "k")},
 }
 _SUPPORT = ("support", "support_labels", "shots")  # older samples have none
 
@@ -130,24 +131,17 @@ def _read_sample(path: Path) -> Sample:
 
 
 def _fits(sample: Sample) -> bool:
-    """Whether all arrays have their dtype and the same number of images, and all labels have a name."""
-    arrays = sample._asdict()
-    n, shape = len(sample.clean), sample.clean.shape
-    good = all(arrays[name].dtype == dtype and len(arrays[name]) == n for name, dtype in _DTYPES.items())
-    good = good and len(shape) == 4 and shape[-1] == 3
-    good = good and shape == sample.attacked.shape == sample.perturbation.shape
-    labels = (sample.labels, sample.predicted_clean, sample.predicted_attacked)
-    names = len(sample.class_names)
-    good = good and all(bool(((each >= 0) & (each < names)).all()) for each in labels)
-    return good and _support_fits(sample)
-
-
-def _support_fits(sample: Sample) -> bool:
-    """The same of what older samples lack."""
-    images, labels, shots = sample.support, sample.support_labels, sample.shots
-    dtypes = images.dtype == "u1" and labels.dtype == shots.dtype == "i8"
-    good = (
-        dtypes and images.ndim == 4 and images.shape[-1] == 3 and len(shots) in (0, len(sample.class_names))
-    )
-    good = good and labels.shape == (len(images),) and shots.ndim == 1 and bool((shots >= 0).all())
-    return good and bool(((labels >= 0) & (labels < max(len(shots), 1))).all())
+    """Whether all arrays have their dtype and the lengths that fit each other, and all labels have a name."""
+    arrays, lengths = sample._asdict(), {"3": 3}
+    for name, (dtype, dimensions) in _ARRAYS.items():
+        if arrays[name].dtype != dtype or arrays[name].ndim != len(dimensions):
+            return False
+        for dimension, length in zip(dimensions, arrays[name].shape, strict=True):
+            if lengths.setdefault(dimension, length) != length:
+                return False
+    names, shots = len(sample.class_names), len(sample.shots)
+    if shots not in (0, names) or (sample.shots < 0).any():
+        return False
+    most = dict.fromkeys(("labels", "predicted_clean", "predicted_attacked"), names)
+    most["support_labels"] = max(shots, 1)
+    return all(bool(((arrays[name] >= 0) & (arrays[name] < n)).all()) for name, n in most.items())

@@ -211,15 +211,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, repo_id=repo_id)
-            return hub.push(
-                repo_id,
-                Path(folder),
-                commit_message=commit_message,
-                private=private,
-                token=token,
-                branch=branch,
-                create_pr=create_pr,
-            )
+            return hub.push(repo_id, Path(folder), commit_message, private, token, branch, create_pr)
 
     @classmethod
     def load(cls, file: str | os.PathLike, device: str = "auto") -> Self:

@@ -199,7 +199,6 @@ def save(folder: Path, parameters: Mapping[str, Any], tensors: Weights, about: d
 def push(
     repo_id: str,
     folder: Path,
-    *,
     commit_message: str = MESSAGE,
     private: bool | None = None,
     token: str | bool | None = None,

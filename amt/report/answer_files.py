@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from amt.evaluation.classes import by_class, class_names, confusions, gather
+from amt.evaluation.classes import Gathered, by_class, class_names, confusions, gather
 from amt.evaluation.runs import Run
 from meta_dataset_readers.files import replace_file
 
@@ -67,23 +67,24 @@ def _name(names: Sequence[str], label: int | None) -> str:
     return "" if label is None else names[label]
 
 
+def _each(run: Run) -> Iterator[tuple[str, str, Gathered]]:
+    """Every domain with answers, column by column."""
+    for source in run.sources:
+        if (found := gather(run, source)) is not None:
+            yield from ((source, column, found) for column in run.columns)
+
+
 def _classes(run: Run) -> Iterator[Sequence]:
     yield ["domain", "column", "class", "accuracy", "half_width", f"{run.unit}s", "images"]
-    for source in run.sources:
-        if (found := gather(run, source)) is None:
-            continue
-        for column in run.columns:
-            for each in by_class(found, column):
-                half = f"{each.interval:.3f}" if math.isfinite(each.interval) else ""
-                yield source, column, each.name, f"{each.mean:.3f}", half, each.tasks, each.images
+    for source, column, found in _each(run):
+        for each in by_class(found, column):
+            half = f"{each.interval:.3f}" if math.isfinite(each.interval) else ""
+            yield source, column, each.name, f"{each.mean:.3f}", half, each.tasks, each.images
 
 
 def _confusion(run: Run) -> Iterator[Sequence]:
     yield ["domain", "column", "class", "taken_for", "images", "of"]
-    for source in run.sources:
-        if (found := gather(run, source)) is None:
-            continue
-        for column in run.columns:
-            for each in confusions(found, column):
-                if each.count:
-                    yield source, column, each.true, each.other, each.count, each.met
+    for source, column, found in _each(run):
+        for each in confusions(found, column):
+            if each.count:
+                yield source, column, each.true, each.other, each.count, each.met

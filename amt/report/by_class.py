@@ -10,12 +10,11 @@ from typing import NamedTuple
 
 from amt.evaluation.classes import Gathered, by_class, confusions, gather, most_confused
 from amt.report.shown import Shown, domains, telling
-from amt.report.tables import Cell, Table
+from amt.report.tables import MISSING, Cell, Table, counted, rounded
 
 MOST_CLASSES = 30  # in a matrix, and in a table of classes
 MOST_PAIRS = 15
 CELLS = 40_000  # of all matrices of a page
-MISSING = Cell("–", missing=True)
 
 
 class Square(NamedTuple):
@@ -108,12 +107,12 @@ def _classes(
         for each, by_column in accuracies:
             if (first := by_column[columns[0]].get(name)) is None:
                 continue
-            counts = (Cell(str(first.tasks), first.tasks), Cell(str(first.images), first.images))
             cells = [by_column[column].get(name) for column in columns]
-            told = [MISSING if a is None else Cell(f"{a.mean:.1f}", a.mean, _half(a.interval)) for a in cells]
-            rows.append((Cell(name), *([Cell(each.label)] if several else []), *told, *counts))
-    counted = [f"{unit}s", "images"] if unit == "episode" else ["n", "images"]
-    heads = ("class", *(["run"] if several else []), *columns, *counted)
+            told = [MISSING if a is None else rounded(a.mean, _half(a.interval)) for a in cells]
+            names_of_row = (Cell(name), *([Cell(each.label)] if several else []))
+            rows.append((*names_of_row, *told, counted(first.tasks), counted(first.images)))
+    tasks = "episodes" if unit == "episode" else "n"
+    heads = ("class", *(["run"] if several else []), *columns, tasks, "images")
     return Table(heads, rows), len(lowest) - len(names)
 
 
@@ -139,15 +138,7 @@ def _pairs(found: Sequence[tuple[Shown, Gathered]], columns: Sequence[str], seve
         for each, gathered in found:
             for pair in most_confused(gathered, column, MOST_PAIRS):
                 names = (Cell(pair.true), Cell(pair.other), *([Cell(each.label)] if several else []))
-                share = Cell(f"{pair.share:.1f}", pair.share)
-                rows.append(
-                    (
-                        *names,
-                        Cell(column),
-                        share,
-                        Cell(str(pair.count), pair.count),
-                        Cell(str(pair.met), pair.met),
-                    )
-                )
+                numbers = (rounded(pair.share), counted(pair.count), counted(pair.met))
+                rows.append((*names, Cell(column), *numbers))
     heads = ("class", "taken for", *(["run"] if several else []), "column", "per cent", "images", "of")
     return Table(heads, rows)

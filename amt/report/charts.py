@@ -4,7 +4,7 @@ Decides what is compared with what, in terms of `panels`; `figures` draws it. In
 one episode has none.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from amt.report.shown import (
     NORMS,
     Shown,
     attack_of,
+    averages_and_domains,
     chances,
     columns,
     curve_columns,
@@ -33,7 +34,7 @@ from amt.report.shown import (
     union,
     units,
 )
-from amt.report.tables import Cell, Table
+from amt.report.tables import Cell, Table, rounded
 
 INTERVAL = ("±", "from", "to")
 CHANCE = "Dashed: chance, the accuracy of guessing."
@@ -114,7 +115,7 @@ def curves(shown: Sequence[Shown]) -> list[Figure]:
     shows is left out."""
     found, large = [], hero(shown)
     for norm, attacks in attacks_by_norm(shown).items():
-        names = union([(each.average for each in shown if each.average), domains(shown)])
+        names = averages_and_domains(shown)
         if large is not None and large.slug == f"curve_{norm}" and len(attacks) == 1:
             names.remove(large.panels[0].title)
         if names and (figure := _curves(shown, norm, attacks, names)) is not None:
@@ -123,23 +124,12 @@ def curves(shown: Sequence[Shown]) -> list[Figure]:
 
 
 def _curves(
-    shown: Sequence[Shown],
-    norm: str,
-    attacks: Mapping[str, Mapping[float, str]],
-    names: Sequence[str],
+    shown: Sequence[Shown], norm: str, attacks: Mapping[str, Mapping[float, str]], names: Sequence[str]
 ) -> Figure | None:
     radii = [epsilon for radii in attacks.values() for epsilon in radii]
     x = Axis(f"epsilon in 1/255, {NORMS[norm]}", 0, max(radii), max(radii), epsilon_ticks(radii))
-    panels, rows = [], []
-    for name in names:
-        rules = chances(shown, name)
-        if series := _lines(shown, name, attacks, rows):
-            counts = [clean.n for each in shown if (clean := each.summary(name, "clean")) is not None]
-            panels.append(
-                Panel(
-                    name, n_note(counts), x, Axis(*PER_CENT, rules=rules, rule_name="chance"), tuple(series)
-                )
-            )
+    rows: list[tuple[Cell, ...]] = []
+    panels = curve_panels(shown, names, x, lambda name: _lines(shown, name, attacks, rows))
     if not panels:
         return None
     caption = (
@@ -147,7 +137,33 @@ def _curves(
         f"norm, clean at 0; bars: 95% bootstrap intervals, n {units(shown)} as noted. {CHANCE}"
     )
     table = Table(("domain", "run", "attack", "epsilon", "accuracy", *INTERVAL, "n"), rows)
-    return Figure(f"curves_{norm}", f"Robustness curves, {NORMS[norm]}", caption, tuple(panels), table)
+    return Figure(f"curves_{norm}", f"Robustness curves, {NORMS[norm]}", caption, panels, table)
+
+
+def curve_panels(
+    shown: Sequence[Shown], names: Sequence[str], x: Axis, lines: Callable[[str], Sequence[Series]]
+) -> tuple[Panel, ...]:
+    """A panel for each of the `names` that have lines: accuracy against `x`, with n and chance."""
+    panels = []
+    for name in names:
+        if series := lines(name):
+            counts = [clean.n for each in shown if (clean := each.summary(name, "clean")) is not None]
+            y = Axis(*PER_CENT, rules=chances(shown, name), rule_name="chance")
+            panels.append(Panel(name, n_note(counts), x, y, tuple(series)))
+    return tuple(panels)
+
+
+def measured(
+    each: Shown, name: str, column: str, x: float, where: str, names: tuple[Cell, ...]
+) -> tuple[Point, tuple[Cell, ...]] | None:
+    """An accuracy as a point at `x`, which says `where` that is, and as the row of a table that begins with
+    `names`; None where there is none."""
+    if (summary := each.summary(name, column)) is None:
+        return None
+    doubt = each.doubt(name, (column,))
+    says = f"{name}, {where}: {spoken(summary)}, n = {summary.n}{doubt}"
+    point = Point(x, summary.mean, None, span(summary), name, says, bool(doubt))
+    return point, (Cell(name + doubt), *names, *numbers(summary))
 
 
 def attacks_by_norm(shown: Sequence[Shown]) -> dict[str, dict[str, dict[float, str]]]:
@@ -172,14 +188,11 @@ def _lines(
         for k, (attack, radii) in enumerate(attacks.items()):
             points = []
             for epsilon, column in sorted({0.0: "clean", **radii}.items()):
-                if (summary := each.summary(name, column)) is None:
-                    continue
-                doubt = each.doubt(name, (column,))
-                told = f"epsilon {epsilon:g}: {spoken(summary)}, n = {summary.n}{doubt}"
-                says = f"{name}, {each.label}, {attack}, {told}"
-                points.append(Point(epsilon, summary.mean, None, span(summary), name, says, bool(doubt)))
-                names = (Cell(name + doubt), Cell(each.label), Cell(attack), Cell(f"{epsilon:g}", epsilon))
-                rows.append((*names, *numbers(summary)))
+                where = f"{each.label}, {attack}, epsilon {epsilon:g}"
+                names = (Cell(each.label), Cell(attack), Cell(f"{epsilon:g}", epsilon))
+                if found := measured(each, name, column, epsilon, where, names):
+                    points.append(found[0])
+                    rows.append(found[1])
             if len(points) > 1 and len(shown) > 1:
                 style = distinct(each.place)._replace(dash=k)
                 series.append(Series(each.label, style, tuple(points), True, attack, each.place))
@@ -356,8 +369,7 @@ def _shares_table(shares: Iterable[tuple[str, str, Share]]) -> Table:
     rows = []
     for domain, name, share in shares:
         *mean, n = numbers(share.summary)
-        quartiles = (Cell(f"{value:.1f}", value) for value in share.quartiles)
-        rows.append((Cell(domain), Cell(name), *mean, *quartiles, n))
+        rows.append((Cell(domain), Cell(name), *mean, *map(rounded, share.quartiles), n))
     quartiles = ("least", "lower quartile", "median", "upper quartile", "most")
     return Table(("domain", "adapter", "mean", *INTERVAL, *quartiles, "n"), rows)
 

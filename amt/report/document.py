@@ -24,21 +24,9 @@ from amt.report.certainty import certainty
 from amt.report.charts import Differences
 from amt.report.example_tasks import SAMPLE_SIDE, example_tasks
 from amt.report.headline import cards, headline
-from amt.report.shown import (
-    NORMS,
-    Shown,
-    between,
-    columns,
-    domains,
-    half,
-    has_interval,
-    label,
-    union,
-    units,
-)
-from amt.report.tables import Cell, Table, corruption_rows
+from amt.report.shown import NORMS, Shown, between, columns, domains, half, has_interval, label, union, units
+from amt.report.tables import MISSING, Cell, Table, corruption_rows, counted, rounded
 
-MISSING = Cell("–", missing=True)
 ENVIRONMENT = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 ENVIRONMENT.globals |= {"drawings": figures.drawings, "legend": panels.legend, "swatch": figures.swatch}
 
@@ -132,7 +120,7 @@ def attacked(run: Run) -> str:
     words = [attack_from(values).name for values in run.about["attacks"]]
     if not words:
         return "Nothing is attacked."
-    return f"Attacked by {', '.join(words)}; chance is {run.chance(label([run])[0].whole):.1f} per cent."
+    return f"Attacked by {', '.join(words)}; chance is {run.chance(run.whole):.1f} per cent."
 
 
 def stamps(shown: Sequence[Shown]) -> list[str]:
@@ -176,7 +164,7 @@ def sentence(text: str) -> str:
 
 def results(shown: Sequence[Shown]) -> Table:
     """Every accuracy by domain and run, then the averages."""
-    averages = union(each.run.averages for each in shown if each.average)
+    averages = union(each.run.averages for each in shown if each.run.average)
     several = len(shown) > 1
     bodies = [
         [
@@ -196,13 +184,12 @@ def _result(each: Shown, name: str, among: Sequence[str], several: bool) -> list
     note = f" of {len(members)}" if members and name not in each.run.rows else ""
     summaries = [each.summary(name, column) for column in among]
     n = next(summary.n for summary in summaries if summary is not None)
-    chance = each.run.chance(name)
     return [
         Cell(name, note=note, run=each.label if several else ""),
         *([Cell(each.label)] if several else []),
         *(accuracy(each, name, column, s) for column, s in zip(among, summaries, strict=True)),
-        Cell(str(n), n),
-        Cell(f"{chance:.1f}", chance),
+        counted(n),
+        rounded(each.run.chance(name)),
     ]
 
 
@@ -243,7 +230,7 @@ def corruptions(shown: Sequence[Shown]) -> Table | None:
     names = [name for name in union(found.values()) if name != "mean"]
     bodies = [
         [
-            (Cell(name), *([Cell(run)] if several else []), *(Cell(f"{v:.1f}", v) for v in rows[name]))
+            (Cell(name), *([Cell(run)] if several else []), *map(rounded, rows[name]))
             for name in body
             for run, rows in found.items()
             if name in rows
@@ -259,16 +246,14 @@ def cost(shown: Sequence[Shown]) -> Table:
     rows = []
     for each in shown:
         run, known = each.run, each.run.about
-        count = len(run.every_row)
         measured = [
             Cell(shape(known[name]), known[name])
             if run.complete and isinstance(known.get(name), int | float)
             else Cell("unfinished", missing=True)
             for name, shape in (("episode_seconds", _duration), ("peak_memory_mb", _memory))
         ]
-        rows.append(
-            (Cell(each.label), Cell(str(count), count), *measured, Cell(str(known.get("device") or "–")))
-        )
+        device = Cell(str(known.get("device") or "–"))
+        rows.append((Cell(each.label), counted(len(run.every_row)), *measured, device))
     return Table(("run", units(shown), "time", "peak memory", "device"), rows)
 
 

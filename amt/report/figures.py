@@ -18,18 +18,7 @@ from matplotlib.transforms import Affine2D
 
 from amt.evaluation.statistics import Summary
 from amt.report.lettering import printable, short
-from amt.report.panels import (
-    Axis,
-    Figure,
-    HeatMap,
-    Panel,
-    Point,
-    Series,
-    Style,
-    distinct,
-    legend,
-    links,
-)
+from amt.report.panels import Axis, Figure, HeatMap, Panel, Point, Series, Style, distinct, legend, links
 from amt.report.shares import bars
 from amt.report.shown import has_interval
 from amt.report.svg import COLOURS, LINE, MUTED, PAGE, TEXT, mark, svg_element

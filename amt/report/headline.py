@@ -159,7 +159,7 @@ def _card(each: Shown, shown: Sequence[Shown], names: Sequence[str]) -> dict:
     other = shown[0] if each.place else shown[1] if len(shown) == 2 else None
     found = compare(each.run, other.run).differences if other is not None else {}
     about = each.run.about
-    over = f"average over {len(each.run.rows)} domains" if each.average else each.whole
+    over = f"average over {len(each.run.rows)} domains" if each.run.average else each.whole
     tiles = [_tile(each, column, found) for column in names]
     known = [f"seed {about['seed']}", *(f"{k} {about[k]}" for k in ("split", "commit") if about.get(k))]
     return {

@@ -11,9 +11,9 @@ from amt.evaluation import leaderboard
 from amt.evaluation.comparison import compare, in_words
 from amt.evaluation.runs import Run
 from amt.report.charts import CHANCE, INTERVAL, Axis, Figure, Panel, Point, Series, distinct
-from amt.report.document import MISSING, accuracy, below_chance, rendered, results
+from amt.report.document import accuracy, below_chance, rendered, results
 from amt.report.shown import Shown, chances, half, label, numbers, span, spoken
-from amt.report.tables import Cell, Table, number
+from amt.report.tables import MISSING, Cell, Table, counted, number, rounded
 
 
 def ranked_page(rows: Sequence[Run]) -> str:
@@ -49,7 +49,7 @@ def ranking(shown: Sequence[Shown]) -> Table:
     first, rows = shown[0], []
     for place, each in enumerate(shown, 1):
         differences = compare(each.run, first.run).differences if place > 1 else {}
-        cells = [Cell(each.label), Cell(str(place), place)]
+        cells = [Cell(each.label), counted(place)]
         for column in each.run.columns:
             found = each.summary(each.whole, column)
             by_seed = " ".join(
@@ -65,8 +65,7 @@ def ranking(shown: Sequence[Shown]) -> Table:
         known = each.run.about
         doubtful = ", ".join(dict.fromkeys(f"{f[0]} {f[1]}" for f in known.get("suspect", ())))
         marks = "; ".join([*known.get("stamps", ()), *([f"suspect: {doubtful}"] if doubtful else [])])
-        seeds = len(each.run.seeds)
-        cells += [Cell(str(seeds), seeds), Cell(str(known["candidates"]), known["candidates"])]
+        cells += [counted(len(each.run.seeds)), counted(known["candidates"])]
         rows.append((*cells, Cell(known["tuned_on"]), Cell(marks or "none")))
     heads = [head for column in first.run.columns for head in (column, f"from {first.label}")]
     return Table(("row", "place", *heads, "seeds", "candidates", "tuned on", "stamps"), rows)
@@ -90,8 +89,7 @@ def plane(shown: Sequence[Shown], joined: Sequence[str] = ()) -> Figure | None:
         says = f"{each.label}: clean {spoken(clean)}, mean under attack {mean:.1f}, n = {clean.n}"
         said = each.label.rpartition(" ")[2] if each.label in joined else each.label
         points[each.label] = Point(clean.mean, mean, span(clean), None, said, says)
-        cells = (Cell(f"{mean:.1f}", mean), Cell(str(clean.n), clean.n))
-        rows.append((Cell(each.label), *numbers(clean)[:-1], *cells))
+        rows.append((Cell(each.label), *numbers(clean)[:-1], rounded(mean), counted(clean.n)))
     if not points:
         return None
     alone = [name for name in points if name not in joined]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from amt.evaluation.chance import is_below_chance
 from amt.evaluation.runs import Run
 from amt.evaluation.statistics import Summary, summarise
-from amt.report.tables import Cell, number
+from amt.report.tables import Cell, counted, number
 
 NORMS = {"linf": "L∞", "l2": "L2"}
 
@@ -34,14 +34,8 @@ class Shown:
         return f", suspect: {'; '.join(reasons)}" if reasons else ""
 
     @property
-    def average(self) -> str | None:
-        """The name of the average over all its domains; None if it has only one domain."""
-        return next(iter(self.run.averages), None) if len(self.run.rows) > 1 else None
-
-    @property
     def whole(self) -> str:
-        """What stands for the run in a sentence: its average, or its only domain."""
-        return self.average or next(iter(self.run.rows))
+        return self.run.whole
 
 
 def label(runs: Sequence[Run]) -> list[Shown]:
@@ -66,6 +60,10 @@ def union(lists: Iterable[Iterable[str]]) -> list[str]:
 
 def domains(shown: Sequence[Shown]) -> list[str]:
     return union(each.run.rows for each in shown)
+
+
+def averages_and_domains(shown: Sequence[Shown]) -> list[str]:
+    return union([(each.run.average for each in shown if each.run.average), domains(shown)])
 
 
 def columns(shown: Sequence[Shown]) -> list[str]:
@@ -162,7 +160,7 @@ def numbers(summary: Summary, of_mean: str = ".1f", of_rest: str = ".1f") -> tup
     rest = (summary.interval, summary.low, summary.high)
     texts = [number(value, of_rest) if has_interval(summary) else "–" for value in rest]
     mean = Cell(number(summary.mean, of_mean), summary.mean)
-    return (mean, *map(Cell, texts, rest), Cell(str(summary.n), summary.n))
+    return (mean, *map(Cell, texts, rest), counted(summary.n))
 
 
 def units(shown: Sequence[Shown], plural: bool = True) -> str:

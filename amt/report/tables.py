@@ -32,6 +32,18 @@ class Cell(NamedTuple):
     run: str = ""
 
 
+MISSING = Cell("–", missing=True)
+
+
+def counted(n: int) -> Cell:
+    return Cell(str(n), n)
+
+
+def rounded(value: float, half: str = "") -> Cell:
+    """A number to one digit."""
+    return Cell(f"{value:.1f}", value, half)
+
+
 class Table(NamedTuple):
     """Rows of cells under their headings, and rows of averages `below`, which are sorted by themselves."""
 

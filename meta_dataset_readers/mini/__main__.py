@@ -28,11 +28,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=nonnegative_int, default=0, help="decides every picture")
     parser.add_argument(
-        "--sources",
-        nargs="+",
-        default=SOURCE_NAMES,
-        metavar="NAME",
-        help=f"of {', '.join(SOURCE_NAMES)}",
+        "--sources", nargs="+", default=SOURCE_NAMES, metavar="NAME", help=f"of {', '.join(SOURCE_NAMES)}"
     )
     parser.add_argument(
         "--objects_per_class",

@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from meta_dataset_readers.mini.canvas import LARGEST_SIDE
+from meta_dataset_readers.spec import SPEC_FILE
 from meta_dataset_readers.tfrecord import open_records
 
 COLUMNS = 12
@@ -27,7 +28,7 @@ def class_labels(spec: dict) -> dict[int, str]:
 
 def contact_sheet(directory: Path) -> Image.Image:
     """The first `COLUMNS` images of each class of the source in `directory`."""
-    spec = json.loads((directory / "dataset_spec.json").read_text(encoding="utf-8"))
+    spec = json.loads((directory / SPEC_FILE).read_text(encoding="utf-8"))
     labels = sorted(class_labels(spec).items())
     sheet = Image.new("RGB", (LABEL_WIDTH + COLUMNS * CELL, len(labels) * CELL), (110, 110, 110))
     draw = ImageDraw.Draw(sheet)

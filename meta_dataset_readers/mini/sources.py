@@ -5,9 +5,10 @@ Knows which classes there are and what the specification of each kind of source 
 """
 
 import dataclasses
+import itertools
 import unicodedata
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.random import Generator
@@ -16,9 +17,7 @@ from PIL import Image
 from meta_dataset_readers.errors import InputError, nearest
 from meta_dataset_readers.mini import digits, glyphs, objects, signs, sketches, textures
 from meta_dataset_readers.mini.shapes import FAMILIES
-
-SPLITS = ("TRAIN", "VALID", "TEST")
-FILE_PATTERN = "{}.tfrecords"
+from meta_dataset_readers.spec import FILE_PATTERN, SPLITS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,13 +138,8 @@ def mini_objects(images_per_class: int) -> Source:
     """The training source: 84 / 20 / 20 classes in a graph, every split with shapes of its own."""
     chosen = [combination for split in SPLITS for combination in objects.combinations(split)]
     words = tuple(objects.object_words(*combination) for combination in chosen)
-    return Source(
-        "mini_objects",
-        words,
-        (images_per_class,) * len(words),
-        ignoring_number(objects.draw_object),
-        objects_spec,
-    )
+    counts = (images_per_class,) * len(words)
+    return Source(OBJECTS, words, counts, ignoring_number(objects.draw_object), objects_spec)
 
 
 def mini_glyphs() -> Source:
@@ -165,26 +159,16 @@ def mini_glyphs() -> Source:
     )
 
 
-def mini_textures() -> Source:
-    """25 surfaces, like dtd."""
-    return flat_source("mini_textures", textures.TEXTURES, textures.draw_texture)
+def flat_source(name: str, splits: Mapping[str, Sequence[str]], draw: Callable, n_images: int = 40) -> Source:
+    """A source without hierarchy."""
+    classes = tuple(itertools.chain.from_iterable(splits.get(split, ()) for split in SPLITS))
+    sizes = tuple(len(splits.get(split, ())) for split in SPLITS)
+    return Source(name, classes, (n_images,) * len(classes), ignoring_number(draw), flat_spec(sizes))
 
 
-def mini_sketches() -> Source:
-    """28 line drawings, like quickdraw."""
-    return flat_source("mini_sketches", sketches.SKETCHES, sketches.draw_sketch)
-
-
-def mini_signs() -> Source:
-    """28 invented traffic signs, test only, like traffic_sign."""
-    names = tuple(signs.SIGNS)
-    return Source(
-        "mini_signs",
-        names,
-        (40,) * len(names),
-        ignoring_number(signs.draw_sign),
-        flat_spec((0, 0, len(names))),
-    )
+def names_of(drawings: Mapping[str, Sequence[Callable]]) -> dict[str, list[str]]:
+    """Of the classes of each split, where they are called as what draws them."""
+    return {split: [draw.__name__ for draw in draws] for split, draws in drawings.items()}
 
 
 def real_digits() -> Source:
@@ -194,13 +178,6 @@ def real_digits() -> Source:
     )
 
 
-def flat_source(name: str, splits: dict[str, tuple[Callable, ...]], draw: Callable) -> Source:
-    """A source without hierarchy whose classes are functions, 40 images each."""
-    classes = tuple(function.__name__ for split in SPLITS for function in splits[split])
-    sizes = tuple(len(splits[split]) for split in SPLITS)
-    return Source(name, classes, (40,) * len(classes), ignoring_number(draw), flat_spec(sizes))
-
-
 def ignoring_number(
     draw: Callable[[Generator, str], Image.Image],
 ) -> Callable[[Generator, str, int], Image.Image]:
@@ -208,8 +185,16 @@ def ignoring_number(
     return lambda rng, name, number: draw(rng, name)
 
 
-SOURCE_NAMES = ("mini_objects", "mini_glyphs", "mini_textures", "mini_sketches", "mini_signs", "digits")
 OBJECTS_PER_CLASS = 80
+OBJECTS = "mini_objects"
+OTHERS: dict[str, Callable[[], Source]] = {
+    "mini_glyphs": mini_glyphs,
+    "mini_textures": lambda: flat_source("mini_textures", names_of(textures.TEXTURES), textures.draw_texture),
+    "mini_sketches": lambda: flat_source("mini_sketches", names_of(sketches.SKETCHES), sketches.draw_sketch),
+    "mini_signs": lambda: flat_source("mini_signs", {"TEST": tuple(signs.SIGNS)}, signs.draw_sign),
+    "digits": real_digits,
+}
+SOURCE_NAMES = (OBJECTS, *OTHERS)
 
 
 def build(name: str, objects_per_class: int = OBJECTS_PER_CLASS) -> Source:
@@ -217,14 +202,6 @@ def build(name: str, objects_per_class: int = OBJECTS_PER_CLASS) -> Source:
 
     `objects_per_class` is the number of images of each class of mini_objects; the others ignore it.
     """
-    makers = (
-        lambda: mini_objects(objects_per_class),
-        mini_glyphs,
-        mini_textures,
-        mini_sketches,
-        mini_signs,
-        real_digits,
-    )
     if name not in SOURCE_NAMES:
         raise InputError(f"--sources: unknown source {name!r}: {nearest(name, SOURCE_NAMES)}")
-    return makers[SOURCE_NAMES.index(name)]()
+    return mini_objects(objects_per_class) if name == OBJECTS else OTHERS[name]()

@@ -24,13 +24,13 @@ from tqdm import tqdm
 
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.files import read_json
-from meta_dataset_readers.mini.sources import FILE_PATTERN, OBJECTS_PER_CLASS, SOURCE_NAMES, Source, build
+from meta_dataset_readers.mini.sources import OBJECTS, OBJECTS_PER_CLASS, SOURCE_NAMES, Source, build
 from meta_dataset_readers.processes import mapped, processes
+from meta_dataset_readers.spec import FILE_PATTERN, SPEC_FILE
 from meta_dataset_readers.tfrecord import encode_example, write_records
 
 GENERATOR_VERSION = 1  # raised whenever the same settings give other pictures
 MANIFEST = "mini.json"
-SPEC = "dataset_spec.json"
 PARTIAL = ".partial-"
 JPEG_QUALITY = 85
 
@@ -45,7 +45,7 @@ class Settings:
     def of(self, source: str) -> dict:
         """The settings that matter to one source, as they stand in the manifest."""
         own = {"generator_version": GENERATOR_VERSION, "seed": self.seed}
-        return own | ({"objects_per_class": self.objects_per_class} if source == "mini_objects" else {})
+        return own | ({"objects_per_class": self.objects_per_class} if source == OBJECTS else {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _save_manifest(out: Path, sources: dict[str, dict]) -> None:
 def _is_complete(out: Path, name: str, settings: Settings, manifest: dict[str, dict]) -> bool:
     """Whether the source was made with these settings and its files have kept their number and size."""
     entry, directory = manifest.get(name), out / name
-    if entry is None or entry.get("settings") != settings.of(name) or not (directory / SPEC).is_file():
+    if entry is None or entry.get("settings") != settings.of(name) or not (directory / SPEC_FILE).is_file():
         return False
     sizes = [file.stat().st_size for file in directory.glob(FILE_PATTERN.format("*"))]
     return (len(sizes), sum(sizes)) == (entry.get("classes"), entry.get("bytes"))
@@ -164,7 +164,7 @@ def _write_source(out: Path, source: Source, settings: Settings, pool: Executor 
             bar.update(source.counts[class_id])
         spec = json.dumps(source.spec(), indent=2)
         digest.update(spec.encode())
-        (fresh / SPEC).write_text(spec, encoding="utf-8")
+        (fresh / SPEC_FILE).write_text(spec, encoding="utf-8")
         _replace_directory(fresh, out / source.name, Path(scratch) / "replaced")
     return {
         "settings": settings.of(source.name),

@@ -11,14 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from amt.attacks.kinds import WORST_CASE, Attack, parse_attack
-from amt.cli.options.common import (
-    COUNT,
-    SIDE,
-    add_machine,
-    add_saving,
-    add_weights_key,
-    add_workers,
-)
+from amt.cli.options.common import COUNT, SIDE, add_machine, add_saving, add_weights_key, add_workers
 from amt.cli.options.parsing import Parser, check_distinct
 from amt.cli.options.published_settings import PublishedSettings, published_settings
 from amt.files import ranks

@@ -46,10 +46,7 @@ _LINEAR: dict[str, tuple[_Rates, _Rates]] = {  # SLF, ALF
     "dynacl++": (_ACL, _ACL),
     "dynacl-rcs": (_ACL, _ACL),
     "dynacl-air": (_AIR, _AIR_ALF),
-    "dynacl-air++": (
-        _AIR | {"cifar100": (0.09, 512), "stl10": (0.1, 128)},
-        _AIR_ALF | {"stl10": (0.1, 128)},
-    ),
+    "dynacl-air++": (_AIR | {"cifar100": (0.09, 512), "stl10": (0.1, 128)}, _AIR_ALF | {"stl10": (0.1, 128)}),
 }
 _FULL = (0.1, 128)
 

@@ -8,7 +8,6 @@ import argparse
 import itertools
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from amt.attacks.kinds import PGD_KINDS, TARGETED, Attack, parse_attack, target_count
 from amt.cli.options import texts
@@ -20,15 +19,7 @@ from amt.files import ranks
 from amt.models.head_settings import WITH_TEXTS, Head, parse_head
 from amt.tasks.settings import BETAS, GAMMAS, Finetuning, Routing
 from meta_dataset_readers.errors import InputError
-from meta_dataset_readers.settings import (
-    Number,
-    add_flags,
-    as_path,
-    from_args,
-)
-
-if TYPE_CHECKING:
-    from amt.attacks.kinds import Attack
+from meta_dataset_readers.settings import Number, add_flags, as_path, from_args
 
 TEST_SOURCES = (
     *("traffic_sign", "mscoco", "ilsvrc_2012", "omniglot", "aircraft"),
@@ -38,8 +29,6 @@ TEST_SOURCES = (
 _NEEDING_A_POOL = ("trim", "trim_candidates", "select_on", "domain_config")
 _SEARCHED = ("beta", "gamma", "top_k", "epsilon")  # of Routing, what --select may choose
 _FLAGS = {"beta": "blend_beta", "gamma": "blend_gamma"}  # where a domain's setting is not called as its flag
-
-
 _EPISODES = Number(int, least=0, most=10**7)
 
 
@@ -292,14 +281,13 @@ def test_sources(args: argparse.Namespace) -> tuple[str, ...]:
     return tuple(args.cdfsl_domains or args.test_sources or folder_source(args) or TEST_SOURCES)
 
 
-def attacks(args: argparse.Namespace) -> "tuple[Attack, ...]":
+def attacks(args: argparse.Namespace) -> tuple[Attack, ...]:
     """The attacks of evaluation.
 
     Raises:
         InputError: one of them makes no sense, or two have the same name.
     """
     epsilons = [epsilon for epsilon in args.epsilon if epsilon > 0]
-
     found = []
     for words in args.attack or ([["pgd"]] if epsilons else []):
         own = {word.partition("=")[0]: word.partition("=")[2] for word in words[1:]}
