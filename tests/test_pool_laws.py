@@ -9,7 +9,6 @@ from commands import about
 from conftest import moved_apart, random_backbone
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 from toy_pools import ARCH, LEVELS, RANK, assert_identical, few, outcome_of, tensors, trainable
 
 from amt.files import checkpoint
@@ -42,17 +41,12 @@ def any_pool(start) -> Pool:
     return dataclasses.replace(moved_apart(start), **heads)
 
 
-def own_weights(pool: Pool) -> dict[str, Tensor]:
-    """The weights that each member has complete."""
-    return getattr(pool, "norms", {}) | getattr(pool, "weights", {})
-
-
 @few
 @given(st.lists(st.floats(-2, 2), min_size=len(LEVELS) - 1, max_size=len(LEVELS) - 1))
 def test_an_untrained_pool_is_the_pretrained_network(network, start, episode, free):
     """For any coefficients that sum to 1; bit for bit where members have complete weights."""
     weights = start.merge([*free, 1 - sum(free)])
-    assert all(torch.equal(weights[name], network.weights[name]) for name in own_weights(start))
+    assert all(torch.equal(weights[name], network.weights[name]) for name in start.whole)
     assert (start.scale == 10).all() and (start.bias == 0).all()
     expected = features(network, network.weights, episode.query)
     found = features(network, weights, episode.query)
@@ -81,7 +75,7 @@ def test_a_one_hot_merge_is_that_member_exactly(any_pool):
         one_hot = [float(q == p) for q in range(len(any_pool))]
         alone, merged = any_pool[p].merge([1.0]), any_pool.merge(one_hot)
         assert_identical(merged, alone)
-        assert all(torch.equal(merged[name], each[p]) for name, each in own_weights(any_pool).items())
+        assert all(torch.equal(merged[name], each[p]) for name, each in any_pool.whole.items())
         assert [float(part) for part in any_pool.head(one_hot)] == [any_pool.scale[p], any_pool.bias[p]]
         assert [float(part) for part in any_pool[p].head([1.0])] == [any_pool.scale[p], any_pool.bias[p]]
     assert not torch.equal(

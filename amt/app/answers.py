@@ -146,7 +146,7 @@ def answer(source: Source, slots: Sequence[Examples], queries: Sequence[Path]) -
 
 def probabilities(task: Task, images: Tensor) -> np.ndarray:
     """Of each class: (n, 3, S, S) in [0, 1] -> (n, N) float64."""
-    return logits_of(task, images).double().softmax(1).numpy()
+    return task.probabilities(logits_of(task, images)).numpy()
 
 
 def check(used: Sequence[Examples], queries: Sequence[Path]) -> None:

@@ -295,7 +295,7 @@ def classified(
     from amt.few_shot.task import logits_of, standing
 
     stacked, numbers = torch.stack(list(images.values())), list(images)
-    probabilities = logits_of(task, stacked).double().softmax(1)
+    probabilities = task.probabilities(logits_of(task, stacked))
     order = probabilities.sort(dim=1, descending=True, stable=True).indices
     until: list[float | None] = [None] * len(stacked)
     if args.epsilon:

@@ -22,15 +22,16 @@ class Answers(NamedTuple):
 
     Args:
         predicted: (Q,) int64 in 0..N-1, or `NONE`.
-        probability: (Q,) float, the softmax of the predicted class; NaN where there is none.
+        probability: (Q,) float, of the predicted class; NaN where there is none.
     """
 
     predicted: Tensor
     probability: Tensor
 
 
-def answered(logits: Tensor, labels: Tensor, right: Tensor) -> Answers:
-    """The answers behind logits (Q, N), of which `right` (Q,) bool says which count as right.
+def answered(logits: Tensor, labels: Tensor, right: Tensor, temperature: float = 1.0) -> Answers:
+    """The answers behind logits (Q, N), of which `right` (Q,) bool says which count as right. Probabilities
+    are the softmax of logits divided by `temperature`.
 
     Another batch can move a logit by its last bit. So an image that counts as broken has the most likely of
     the other classes, and one that counts as right has its own.
@@ -41,7 +42,7 @@ def answered(logits: Tensor, labels: Tensor, right: Tensor) -> Answers:
     """
     others = logits.scatter(1, labels[:, None], -torch.inf)
     predicted = torch.where(right, labels, others.argmax(1))
-    probability = logits.softmax(1).gather(1, predicted[:, None]).squeeze(1)
+    probability = (logits / temperature).softmax(1).gather(1, predicted[:, None]).squeeze(1)
     without = logits.isnan().any(1)
     return Answers(predicted.masked_fill(without, NONE), probability.masked_fill(without, torch.nan))
 

@@ -7,7 +7,8 @@ no setting.
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -81,16 +82,17 @@ def measure(
     clean = ~misclassified(logits, episode.query_labels)
     without_number = int(logits.isnan().any(1).sum())
     fitted = time.perf_counter()
-    found = {"clean": _Column(clean, answered(logits, episode.query_labels, clean))}
+    answer = partial(answered, temperature=classifier.temperature())
+    found = {"clean": _Column(clean, answer(logits, episode.query_labels, clean))}
     attacked, variants = {}, {}
     shown = any(attack.kind in ON_OTHERS for attack in attacks)
     surrogates = [each(episode).logits for each in others] if shown else []
     for attack in attacks:
         if attack.kind == "support":
-            found |= _under_support_attack(predict, episode, attack, found["clean"], seed)
+            found |= _under_support_attack(predict, episode, attack, found["clean"], answer, seed)
             continue
         left, images, ran = _under_query_attack(
-            classifier.logits, episode, attack, found["clean"], surrogates, seed, numbers, chunk
+            classifier.logits, episode, attack, found["clean"], answer, surrogates, seed, numbers, chunk
         )
         found, variants = found | left, variants | ran
         attacked[attack.columns[-1]] = images
@@ -178,6 +180,7 @@ def _under_query_attack(
     episode: Episode,
     attack: Attack,
     clean: _Column,
+    answer: Callable[..., Answers],
     surrogates: Sequence[Logits],
     seed: int,
     numbers: Sequence[int] | None,
@@ -193,14 +196,19 @@ def _under_query_attack(
             found = attack_some(attack, epsilon, logits, episode, which, generators, seed, surrogates)
             left[which], images[which] = ~found.fooled, found.images
             variants |= {column: found.variant} if found.variant else {}
-            seen = answered(found.logits, episode.query_labels[which], ~found.fooled)
+            seen = answer(found.logits, episode.query_labels[which], ~found.fooled)
             answers = replaced(answers, which, seen)
         columns[column] = _Column(left, answers)
     return columns, images, variants
 
 
 def _under_support_attack(
-    predict: Predictor, episode: Episode, attack: Attack, clean: _Column, seed: int
+    predict: Predictor,
+    episode: Episode,
+    attack: Attack,
+    clean: _Column,
+    answer: Callable[..., Answers],
+    seed: int,
 ) -> dict[str, _Column]:
     """By column, which queries are classified correctly, clean and under the most harmful move of the support
     that was found within its radius: the one found there, or within a smaller radius."""
@@ -216,7 +224,7 @@ def _under_support_attack(
         harmed = clean.correct.clone()
         harmed[which] = ~found.fooled
         if harmed.sum() < left.correct.sum():
-            seen = answered(found.logits, labels, ~found.fooled)
+            seen = answer(found.logits, labels, ~found.fooled)
             left = _Column(harmed, replaced(clean.answers, which, seen))
         columns[column] = left
     return columns

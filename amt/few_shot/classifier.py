@@ -281,7 +281,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         >>> clf.predict_proba("photos/new").sum(1).round(6)
         array([1., 1.])
         """
-        return torch.from_numpy(self.logits(X)).double().softmax(1).numpy()
+        return self.task_.probabilities(torch.from_numpy(self.logits(X))).numpy()
 
     def logits(self, X: Any) -> np.ndarray:
         """What the largest of which decides, as test_meta_dataset.py computes it: (N, classes) float32;

@@ -1,8 +1,8 @@
 """A task: a pool merged for the classes of a support set, and all that is needed to answer without it.
 
-    support set -> `route` -> coefficients -> merged weights, head              `fit`
-    images -> logits -> probabilities                                           `logits_of`
-    images -> until which epsilon each answer stands                            `standing`
+    support set -> `route` -> coefficients -> merged weights, head            `fit`
+    images -> logits -> probabilities                                  `Task.logits`, `.probabilities`
+    images -> until which epsilon each answer stands                   `standing`
 
 Coefficients, weights and logits are those of test_meta_dataset.py for the first episode of a run with the
 same seed. Knows no folder and no picture; `task_file` reads and writes tasks.
@@ -51,6 +51,8 @@ class Task:
         head: what was fitted.
         factor, second: of a head that mixes two networks: what the logits of `merged` are multiplied by, and
             the other one; None for any other head.
+        temperature: what logits are divided by before their softmax, so that the probabilities are about as
+            high as the share of right answers; see amt/tasks/held_out.py.
     """
 
     merged: MergedNetwork
@@ -61,6 +63,7 @@ class Task:
     head: Head = dataclasses.field(default_factory=Head)
     factor: Tensor | None = None
     second: Voice | None = None
+    temperature: float = 1.0
 
     @property
     def image_size(self) -> int:
@@ -82,6 +85,10 @@ class Task:
     def logits(self, images: Tensor, features_of: FeaturesOf = features) -> Tensor:
         """Logits of images on the device: (n, 3, S, S) in [0, 1] -> (n, N), differentiable."""
         return spoken(self.merged.network, self.voices, images, features_of)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Of each class, behind logits: (n, N) -> (n, N) float64, each row of sum 1."""
+        return (logits.double() / self.temperature).softmax(1)
 
     def to(self, device: torch.device | str) -> "Task":
         """The same on another device."""
@@ -178,7 +185,7 @@ def fit(opened: OpenPool, images: Tensor, labels: Tensor, classes: Sequence[Labe
         merged = merged_network(network, pool, shares, merging.trims)
     except ValueError as error:
         raise InputError(f"coefficients {' '.join(f'{c:g}' for c in shares)}: {error}") from error
-    own, *others = fitted_voices(
+    found = fitted_voices(
         network,
         Merged(merged.weights, merged.scale, merged.bias),
         support.images,
@@ -190,13 +197,14 @@ def fit(opened: OpenPool, images: Tensor, labels: Tensor, classes: Sequence[Labe
         merging.seed,
         texts=texts_of(merging.texts, head, support.classes, network.device),
     )
+    own, *others = found.voices
     merged = dataclasses.replace(merged, classes=support.classes, head=own.head)
     shots = tuple(labels.bincount(minlength=len(classes)).tolist())
     about = {"pool": opened.file.name, "seed": merging.seed}
     unknown = opened.about.get("levels_from") == "nowhere"  # of a published pool
     epsilons = () if unknown else tuple(level.epsilon for level in pool.levels)
     second = others[0] if others else None
-    return Task(merged, tuple(classes), shots, epsilons, about, head, own.factor, second)
+    return Task(merged, tuple(classes), shots, epsilons, about, head, own.factor, second, found.temperature())
 
 
 def logits_of(task: Task, images: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from typing_extensions import TypedDict
 
-from amt.evaluation.noted import Count, Level, NotedTrim, Share
+from amt.evaluation.noted import Count, Level, NotedTrim, Share, Temperature
 from amt.few_shot.pools import network_of
 from amt.few_shot.task import Label, Task
 from amt.files import checkpoint, weight_files
@@ -52,6 +52,7 @@ class _About(TypedDict):
     epsilons: list[Level]
     trims: list[NotedTrim]
     head: NotRequired[str]  # older files have prototypes and do not say so
+    temperature: NotRequired[Temperature]  # 1 in older files
 
 
 def save(path: Path, task: Task) -> None:
@@ -82,6 +83,7 @@ def packed(task: Task) -> tuple[Weights, dict[str, Any]]:
         "epsilons": list(task.epsilons),
         "trims": [dataclasses.asdict(trim) for trim in merged.trims],
         "head": task.head.name,
+        "temperature": task.temperature,
         **task.about,
         **checkpoint.provenance(),
     }
@@ -191,6 +193,7 @@ def load(path: Path) -> Task:
         head,
         own.factor,
         _voice(tensors, "second/") if mixes else None,
+        about.get("temperature", 1.0),
     )
 
 

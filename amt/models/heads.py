@@ -96,8 +96,8 @@ class Linear:
 class WithTexts:
     """The logits of a support's head, and those of the texts of the classes, added."""
 
-    own: Cosine | Linear
-    texts: Cosine
+    own: "Fitted"
+    texts: "Fitted"
 
     def __call__(self, features: Tensor) -> Tensor:
         """Logits: (Q, D) -> (Q, N)."""
@@ -122,8 +122,10 @@ def detached(fitted: Fitted) -> Fitted:
     return mapped(fitted, Tensor.detach)
 
 
-def scaled(fitted: Cosine | Linear, factor: Tensor | float) -> Cosine | Linear:
+def scaled(fitted: Fitted, factor: Tensor | float) -> Fitted:
     """The head whose logits are `factor` times as large; `factor` is a scalar."""
+    if isinstance(fitted, WithTexts):
+        return WithTexts(scaled(fitted.own, factor), scaled(fitted.texts, factor))
     if isinstance(fitted, Cosine):
         return dataclasses.replace(fitted, scale=factor * fitted.scale)
     return Linear(factor * fitted.weight, factor * fitted.bias)
@@ -278,7 +280,7 @@ def fit(
     scale: Tensor | float = SPREAD,
     bias: Tensor | float = 0.0,
     views: Tensor | None = None,
-) -> Cosine | Linear:
+) -> Fitted:
     """Fit a head to a support set. Mixing of two networks is the caller's: here one network is classified.
 
     Args:

@@ -18,7 +18,6 @@ from amt.models.heads import (
     SPREAD,
     Cosine,
     Fitted,
-    Linear,
     PoolStatistics,
     Statistics,
     WithTexts,
@@ -30,6 +29,7 @@ from amt.models.heads import (
 from amt.models.network import Network, features, fixed_features
 from amt.models.pool import Pool
 from amt.models.weights import Coefficients, Merged, Trim, Weights, stream
+from amt.tasks.held_out import temperature
 from amt.tasks.merge import augment
 from amt.tasks.texts import chosen_share
 from meta_dataset_readers.episode import Episode
@@ -46,11 +46,13 @@ class Classifier(NamedTuple):
         refit: other support images of the same labels -> the logits function of the head fitted to them
             under the same weights, differentiable with respect to them.
         coefficients: of the merge, empty if there was none.
+        temperature: finds that of the softmax which makes probabilities of the logits, see held_out.py.
     """
 
     logits: Logits
     refit: Callable[[Tensor], Logits]
     coefficients: Coefficients
+    temperature: Callable[[], float] = lambda: 1.0
 
 
 Predictor = Callable[[Episode], Classifier]
@@ -99,10 +101,11 @@ def head_classifier(
     )
 
     def refit(support: Tensor) -> Logits:
-        return functools.partial(spoken, network, fitted_to(support=support, features_of=features))
+        return functools.partial(spoken, network, fitted_to(support=support, features_of=features).voices)
 
-    voices = fitted_to(support=episode.support)
-    return Classifier(functools.partial(spoken, network, voices), refit, coefficients)
+    found = fitted_to(support=episode.support)
+    logits = functools.partial(spoken, network, found.voices)
+    return Classifier(logits, refit, coefficients, found.temperature)
 
 
 class Voice(NamedTuple):
@@ -119,6 +122,19 @@ class Voice(NamedTuple):
     factor: Tensor | None = None
 
 
+class Voices(NamedTuple):
+    """The classifier of a task, as `fitted_voices` makes it.
+
+    Args:
+        voices: what `spoken` takes.
+        temperature: as of `Classifier`.
+    """
+
+    voices: tuple[Voice, ...]
+    temperature: Callable[[], float]
+
+
+CLIP_SCALE = 100.0  # what CLIP multiplies its cosines by, which have no support set to be calibrated on
 FeaturesOf = Callable[[Network, Weights, Tensor], Tensor]
 
 
@@ -146,8 +162,8 @@ def fitted_voices(
     index: int = 0,
     features_of: FeaturesOf = fixed_features,
     texts: Tensor | None = None,
-) -> tuple[Voice, ...]:
-    """What `spoken` takes: one network with its head, or two if `head` mixes.
+) -> "Voices":
+    """One network with its head, or two if `head` mixes.
 
     Args:
         support, labels: (S, 3, H, W) in [0, 1], and (S,) int64 in 0..N-1.
@@ -158,50 +174,56 @@ def fitted_voices(
     """
     merged = merged._replace(weights=network.cast(merged.weights))
     parts = [_Part(network, merged, head, statistics and statistics.merged(coefficients))]
-    if texts is not None:
-        views = functools.partial(support_views, network, support, seed=seed, index=index)
-        return _with_texts(parts[0], support, labels, views, features_of, texts)
+    if texts is not None and head.zero_shot:
+        return Voices((Voice(merged.weights, Cosine(texts, SPREAD)),), lambda: SPREAD / CLIP_SCALE)
     if second is not None and head.other is not None:
         alone = tuple(float(p == head.other) for p in range(len(coefficients)))
         other = () if head.other == PRETRAINED else alone
         parts.append(_Part(network, second, head, statistics and statistics.merged(other)))
-    needs_views = not has_two(labels) and (head.views > 0 or len(parts) > 1)
+    mixes = texts is not None or len(parts) > 1
+    needs_views = not has_two(labels) and (head.views > 0 or mixes)
     views = support_views(network, support, seed=seed, index=index) if needs_views else None
     found = [part.fitted(support, labels, views, features_of) for part in parts]
-    if len(found) == 1:
-        return (Voice(merged.weights, found[0].head),)
-    share = float(head.share)
-    shares = (share, 1 - share)
-    return tuple(
-        Voice(part.merged.weights, each.head, share * (SPREAD / spread(each.on_support)))
+    if texts is not None:
+        found = [_with_texts(found[0], labels, head.share, texts)]
+    shares = (float(head.share), 1 - float(head.share)) if len(found) > 1 else (None,)
+    voices = tuple(
+        Voice(part.merged.weights, each.head, share if share is None else each.factor(share))
         for part, each, share in zip(parts, found, shares, strict=True)
     )
+    return Voices(voices, functools.partial(_temperature, voices, found, labels))
 
 
-def _with_texts(
-    part: "_Part",
-    support: Tensor,
-    labels: Tensor,
-    views: Callable[[], Tensor],
-    features_of: FeaturesOf,
-    texts: Tensor,
-) -> tuple[Voice, ...]:
-    """A network with the head of its support and the texts (N, D), or with the latter alone."""
-    said, weights = Cosine(texts, SPREAD), part.merged.weights
-    if part.head.zero_shot:
-        return (Voice(weights, said),)
-    seen = part.features(support, None if has_two(labels) else views(), features_of)
-    found, share = part.fitted_to(*seen, labels), part.head.share
+def _with_texts(found: "_Found", labels: Tensor, share: float | str, texts: Tensor) -> "_Found":
+    """The head of a support, and the texts (N, D) of the classes beside it."""
+    said = Cosine(texts, SPREAD)
     if isinstance(share, str):
+        share = chosen_share(found.seen, labels, said, found.again, found.by_view)
+    factor = found.factor(share)
+    rest = scaled(said, (1 - share) * (SPREAD / spread(said(found.looked_at))))
 
-        def fit(features: Tensor, labels: Tensor) -> Fitted:
-            return part.fitted_to(features, None, labels).head
+    def beside(own: Fitted) -> Fitted:
+        return WithTexts(scaled(own, factor), rest)
 
-        share = chosen_share(seen[0], labels, said, fit, seen[1])
-    of_texts = said(seen[0] if seen[1] is None else seen[1].flatten(0, 1))
-    own = scaled(found.head, share * (SPREAD / spread(found.on_support)))
-    rest = scaled(said, (1 - share) * (SPREAD / spread(of_texts)))
-    return (Voice(weights, WithTexts(own, rest)),)
+    return found._replace(head=beside(found.head), again=lambda *support: beside(found.again(*support)))
+
+
+@torch.no_grad()
+def _temperature(voices: Sequence[Voice], found: Sequence["_Found"], labels: Tensor) -> float:
+    """Of the sum of the voices' logits, each fitted anew without the images that are held out."""
+    widths = [each.seen.shape[1] for each in found]
+    factors = [1.0 if voice.factor is None else voice.factor for voice in voices]
+
+    def total(heads: Sequence[Fitted], seen: Tensor) -> Tensor:
+        pairs = zip(factors, heads, seen.split(widths, 1), strict=True)
+        return torch.stack([factor * head(part) for factor, head, part in pairs]).sum(0)
+
+    def fit(seen: Tensor, labels: Tensor) -> Logits:
+        parts = zip(found, seen.split(widths, 1), strict=True)
+        return functools.partial(total, [each.again(part, labels) for each, part in parts])
+
+    seen = torch.cat([each.seen for each in found], 1)
+    return temperature(total([voice.head for voice in voices], seen), seen, labels, fit)
 
 
 def texts_of(
@@ -233,10 +255,34 @@ def support_views(network: Network, support: Tensor, *, seed: int, index: int) -
 
 
 class _Found(NamedTuple):
-    """A fitted network: its head, and its logits of the support, or of its views."""
+    """A network with its head, fitted to a support set.
 
-    head: Cosine | Linear
-    on_support: Tensor
+    Args:
+        head: of N classes.
+        again: features (n, D) and labels (n,) of some images of all classes -> the same kind of head.
+        seen: (S, D) features of the support.
+        by_view: (V, S, D) of its views, if there are any.
+    """
+
+    head: Fitted
+    again: Callable[[Tensor, Tensor], Fitted]
+    seen: Tensor
+    by_view: Tensor | None
+
+    @property
+    def looked_at(self) -> Tensor:
+        """(n, D) features that show how logits spread: the only image of a class says little of it, views of
+        it say more."""
+        return self.seen if self.by_view is None else self.by_view.flatten(0, 1)
+
+    @property
+    def on_support(self) -> Tensor:
+        """(n, N) logits of these."""
+        return self.head(self.looked_at)
+
+    def factor(self, share: float) -> Tensor:
+        """A scalar that gives its logits this share of a mixture."""
+        return share * (SPREAD / spread(self.on_support))
 
 
 class _Part(NamedTuple):
@@ -250,26 +296,17 @@ class _Part(NamedTuple):
     def fitted(
         self, support: Tensor, labels: Tensor, views: Tensor | None, features_of: FeaturesOf
     ) -> _Found:
-        return self.fitted_to(*self.features(support, views, features_of), labels)
-
-    def features(
-        self, support: Tensor, views: Tensor | None, features_of: FeaturesOf
-    ) -> tuple[Tensor, Tensor | None]:
-        """Features of the support (S, D), and of its views (V, S, D)."""
-        weights = self.merged.weights
+        weights, by_view = self.merged.weights, None
         seen = features_of(self.network, weights, support)
-        if views is None:
-            return seen, None
-        moved = features_of(self.network, weights, views.flatten(0, 1))
-        return seen, moved.unflatten(0, views.shape[:2])
+        if views is not None:
+            moved = features_of(self.network, weights, views.flatten(0, 1))
+            by_view = moved.unflatten(0, views.shape[:2])
+        return _Found(self.fit(seen, labels, by_view), self.fit, seen, by_view)
 
-    def fitted_to(self, seen: Tensor, by_view: Tensor | None, labels: Tensor) -> _Found:
+    def fit(self, seen: Tensor, labels: Tensor, by_view: Tensor | None = None) -> Fitted:
         _, scale, bias = self.merged
         scale, bias = (scale, bias) if self.head.kind in COSINE else (SPREAD, 0.0)
-        found = fit(self.head, seen, labels, self.statistics, scale, bias, by_view)
-        # The only image of a class says little of how its logits spread, views of it say more.
-        on_support = found(seen if by_view is None else by_view.flatten(0, 1))
-        return _Found(found, on_support)
+        return fit(self.head, seen, labels, self.statistics, scale, bias, by_view)
 
 
 def pretrained(network: Network) -> Merged:
