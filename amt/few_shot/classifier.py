@@ -275,13 +275,15 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """The probability of each class: (N, classes) float64 in [0, 1], each row of sum 1; errors as of
-        `predict`.
+        `predict`. It is calibrated on the support: of answers given with 0.8, about 80 in 100 are right, as
+        far as the support can tell.
 
         >>> clf = FewShotClassifier("vit_mini_pool").fit("photos/support")
         >>> clf.predict_proba("photos/new").sum(1).round(6)
         array([1., 1.])
         """
-        return self.task_.probabilities(torch.from_numpy(self.logits(X))).numpy()
+        logits = torch.from_numpy(self.logits(X))
+        return self.task_.probabilities(logits).numpy()
 
     def logits(self, X: Any) -> np.ndarray:
         """What the largest of which decides, as test_meta_dataset.py computes it: (N, classes) float32;
