@@ -1,6 +1,7 @@
 """The command lines: every flag once, checked once, turned into typed settings."""
 
 from amt.cli.options.common import (
+    add_compile,
     add_dry_run,
     add_weights_key,
     add_workers,
@@ -42,6 +43,7 @@ __all__ = [
     "TEST_SOURCES",
     "TRAINING_SOURCES",
     "Parser",
+    "add_compile",
     "add_dry_run",
     "add_head",
     "add_merging",
