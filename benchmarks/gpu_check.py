@@ -59,7 +59,7 @@ from amt.training.settings import TuneSettings
 from amt.training.tuner import Tuner
 from meta_dataset_readers.cores import available_cores, default_workers
 from meta_dataset_readers.episode import Episode
-from meta_dataset_readers.errors import exit_on_bad_input, say
+from meta_dataset_readers.errors import InputError, exit_on_bad_input, first_line, say
 from meta_dataset_readers.mini.write import Settings, make_mini
 from meta_dataset_readers.protocol import EpisodeSampling
 from meta_dataset_readers.reader import EpisodeReader, episode_loader
@@ -332,14 +332,17 @@ CHECKS = (
 
 
 def checked(place: Place, checks: Sequence[Check] = CHECKS) -> Iterator[tuple[str, Line]]:
-    """The lines of all checks by their letter; what cannot be run says so."""
+    """The lines of all checks by their letter; what cannot be run, or goes on no longer, says so."""
     for check in checks:
         if check.needs_gpu and not place.on_gpu:
             yield check.name, Line(check.lines.__name__, "not run: no GPU", None)
         elif time.monotonic() > place.end:
             yield check.name, Line(check.lines.__name__, "not run: the time is over", None)
         else:
-            yield from ((check.name, line) for line in check.lines(place))
+            try:
+                yield from ((check.name, line) for line in check.lines(place))
+            except (InputError, RuntimeError) as error:  # such as no Triton, or no memory left
+                yield check.name, Line(check.lines.__name__, f"ended by: {first_line(error)}", False)
 
 
 def table(lines: Iterator[tuple[str, Line]]) -> int:

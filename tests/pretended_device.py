@@ -4,6 +4,9 @@
         step(on_device(network), on_device(episode))
     seen.kernels, seen.reads, seen.copies
 
+    with machine():
+        command("main", ..., "--device", "cuda")     whole programs, which find one such device
+
     kernels    operations that compute; views are free
     reads      values that the CPU asks for, each of which waits: item, tolist, nonzero, an index of bools
     copies     tensors that are sent to the device while the CPU waits, from memory that is not pinned
@@ -15,8 +18,9 @@ An operation that mixes the device with the CPU raises, as on a GPU; a CPU scala
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -67,19 +71,22 @@ class OnDevice(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        given = tree_leaves((args, kwargs))
-        strangers = [x for x in given if isinstance(x, Tensor) and not isinstance(x, OnDevice) and x.ndim]
-        if strangers:
+        places = func in INDEXING  # which may come from the CPU
+        given = tree_leaves((args[:1], args[2:], kwargs) if places else (args, kwargs))
+        if strangers := _on_cpu(given):
             raise RuntimeError(f"{func} mixes cuda:0 and cpu: {[tuple(x.shape) for x in strangers]}")
-        indexed_by_bools = func in INDEXING and any(
-            x.dtype == torch.bool for x in tree_leaves(args[1]) if isinstance(x, Tensor)
-        )
+        SEEN.copies += len(_on_cpu(args[1])) if places else 0
+        indexed_by_bools = places and any(x is not None and x.dtype == torch.bool for x in args[1])
         SEEN.reads += func in WAITING or indexed_by_bools
         SEEN.kernels += not func.is_view
         found = func(*tree_map(held, args), **tree_map(held, kwargs or {}))
         if func._schema.is_mutable:
-            return args[0]
+            return args[0] if func._schema.returns else None
         return tree_map(lambda x: OnDevice(x) if isinstance(x, Tensor) else x, found)
+
+
+def _on_cpu(values: Iterable[Any]) -> list[Tensor]:
+    return [x for x in values if isinstance(x, Tensor) and not isinstance(x, OnDevice) and x.ndim]
 
 
 def held(value: Any) -> Any:
@@ -107,13 +114,13 @@ class _Placing(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if func is Tensor.tolist and isinstance(args[0], OnDevice):
+        if func in (Tensor.tolist, Tensor.__format__) and isinstance(args[0], OnDevice):
             SEEN.reads += 1
-            return args[0].held.tolist()
+            return func(args[0].held, *args[1:])
         if func is Tensor.pin_memory:
             return _Pinned(args[0].clone())
-        if func is Tensor.to:
-            return self._moved(func, *args, **kwargs)
+        if func is Tensor.to or func is Tensor.cpu:
+            return self._moved(*args, **kwargs | ({"device": "cpu"} if func is Tensor.cpu else {}))
         if func is Tensor.new_tensor and isinstance(args[0], OnDevice):
             SEEN.copies += 1
             return OnDevice(func(args[0].held, *args[1:], **kwargs))
@@ -121,12 +128,13 @@ class _Placing(TorchFunctionMode):
             SEEN.reads += len(args) + len(kwargs) == 1  # the largest label
             SEEN.kernels += 2
             return OnDevice(func(args[0].held, *args[1:], **kwargs))
-        if _is_cuda(kwargs.get("device")) and not isinstance(args[0], OnDevice):
+        if _is_cuda(kwargs.get("device")) and not (isinstance(args[0], OnDevice) and args[0].ndim):
             SEEN.copies += func is torch.tensor
-            return OnDevice(func(*args, **kwargs | {"device": "cpu"}))
+            SEEN.reads += isinstance(args[0], OnDevice)  # a size
+            return OnDevice(func(*map(held, args), **kwargs | {"device": "cpu"}))
         return func(*args, **kwargs)
 
-    def _moved(self, func, this, *where, **kwargs):
+    def _moved(self, this, *where, **kwargs):
         waits = not (kwargs.pop("non_blocking", False) and isinstance(this, _Pinned))
         this = this.as_subclass(Tensor) if isinstance(this, _Pinned) else this
         target = kwargs.pop("device", None)
@@ -142,7 +150,7 @@ class _Placing(TorchFunctionMode):
         elif target is not None and not _is_cuda(target) and isinstance(this, OnDevice):
             SEEN.reads += 1
             this = this.held
-        return this if dtype == this.dtype else func(this, dtype, **kwargs)
+        return this if dtype == this.dtype else this.to(dtype, **kwargs)
 
 
 def _is_cuda(device) -> bool:
@@ -152,12 +160,8 @@ def _is_cuda(device) -> bool:
 def on_device(value: Any) -> Any:
     """A network, a dataclass of tensors or a tensor, on the pretended device."""
     if isinstance(value, Network):
-        network = dataclasses.replace(value, module=copy.deepcopy(value.module))
-        for part in network.module.modules():
-            for name, parameter in part._parameters.items():
-                if parameter is not None:
-                    part._parameters[name] = nn.Parameter(OnDevice(parameter.data), requires_grad=False)
-        return network
+        with machine():
+            return dataclasses.replace(value, module=copy.deepcopy(value.module).to(CUDA))
     if dataclasses.is_dataclass(value):
         return dataclasses.replace(value, **{name: on_device(each) for name, each in vars(value).items()})
     if isinstance(value, dict):
@@ -175,3 +179,36 @@ def pretended() -> Iterator[Seen]:
             yield SEEN
     finally:
         constants._made.cache_clear()
+
+
+class _Autocast(torch.autocast):
+    """Mixed precision of the device, which is the CPU's here."""
+
+    def __init__(self, device_type: str, *given, **named):
+        super().__init__("cpu", *given, **named)
+
+
+@contextlib.contextmanager
+def machine() -> Iterator[Seen]:
+    """A machine with one such device: programs find it, and move networks to it."""
+    of_torch = {
+        "is_autocast_enabled": lambda _, ask=torch.is_autocast_enabled: ask("cpu"),
+        "get_autocast_dtype": lambda _, ask=torch.get_autocast_dtype: ask("cpu"),
+        "autocast": _Autocast,
+    }
+    of_cuda = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "mem_get_info": lambda _: (2**40, 2**40),
+        "max_memory_allocated": lambda _: 0,
+        "get_device_name": lambda _: "pretended",
+        "get_rng_state": lambda _: torch.zeros(8, dtype=torch.uint8),
+        "set_rng_state": lambda _state, _device: None,
+    }
+    with (
+        patch.multiple(torch, **of_torch),
+        patch.multiple(torch.cuda, **of_cuda),
+        patch.object(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True),
+        pretended() as seen,
+    ):
+        yield seen

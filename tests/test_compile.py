@@ -5,11 +5,13 @@ import dataclasses
 
 import pytest
 import torch
+from commands import called
 from conftest import moved_apart, patterned_episode, random_backbone
 from torch._dynamo.utils import counters
 from toy_pools import ARCH, RANK, make_episode, quick
 from toy_training import assert_refused, command
 
+from amt.__main__ import main as amt
 from amt.attacks.kinds import parse_attack
 from amt.attacks.levels import Perturbation
 from amt.cli import test, train
@@ -110,6 +112,15 @@ def test_both_programs_compile_what_they_do_again_and_again(world, tmp_path, mon
     short = ("--nTestEpisode", 1, "--probe_episodes", 0, "--compile")
     assert command("test_meta_dataset", *world.test(tmp_path / "tested", *short)).code == 0
     assert tested.seen == {("_forward", False)}
+
+
+def test_predict_compiles_its_passes(photos, box, monkeypatch):
+    noting = Noting()
+    monkeypatch.setattr("amt.models.compiled.compiler_for", lambda _: noting)
+    flags = ("--support", photos / "support", photos / "new", "--attack", "pgd", "steps=1", "--device", "cpu")
+    found = [called(amt, ["amt", "predict", "vit_mini_pool", *flags, *more]) for more in ((), ("--compile",))]
+    assert found[1].code == 0 and found[1].out == found[0].out
+    assert noting.seen == {("_forward", False)}
 
 
 def test_without_a_compiler_it_is_refused_before_anything_is_made(world, tmp_path):

@@ -218,6 +218,23 @@ def test_the_table_says_what_was_not_run_and_fails_for_a_bad_line(place):
     assert shown.code == 0 and "not run: the time is over" in shown.out and "nothing is bad" in shown.out
 
 
+def test_a_check_that_breaks_off_is_a_bad_line_and_the_others_run(place):
+    def broken(_place):
+        yield check.Line("figure", "9", None)
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    def sound(_place):
+        yield check.Line("another", "8", True)
+
+    lines = list(check.checked(place, [check.Check("a", broken, False), check.Check("b", sound, False)]))
+    assert [(name, line.what, line.good) for name, line in lines] == [
+        ("a", "figure", None),
+        ("a", "broken", False),
+        ("b", "another", True),
+    ]
+    assert lines[1][1].found == "ended by: OutOfMemoryError: CUDA out of memory."
+
+
 def test_without_a_gpu_the_table_names_what_was_left_out(monkeypatch):
     """The rest is run on pictures that are made; here on none."""
     made, of_gpu = [], [each for each in check.CHECKS if each.needs_gpu]

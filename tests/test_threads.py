@@ -12,6 +12,7 @@ from toy_training import command
 
 from amt.cli.options import use_machine
 from amt.files.run_directory import RunDirectory
+from amt.models.precision import Arithmetic
 from meta_dataset_readers.cores import available_cores
 
 # What the kernel's files say, and how many cores that is where the machine has 64.
@@ -107,3 +108,17 @@ def test_a_run_goes_on_with_other_threads_and_says_so(about, tmp_path, monkeypat
     assert told[:2] == ["", ""] and told[3] == ""
     assert "ran with 2 CPU threads so far, and goes on with 4" in told[2] and "--threads 2" in told[2]
     assert noted(tmp_path) == [2, 4]
+
+
+def test_a_run_that_goes_on_with_other_kernels_says_so(tmp_path, capsys):
+    """Once for each way; --precision is a setting, and refused."""
+    told = []
+    try:
+        for deterministic in (False, False, True, False):
+            Arithmetic(deterministic=deterministic).use()
+            with RunDirectory(tmp_path, {"settings": {}}, results=[]):
+                told.append(capsys.readouterr().err)
+    finally:
+        Arithmetic().use()
+    assert told[:2] == ["", ""] and told[3] == "" and told[2].count("\n") == 1
+    assert "ran without --deterministic so far, and goes on with it" in told[2]

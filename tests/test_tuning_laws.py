@@ -131,6 +131,8 @@ def test_collapse_is_noticed(network, episode):
     learning = NO_STEPS.plus(StepRecord(2.0, math.log(5), 0.2, 0.2, 0.2, 0.01, 5, 0.1))
     assert learning.collapsed(robust=True) is False
     assert learning.collapsed(robust=False) is True
+    overflowed = StepRecord(math.nan, math.inf, 0.2, 0.2, 0.2, 0.01, 5, 0.1)
+    assert learning.plus(overflowed) == learning
 
 
 @few

@@ -99,12 +99,12 @@ def parser() -> Parser:
         "--save", "--save_task", type=as_path, metavar="FILE", help="write the task, a .safetensors"
     )
     texts.add_texts(parser, "; without --support they alone classify (zero-shot), and their classes are all")
-    add_model(parser)
+    options.add_compile(add_model(parser))
     return parser
 
 
-def add_model(parser: Parser) -> None:
-    """The flags that say how a pool becomes a classifier, and where it answers."""
+def add_model(parser: Parser) -> argparse._ArgumentGroup:
+    """The flags that say how a pool becomes a classifier, and where it answers; their group."""
     model = parser.add_argument_group("model")
     model.add_argument("--arch", help="backbone (default: what the pool's file says)")
     model.add_argument(
@@ -122,6 +122,7 @@ def add_model(parser: Parser) -> None:
     model.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto: cuda if there is one")
     model.add_argument("--threads", type=Number(int, least=1, most=1024), help="CPU threads")
     model.add_argument("--seed", type=nonnegative_int, default=0, help="decides everything random")
+    return model
 
 
 def main(argv: Sequence[str]) -> int:
@@ -132,7 +133,7 @@ def main(argv: Sequence[str]) -> int:
 
     found = list(files(args.images))
     options.use_machine(args)
-    task = task_of(args)
+    task = compiled(task_of(args)) if args.compile else task_of(args)
     describe(task)
     if args.save is not None:
         task_file.save(args.save, task)
@@ -226,6 +227,18 @@ def task_of(args: argparse.Namespace) -> "Task":
     found, names = pictures.in_class_folders(args.support)
     where = f"--support {args.support}: "
     return fit_pictures(file, found, names, merging(args), where=where, **given)[0]
+
+
+def compiled(task: "Task") -> "Task":
+    """The same with programs for its passes.
+
+    Raises:
+        InputError: torch.compile does not work here.
+    """
+    from amt.models.compiled import compiler_for
+
+    network = dataclasses.replace(task.merged.network, compiler=compiler_for(task.device))
+    return dataclasses.replace(task, merged=dataclasses.replace(task.merged, network=network))
 
 
 def merging(args: argparse.Namespace) -> "Merging":

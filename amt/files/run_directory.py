@@ -127,24 +127,25 @@ class RunDirectory:
         path = self.folder / RUN_FILE
         if path.exists():
             earlier = self._read(path)
-            arithmetic = earlier.get("arithmetic", [])
-            arithmetic += [each for each in self._about["arithmetic"] if each not in arithmetic]
-            renewed = self._renew(path, earlier, self._about)
-            return renewed | self._threads(path, earlier) | {"arithmetic": arithmetic}
+            return self._renew(path, earlier, self._about) | self._machine(path, earlier)
         self._refuse_foreign()
         return self._about
 
-    def _threads(self, path: Path, earlier: Mapping) -> dict[str, list[int]]:
-        """The field of all numbers of threads so far; a new one is said, since sums may differ."""
-        before, now = earlier.get("threads", []), self._about["threads"]  # older versions noted none
-        if before and now[0] not in before:
-            ran = " and ".join(map(str, before))
-            say(
-                f"note: {path}: this run ran with {ran} CPU threads so far, and goes on with {now[0]}: sums "
-                f"may be rounded differently; --threads {before[-1]} goes on as before",
-                file=sys.stderr,
-            )
-        return {"threads": list(dict.fromkeys((*before, *now)))}
+    def _machine(self, path: Path, earlier: Mapping) -> dict[str, list]:
+        """The fields of all that the run ran with so far, of which older versions noted none; what is new is
+        said, since sums may differ."""
+        known = {name: earlier.get(name, []) for name in ("threads", "arithmetic")}
+        threads, (now,) = known["threads"], self._about["threads"]
+        if threads and now not in threads:
+            ran = " and ".join(map(str, threads))
+            _goes_on(path, f"with {ran} CPU threads", f"with {now}", f"--threads {threads[-1]}")
+        repeats = [each.get("deterministic") for each in known["arithmetic"]]
+        now = self._about["arithmetic"][0]["deterministic"]
+        if repeats and now not in repeats:
+            how = ("without", "with") if now else ("with", "without")
+            before = "the command without it" if now else "--deterministic"
+            _goes_on(path, f"{how[0]} --deterministic", f"{how[1]} it", before)
+        return {name: [*ran, *(x for x in self._about[name] if x not in ran)] for name, ran in known.items()}
 
     def confirm(self) -> None:
         """Write run.json. Of a run of an older version, which has none, the settings are known by a file of
@@ -199,6 +200,14 @@ class RunDirectory:
                     path.unlink(missing_ok=True)
             except OSError as error:
                 raise InputError(f"{path}: cannot be removed ({error.strerror})") from error
+
+
+def _goes_on(path: Path, ran: str, now: str, before: str) -> None:
+    say(
+        f"note: {path}: this run ran {ran} so far, and goes on {now}: sums may be rounded differently; "
+        f"{before} goes on as before",
+        file=sys.stderr,
+    )
 
 
 def settings_pairs(found: Mapping, asked: Mapping) -> list[tuple[str, object, object]]:

@@ -40,7 +40,9 @@ class EpochSums(NamedTuple):
     ways: int
 
     def plus(self, record: StepRecord) -> "EpochSums":
-        """The sums with one more step."""
+        """The sums with one more step, unless its loss overflowed, as in float16: then none was made."""
+        if not math.isfinite(record.total):
+            return self
         excess = abs(record.natural - math.log(record.n_way))
         return EpochSums(self.steps + 1, self.excess + excess, self.divergence + record.robust, record.n_way)
 

@@ -1,6 +1,7 @@
 """The command lines: every flag once, checked once, turned into typed settings."""
 
 from amt.cli.options.common import (
+    add_compile,
     add_dry_run,
     add_weights_key,
     add_workers,

@@ -88,13 +88,18 @@ def add_common(parser: Parser, sources: str, default: Sequence[str], split_help:
     )
     add_weights_key(model)
     model.add_argument("--no_pretrain", action="store_true", help="start from random weights")
-    model.add_argument(
+    add_compile(model)
+    add_machine(parser, seed=0)
+
+
+def add_compile(group: argparse._ArgumentGroup) -> None:
+    """The flag that makes passes and attack steps faster."""
+    group.add_argument(
         "--compile",
         action="store_true",
         help="make programs of passes and attack steps by torch.compile, on CUDA with CUDA graphs: for long "
-        "runs, as the first episodes take longer; results differ in last digits (ours)",
+        "runs, as the first episodes or images take longer; results differ in last digits (ours)",
     )
-    add_machine(parser, seed=0)
 
 
 def add_workers(group: argparse._ArgumentGroup, work: str) -> None:
