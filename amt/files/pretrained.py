@@ -139,25 +139,18 @@ def pretraining_only(name: str) -> str | None:
 
 
 def read_weights(
-    path: Path,
-    network: nn.Module,
-    key: str | None = None,
-    tell: Callable[[str], object] | None = None,
+    path: Path, network: nn.Module, key: str | None = None, tell: Callable[[str], object] | None = None
 ) -> Weights:
     """The weights for `network` in a file of timm's, DINO's, iBOT's, DeiT's, MoCo's or CLIP's format.
 
     Every tensor of the file is accounted for: it is one of the network's, or by its name a part of the
     pretraining task (see `pretraining_only`) or a text tower's. For networks of timm's own, files that timm
-    itself converts when it loads them, such as DINOv2's with registers, are converted likewise.
+    itself converts when it loads them, such as DINOv2's with registers, are converted likewise. Gives a
+    complete state dict, float32.
 
     Args:
-        path: the file.
-        network: the structure that is to be filled.
         key: of the network to take from a file of several, see `state_dicts.unwrap`.
         tell: is given a line for each choice among networks and for what is left out.
-
-    Returns:
-        A complete state dict, float32.
 
     Raises:
         InputError: the file cannot be read, or tensors are missing, unexpected, misshapen or not finite.

@@ -7,7 +7,7 @@ from pathlib import Path
 from amt.files.export.merged import SELF_CONTAINED, MergedNetwork, whole_patches
 from amt.files.export.timm_model import timm_call
 from amt.models.heads import Cosine
-from amt.models.pool import LoRAPool
+from amt.models.pool import Pool
 
 
 def export_readme(merged: MergedNetwork, about: dict, loading: Sequence[str], beside: str) -> str:
@@ -103,7 +103,7 @@ def loading_lines(to: str, merged: MergedNetwork, path: Path) -> list[str]:
     ]
 
 
-def published_readme(path: Path, pool: LoRAPool, adapter: int | None) -> str:
+def published_readme(path: Path, pool: Pool, adapter: int | None) -> str:
     what = "a pool" if adapter is None else f"LoRA {adapter} of a pool, as a training of a single LoRA"
     chosen = range(len(pool)) if adapter is None else [adapter]
     lines = [
