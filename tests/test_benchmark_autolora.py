@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-import importlib
 import json
 import re
-import sys
-from pathlib import Path
 
+import autolora as benchmark
+import autolora_baseline as baseline
 import pytest
+import side_by_side
 import torch
 from commands import called
 from timm.models import VisionTransformer
@@ -21,12 +21,6 @@ from amt.training.accuracy import validate
 from amt.training.autolora_settings import Adversary
 from amt.training.objectives import attack
 from meta_dataset_readers.errors import InputError
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-baseline = importlib.import_module("autolora_baseline")
-benchmark = importlib.import_module("autolora")
-side_by_side = importlib.import_module("side_by_side")
 
 MACHINE = side_by_side.Machine("cpu", 1, None, gemm_side=64)
 NETWORKS = {

@@ -1,12 +1,12 @@
 """The benchmark of evaluation compares like with like, and prints what it says. No test looks at a time."""
 
 import dataclasses
-import importlib
 import json
-import sys
-from pathlib import Path
 
+import baseline
+import evaluation
 import pytest
+import side_by_side
 import torch
 from commands import called
 
@@ -18,12 +18,6 @@ from amt.models.trim import Trim
 from amt.models.weights import stream
 from amt.tasks.classifier import merged_predictor
 from amt.tasks.settings import Routing
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-baseline = importlib.import_module("baseline")
-evaluation = importlib.import_module("evaluation")
-side_by_side = importlib.import_module("side_by_side")
 
 ARCH = Arch(patch_size=4, dim=24, depth=2, heads=2, pretrained_size=16, image_size=20, mlp_ratio=2.0)
 MACHINE = side_by_side.Machine("cpu", 1, None, gemm_side=64)

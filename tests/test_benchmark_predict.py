@@ -1,21 +1,15 @@
 """benchmarks/predict.py: both sides answer alike before they are timed, and the tables come out."""
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
+import predict as bench
 import pytest
+import side_by_side
 import torch
 from commands import called
 
 from amt.models.architectures import ARCHS, Arch
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-bench = importlib.import_module("predict")
-side_by_side = importlib.import_module("side_by_side")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,7 +1,6 @@
 """The readers' benchmark runs, writes what it says it writes, and compares like with like. No test looks at a
 time."""
 
-import importlib
 import io
 import json
 import os
@@ -12,17 +11,15 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import readers
+import readers_baseline
 import torch
+from commands import ROOT
 from PIL import Image
 
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.protocol import EpisodeSampling
 from meta_dataset_readers.reader import EpisodeReader
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-readers = importlib.import_module("readers")
-readers_baseline = importlib.import_module("readers_baseline")
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the benchmark needs /proc")
 

@@ -1,11 +1,10 @@
 """The benchmark runs, counts what it says it counts, and compares like with like. No test looks at a time."""
 
 import dataclasses
-import importlib
 import json
-import sys
-from pathlib import Path
 
+import baseline
+import meta_tuning
 import pytest
 import torch
 from commands import called
@@ -23,11 +22,6 @@ from amt.training.meta_tune import query_outcome
 from amt.training.settings import TuneSettings
 from amt.training.tuner import Tuner
 from meta_dataset_readers.errors import InputError
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-baseline = importlib.import_module("baseline")
-meta_tuning = importlib.import_module("meta_tuning")
 
 ARCH = Arch(patch_size=4, dim=24, depth=2, heads=2, pretrained_size=16, image_size=20, mlp_ratio=2.0)
 LEVEL = Perturbation(epsilon=8, step_size=2, steps=3)

@@ -3,11 +3,10 @@
 import ast
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from commands import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("models", "attacks", "tasks", "training", "evaluation", "few_shot")
 MODULES = [path for package in PACKAGES for path in sorted((ROOT / "amt" / package).glob("*.py"))]
 

@@ -1,12 +1,11 @@
 """benchmarks/gpu_check.py at toy size on the CPU: it runs what it says, and a bad figure is called bad."""
 
-import importlib
 import json
 import signal
 import sys
 import warnings
-from pathlib import Path
 
+import gpu_check as check
 import pytest
 import torch
 from commands import called
@@ -16,10 +15,6 @@ from amt.attacks.kinds import KINDS
 from amt.cli import options
 from amt.models.architectures import ARCHS, Arch
 from amt.models.precision import PRECISIONS
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-check = importlib.import_module("gpu_check")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ATTACKS = ("pgd steps=1 loss=ce", "support steps=1")

@@ -1,11 +1,9 @@
 """The arrows: which package may import which. Read from the source, so an import inside a function counts."""
 
 import ast
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
+from commands import ROOT
 
 # A package of amt may import itself and what is listed here.
 PACKAGES = {

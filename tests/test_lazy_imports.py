@@ -4,15 +4,14 @@ import gc
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from commands import ROOT
 
 import amt
 import meta_dataset_readers
 from meta_dataset_readers import lazy
 
-ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "timm", "torchvision", "h5py", "numpy", "PIL", "matplotlib", "yaml"}
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import ROOT
 from PIL import Image, ImageFilter
 
 from meta_dataset_readers.errors import InputError
@@ -33,7 +34,6 @@ from meta_dataset_readers.mini.sources import SPLITS, build
 from meta_dataset_readers.spec import load_spec
 from meta_dataset_readers.tfrecord import open_records
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = Settings(seed=3, objects_per_class=2)
 
 

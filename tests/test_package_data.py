@@ -6,8 +6,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from commands import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("amt", "meta_dataset_readers")
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
 PATTERNS = SETTINGS["setuptools"]["package-data"]

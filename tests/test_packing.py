@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import ROOT
 from conftest import jpeg, write_classes
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,8 +41,6 @@ from meta_dataset_readers.store import RecordStore
 from meta_dataset_readers.tfrecord import encode_example, open_records, write_records
 
 __all__ = ["memory_is_enough", "packed", "packed_once", "source"]  # fixtures, found by their names
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 # --- bad records -----------------------------------------------------------------------------------------
