@@ -217,7 +217,7 @@ def _with_texts(
         share = chosen_share(seen[0], labels, said, fit, seen[1])
     of_texts = said(seen[0] if seen[1] is None else seen[1].flatten(0, 1))
     own = scaled(found.head, share * (SPREAD / spread(found.on_support)))
-    rest = scaled(said, (1 - share) * (SPREAD / spread(of_texts)))
+    rest = Cosine(texts, (1 - share) * SPREAD * (SPREAD / spread(of_texts)))
     return (Voice(weights, WithTexts(own, rest)),)
 
 
