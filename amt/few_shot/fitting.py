@@ -62,14 +62,15 @@ def fit_texts(
         InputError: there is no text, the head is fitted to pictures, or as of `fit_pictures`; other arguments
             are as of that.
     """
-    if merging.texts is None:
+    texts = merging.texts
+    if texts is None:
         raise InputError("no labelled pictures and no --text_prototypes FILE.npz; expected either")
     head = merging.head or ZERO_SHOT
     if not head.zero_shot:
         raise InputError(f"--head {head.name} is fitted to labelled pictures, which are missing (--support)")
     merging = dataclasses.replace(merging, head=head)
-    classes, none = np.array(sorted(merging.texts.names)), np.empty(0, np.int64)
-    where = f"--text_prototypes {merging.texts.file}: "
+    classes, none = np.array(sorted(texts.names)), np.empty(0, np.int64)
+    where = f"--text_prototypes {texts.file}: "
     return _fitted(pool, [], none, classes, merging, where, arch, image_size, device)
 
 
