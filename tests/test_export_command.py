@@ -1,6 +1,7 @@
 """The command `python -m amt export`: what it writes, and the faults it says in one line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -192,9 +193,11 @@ def test_a_support_folder_that_is_no_support_set_is_one_line(mini, folder, tmp_p
     (tmp_path / "images" / "empty").mkdir(parents=True)
     assert "no picture in this class folder" in refused(tmp_path / "images")
     (tmp_path / "images" / "empty" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert "one class, 'empty'; a classifier needs 2" in refused(tmp_path / "images")
+    shutil.copytree(folder / "apple", tmp_path / "images" / "later")
     assert "cannot be decoded" in refused(tmp_path / "images")
     assert "give the folder above" in refused(folder / "apple")
-    monkeypatch.setattr(command, "MOST_SUPPORT", 5)
+    monkeypatch.setattr(pictures, "MOST_SUPPORT", 5)
     assert "6 images, a support set has 5 at most" in refused(folder)
 
 

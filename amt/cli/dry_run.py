@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from amt.attacks.kinds import ON_OTHERS
 from amt.cli import options
+from amt.cli.options.texts import check_classes
 from amt.models.head_settings import PRETRAINED
 from meta_dataset_readers.errors import InputError, say
 
@@ -146,11 +147,11 @@ def _texts(args: argparse.Namespace) -> str:
     for source, deployment in options.deployments(args).items():
         valid = [(deployment.select_on or source, "VALID")] if deployment.select == "valid" else []
         for name, split in [(source, args.split), *valid]:
-            spec = None
+            reader = None
             with contextlib.suppress(InputError):  # said where the source is
-                spec = _opened(args, name, split).spec
-            if spec is not None:
-                found.check_source(spec, name, split)
+                reader = _opened(args, name, split)
+            if reader is not None:
+                check_classes(found, reader)
     return f"{len(found.names)} classes, {found.width} numbers each"
 
 

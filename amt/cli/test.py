@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from amt.attacks.kinds import ON_OTHERS, Attack
 from amt.cli import options
+from amt.cli.options.texts import check_classes
 from amt.evaluation import runs
 from amt.evaluation.deploy import check_deployment, check_heads, chosen_on, deploy, earlier_note
 from amt.evaluation.evaluate import columns, measure
@@ -69,9 +70,9 @@ def main(args: argparse.Namespace) -> int:
         dim = network.module.num_features
         check_heads(deployment.offered_heads, pool, statistics, where, dim, texts)
         if texts is not None:
-            texts.check_source(readers[source].spec, source, args.split)
+            check_classes(texts, readers[source])
             if on := chosen_on(deployment, pool, source):
-                texts.check_source(open_source(source=on[0], split=on[1], n_episodes=1).spec, *on)
+                check_classes(texts, open_source(source=on[0], split=on[1], n_episodes=1))
     say_fallbacks(args)
 
     part, parts = options.part(args)

@@ -250,7 +250,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         >>> FewShotClassifier("vit_mini_pool").fit(images, [0, 0, 1, 1]).classes_
         array([0, 1])
         """
-        given = {"arch": self.arch, "image_size": self.image_size, "device": self.device}
+        given: dict[str, Any] = {"arch": self.arch, "image_size": self.image_size, "device": self.device}
         if X is None and y is None and self.text_prototypes is not None:
             return self._fitted(*fit_texts(self.pool, self._merging(), **given))
         items, labels = pictures.labelled(X, None if y is None else column_or_1d(y, warn=True))

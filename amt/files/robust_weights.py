@@ -141,8 +141,9 @@ def _sort(path: Path, found: StateDict, network: Network) -> _Parts:
             left["projection to texts"] += 1
             continue
         if normalisation := names.NORMALISATION.fullmatch(full):
-            where, name = parts.normalisation, normalisation["what"]
-        elif network.is_head(full) or part in (names.HEAD, names.LOSS):
+            parts.normalisation[normalisation["what"]] = tensor  # some files have it twice
+            continue
+        if network.is_head(full) or part in (names.HEAD, names.LOSS):
             where, name = parts.heads, full
         elif part is not None:
             left[part] += 1

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from amt.files import npz
 from meta_dataset_readers.errors import InputError, first_line, printable
-from meta_dataset_readers.spec import DatasetSpec
 
 LARGEST = 2**28  # bytes; 22,000 classes of 1,280 numbers are half of it
 
@@ -61,10 +60,6 @@ class TextPrototypes:
                 f"--text_prototypes {self.file}: has no text for {shown}{more}{where}; expected every class "
                 "to have one"
             )
-
-    def check_source(self, spec: DatasetSpec, source: str, split: str) -> None:
-        """Raise an `InputError` unless every class of a source's split is there."""
-        self.check(map(spec.class_name, spec.classes(split)), f", classes of {source}, {split}")
 
 
 def check_width(texts: TextPrototypes | None, what: str, dim: int) -> None:

@@ -1,14 +1,25 @@
 """The flags of classification by texts, and of the number of shots, which they take down to 0."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from amt.models.head_settings import WITH_TEXTS
 from meta_dataset_readers.settings import Number, as_path
+
+if TYPE_CHECKING:
+    from amt.files.text_prototypes import TextPrototypes
+    from meta_dataset_readers.reader import EpisodeReader
 
 HELP = (
     "; with --text_prototypes also text, which is zero-shot, and mix other=text, where share=support chooses "
     "the share for every task"
 )
+
+
+def check_classes(found: "TextPrototypes", reader: "EpisodeReader") -> None:
+    """Raise an `InputError` unless every class that a reader draws from has a text."""
+    names = map(reader.spec.class_name, reader.spec.classes(reader.split))
+    found.check(names, f", classes of {reader.source}, {reader.split}")
 
 
 def add_texts(group: argparse._ActionsContainer, more: str = "") -> None:
