@@ -23,6 +23,20 @@ from meta_dataset_readers.errors import exit_on_bad_input
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Before the words of a program: its data set takes its time after the second episode.
+SLOW = """
+import runpy, sys, time
+from meta_dataset_readers import reader
+raw = reader.EpisodeReader.raw
+def slow(self, index):
+    if index == 2:
+        time.sleep(10_000)
+    return raw(self, index)
+reader.EpisodeReader.raw = slow
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
 
 class Ended(NamedTuple):
     """How a command ended."""

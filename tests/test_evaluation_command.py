@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from commands import ROOT, start
+from commands import ROOT, SLOW, start
 from toy_training import assert_refused, command, error_line, strict_json
 
 from amt.cli import compare
@@ -115,7 +115,8 @@ def test_a_stopped_evaluation_goes_on_where_it_was(flags, under_few, tmp_path, m
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(flags, under_few, tmp_path):
-    running = start(ROOT / "test_meta_dataset.py", *flags(tmp_path / "out", *FEW), cwd=tmp_path)
+    words = (ROOT / "test_meta_dataset.py", *flags(tmp_path / "out", *FEW))
+    running = start("-c", SLOW, *words, cwd=tmp_path)
     rows = tmp_path / "out" / "rows.jsonl"
     while running.poll() is None and not (rows.exists() and b"\n" in rows.read_bytes()):
         time.sleep(0.01)

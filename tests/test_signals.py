@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT, Ended, start
+from commands import ROOT, SLOW, Ended, start
 from toy_training import command
 
 from amt.cli import train
@@ -24,20 +24,6 @@ from meta_dataset_readers.endings import Ended as EndedBySignal
 from meta_dataset_readers.endings import held, raised
 
 SECONDS = 20  # on a loaded machine; the phases below would last for hours
-
-# A data set that takes its time after the second episode.
-SLOW = """
-import runpy, sys, time
-from meta_dataset_readers import reader
-raw = reader.EpisodeReader.raw
-def slow(self, index):
-    if index == 2:
-        time.sleep(10_000)
-    return raw(self, index)
-reader.EpisodeReader.raw = slow
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 def wait_for_rows(file: Path, count: int) -> None:
