@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from amt.few_shot.classifier import FewShotClassifier
     from amt.files.pretrained import load_network
     from amt.models.network import Network, features
-    from amt.models.pool import LoRAPool, Pool, principal_pool
+    from amt.models.pool import Pool, principal_pool
     from amt.models.trim import Trim
     from amt.tasks.merge import route
     from amt.tasks.settings import Routing
@@ -44,7 +44,6 @@ __all__ = [
     "EpisodeReader",
     "EpisodeSampling",
     "FewShotClassifier",
-    "LoRAPool",
     "Network",
     "Perturbation",
     "Pool",
@@ -76,7 +75,7 @@ __getattr__, __dir__ = imported_when_used(
         "amt.few_shot.classifier": ("FewShotClassifier",),
         "amt.files.pretrained": ("load_network",),
         "amt.models.network": ("Network", "features"),
-        "amt.models.pool": ("LoRAPool", "Pool", "principal_pool"),
+        "amt.models.pool": ("Pool", "principal_pool"),
         "amt.models.trim": ("Trim",),
         "amt.tasks.merge": ("route",),
         "amt.tasks.settings": ("Routing",),

@@ -27,7 +27,7 @@ from amt.attacks.losses import kl_sum
 from amt.attacks.perturb import ascend
 from amt.models.heads import cosine_logits, prototypes
 from amt.models.network import Network
-from amt.models.pool import LoRAPool
+from amt.models.pool import Pool
 from amt.models.trim import Trim
 from amt.models.vit import resize_positions
 from amt.models.weights import Coefficients, truncate
@@ -78,7 +78,7 @@ class Baseline(nn.Module):
 class Learner(Baseline):
     """A network with one adapter beside every adapted layer and a cosine head, ready to be trained."""
 
-    def __init__(self, network: Network, adapter: LoRAPool):
+    def __init__(self, network: Network, adapter: Pool):
         super().__init__(network)
         self.scale = nn.Parameter(adapter.scale.clone())
         self.register_buffer("offset", adapter.bias.clone())
@@ -164,7 +164,7 @@ class Classified:
 
 def evaluate_episode(
     model: Baseline,
-    pool: LoRAPool,
+    pool: Pool,
     episode: Episode,
     routing: Routing,
     generator: torch.Generator,
@@ -200,7 +200,7 @@ def evaluate_episode(
 
 @torch.no_grad()
 def score(
-    model: Baseline, pool: LoRAPool, episode: Episode, routing: Routing, generator: torch.Generator
+    model: Baseline, pool: Pool, episode: Episode, routing: Routing, generator: torch.Generator
 ) -> Coefficients:
     """The coefficients that the support set decides, in float32; the model is left with other weights."""
     support, labels, autocast = episode.support, episode.support_labels, model.autocast
@@ -225,7 +225,7 @@ def trim(model: Baseline, trims: Sequence[Trim]) -> None:
                 weight.copy_(truncate(weight, which.keep))
 
 
-def reload(model: Baseline, pool: LoRAPool, coefficients: Coefficients) -> None:
+def reload(model: Baseline, pool: Pool, coefficients: Coefficients) -> None:
     """Load the residual, then add every adapter's share to it, layer by layer."""
     model.vit.load_state_dict(pool.residual)
     for name in pool.A:

@@ -56,7 +56,7 @@ from amt.attacks.kinds import Attack
 from amt.evaluation.evaluate import measure, query_generators
 from amt.models.architectures import ARCHS
 from amt.models.network import Network
-from amt.models.pool import LoRAPool
+from amt.models.pool import Pool
 from amt.models.trim import Trim
 from amt.models.weights import stream
 from amt.tasks.classifier import merged_predictor
@@ -122,7 +122,7 @@ class Outcome(NamedTuple):
 Evaluate = Callable[[Episode, Attack | None], Outcome]
 
 
-def ours(network: Network, pool: LoRAPool, job: Job) -> Evaluate:
+def ours(network: Network, pool: Pool, job: Job) -> Evaluate:
     """As test_meta_dataset.py evaluates."""
 
     def routed(support: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[float, ...]:
@@ -142,7 +142,7 @@ def ours(network: Network, pool: LoRAPool, job: Job) -> Evaluate:
     return run
 
 
-def baseline(network: Network, pool: LoRAPool, job: Job) -> Evaluate:
+def baseline(network: Network, pool: Pool, job: Job) -> Evaluate:
     """As the published code does, with a plain attack."""
     model = Baseline(network)
     trims, fixed = (TRIMS, uniform(pool)) if job.trimmed else ((), None)

@@ -56,7 +56,7 @@ from amt.attacks.kinds import Attack
 from amt.evaluation.evaluate import evaluate, query_generators
 from amt.models.architectures import ARCHS
 from amt.models.network import Network
-from amt.models.pool import LoRAPool
+from amt.models.pool import Pool
 from amt.models.weights import stream
 from amt.tasks.classifier import merged_predictor
 from amt.tasks.merge import route
@@ -110,7 +110,7 @@ class Workload:
         return (2 * POOL + 1) * support + query * (2 * self.steps + 2)
 
 
-def our_step(network: Network, pool: LoRAPool) -> Bind:
+def our_step(network: Network, pool: Pool) -> Bind:
     def bind(episode: Episode, steps: int) -> Callable[[], None]:
         level = dataclasses.replace(LEVEL, steps=steps)
         tuner = Tuner(network, dataclasses.replace(pool, levels=(level,) * len(pool)), SETTINGS)
@@ -123,7 +123,7 @@ def our_step(network: Network, pool: LoRAPool) -> Bind:
     return bind
 
 
-def baseline_step(network: Network, pool: LoRAPool) -> Bind:
+def baseline_step(network: Network, pool: Pool) -> Bind:
     models = [Learner(network, pool[p]) for p in range(len(pool))]
     optimisers = [torch.optim.SGD(each.trained.values(), SETTINGS.lr, SETTINGS.momentum) for each in models]
     scaler = torch.amp.GradScaler(network.device.type, enabled=network.autocast == torch.float16)
@@ -141,7 +141,7 @@ def baseline_step(network: Network, pool: LoRAPool) -> Bind:
     return bind
 
 
-def our_episode(network: Network, pool: LoRAPool) -> Bind:
+def our_episode(network: Network, pool: Pool) -> Bind:
     def choose(support: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[float, ...]:
         return route(network, pool, support, labels, generator, ROUTING)
 
@@ -159,7 +159,7 @@ def our_episode(network: Network, pool: LoRAPool) -> Bind:
     return bind
 
 
-def baseline_episode(network: Network, pool: LoRAPool) -> Bind:
+def baseline_episode(network: Network, pool: Pool) -> Bind:
     model = Baseline(network)
 
     def bind(episode: Episode, steps: int) -> Callable[[], float]:

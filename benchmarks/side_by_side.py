@@ -31,7 +31,7 @@ from amt.attacks.levels import Perturbation
 from amt.cli import options
 from amt.models.architectures import ARCHS, base_arch, build_network
 from amt.models.network import Network, find_device
-from amt.models.pool import LoRAPool, adapted_layers
+from amt.models.pool import Pool, adapted_layers
 from amt.models.vit import PatchEmbed
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import InputError
@@ -137,7 +137,7 @@ def random_backbone(arch: str, machine: Machine) -> Network:
     return Network(arch, network, shape.image_size, shape.mean, shape.std, machine.autocast)
 
 
-def random_pool(network: Network, size: int, rank: int, generator: torch.Generator) -> LoRAPool:
+def random_pool(network: Network, size: int, rank: int, generator: torch.Generator) -> Pool:
     """A pool of unlike adapters; spares the singular value decompositions of a real start."""
     weights = network.weights
     residual, A, B = dict(weights), {}, {}
@@ -148,7 +148,7 @@ def random_pool(network: Network, size: int, rank: int, generator: torch.Generat
         B[name] = 0.05 * torch.randn(size, groups, rows // groups, rank, generator=generator).to(A[name])
         residual[name] = weights[name].clone()  # a real residual is no view of the network, either
     head = A[name].new_ones(size)
-    return LoRAPool(residual, A, B, 10 * head, 0 * head, (LEVEL,) * size)
+    return Pool(residual, A, B, 10 * head, 0 * head, (LEVEL,) * size)
 
 
 def random_episode(image_size: int, n_shot: int, per_class: int, generator: torch.Generator) -> Episode:

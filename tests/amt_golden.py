@@ -22,7 +22,7 @@ from amt.files.checkpoint import check_architecture
 from amt.files.published import pool_from_published
 from amt.models.architectures import Arch, build_network
 from amt.models.network import Network
-from amt.models.pool import LoRAPool
+from amt.models.pool import Pool
 
 FOLDER = os.environ.get("AMT_GOLDEN", Path(__file__).resolve().parents[2] / "shared" / "golden")
 ROOT = Path(FOLDER) / "amt" if (Path(FOLDER) / "amt").is_dir() else Path(FOLDER)
@@ -126,7 +126,7 @@ def assert_close(
 class Model:
     """A recorded pool, its backbone, and the same network fed with images that are normalised already."""
 
-    pool: LoRAPool
+    pool: Pool
     network: Network
     raw: Network
 
@@ -137,7 +137,7 @@ def model_of(state: dict[str, Tensor], heads: int) -> Model:
     return model_around(pool_from_published(state, (ANY_LEVEL,) * max(len(adapters), 1)), heads)
 
 
-def model_around(pool: LoRAPool, heads: int) -> Model:
+def model_around(pool: Pool, heads: int) -> Model:
     """The model of a pool, which tells all sizes but the number of heads."""
     dim, _, patch, _ = pool.residual["patch_embed.proj.weight"].shape
     side = patch * round((pool.residual["pos_embed"].shape[1] - 1) ** 0.5)

@@ -23,7 +23,7 @@ from PIL import Image
 
 from amt.models.architectures import Arch, build_network
 from amt.models.network import Network
-from amt.models.pool import LoRAPool
+from amt.models.pool import Pool
 from meta_dataset_readers.episode import Episode
 from meta_dataset_readers.errors import DamagedRecord, InputError
 from meta_dataset_readers.layouts import open_source
@@ -264,7 +264,7 @@ def patterned_episode(
     return Episode(*draw(shots), *draw(queries), source="tiny", index=seed)
 
 
-def moved_apart(pool: LoRAPool, scale: float = 0.05, seed: int = 1) -> LoRAPool:
+def moved_apart(pool: Pool, scale: float = 0.05, seed: int = 1) -> Pool:
     """The pool with every adapter moved a way of its own."""
     generator = torch.Generator().manual_seed(seed)
     return pool.with_factors(

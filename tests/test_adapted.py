@@ -12,14 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy_pools import LEVELS, make_episode, make_network, quick
 
 from amt.models.network import Network, features, level_features
-from amt.models.pool import LoRAPool, pretrained_pool, principal_pool
+from amt.models.pool import Pool, pretrained_pool, principal_pool
 from amt.tasks.classifier import fixed_predictor
 from amt.training.tuner import Tuner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def found(network: Network, pool: LoRAPool, apart: bool) -> tuple[Tensor, dict[str, Tensor]]:
+def found(network: Network, pool: Pool, apart: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """Features of every member's own images, and the gradients of images and factors."""
     factors = {name: factor.clone().requires_grad_() for name, factor in pool.factors.items()}
     images = torch.rand(len(pool), 4, 3, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()

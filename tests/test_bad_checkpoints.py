@@ -25,7 +25,7 @@ from amt.attacks.levels import Perturbation
 from amt.cli import checkpoint as describing
 from amt.files import checkpoint
 from amt.files.pretrained import load_network
-from amt.models.pool import LoRAPool, principal_pool
+from amt.models.pool import Pool, principal_pool
 from meta_dataset_readers.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -243,7 +243,7 @@ def test_no_damage_ends_otherwise_than_in_a_line(data, kind, tmp_path_factory):
         assert "\n" not in str(error)
 
 
-def _small() -> LoRAPool:
+def _small() -> Pool:
     arch = dataclasses.replace(ARCH, dim=6, depth=1, pretrained_size=4)
     return principal_pool(random_backbone(arch).weights, 1, (Perturbation(8, 2),))
 

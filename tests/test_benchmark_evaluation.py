@@ -84,9 +84,9 @@ def test_a_turn_merges_anew_but_keeps_what_does_not_change(tiny, monkeypatch):
     """Routing differs by episode, so that remembering the last merges saves nothing; equal parts do not."""
     merges = []
     monkeypatch.setattr(
-        evaluation.LoRAPool,
+        evaluation.Pool,
         "merge",
-        lambda self, c, merge=evaluation.LoRAPool.merge: merges.append(c) or merge(self, c),
+        lambda self, c, merge=evaluation.Pool.merge: merges.append(c) or merge(self, c),
     )
     for trimmed, expected in ((False, 2 * (4 + 1)), (True, 0)):
         bench = evaluation.Bench(dataclasses.replace(tiny, trimmed=trimmed), "ours", MACHINE)

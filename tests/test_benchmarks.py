@@ -42,7 +42,7 @@ def small_problem(adapters: int, n_shot: int = 2):
 
 
 def our_names(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A learner's trained tensors by the names of `LoRAPool.factors`, and `scale`."""
+    """A learner's trained tensors by the names of `Pool.factors`, and `scale`."""
     return {
         name.removeprefix("vit.").replace(".lora_", ".weight.lora_"): value
         for name, value in model.trained.items()

@@ -18,7 +18,7 @@ from amt.cli import test, train
 from amt.evaluation.evaluate import measure
 from amt.models.compiled import Compiler
 from amt.models.network import Network
-from amt.models.pool import LoRAPool, principal_pool
+from amt.models.pool import Pool, principal_pool
 from amt.tasks.classifier import fixed_predictor
 from amt.training.tuner import Tuner
 
@@ -51,7 +51,7 @@ def small() -> Network:
     return random_backbone(dataclasses.replace(ARCH, depth=1))
 
 
-def pool_of(network: Network) -> LoRAPool:
+def pool_of(network: Network) -> Pool:
     levels = tuple(Perturbation(e, e / 4, steps=2, grids=(2, 0), scalars=(5.0, 1.0)) for e in (8, 6))
     return moved_apart(principal_pool(network.weights, RANK, levels))
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from amt.attacks.kinds import Attack
 from amt.attacks.levels import Perturbation
-from amt.evaluation.deploy import STAMP, check_deployment, check_trims, deploy, earlier_note
+from amt.evaluation.deploy import STAMP, check_deployment, deploy, earlier_note
 from amt.evaluation.evaluate import evaluate
+from amt.evaluation.needs import check_trims
 from amt.evaluation.select import support_predictor
 from amt.evaluation.settings import Deployment
 from amt.models.architectures import Arch

@@ -16,7 +16,7 @@ from amt.evaluation.evaluate import columns, evaluate, measure, validate
 from amt.evaluation.statistics import summarise
 from amt.models.architectures import Arch
 from amt.models.network import Network
-from amt.models.pool import LoRAPool, principal_pool
+from amt.models.pool import Pool, principal_pool
 from amt.tasks.classifier import Classifier, merged_predictor, pretrained_predictor
 from meta_dataset_readers.episode import Episode
 
@@ -139,7 +139,7 @@ def network() -> Network:
 
 
 @pytest.fixture(scope="module")
-def pool(network) -> LoRAPool:
+def pool(network) -> Pool:
     """Two adapters, each moved a way of its own."""
     levels = Perturbation(8, 2, steps=3), Perturbation(1, 0.25, steps=3)
     return moved_apart(principal_pool(network.weights, 2, levels), 0.1)

@@ -19,7 +19,7 @@ from amt.files.export import MergedNetwork, Support, merged_network
 from amt.models.architectures import ARCHS, Arch, freeze
 from amt.models.heads import cosine_logits
 from amt.models.network import Network, features, untrained
-from amt.models.pool import LoRAPool, principal_pool
+from amt.models.pool import Pool, principal_pool
 from amt.models.trim import Trim
 from meta_dataset_readers.errors import InputError
 
@@ -34,7 +34,7 @@ def network() -> Network:
 
 
 @pytest.fixture(scope="module")
-def pool(network) -> LoRAPool:
+def pool(network) -> Pool:
     return pool_of(network)
 
 
@@ -284,7 +284,7 @@ def test_published_names_shapes_and_order_of_vit_small(suffix, adapter):
             out, width = residual[name].shape
             A[name] = torch.zeros(1).expand(4, groups, 8, width)
             B[name] = torch.zeros(1).expand(4, groups, out // groups, 8)
-    pool = LoRAPool(residual, A, B, torch.full((4,), 10.0), torch.zeros(4), LEVELS[:1] * 4)
+    pool = Pool(residual, A, B, torch.full((4,), 10.0), torch.zeros(4), LEVELS[:1] * 4)
     state = export.published_state(pool, adapter)
     found = [(name, "x".join(map(str, t.shape)), str(t.dtype)) for name, t in state.items()]
     assert found == [tuple(row[:3]) for row in rows]

@@ -22,7 +22,7 @@ from amt.files.checkpoint import Checkpoint
 from amt.files.pretrained import load_network
 from amt.models.heads import cosine_logits
 from amt.models.network import Network
-from amt.models.pool import LoRAPool
+from amt.models.pool import Pool
 from amt.tasks.merge import route
 from amt.tasks.settings import Routing
 from meta_dataset_readers.episode import Episode
@@ -35,7 +35,7 @@ def network() -> Network:
 
 
 @pytest.fixture(scope="module")
-def pool(network) -> LoRAPool:
+def pool(network) -> Pool:
     return pool_of(network)
 
 

@@ -19,7 +19,7 @@ from toy_pools import trainable
 
 from amt.attacks.perturb import ascend
 from amt.models.network import level_features
-from amt.models.pool import LoRAPool
+from amt.models.pool import Pool
 from amt.training import attack, meta_tune
 from amt.training.losses import robust_loss
 from amt.training.meta_tune import query_outcome
@@ -42,7 +42,7 @@ class Step:
     def level(self) -> NormalisedLevel:
         return level_of(self.settings, gamma=self.settings["gamma"])
 
-    def injected(self, pool: LoRAPool) -> tuple[LoRAPool, Episode, list[Tensor]]:
+    def injected(self, pool: Pool) -> tuple[Pool, Episode, list[Tensor]]:
         """The pool at a level without steps, the episode, and a start that gives the recorded images."""
         still = dataclasses.replace(self.level, steps=0, grids=(0,), scalars=(1.0,))
         start = [self.data["x_adv"] - self.episode.query]
@@ -65,7 +65,7 @@ def steps() -> list[Step]:
     return found
 
 
-def pool_before(number: int, all_steps: list[Step], start: LoRAPool) -> LoRAPool:
+def pool_before(number: int, all_steps: list[Step], start: Pool) -> Pool:
     """The recorded weights that step `number` began with."""
     if number == 0:
         return start
@@ -78,7 +78,7 @@ def pool_before(number: int, all_steps: list[Step], start: LoRAPool) -> LoRAPool
     return dataclasses.replace(start.with_factors(factors), scale=after["w_after/scale_cls"])
 
 
-def assert_gradients(pool: LoRAPool, data: dict[str, Tensor], kind: str, number: int) -> int:
+def assert_gradients(pool: Pool, data: dict[str, Tensor], kind: str, number: int) -> int:
     gradients = as_published({name: factor.grad for name, factor in pool.factors.items()})
     gradients["scale_cls"] = pool.scale.grad
     recorded = [name for name in gradients if f"{kind}/{name}" in data]

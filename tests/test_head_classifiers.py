@@ -14,8 +14,9 @@ from amt.__main__ import main as amt
 from amt.attacks.evaluation import attack_support
 from amt.attacks.kinds import Attack
 from amt.attacks.levels import Perturbation
-from amt.evaluation.deploy import check_heads, deploy
+from amt.evaluation.deploy import deploy
 from amt.evaluation.evaluate import evaluate
+from amt.evaluation.needs import check_heads
 from amt.evaluation.settings import Deployment
 from amt.files import checkpoint
 from amt.files.checkpoint import Checkpoint

@@ -20,7 +20,6 @@ from amt.models.architectures import Arch
 from amt.models.heads import cosine_logits
 from amt.models.network import Network, level_features
 from amt.models.pool import (
-    LoRAPool,
     Pool,
     adapted_layers,
     factor_groups,
@@ -166,7 +165,7 @@ def in_a_step(network: Network, pool: Pool, steps: int) -> Seen:
     return Seen(*(both - one for both, one in zip(vars(seen).values(), vars(first).values(), strict=True)))
 
 
-def small_loras(network: Network, levels) -> LoRAPool:
+def small_loras(network: Network, levels) -> Pool:
     """LoRAs of rank 1 without a singular value decomposition."""
     A, B = {}, {}
     for name in adapted_layers(network.weights):
@@ -174,7 +173,7 @@ def small_loras(network: Network, levels) -> LoRAPool:
         A[name] = torch.full((len(levels), groups, 1, inside), 0.01)
         B[name] = torch.full((len(levels), groups, out // groups, 1), 0.01)
     scale = torch.full((len(levels),), 10.0)
-    return LoRAPool(network.weights, A, B, scale, 0 * scale, levels)
+    return Pool(network.weights, A, B, scale, 0 * scale, levels)
 
 
 def test_an_attack_step_of_four_levels_takes_a_third_of_the_kernels():

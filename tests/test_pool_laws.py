@@ -14,7 +14,7 @@ from toy_pools import ARCH, LEVELS, RANK, assert_identical, few, outcome_of, ten
 from amt.files import checkpoint
 from amt.files.checkpoint import Checkpoint
 from amt.models.network import features
-from amt.models.pool import LoRAPool, Pool, pretrained_pool, principal_pool, split_principal
+from amt.models.pool import Pool, pretrained_pool, principal_pool, split_principal
 from amt.models.trim import Trim
 from amt.models.weights import trim_singular_values
 
@@ -145,7 +145,7 @@ def test_gradients_reach_every_factor(network, pool, episode):
 def test_concat_refuses_another_residual(pool, arch):
     other = principal_pool(random_backbone(arch, 7).weights, RANK, LEVELS[:1])
     with pytest.raises(ValueError, match="residual"):
-        LoRAPool.concat([pool, other])
+        Pool.concat([pool, other])
 
 
 @few

@@ -21,7 +21,7 @@ from amt.evaluation.select import candidate_names, select, selection_attacks, su
 from amt.evaluation.settings import published_grid
 from amt.models.architectures import Arch
 from amt.models.network import Network
-from amt.models.pool import LoRAPool, principal_pool
+from amt.models.pool import Pool, principal_pool
 from amt.models.trim import Trim
 from amt.models.weights import stream
 from amt.tasks import leave_one_out
@@ -45,7 +45,7 @@ def network() -> Network:
 
 
 @pytest.fixture(scope="module")
-def pool(network) -> LoRAPool:
+def pool(network) -> Pool:
     """Adapter 0 is the pretrained network; adapter 1 is blind: at full rank, all its layers are zero.
 
     So its classes coincide, and every router that weighs the distance between classes prefers adapter 0.
@@ -57,7 +57,7 @@ def pool(network) -> LoRAPool:
 
 
 @pytest.fixture(scope="module")
-def three(network) -> LoRAPool:
+def three(network) -> Pool:
     """Three adapters that differ."""
     return moved_apart(principal_pool(network.weights, 2, [Perturbation(8, 2)] * 3), 0.3)
 
@@ -386,7 +386,7 @@ def test_each_distinct_network_sees_a_task_once(network, three, monkeypatch):
     assert seen == [len(episode.support)] * len(distinct) and len(distinct) < len(CANDIDATES)
 
     merges = []
-    monkeypatch.setattr(LoRAPool, "merge", lambda self, c: merges.append(c) or network.weights)
+    monkeypatch.setattr(Pool, "merge", lambda self, c: merges.append(c) or network.weights)
     predict = support_predictor(network, three, [corner(p, 3) for p in range(3)])
     for number in range(4):
         predict(make_episode(number, shots=2))

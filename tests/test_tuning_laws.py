@@ -24,7 +24,7 @@ from toy_pools import (
 from amt.attacks.levels import Perturbation
 from amt.attacks.perturb import ascend
 from amt.models.network import Network
-from amt.models.pool import LoRAPool, principal_pool
+from amt.models.pool import Pool, principal_pool
 from amt.training import attack
 from amt.training.optimiser import NonFiniteLoss
 from amt.training.records import NO_STEPS, StepRecord
@@ -78,7 +78,7 @@ def test_training_in_float16_takes_steps(pool, episode):
 # Training
 
 
-def trained(network: Network, pool: LoRAPool, settings: TuneSettings, episodes: int) -> Tuner:
+def trained(network: Network, pool: Pool, settings: TuneSettings, episodes: int) -> Tuner:
     tuner = Tuner(network, pool, settings)
     for k in range(episodes):
         tuner.step(make_episode(k))

@@ -9,7 +9,7 @@ from conftest import moved_apart
 from amt.attacks.levels import Perturbation
 from amt.models.architectures import Arch
 from amt.models.network import Network
-from amt.models.pool import LoRAPool, principal_pool
+from amt.models.pool import Pool, principal_pool
 
 # Shown images are larger than pretrained ones, so that the position table has to be resized; the rank is
 # not the same for all layers of an adapter, as qkv has three groups.
@@ -20,7 +20,7 @@ SIDE = TINY.image_size
 LEVELS = tuple(Perturbation(epsilon, epsilon / 4) for epsilon in (8.0, 4.0, 1.0))
 
 
-def pool_of(network: Network, levels: tuple[Perturbation, ...] = LEVELS, rank: int = 2) -> LoRAPool:
+def pool_of(network: Network, levels: tuple[Perturbation, ...] = LEVELS, rank: int = 2) -> Pool:
     """A pool whose adapters, heads included, all differ."""
     pool = moved_apart(principal_pool(network.weights, rank, levels))
     numbers = torch.arange(len(levels))

@@ -10,7 +10,7 @@ from PIL import Image
 from amt.attacks.levels import Perturbation
 from amt.files import checkpoint
 from amt.files.pretrained import load_network
-from amt.models.pool import LoRAPool, principal_pool
+from amt.models.pool import Pool, principal_pool
 
 COLOURS = {"cat": (200, 80, 60), "dog": (60, 90, 200), "fox": (60, 200, 90)}
 LEVELS = (Perturbation(8, 2, steps=2), Perturbation(0.1, 0.025, steps=2))
@@ -33,7 +33,7 @@ def write_photos(
     return folder
 
 
-def toy_pool() -> LoRAPool:
+def toy_pool() -> Pool:
     """Two adapters of the shipped mini network, moved a little."""
     return moved_apart(principal_pool(load_network("vit_mini").weights, 2, LEVELS), 0.01)
 

@@ -15,7 +15,7 @@ from amt.files import checkpoint
 from amt.files.checkpoint import Checkpoint
 from amt.models.architectures import Arch
 from amt.models.network import Network
-from amt.models.pool import LoRAPool, Pool, principal_pool
+from amt.models.pool import Pool, principal_pool
 from amt.training.meta_tune import query_outcome
 from amt.training.settings import TuneSettings
 from amt.training.tuner import Tuner
@@ -41,12 +41,12 @@ def network() -> Network:
 
 
 @pytest.fixture(scope="session")
-def untrained(network) -> LoRAPool:
+def untrained(network) -> Pool:
     return principal_pool(network.weights, RANK, LEVELS)
 
 
 @pytest.fixture(scope="session")
-def pool(untrained) -> LoRAPool:
+def pool(untrained) -> Pool:
     return moved_apart(untrained)
 
 
@@ -55,7 +55,7 @@ def episode() -> Episode:
     return make_episode(0)
 
 
-def tensors(pool: LoRAPool) -> dict[str, Tensor]:
+def tensors(pool: Pool) -> dict[str, Tensor]:
     return pool.factors | {"scale": pool.scale, "bias": pool.bias}
 
 
@@ -64,7 +64,7 @@ def assert_identical(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
-def trainable(pool: LoRAPool) -> LoRAPool:
+def trainable(pool: Pool) -> Pool:
     factors = {name: factor.detach().clone().requires_grad_() for name, factor in pool.factors.items()}
     return dataclasses.replace(pool.with_factors(factors), scale=pool.scale.clone().requires_grad_())
 
@@ -97,6 +97,6 @@ def assert_goes_on_exactly(
     assert resumed.state()[1] == whole.state()[1]
 
 
-def outcome_of(network: Network, pool: LoRAPool, episode: Episode, level: Perturbation, **keywords):
+def outcome_of(network: Network, pool: Pool, episode: Episode, level: Perturbation, **keywords):
     start = level.pyramid.start(episode.query, torch.Generator().manual_seed(3))
     return query_outcome(network, dataclasses.replace(pool, levels=(level,)), episode, start, **keywords)

@@ -11,20 +11,20 @@ from torch import Tensor
 
 from amt.attacks.levels import Perturbation
 from amt.models.architectures import Arch
-from amt.models.pool import LoRAPool, principal_pool
+from amt.models.pool import Pool, principal_pool
 
 ARCH = Arch(patch_size=4, dim=24, depth=2, heads=2, pretrained_size=16, image_size=16, mlp_ratio=2.0)
 RANK = 3
 
 
-def trained(network, adapters: int) -> LoRAPool:
+def trained(network, adapters: int) -> Pool:
     """A pool whose LoRAs have moved apart, with a head of their own kind."""
     levels = tuple(Perturbation(8.0 / (p + 1), 2.0 / (p + 1)) for p in range(adapters))
     pool = moved_apart(principal_pool(network.weights, RANK, levels))
     return dataclasses.replace(pool, scale=torch.full((adapters,), 9.5), bias=torch.full((adapters,), 0.25))
 
 
-def as_published(pool: LoRAPool, single: bool = False) -> dict[str, Tensor]:
+def as_published(pool: Pool, single: bool = False) -> dict[str, Tensor]:
     """The state dict the published code would save of `pool`; of a training if it is `single`."""
     prefix = "backbone." if single else "backbone.model."
     state = {"bias": pool.bias[:1], "scale_cls": pool.scale[:1]}
@@ -38,7 +38,7 @@ def as_published(pool: LoRAPool, single: bool = False) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in state.items()}
 
 
-def training_file(path: Path, pool: LoRAPool, **arguments) -> Path:
+def training_file(path: Path, pool: Pool, **arguments) -> Path:
     """A training checkpoint as the published main.py writes it, numpy's numbers in its arguments included."""
     usual = {
         "arch": "dino_small_patch16_amt",
@@ -65,15 +65,15 @@ def training_file(path: Path, pool: LoRAPool, **arguments) -> Path:
     return path
 
 
-def pool_file(path: Path, pool: LoRAPool) -> Path:
+def pool_file(path: Path, pool: Pool) -> Path:
     torch.save({"model": as_published(pool)}, path)
     return path
 
 
-def same(one: LoRAPool, other: LoRAPool) -> bool:
+def same(one: Pool, other: Pool) -> bool:
     """Whether two pools hold the same numbers, bit for bit."""
 
-    def tensors(pool: LoRAPool) -> dict[str, Tensor]:
+    def tensors(pool: Pool) -> dict[str, Tensor]:
         return pool.residual | pool.factors | {"head/scale": pool.scale, "head/bias": pool.bias}
 
     mine, others = tensors(one), tensors(other)

@@ -22,7 +22,8 @@ from amt.cli import head_statistics, options
 from amt.cli.head_statistics import RECOMMENDATIONS
 from amt.cli.options import Parser
 from amt.cli.options.common import SIDE, THREADS, check_episodes
-from amt.evaluation.deploy import check_fit, check_heads
+from amt.evaluation.deploy import check_fit
+from amt.evaluation.needs import check_heads
 from amt.evaluation.settings import Deployment
 from amt.files import checkpoint
 from amt.files.checkpoint import Checkpoint

@@ -13,8 +13,9 @@ from amt.attacks.kinds import ON_OTHERS, Attack
 from amt.cli import options
 from amt.cli.options.texts import check_classes
 from amt.evaluation import runs
-from amt.evaluation.deploy import check_deployment, check_heads, chosen_on, deploy, earlier_note
+from amt.evaluation.deploy import check_deployment, chosen_on, deploy, earlier_note
 from amt.evaluation.evaluate import columns, measure
+from amt.evaluation.needs import check_heads
 from amt.evaluation.oracle import Oracle, best_row
 from amt.evaluation.recording import description, ended, examine, interruptible, record
 from amt.evaluation.statistics import groups

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from amt.attacks.kinds import Attack
-from amt.evaluation.deploy import check_fit, check_heads
+from amt.evaluation.deploy import check_fit
 from amt.evaluation.evaluate import measure
+from amt.evaluation.needs import check_heads
 from amt.evaluation.settings import Deployment
 from amt.few_shot.pools import OpenPool
 from amt.files.export.merged import MergedNetwork, Support, merged_network

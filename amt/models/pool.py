@@ -230,9 +230,6 @@ class Pool:
         return dataclasses.replace(first.with_factors(joined), **head)
 
 
-LoRAPool = Pool  # its name while complete networks were another kind
-
-
 def _mean(weight: Tensor, shares: dict[int, float]) -> Tensor:
     """sum_p c_p W_p of a weight (P, ...) as W_k + sum_p c_p (W_p - W_k), k the first member with c_k != 0: so
     a single member, and a pool whose members are still equal, come out bit for bit."""
