@@ -182,6 +182,24 @@ def test_the_mode_of_the_published_script():
 
 
 @pytest.mark.parametrize(
+    ("arch", "resolution"),
+    [
+        ("resnet18", "low"),
+        ("timm:resnet18", "low"),
+        ("vit_small", "high"),
+        ("timm:vit_tiny_patch16_224", "high"),
+        ("timm:eva02_tiny_patch14_224", "high"),
+        ("timm:beit_base_patch16_224", "high"),
+    ],
+)
+def test_a_transformer_by_patches_sees_images_enlarged_unless_told_otherwise(arch, resolution):
+    """32 px are two patches a side."""
+    line = ["--output", "O", "--checkpoint", "F", "--dataset", "cifar10", "--arch", arch]
+    assert options.parse(line).resolution == resolution
+    assert options.parse([*line, "--resolution", "low"]).resolution == "low"
+
+
+@pytest.mark.parametrize(
     ("line", "loss"),
     [
         ("--output O --checkpoint F", "ce+dlr"),

@@ -54,7 +54,7 @@ def exported(network, pool, known, head: Head, shots: int):
     episode = patterned_episode(1, shots=shots, queries=2, side=SIDE)
     merged = pool.merged(SHARES)
     labels = episode.support_labels
-    (voice,) = fitted_voices(network, merged, episode.support, labels, SHARES, head, known)
+    ((voice,), _) = fitted_voices(network, merged, episode.support, labels, SHARES, head, known)
     task = export.Support(episode.support, episode.support_labels, ("one", "two", "three"))
     first = dataclasses.replace(episode, index=0)  # as an export fits its support
     ours = head_classifier(network, merged, first, SHARES, head, known)

@@ -39,7 +39,7 @@ def exported(network: Network, kind: str = "prototypes"):
     if kind == "prototypes":
         return merged
     plain = Merged(merged.weights, merged.scale, merged.bias)
-    (voice,) = fitted_voices(network, plain, support.images, support.labels, SHARES, default_head(kind))
+    ((voice,), _) = fitted_voices(network, plain, support.images, support.labels, SHARES, default_head(kind))
     return merged_network(network, pool, SHARES, (), support, voice.head)
 
 

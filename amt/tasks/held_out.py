@@ -41,11 +41,13 @@ def held_out(features: Tensor, labels: Tensor, fit: Fit) -> Iterator[tuple[Tenso
         labels: (S,) int64 in 0..N-1.
         fit: features and labels of some support images, of all classes -> their head.
     """
-    places, counts = index_in_class(labels), labels.bincount()
+    known = labels.cpu()  # once, so that nothing below waits for the device
+    places, counts = index_in_class(known), known.bincount()
     for part in range(min(PARTS, int(counts.max()))):
-        out = (places % PARTS == part) & (counts[labels] > 1)
+        out = (places % PARTS == part) & (counts[known] > 1)
         if out.any():
-            yield fit(features[~out], labels[~out])(features[out]), features[out], labels[out]
+            left, kept = (which.nonzero().squeeze(1).to(labels.device) for which in (out, ~out))
+            yield fit(features[kept], labels[kept])(features[left]), features[left], labels[left]
 
 
 def temperature(on_support: Tensor, features: Tensor, labels: Tensor, fit: Fit) -> float:
@@ -55,10 +57,12 @@ def temperature(on_support: Tensor, features: Tensor, labels: Tensor, fit: Fit) 
         on_support: (S, N) logits of the support by the head that was fitted to all of it.
         features, labels, fit: as of `held_out`; (S, D) and (S,).
     """
-    start = float(spread(on_support)) / PRIOR_SPREAD
-    tried, loss = start * _TRIED, _TRIED.log().square()
-    for logits, _, true in held_out(features, labels, fit):
-        found = logits.double().cpu() / tried[:, None, None]
-        each = F.cross_entropy(found.flatten(0, 1), true.cpu().repeat(len(tried)), reduction="none")
+    parts = [(logits, true) for logits, _, true in held_out(features, labels, fit)]
+    tried = float(spread(on_support)) / PRIOR_SPREAD * _TRIED
+    loss = _TRIED.log().square()
+    if parts:
+        logits, true = (torch.cat(each).cpu() for each in zip(*parts, strict=True))
+        found = logits.double() / tried[:, None, None]
+        each = F.cross_entropy(found.flatten(0, 1), true.repeat(len(tried)), reduction="none")
         loss = loss + each.unflatten(0, (len(tried), -1)).sum(1)
     return float(tried[loss.argmin()])
