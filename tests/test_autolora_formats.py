@@ -316,6 +316,8 @@ DAMAGE = {
     "too few labels": {"data": np.zeros((2, 3072), np.uint8), "labels": [1]},
     "no labels": {"data": np.zeros((2, 3072), np.uint8)},
     "a text as label": {"data": np.zeros((1, 3072), np.uint8), "labels": ["cat"]},
+    "one number for all labels": {"data": np.zeros((1, 3072), np.uint8), "labels": np.array(1)},
+    "complex labels": {"data": np.zeros((1, 3072), np.uint8), "labels": np.array([1 + 0j])},
     "objects": {"data": np.array([[None]], object), "labels": [1]},
     "label 10": {"data": np.zeros((1, 3072), np.uint8), "labels": [10]},
     "label -1": {"data": np.zeros((1, 3072), np.uint8), "labels": [-1]},

@@ -148,12 +148,12 @@ def test_layers_that_were_wrapped_for_lora(tmp_path, mini):
     net, start, weights = mini
     state = {wrapped(name): value for name, value in weights.items()}
     assert "layer2.0.downsample.0.conv.weight" in state
-    for name in net.adapted():
-        layer = name.removesuffix(".weight")
+    layers = [*(name.removesuffix(".weight") for name in net.adapted()), net.classifier]
+    for layer in layers:
         state |= {f"{layer}.lora_A_nat": torch.rand(2, 3), f"{layer}.lora_B_nat": torch.rand(4, 2)}
     found = read(saved(tmp_path, {"state_dict": state}), net, start)
     assert_same(found.weights, weights)
-    assert f"{2 * len(net.adapted())} LoRA factors left out" in found.kind
+    assert f"{2 * len(layers)} LoRA factors left out" in found.kind
     both = {"layer3.0.downsample.conv.conv.weight": state.pop("layer3.0.downsample.0.conv.weight")}
     assert_same(read(saved(tmp_path, state | both), net, start).weights, weights)
 

@@ -12,10 +12,10 @@ import torch
 from conftest import patterned_episode, random_backbone
 from safetensors import safe_open
 from safetensors.torch import load_file
-from toy_export import LEVELS, SIDE, TINY, assert_same, follow_readme, images, pool_of
+from toy_export import LEVELS, SIDE, TINY, assert_same, follow_readme, images, pool_of, with_task
 
 from amt.files import checkpoint, export
-from amt.files.export import MergedNetwork, Support, merged_network
+from amt.files.export import MergedNetwork, merged_network
 from amt.models.architectures import ARCHS, Arch, freeze
 from amt.models.heads import cosine_logits
 from amt.models.network import Network, features, untrained
@@ -39,14 +39,8 @@ def pool(network) -> Pool:
 
 
 @pytest.fixture(scope="module")
-def support() -> Support:
-    episode = patterned_episode(seed=0, side=SIDE)
-    return Support(episode.support, episode.support_labels, ("one", "two", "three, too"))
-
-
-@pytest.fixture(scope="module")
-def merged(network, pool, support) -> MergedNetwork:
-    return merged_network(network, pool, MIXED, support=support)
+def merged(network, pool) -> MergedNetwork:
+    return with_task(merged_network(network, pool, MIXED), patterned_episode(seed=0, side=SIDE))
 
 
 def expected(merged: MergedNetwork, seen: torch.Tensor) -> torch.Tensor:
@@ -134,9 +128,9 @@ def test_networks_of_timms_own_at_another_size(to, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("coefficients", [(0, 1, 0), MIXED, (0.2, 0.3, 0.5)])
-def test_peft_ends_with_our_weights(coefficients, network, pool, support, tmp_path, monkeypatch):
+def test_peft_ends_with_our_weights(coefficients, network, pool, tmp_path, monkeypatch):
     """The real library, on timm's network with the untouched pretrained weights: one adapter, and merges."""
-    merged = merged_network(network, pool, coefficients, support=support)
+    merged = with_task(merged_network(network, pool, coefficients), patterned_episode(seed=0, side=SIDE))
     folder = export.save(tmp_path / "adapter", "peft", merged, pool)[0]
     before = {name: weight.clone() for name, weight in network.weights.items()}
     seen = images()

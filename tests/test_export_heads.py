@@ -10,6 +10,7 @@ import torch
 from conftest import moved_apart, patterned_episode, random_backbone, write_picture
 from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file
+from toy_export import with_task
 
 from amt.attacks.levels import Perturbation
 from amt.cli import export as command
@@ -23,7 +24,7 @@ from amt.models.head_settings import Head, default_head
 from amt.models.heads import PoolStatistics, Statistics
 from amt.models.network import features
 from amt.models.pool import principal_pool
-from amt.tasks.classifier import fitted_voices, head_classifier
+from amt.tasks.classifier import head_classifier
 from meta_dataset_readers.errors import InputError
 
 SIDE = 8
@@ -52,15 +53,13 @@ def known() -> PoolStatistics:
 def exported(network, pool, known, head: Head, shots: int):
     """The merged network with its head, and the logits of evaluation for some images."""
     episode = patterned_episode(1, shots=shots, queries=2, side=SIDE)
-    merged = pool.merged(SHARES)
-    labels = episode.support_labels
-    ((voice,), _) = fitted_voices(network, merged, episode.support, labels, SHARES, head, known)
-    task = export.Support(episode.support, episode.support_labels, ("one", "two", "three"))
+    merged = export.merged_network(network, pool, SHARES)
+    task = with_task(merged, episode, ("one", "two", "three"), head, known)
     first = dataclasses.replace(episode, index=0)  # as an export fits its support
-    ours = head_classifier(network, merged, first, SHARES, head, known)
+    ours = head_classifier(network, pool.merged(SHARES), first, SHARES, head, known)
     with torch.no_grad():
         logits = ours.logits(episode.query)
-    return export.merged_network(network, pool, SHARES, (), task, voice.head), episode.query, logits
+    return task, episode.query, logits
 
 
 @pytest.mark.parametrize("shots", [1, 3])

@@ -129,6 +129,7 @@ def test_exports_give_the_same_logits(photos, texts, head, tmp_path):
 
     lines = readme.read_text().splitlines()
     (formula,) = (line.partition("=")[2].strip() for line in lines if line.startswith("    logits = "))
+    assert "or the embedding of its text if it has none" in readme.read_text() or "prototypes" not in found
     by_hand = eval(formula, {"features": seen, "cosine": cosine} | found)
     assert torch.allclose(by_hand, expected, atol=1e-3) and ("texts" in found) == (head in MIXED)
 

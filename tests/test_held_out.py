@@ -95,3 +95,15 @@ def test_the_only_image_of_a_class_is_never_left_out():
     left_out = torch.cat([true for _, _, true in held_out(features, labels, fitter)])
     assert all(set(which.tolist()) == {0, 1, 2, 3, 4} for which in seen)
     assert left_out.bincount(minlength=5).tolist() == [n if n > 1 else 0 for n in labels.bincount().tolist()]
+
+
+@pytest.mark.parametrize(("kind", "noise"), [*((kind, 0.0) for kind in HEADS), ("prototypes", 1e-7)])
+@pytest.mark.parametrize("labels", ([0, 0, 1, 1], [0, 1, 2, 3]))
+def test_classes_of_the_same_images_leave_every_answer_open(kind, noise, labels):
+    """Their logits differ by rounding at most, which no temperature may blow up."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 32, generator=generator).repeat(len(labels), 1)
+    features, labels = features + noise * torch.arange(len(labels))[:, None], torch.tensor(labels)
+    asked = of(kind)(features, labels)(torch.randn(50, 32, generator=generator))
+    probabilities = (asked / found(features, labels, of(kind))).softmax(1)
+    assert (probabilities.amax(1) < 1.1 / len(labels.unique())).all()

@@ -12,17 +12,15 @@ from conftest import moved_apart, patterned_episode, random_backbone
 from safetensors.torch import load_file
 from stub_hub import stub_hub  # noqa: F401  a fixture
 from timm.data import resolve_model_data_config
-from toy_export import follow_readme
+from toy_export import follow_readme, with_task
 
 from amt import Perturbation
 from amt.files import export
-from amt.files.export import Support, merged_network
+from amt.files.export import merged_network
 from amt.models.architectures import Arch, freeze
 from amt.models.head_settings import default_head
 from amt.models.network import Network, features
 from amt.models.pool import principal_pool
-from amt.models.weights import Merged
-from amt.tasks.classifier import fitted_voices
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,13 +32,7 @@ def exported(network: Network, kind: str = "prototypes"):
     """The merged network of a task, with a head of this kind."""
     pool = moved_apart(principal_pool(network.weights, 2, [Perturbation(8, 2), Perturbation(1, 0.25)]), 0.3)
     episode = patterned_episode(1, shots=3, side=network.image_size)
-    support = Support(episode.support, episode.support_labels, ("one", "two", "three, too"))
-    merged = merged_network(network, pool, SHARES, (), support)
-    if kind == "prototypes":
-        return merged
-    plain = Merged(merged.weights, merged.scale, merged.bias)
-    ((voice,), _) = fitted_voices(network, plain, support.images, support.labels, SHARES, default_head(kind))
-    return merged_network(network, pool, SHARES, (), support, voice.head)
+    return with_task(merged_network(network, pool, SHARES), episode, head=default_head(kind))
 
 
 def seen(merged) -> torch.Tensor:

@@ -7,9 +7,15 @@ import torch
 from conftest import moved_apart
 
 from amt.attacks.levels import Perturbation
+from amt.files.export import MergedNetwork
 from amt.models.architectures import Arch
+from amt.models.head_settings import Head
+from amt.models.heads import PoolStatistics
 from amt.models.network import Network
 from amt.models.pool import Pool, principal_pool
+from amt.models.weights import Merged
+from amt.tasks.classifier import fitted_voices
+from meta_dataset_readers.episode import Episode
 
 # Shown images are larger than pretrained ones, so that the position table has to be resized; the rank is
 # not the same for all layers of an adapter, as qkv has three groups.
@@ -25,6 +31,20 @@ def pool_of(network: Network, levels: tuple[Perturbation, ...] = LEVELS, rank: i
     pool = moved_apart(principal_pool(network.weights, rank, levels))
     numbers = torch.arange(len(levels))
     return dataclasses.replace(pool, scale=10.0 + numbers, bias=0.1 * numbers)
+
+
+def with_task(
+    merged: MergedNetwork,
+    episode: Episode,
+    classes: tuple[str, ...] = ("one", "two", "three, too"),
+    head: Head | None = None,
+    statistics: PoolStatistics | None = None,
+) -> MergedNetwork:
+    """The same with a head fitted to an episode's support."""
+    plain = Merged(merged.weights, merged.scale, merged.bias)
+    support, labels, shares = episode.support, episode.support_labels, merged.coefficients
+    ((voice,), _) = fitted_voices(merged.network, plain, support, labels, shares, head or Head(), statistics)
+    return dataclasses.replace(merged, classes=classes, head=voice.head)
 
 
 def images(count: int = 3, side: int = SIDE) -> torch.Tensor:

@@ -52,7 +52,7 @@ def _pickled_batch(key: str) -> Callable[[Path], tuple[np.ndarray, list[int]]]:
 
 def _listed(file: Path, content: dict, key: str) -> list:
     values = content.get(key)
-    if not isinstance(values, list | np.ndarray):
+    if not isinstance(values, list) and not (isinstance(values, np.ndarray) and values.ndim):
         raise InputError(f"{file}: no list {key!r}")
     return list(values)
 

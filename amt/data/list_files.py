@@ -63,7 +63,7 @@ def as_texts(file: Path, values: Iterable) -> list[str]:
 def as_integers(file: Path, values: Iterable) -> list[int]:
     values = list(values)
     for value in values:
-        if not isinstance(value, int | float | np.number) or not float(value).is_integer():
+        if not isinstance(value, int | float | np.integer | np.floating) or not float(value).is_integer():
             raise InputError(f"{file}: {str(value)[:60]!r} in place of an integer")
     return [int(value) for value in values]
 

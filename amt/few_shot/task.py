@@ -23,7 +23,7 @@ from amt.evaluation.evaluate import measure
 from amt.evaluation.needs import check_heads
 from amt.evaluation.settings import Deployment
 from amt.few_shot.pools import OpenPool
-from amt.files.export.merged import MergedNetwork, Support, merged_network
+from amt.files.export.merged import MergedNetwork, merged_network
 from amt.files.text_prototypes import TextPrototypes
 from amt.models.head_settings import TEXT, WITH_TEXTS, Head
 from amt.models.heads import mapped
@@ -172,7 +172,7 @@ def fit(opened: OpenPool, images: Tensor, labels: Tensor, classes: Sequence[Labe
     dim: Any = network.module.num_features
     head = merging.head_for(opened)
     check_heads([head], pool, opened.statistics, str(opened.file), dim, merging.texts)
-    support = Support(images.to(network.device), labels.to(network.device), tuple(map(str, classes)))
+    support, numbers, names = images.to(network.device), labels.to(network.device), tuple(map(str, classes))
     shares = (1.0,) if shares is None and len(pool) == 1 else shares
     if shares is None:
         if len(images) == 0:
@@ -181,7 +181,7 @@ def fit(opened: OpenPool, images: Tensor, labels: Tensor, classes: Sequence[Labe
                 "expected --coefficients C ..., one for each"
             )
         draws = stream(merging.seed, 0, 1)  # as of the first episode of a run
-        shares = route(network, pool, support.images, support.labels, draws, routing)
+        shares = route(network, pool, support, numbers, draws, routing)
     try:
         merged = merged_network(network, pool, shares, merging.trims)
     except ValueError as error:
@@ -189,17 +189,17 @@ def fit(opened: OpenPool, images: Tensor, labels: Tensor, classes: Sequence[Labe
     found = fitted_voices(
         network,
         Merged(merged.weights, merged.scale, merged.bias),
-        support.images,
-        support.labels,
+        support,
+        numbers,
         merged.coefficients,
         head,
         opened.statistics,
         mixed_in(network, pool, head),
         merging.seed,
-        texts=texts_of(merging.texts, head, support.classes, network.device),
+        texts=texts_of(merging.texts, head, names, network.device),
     )
     own, *others = found.voices
-    merged = dataclasses.replace(merged, classes=support.classes, head=own.head)
+    merged = dataclasses.replace(merged, classes=names, head=own.head)
     shots = tuple(labels.bincount(minlength=len(classes)).tolist())
     about = {"pool": opened.file.name, "seed": merging.seed}
     unknown = opened.about.get("levels_from") == "nowhere"  # of a published pool

@@ -75,7 +75,8 @@ TEXTS = re.compile(
 
 NORMALISATION = re.compile(r"(attacker\.)?normali[sz]er?\.(new_)?(?P<what>.+)")
 HEAD, LOSS, MEAN_AND_STD = "classification or projection head", "state of a loss", "normalisation"
-_BESIDE = {
+_BESIDE = {  # the first that fits
+    "LoRA factors": re.compile(r".+\.lora_[AB]_(nat|adv)"),  # their product is not in the weights beside them
     HEAD: re.compile(
         r"(fc|fc_downstream|linear|classifier|heads?|head_\w+|projector|predictor|projection\w*|prediction\w*"
         r"|proj_head|prototypes|pre_logits|dino_head|ibot_head)\..+"
@@ -85,7 +86,6 @@ _BESIDE = {
     "embedding of masked patches": re.compile(r"masked_embed|mask_token"),
     "decoder of masked patches": re.compile(r"decoder_(embed|blocks|norm|pred)\..+|decoder_pos_embed"),
     "counts of batches": re.compile(r"(.+\.)?num_batches_tracked"),
-    "LoRA factors": re.compile(r".+\.lora_[AB]_(nat|adv)"),  # their product is not in the weights beside them
     # Of WideResNets, and of ResNets with one more BatchNorm.
     "unused tensors": re.compile(r"sub_block1\..+|.*bn.*adv.*"),
 }

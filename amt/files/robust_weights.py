@@ -143,7 +143,7 @@ def _sort(path: Path, found: StateDict, network: Network) -> _Parts:
         if normalisation := names.NORMALISATION.fullmatch(full):
             parts.normalisation[normalisation["what"]] = tensor  # some files have it twice
             continue
-        if network.is_head(full) or part in (names.HEAD, names.LOSS):
+        if part in (names.HEAD, names.LOSS) or (part is None and network.is_head(full)):
             where, name = parts.heads, full
         elif part is not None:
             left[part] += 1

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from amt.evaluation.calibration import calibration
 from amt.report.shown import Shown, domains
-from amt.report.tables import Cell, Table
+from amt.report.tables import Cell, Table, counted, rounded
 
 
 def certainty(shown: Sequence[Shown]) -> Table | None:
@@ -14,8 +14,7 @@ def certainty(shown: Sequence[Shown]) -> Table | None:
         for each in shown:
             if (found := calibration(each.run, name)) is not None:
                 numbers = (found.right, found.probability, found.error)
-                cells = [Cell(f"{value:.1f}", value) for value in numbers]
                 head = (Cell(name), *([Cell(each.label)] if several else []))
-                rows.append((*head, *cells, Cell(str(found.images), found.images)))
+                rows.append((*head, *map(rounded, numbers), counted(found.images)))
     heads = ("domain", *(["run"] if several else []), "right", "probability", "calibration error", "images")
     return Table(heads, rows) if rows else None

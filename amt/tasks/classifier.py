@@ -162,7 +162,7 @@ def fitted_voices(
     index: int = 0,
     features_of: FeaturesOf = fixed_features,
     texts: Tensor | None = None,
-) -> "Voices":
+) -> Voices:
     """One network with its head, or two if `head` mixes.
 
     Args:

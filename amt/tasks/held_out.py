@@ -11,7 +11,8 @@ here from its support set alone:
 z_i are the logits of support image i by a head that was fitted without it. The second term is a prior that
 weighs about as much as one image: by t_0 the logits on the support have the spread 2. It alone decides where
 no class has two images. Both constants were chosen on VALID episodes of mini_objects, docs/explanation/
-robust-lda.md. Uses no query, moves no prediction; attacks and accuracies do not see it.
+robust-lda.md. t_0 stays above the rounding of logits, or classes with the same images would give answers that
+are certain. Uses no query, moves no prediction; attacks and accuracies do not see it.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from amt.models.heads import index_in_class, spread
 
 PARTS = 10  # of larger support sets, into which they are divided to be held out
 PRIOR_SPREAD = 2.0  # of the logits on the support divided by t_0
+ROUNDING = 1e-5  # of logits in float32, relative to 1 or to the largest: a hundred times its last digit
 _TRIED = torch.logspace(-2, 2, 161, dtype=torch.float64)  # multiples of t_0
 
 Logits = Callable[[Tensor], Tensor]
@@ -58,7 +60,8 @@ def temperature(on_support: Tensor, features: Tensor, labels: Tensor, fit: Fit) 
         features, labels, fit: as of `held_out`; (S, D) and (S,).
     """
     parts = [(logits, true) for logits, _, true in held_out(features, labels, fit)]
-    tried = float(spread(on_support)) / PRIOR_SPREAD * _TRIED
+    rounding = ROUNDING * on_support.abs().max().clamp(min=1)
+    tried = float(torch.maximum(spread(on_support) / PRIOR_SPREAD, rounding)) * _TRIED
     loss = _TRIED.log().square()
     if parts:
         logits, true = (torch.cat(each).cpu() for each in zip(*parts, strict=True))

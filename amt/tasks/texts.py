@@ -4,8 +4,8 @@
 
 s has the least loss on held-out images of the support (held_out.py); where no class has two, augmented views
 are classified by the head fitted to the images. Texts need no fit (Radford et al. 2021,
-arxiv.org/abs/2103.00020); a share between both has Tip-Adapter, too (Zhang et al. 2022,
-arxiv.org/abs/2207.09519), searched on labelled data. Uses no query.
+arxiv.org/abs/2103.00020). Tip-Adapter (Zhang et al. 2022, arxiv.org/abs/2207.09519) has such a share, and
+searches it on labelled data. Uses no query.
 """
 
 from collections.abc import Callable

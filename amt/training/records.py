@@ -21,7 +21,8 @@ class StepRecord(NamedTuple):
     @classmethod
     def of(cls, row: Sequence[float]) -> "StepRecord":
         """The record in a row of numbers."""
-        return cls._make(row)._replace(n_way=int(row[6]))
+        found = cls._make(row)
+        return found._replace(n_way=int(found.n_way))
 
 
 def mean(records: Sequence[StepRecord]) -> StepRecord:

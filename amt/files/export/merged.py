@@ -10,8 +10,8 @@ from torch import Tensor
 from amt.files.checkpoint import provenance
 from amt.files.digests import serialise
 from amt.models.head_settings import TEXT, Head
-from amt.models.heads import Cosine, Fitted, Linear, WithTexts, prototypes
-from amt.models.network import Network, features
+from amt.models.heads import Cosine, Fitted, Linear, WithTexts
+from amt.models.network import Network
 from amt.models.pool import Pool
 from amt.models.trim import Trim
 from amt.models.vit import resize_positions
@@ -41,23 +41,8 @@ def check_single(head: Head) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Support:
-    """The labelled images of one task.
-
-    Args:
-        images: (S, 3, H, W) float32 in [0, 1].
-        labels: (S,) int64 in 0..N-1.
-        classes: the N names.
-    """
-
-    images: Tensor
-    labels: Tensor
-    classes: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
 class MergedNetwork:
-    """The network of one task; `merged_network` makes it.
+    """The network of one task; `merged_network` makes it, and `amt.few_shot.task.fit` adds the task.
 
     Args:
         network: on the CPU; its image size is the one the export is made for.
@@ -95,33 +80,16 @@ class MergedNetwork:
 
 
 def merged_network(
-    network: Network,
-    pool: Pool,
-    coefficients: Sequence[float],
-    trims: Sequence[Trim] = (),
-    support: Support | None = None,
-    head: Fitted | None = None,
+    network: Network, pool: Pool, coefficients: Sequence[float], trims: Sequence[Trim] = ()
 ) -> MergedNetwork:
-    """The pool merged and trimmed as evaluation does it, with a head fitted to `support` if there is one.
-
-    Args:
-        network: the network of the pool; only its structure is used, not its weights.
-        head: already fitted to `support`; None: its prototypes.
-
-    Raises:
-        ValueError: another number of coefficients than adapters, or a sum other than 1.
-    """
+    """The pool merged and trimmed as evaluation does it, without a task. Of the network only the structure is
+    used, not the weights. Raises ValueError as `Pool.merge`."""
     network = dataclasses.replace(network, autocast=None)
     weights = trim_singular_values(pool.merge(coefficients), trims)
     weights = {name: tensor.detach() for name, tensor in weights.items()}
     scale, bias = (float(number) for number in pool.head(coefficients))
-    classes = () if support is None else support.classes
-    if support is not None and head is None:
-        with torch.no_grad():
-            centres = prototypes(features(network, weights, support.images), support.labels)
-        head = Cosine(centres, scale, bias)
     shares = tuple(float(c) for c in coefficients)
-    return MergedNetwork(network, weights, shares, tuple(trims), scale, bias, classes, head)
+    return MergedNetwork(network, weights, shares, tuple(trims), scale, bias)
 
 
 def at_image_size(network: Network, weights: Weights) -> Weights:

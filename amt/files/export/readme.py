@@ -68,11 +68,11 @@ def _classifying(merged: MergedNetwork, about: dict, beside: str) -> list[str]:
         return [*lines, f"by the tensors of {beside}head.safetensors, classes in the order above."]
     centred = own is not None and own.origin is not None
     features = "features - origin" if centred else "features"
+    also = ", less the origin" if centred else ", or the embedding of its text if it has none"
     lines = [
         f"    logits = {about['scale']!r} * (cosine({features}, prototypes) + {about['bias']!r}){texts}",
         "",
-        "where the prototype of a class is the mean feature of its support images"
-        f"{', less the origin' * centred}.",
+        f"where the prototype of a class is the mean feature of its support images{also}.",
     ]
     if merged.head is None:
         return lines
