@@ -28,7 +28,8 @@ class TextPrototypes:
     Args:
         file: where they are from.
         names: C, as the file has them, different when `plain`.
-        embeddings: (C, E) float32, finite, none of them zero.
+        embeddings: (C, E) float32, finite, the largest number of each between 1 and 2, as it is their
+            direction that is compared.
     """
 
     file: Path
@@ -97,9 +98,24 @@ def read(path: Path) -> TextPrototypes:
         raise InputError(f"{where}: holds {kinds}, expected texts [C] and floating-point numbers [C, E]")
     if len(names) != len(numbers) or not numbers.size:
         raise InputError(f"{where}: {len(names)} names and embeddings of shape {list(numbers.shape)}")
-    if len({plain(name) for name in names.tolist()}) < len(names):
-        raise InputError(f"{where}: two of its {len(names)} classes have one name")
-    embeddings = torch.from_numpy(numbers.astype(np.float32))
-    if not torch.isfinite(embeddings).all() or not embeddings.any(1).all():
-        raise InputError(f"{where}: an embedding is zero or not finite")
-    return TextPrototypes(path, tuple(names.tolist()), embeddings)
+    try:
+        classes = tuple(names.tolist())
+    except (SystemError, ValueError) as error:  # numbers above those of Unicode
+        raise InputError(f"{where}: the names are no texts ({first_line(error)})") from error
+    if len({plain(name) for name in classes}) < len(classes):
+        raise InputError(f"{where}: two of its {len(classes)} classes have one name")
+    embeddings, usable = _scaled(numbers)
+    if not usable.all():
+        name = printable(classes[int(usable.argmin())])
+        raise InputError(f"{where}: the embedding of {name!r} is zero or not finite")
+    return TextPrototypes(path, classes, torch.from_numpy(embeddings))
+
+
+def _scaled(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (C, E) float32, each times the power of two for which its length neither overflows nor vanishes,
+    and which of them (C,) have a direction."""
+    with np.errstate(over="ignore", invalid="ignore"):  # of numbers that are refused
+        rows = numbers.astype(np.promote_types(numbers.dtype, np.float32))
+        largest, exponents = np.frexp(np.abs(rows).max(axis=1))
+        scaled = np.ldexp(rows, 1 - exponents[:, None]).astype(np.float32)
+    return scaled, np.isfinite(rows).all(axis=1) & (largest > 0)
