@@ -190,6 +190,7 @@ BAD_FILES = {
     ),
     "no arrays": (no_arrays, "names is no array"),
     "no characters": (lambda file: saved(file, **good(names=NO_CHARACTER)), "the names are no texts"),
+    "half a character": (lambda file: saved(file, **good(names=np.array(["\udc80", "a"]))), "are no texts"),
     "integers": (lambda file: saved(file, **good(embeddings=np.eye(2, dtype=int))), "floating-point numbers"),
     "one name twice": (lambda file: saved(file, **good(names=np.array(["a_b", "A b"]))), "have one name"),
     "not finite": (

@@ -62,6 +62,17 @@ class TextPrototypes:
                 "to have one"
             )
 
+    def check_apart(self, names: Iterable[str]) -> None:
+        """Raise an `InputError` where two of these classes have one text, which cannot tell them apart."""
+        seen: dict[str, str] = {}
+        for name in names:
+            twin = seen.setdefault(plain(name), name)
+            if twin != name:
+                both = " and ".join(repr(printable(each)) for each in (twin, name))
+                raise InputError(
+                    f"--text_prototypes {self.file}: {both} have one text; expected a text for each class"
+                )
+
 
 def check_width(texts: TextPrototypes | None, what: str, dim: int) -> None:
     """Raise an `InputError` unless there are texts, as `what` needs, of as many numbers as `dim` features."""
@@ -100,7 +111,8 @@ def read(path: Path) -> TextPrototypes:
         raise InputError(f"{where}: {len(names)} names and embeddings of shape {list(numbers.shape)}")
     try:
         classes = tuple(names.tolist())
-    except (SystemError, ValueError) as error:  # numbers above those of Unicode
+        "".join(classes).encode()  # cards and exports are UTF-8
+    except (SystemError, ValueError) as error:  # numbers that are no characters
         raise InputError(f"{where}: the names are no texts ({first_line(error)})") from error
     if len({plain(name) for name in classes}) < len(classes):
         raise InputError(f"{where}: two of its {len(classes)} classes have one name")
