@@ -175,6 +175,13 @@ def other_texts(file: Path, names: list[str], width: int = 96) -> Path:
     return file
 
 
+def test_of_many_classes_the_first_are_named(photos, tmp_path):
+    many = other_texts(tmp_path / "many.npz", [f"c{k:03}" for k in range(120)])
+    flags = [photos / "new", "--epsilon", "--device", "cpu", "--coefficients", *SHARES]
+    ended = command("predict", "vit_mini_pool", *flags, "--text_prototypes", many)
+    assert ended.code == 0 and "c018, c019 and 100 more\n" in ended.out, ended.err
+
+
 # The command, its flags (X: the texts; Y: others), words of the one line.
 REFUSED = {
     "no shares": (
