@@ -2,11 +2,12 @@
 compute what is computed without them."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
 from commands import called
-from conftest import moved_apart, patterned_episode, random_backbone
+from conftest import fails, moved_apart, patterned_episode, random_backbone
 from torch._dynamo.utils import counters
 from toy_pools import ARCH, RANK, make_episode, quick
 from toy_training import assert_refused, command
@@ -16,7 +17,7 @@ from amt.attacks.kinds import parse_attack
 from amt.attacks.levels import Perturbation
 from amt.cli import test, train
 from amt.evaluation.evaluate import measure
-from amt.models.compiled import Compiler
+from amt.models.compiled import Compiler, compiler_for
 from amt.models.network import Network
 from amt.models.pool import Pool, principal_pool
 from amt.tasks.classifier import fixed_predictor
@@ -127,3 +128,16 @@ def test_without_a_compiler_it_is_refused_before_anything_is_made(world, tmp_pat
     with torch._inductor.config.patch({"cpp.cxx": ("no_such_compiler",)}):
         ended = command("main", *world.train(tmp_path / "out", "--compile"))
     assert_refused(ended, tmp_path / "out", "--compile", "C++ compiler", "CXX")
+
+
+def test_what_torch_wraps_is_said_itself(monkeypatch):
+    """A damaged file in the cache, such as a killed process leaves, was `backend='inductor' raised:`."""
+
+    def failing(*_):
+        raise ImportError("x.so: file too short\nmore")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=failing))
+    fails(
+        "TORCHINDUCTOR_CACHE_DIR names another[)]: ImportError: x.so: file too short$",
+        lambda: compiler_for(torch.device("cpu")),
+    )

@@ -142,7 +142,7 @@ def test_probabilities_are_the_softmax_at_the_temperature_that_the_support_gave(
         np.testing.assert_allclose(each.predict_proba(photos / "new"), expected)
 
 
-@pytest.mark.parametrize("temperature", (0, -1, float("inf"), "1"))
+@pytest.mark.parametrize("temperature", (0, -1, 1e-320, 1e300, float("inf"), float("nan"), "1"))
 def test_a_damaged_temperature_is_one_line(photos, known, tmp_path, temperature):
     file = tmp_path / "task.safetensors"
     FewShotClassifier(known).fit(photos / "support").save(file)

@@ -4,6 +4,7 @@ on a hub's layout, under attack, in exports and in the commands; what is missing
 import csv
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +176,13 @@ def other_texts(file: Path, names: list[str], width: int = 96) -> Path:
     return file
 
 
+def test_of_many_classes_the_first_are_named(photos, tmp_path):
+    many = other_texts(tmp_path / "many.npz", [f"c{k:03}" for k in range(120)])
+    flags = [photos / "new", "--epsilon", "--device", "cpu", "--coefficients", *SHARES]
+    ended = command("predict", "vit_mini_pool", *flags, "--text_prototypes", many)
+    assert ended.code == 0 and "c018, c019 and 100 more\n" in ended.out, ended.err
+
+
 # The command, its flags (X: the texts; Y: others), words of the one line.
 REFUSED = {
     "no shares": (
@@ -195,6 +203,10 @@ REFUSED = {
     "a class without": (
         ("predict", "--text_prototypes", "Y", "--support", "S"),
         "has no text for 'cat' that there are examples of; expected every class to have one",
+    ),
+    "two of one text": (
+        ("predict", "--text_prototypes", "W", "--support", "T"),
+        "'red cat' and 'red_cat' have one text; expected a text for each class",
     ),
     "another width": (
         ("predict", "--text_prototypes", "Z", "--support", "S"),
@@ -220,6 +232,9 @@ def test_what_cannot_be_is_one_line(photos, texts, tmp_path, case):
     places = {"X": texts, "S": photos / "support", "O": other_texts(tmp_path / "o.npz", ["dog"])}
     places |= {"Y": other_texts(tmp_path / "y.npz", ["dog", "fox"])}
     places |= {"Z": other_texts(tmp_path / "z.npz", list(COLOURS), 5)}
+    places |= {"W": other_texts(tmp_path / "w.npz", ["red cat", "dog"]), "T": tmp_path / "twins"}
+    for each in ("red cat", "red_cat", "dog"):
+        shutil.copytree(photos / "support" / "cat", tmp_path / "twins" / each)
     own = [photos / "new"] if name == "predict" else ["--out", tmp_path / "net.pth"]
     own += ["--to", "onnx"] if name == "export" and "--to" not in flags else []
     pool = photos / "vit_mini_pool.safetensors"

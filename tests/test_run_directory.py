@@ -57,6 +57,7 @@ def test_the_same_settings_continue_and_leave_every_file_as_it_is(tmp_path):
         ({"lr": 0.02}, "begun with lr 0.01, not 0.02"),
         ({"levels": [1]}, r"begun with levels \[1, 2\], not \[1\]"),
         ({"new": "x"}, 'begun with new null, not "x"'),
+        ({"autocast": "x"}, r"begun with autocast \(--precision\) null, not"),
     ],
 )
 def test_other_settings_are_refused_by_their_first_difference(tmp_path, settings, named):

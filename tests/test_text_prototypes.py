@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -156,6 +157,25 @@ def test_a_file_is_read_and_classes_are_found_however_they_are_spelt(tmp_path):
     )
 
 
+@pytest.mark.parametrize("size", [1e-300, 1e-30, 1.0, 1e30, 1e300])
+def test_embeddings_of_any_length_have_their_direction(tmp_path, size, recwarn):
+    """In float32 the square of many of them overflows, or vanishes."""
+    dtype = np.float32 if 1e-38 < size < 1e38 else np.float64
+    rows = np.random.default_rng(0).normal(size=(2, 5)).astype(dtype)
+    found = text_prototypes.read(saved(tmp_path / "x.npz", **good(embeddings=rows * dtype(size)))).embeddings
+    expected = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    np.testing.assert_allclose(torch.nn.functional.normalize(found, dim=1), expected, rtol=1e-5)
+    assert not recwarn.list
+
+
+def no_arrays(file: Path) -> None:
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("names", "a b")
+        archive.writestr("embeddings", "1 2")
+
+
+NO_CHARACTER = np.array([2**21, 97], np.uint32).view("U1")
+
 BAD_FILES = {
     "nothing": (lambda file: file.write_bytes(b""), "no .npz file"),
     "missing": (lambda file: None, "no such file of text prototypes"),
@@ -168,9 +188,15 @@ BAD_FILES = {
         lambda file: saved(file, names=np.array([], "U1"), embeddings=np.empty((0, 3))),
         "0 names and embeddings",
     ),
+    "no arrays": (no_arrays, "names is no array"),
+    "no characters": (lambda file: saved(file, **good(names=NO_CHARACTER)), "the names are no texts"),
+    "half a character": (lambda file: saved(file, **good(names=np.array(["\udc80", "a"]))), "are no texts"),
     "integers": (lambda file: saved(file, **good(embeddings=np.eye(2, dtype=int))), "floating-point numbers"),
     "one name twice": (lambda file: saved(file, **good(names=np.array(["a_b", "A b"]))), "have one name"),
-    "not finite": (lambda file: saved(file, **good(embeddings=np.full((2, 3), np.nan))), "not finite"),
+    "not finite": (
+        lambda file: saved(file, **good(embeddings=np.full((2, 3), np.nan))),
+        "of 'a' is zero or not",
+    ),
     "zero": (lambda file: saved(file, **good(embeddings=np.zeros((2, 3)))), "zero or not finite"),
     "larger than any": (
         lambda file: np.savez_compressed(file, **good(embeddings=np.ones((2, 2**10)))),

@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
         merged = merged_of(args, OpenPool(args.pool, network, pool, saved.about, saved.statistics))
         written, coefficients = export.save(args.out, args.to, merged, pool), merged.coefficients
         say(f"coefficients {' '.join(f'{c:.4g}' for c in coefficients)}")
-        if warning := dilution([coefficients], [level.epsilon for level in pool.levels]):
+        if warning := dilution([coefficients], [level.epsilon for level in pool.levels], "--adapter"):
             say(f"warning: {warning}")
     for path in written:
         say(f"wrote {path}")

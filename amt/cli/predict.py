@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 BATCH = 16  # images in one go: a line of progress after each
 EPSILONS = (2.0, 4.0, 8.0)
 ENDINGS = (".csv", ".json")
+MOST_NAMED = 20  # classes of a file of texts, which may have thousands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +258,9 @@ def merging(args: argparse.Namespace) -> "Merging":
 def describe(task: "Task") -> None:
     """Say what the classes are and what was merged."""
     names = ", ".join(f"{name} ({shots})" for name, shots in zip(task.classes, task.shots, strict=True))
-    by_texts = f"classes, by their texts alone: {', '.join(map(str, task.classes))}"
+    more = len(task.classes) - MOST_NAMED
+    rest = f" and {more} more" if more > 0 else ""
+    by_texts = f"classes, by their texts alone: {', '.join(map(str, task.classes[:MOST_NAMED]))}{rest}"
     say(printable(f"classes, and how many examples: {names}" if any(task.shots) else by_texts))
     single = [str(name) for name, shots in zip(task.classes, task.shots, strict=True) if shots == 1]
     if single:

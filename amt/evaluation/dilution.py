@@ -13,13 +13,16 @@ ROBUST = 1.0  # 1/255: from here on it is meant to withstand one
 MOST_NEAR_CLEAN = 0.3  # of the weight
 
 
-def dilution(coefficients: Sequence[Sequence[float]], epsilons: Sequence[float]) -> str:
+def dilution(
+    coefficients: Sequence[Sequence[float]], epsilons: Sequence[float], single: str = "--specified_expert"
+) -> str:
     """A line to warn with; empty where near-clean adapters have at most `MOST_NEAR_CLEAN` of the weight, or
     no adapter is robust.
 
     Args:
         coefficients: of one or several tasks, one per adapter.
         epsilons: of the adapters, in 1/255.
+        single: the command's flag that takes one adapter alone.
     """
     levels = np.array(epsilons)
     near_clean, strongest = levels <= NEAR_CLEAN, levels.max(initial=0)
@@ -31,5 +34,5 @@ def dilution(coefficients: Sequence[Sequence[float]], epsilons: Sequence[float])
     return (
         f"{100 * share:.0f}% of the weight is on adapters for at most {levels[near_clean].max():g}/255, "
         f"which usually costs most of the robustness that the one for {strongest:g}/255 has; --route_epsilon "
-        f"{strongest:g} scores under attack, --specified_expert {int(levels.argmax())} takes that one alone"
+        f"{strongest:g} scores under attack, {single} {int(levels.argmax())} takes that one alone"
     )

@@ -18,7 +18,7 @@ Seed = Annotated[int, Field(ge=0, le=2**62)]
 Duration = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 Level = Annotated[float, Field(ge=0, le=10**6)]
 Share = Annotated[float, Field(ge=0, le=1 + 1e-3)]  # of an adapter
-Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=1e-30, le=1e30, allow_inf_nan=False)]  # a softmax overflows outside
 Label = Annotated[int, Field(ge=0, le=10**6)]
 Names = list[str]
 

@@ -45,6 +45,7 @@ def fit_pictures(
         raise InputError(f"{where}{len(items)} images, a support set has {pictures.MOST_SUPPORT} at most")
     if merging.texts is not None:
         merging.texts.check(map(str, classes.tolist()), " that there are examples of")
+        merging.texts.check_apart(map(str, classes.tolist()))
     return _fitted(pool, items, numbers, classes, merging, where, arch, image_size, device)
 
 

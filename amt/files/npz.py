@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from meta_dataset_readers.errors import printable
 from meta_dataset_readers.files import read_bytes
 
 
@@ -24,4 +25,8 @@ def read(path: Path, most: int, *, what: str = "file") -> dict[str, np.ndarray]:
     if unpacked > most:
         raise ValueError(f"unpacks to {unpacked} bytes, at most {most} are read")
     with np.load(io.BytesIO(content), allow_pickle=False) as file:
-        return {name: file[name] for name in file}
+        found = {name: file[name] for name in file}
+    foreign = next((name for name, each in found.items() if not isinstance(each, np.ndarray)), None)
+    if foreign is not None:
+        raise ValueError(f"{printable(foreign)} is no array")
+    return found

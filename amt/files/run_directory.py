@@ -28,6 +28,7 @@ from meta_dataset_readers.json_fields import conform
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
 _MUTEX_FILE = ".settings.lock"
+_FLAGS = {"autocast": "--precision"}  # of settings that files have always called otherwise
 
 Renew = Callable[[Path, dict, dict], dict]
 
@@ -221,7 +222,8 @@ def check_same(path: Path, pairs: Iterable[tuple[str, object, object]], flag: st
     and those asked for: of name, earlier and asked value, plain JSON values."""
     for name, before, now in pairs:
         if before != now:
+            said = f"{name} ({_FLAGS[name]})" if name in _FLAGS else name
             raise InputError(
-                f"{path}: this run was begun with {name} {json.dumps(before)}, not {json.dumps(now)}; "
+                f"{path}: this run was begun with {said} {json.dumps(before)}, not {json.dumps(now)}; "
                 f"name another {flag}, use the same settings to continue, or --overwrite to start anew"
             )

@@ -28,7 +28,8 @@ class TextPrototypes:
     Args:
         file: where they are from.
         names: C, as the file has them, different when `plain`.
-        embeddings: (C, E) float32, finite, none of them zero.
+        embeddings: (C, E) float32, finite, the largest number of each between 1 and 2, as it is their
+            direction that is compared.
     """
 
     file: Path
@@ -60,6 +61,17 @@ class TextPrototypes:
                 f"--text_prototypes {self.file}: has no text for {shown}{more}{where}; expected every class "
                 "to have one"
             )
+
+    def check_apart(self, names: Iterable[str]) -> None:
+        """Raise an `InputError` where two of these classes have one text, which cannot tell them apart."""
+        seen: dict[str, str] = {}
+        for name in names:
+            twin = seen.setdefault(plain(name), name)
+            if twin != name:
+                both = " and ".join(repr(printable(each)) for each in (twin, name))
+                raise InputError(
+                    f"--text_prototypes {self.file}: {both} have one text; expected a text for each class"
+                )
 
 
 def check_width(texts: TextPrototypes | None, what: str, dim: int) -> None:
@@ -97,9 +109,25 @@ def read(path: Path) -> TextPrototypes:
         raise InputError(f"{where}: holds {kinds}, expected texts [C] and floating-point numbers [C, E]")
     if len(names) != len(numbers) or not numbers.size:
         raise InputError(f"{where}: {len(names)} names and embeddings of shape {list(numbers.shape)}")
-    if len({plain(name) for name in names.tolist()}) < len(names):
-        raise InputError(f"{where}: two of its {len(names)} classes have one name")
-    embeddings = torch.from_numpy(numbers.astype(np.float32))
-    if not torch.isfinite(embeddings).all() or not embeddings.any(1).all():
-        raise InputError(f"{where}: an embedding is zero or not finite")
-    return TextPrototypes(path, tuple(names.tolist()), embeddings)
+    try:
+        classes = tuple(names.tolist())
+        "".join(classes).encode()  # cards and exports are UTF-8
+    except (SystemError, ValueError) as error:  # numbers that are no characters
+        raise InputError(f"{where}: the names are no texts ({first_line(error)})") from error
+    if len({plain(name) for name in classes}) < len(classes):
+        raise InputError(f"{where}: two of its {len(classes)} classes have one name")
+    embeddings, usable = _scaled(numbers)
+    if not usable.all():
+        name = printable(classes[int(usable.argmin())])
+        raise InputError(f"{where}: the embedding of {name!r} is zero or not finite")
+    return TextPrototypes(path, classes, torch.from_numpy(embeddings))
+
+
+def _scaled(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (C, E) float32, each times the power of two for which its length neither overflows nor vanishes,
+    and which of them (C,) have a direction."""
+    with np.errstate(over="ignore", invalid="ignore"):  # of numbers that are refused
+        rows = numbers.astype(np.promote_types(numbers.dtype, np.float32))
+        largest, exponents = np.frexp(np.abs(rows).max(axis=1))
+        scaled = np.ldexp(rows, 1 - exponents[:, None]).astype(np.float32)
+    return scaled, np.isfinite(rows).all(axis=1) & (largest > 0)

@@ -39,10 +39,12 @@ def compiler_for(device: torch.device) -> Compiler:
     torch._dynamo.config.recompile_limit = 64
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
-    except Exception as error:  # each part of the tool chain raises something else
+    except Exception as error:  # each part of the tool chain raises something else, torch wraps most of it
+        reason = getattr(error, "inner_exception", error)
         needs = "Triton" if device.type == "cuda" else "a C++ compiler, g++ or what CXX names"
         raise InputError(
-            f"--compile: torch.compile fails on {device}, it needs {needs}: {first_line(error)}"
+            f"--compile: torch.compile fails on {device}, it needs {needs}, and a sound cache"
+            f" (TORCHINDUCTOR_CACHE_DIR names another): {first_line(reason)}"
         ) from error
     return Compiler(graphs=device.type == "cuda")
 
