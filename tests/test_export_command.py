@@ -20,6 +20,7 @@ from amt.few_shot import pictures
 from amt.files import checkpoint, export
 from amt.files.checkpoint import Checkpoint
 from amt.files.pretrained import load_network
+from amt.files.shipped import as_pool
 from amt.models.heads import cosine_logits
 from amt.models.network import Network
 from amt.models.pool import Pool
@@ -207,3 +208,15 @@ def test_a_pool_without_an_architecture_needs_one(pool, tmp_path):
         tmp_path / "amt.pth", "--to", "timm", "--adapter", 0, "--out", tmp_path / "net.safetensors"
     )
     assert "does not say its architecture; name it by --arch" in found
+
+
+def test_a_pool_in_the_box_is_named_without_its_place(pool, tmp_path, monkeypatch):
+    """Wherever a flag takes a checkpoint; a file of that name wins."""
+    box = tmp_path / "box"
+    monkeypatch.setattr("amt.files.shipped.BOX", box)
+    checkpoint.save(box / "mine.safetensors", Checkpoint(pool, {"arch": "tiny"}))
+    assert as_pool("mine") == box / "mine.safetensors"
+    assert as_pool("yours") == Path("yours") and as_pool("a/mine") == Path("a/mine")
+    monkeypatch.chdir(tmp_path)
+    Path("mine").touch()
+    assert as_pool("mine") == Path("mine")

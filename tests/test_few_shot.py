@@ -279,7 +279,7 @@ def test_a_pool_is_found_by_name_file_and_folder(box, tmp_path, monkeypatch):
     run = tmp_path / "run"
     run.mkdir()
     (run / "last.safetensors").write_bytes(file.read_bytes())
-    assert find_pool("vit_mini_pool") == find_pool(file) == file
+    assert find_pool("vit_mini_pool").samefile(file) and find_pool(file) == file
     assert find_pool(run) == run / "last.safetensors"
     (run / "best.safetensors").write_bytes(file.read_bytes())
     assert find_pool(str(run)) == run / "best.safetensors"

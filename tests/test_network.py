@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from amt.attacks.levels import Perturbation
-from amt.files import checkpoint, pretrained, state_dicts
+from amt.files import checkpoint, state_dicts
 from amt.files.pretrained import load_network, read_weights
 from amt.models.architectures import (
     ARCHS,
@@ -249,7 +249,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     def unreachable(*_, **__):
         raise ConnectionError("no route to host\nand more lines")
 
-    monkeypatch.setattr(pretrained, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr("amt.files.shipped.BOX", tmp_path)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr(huggingface_hub, "model_info", unreachable)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)

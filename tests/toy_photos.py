@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import ROOT
 from conftest import moved_apart
 from PIL import Image
 
@@ -52,7 +53,11 @@ def photos(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def box(photos, monkeypatch) -> Path:
-    """The pool is in the box, under the name vit_mini_pool."""
-    monkeypatch.setattr("amt.few_shot.pools.BOX", photos)
+def box(photos, tmp_path, monkeypatch) -> Path:
+    """The pool is in the box, under the name vit_mini_pool, beside the weights it was trained from."""
+    folder = tmp_path / "box"
+    folder.mkdir()
+    for file in (photos / "vit_mini_pool.safetensors", ROOT / "checkpoints" / "vit_mini.safetensors"):
+        (folder / file.name).symlink_to(file)
+    monkeypatch.setattr("amt.files.shipped.BOX", folder)
     return photos

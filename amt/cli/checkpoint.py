@@ -20,6 +20,7 @@ from amt.files import checkpoint, pretrained, published, version, weight_files
 from amt.files.checkpoint import Checkpoint
 from amt.files.digests import serialise
 from amt.files.names import beside
+from amt.files.shipped import as_pool
 from amt.files.weight_files import Content
 from amt.models.architectures import matching_archs
 from amt.models.weights import Weights
@@ -33,7 +34,9 @@ Lines = list[tuple[str, str]]
 def main(argv: Sequence[str]) -> int:
     parser = Parser(__doc__.partition("\n")[0], "python -m amt checkpoint")
     parser.add_argument(
-        "file", type=as_path, help="safetensors or .pth: ours, the published code's, or weights"
+        "file",
+        type=as_pool,
+        help="safetensors or .pth: ours, the published code's, or weights; or the name of a pool in the box",
     )
     parser.add_argument(
         "--convert", type=as_path, metavar="OUT", help="write its contents to this .safetensors"

@@ -219,7 +219,7 @@ def _weights(args: argparse.Namespace) -> Need:
     """The pretrained weights of a network: a file that is named, or where load_network looks for one."""
     import huggingface_hub
 
-    from amt.files.pretrained import CHECKPOINTS
+    from amt.files import shipped
     from amt.models.architectures import HUB_FILE, base_arch
     from amt.models.network import untrained
 
@@ -228,15 +228,17 @@ def _weights(args: argparse.Namespace) -> Need:
     if args.pretrained_checkpoint is not None:
         return _checked(what, args.pretrained_checkpoint, args, lambda: str(args.pretrained_checkpoint))
     origin = untrained(arch)[1]
-    candidates = [CHECKPOINTS / f"{arch}{ending}" for ending in (".safetensors", ".pth")]
-    found = next((str(file) for file in candidates if file.is_file()), None)
+    found = None if (file := shipped.boxed(arch)) is None else str(file)
     if found is None and origin.hub is not None:
         cached = huggingface_hub.try_to_load_from_cache(origin.hub, HUB_FILE)
         found = cached if isinstance(cached, str) else None
     if found is not None:
         return Need(what, found=found)
     ways = [f"timm's hub, which a run asks for {origin.hub}"] if origin.hub else []
-    ways += [f"{origin.url or 'their file'}, saved as {candidates[-1]}", "--pretrained_checkpoint FILE"]
+    ways += [
+        f"{origin.url or 'their file'}, saved as {shipped.BOX / arch}.pth",
+        "--pretrained_checkpoint FILE",
+    ]
     return Need(what, problem="not on this machine", hint=f"they come from {', or '.join(ways)}")
 
 

@@ -29,6 +29,7 @@ from amt.few_shot.task import Merging
 from amt.files import checkpoint, export, text_prototypes
 from amt.files.export import FORMATS
 from amt.files.pretrained import load_network
+from amt.files.shipped import as_pool
 from amt.models.network import Network
 from amt.models.pool import Pool
 from amt.tasks.merge import average_of
@@ -39,7 +40,9 @@ from meta_dataset_readers.settings import as_path, nonnegative_int, positive_int
 def parser() -> Parser:
     """The flags of the command."""
     parser = Parser(__doc__.partition("\n")[0], "python -m amt export")
-    parser.add_argument("pool", type=as_path, help="checkpoint of LoRAs, ours or published")
+    parser.add_argument(
+        "pool", type=as_pool, help="checkpoint of LoRAs, ours or published, or the name of a pool in the box"
+    )
     parser.add_argument("--to", choices=FORMATS, required=True, help="whose format")
     parser.add_argument(
         "--out",

@@ -28,6 +28,7 @@ from amt.evaluation.settings import Deployment
 from amt.files import checkpoint
 from amt.files.checkpoint import Checkpoint
 from amt.files.pretrained import load_network
+from amt.files.shipped import as_pool
 from amt.models.heads import PoolStatistics
 from amt.models.network import find_device
 from amt.models.pool import Pool
@@ -40,7 +41,11 @@ from meta_dataset_readers.settings import add_flags, as_path, nonnegative, nonne
 def main(argv: Sequence[str]) -> int:
     parser = Parser(__doc__.partition("\n")[0], "python -m amt pool")
     parser.add_argument(
-        "files", type=as_path, nargs="+", metavar="FILE", help="checkpoints, ours or published"
+        "files",
+        type=as_pool,
+        nargs="+",
+        metavar="FILE",
+        help="checkpoints, ours or published, or names of pools in the box",
     )
     parser.add_argument("--out", type=as_path, required=True, help="the pool, a .safetensors")
     parser.add_argument(

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from amt.few_shot.hub import Hub, fetch, is_name
-from amt.files import checkpoint
-from amt.files.pretrained import CHECKPOINTS, load_network
+from amt.files import checkpoint, shipped
+from amt.files.pretrained import load_network
 from amt.models.architectures import stated
 from amt.models.head_settings import Head, parse_head
 from amt.models.heads import PoolStatistics
@@ -23,8 +23,6 @@ from amt.models.weights import Coefficients, Weights
 from meta_dataset_readers.errors import InputError, nearest
 from meta_dataset_readers.files import size_of
 
-BOX = CHECKPOINTS  # where the pools in the box are
-_ENDINGS = (".safetensors", ".pth")
 _IN_A_RUN = ("best.safetensors", "last.safetensors")  # what a training leaves in its folder, by preference
 
 
@@ -116,14 +114,14 @@ def find_pool(name: str | os.PathLike, hub: Hub = Hub()) -> Path:  # noqa: B008 
     if found is not None:
         return found
     text = str(name)
-    if is_name(text) and not text.endswith(_ENDINGS):
+    if is_name(text) and not text.endswith(shipped.ENDINGS):
         return fetch(text, hub)
     path = Path(text)
     if len(path.parts) > 1 or path.suffix:
         raise InputError(f"{text}: no such file or folder, expected a pool")
-    boxed = [file.stem for file in BOX.glob("*") if file.suffix in _ENDINGS]
+    names = [file.stem for file in shipped.BOX.glob("*") if file.suffix in shipped.ENDINGS]
     raise InputError(
-        f"no pool {text!r}: neither a file, nor a folder, nor in the box; {nearest(text, boxed)}"
+        f"no pool {text!r}: neither a file, nor a folder, nor in the box; {nearest(text, names)}"
     )
 
 
@@ -133,10 +131,7 @@ def local_pool(name: str | os.PathLike) -> Path | None:
     path = Path(os.path.expanduser(name))
     if path.is_dir():
         return _in_folder(path)
-    if path.exists():
-        return path
-    boxed = [BOX / f"{name}{ending}" for ending in _ENDINGS] if path.name == str(name) else []
-    return next((file for file in boxed if file.is_file()), None)
+    return path if path.exists() else shipped.boxed(str(name))
 
 
 def _in_folder(folder: Path) -> Path:

@@ -15,8 +15,7 @@ import huggingface_hub
 import torch
 from torch import nn
 
-from amt.files import names, robust_weights, state_dicts, weight_files
-from amt.files.shipped import shipped
+from amt.files import names, robust_weights, shipped, state_dicts, weight_files
 from amt.files.state_dicts import Shapes, StateDict
 from amt.models.architectures import (
     HUB_FILE,
@@ -30,8 +29,6 @@ from amt.models.architectures import (
 from amt.models.network import Network, projected, untrained
 from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError, first_line
-
-CHECKPOINTS = shipped("checkpoints")
 
 
 def load_network(
@@ -87,9 +84,8 @@ def load_network(
 def find_weights(base: str, origin: Origin) -> Path:
     """The file of pretrained weights to take when none is named: one in checkpoints/, or one from timm's hub.
     Raises InputError where the hub has none or cannot be reached."""
-    for ending in (".safetensors", ".pth"):
-        if (CHECKPOINTS / f"{base}{ending}").is_file():
-            return CHECKPOINTS / f"{base}{ending}"
+    if (found := shipped.boxed(base)) is not None:
+        return found
     reason = "timm's hub does not have its weights"
     if origin.hub is not None:
         cached = huggingface_hub.try_to_load_from_cache(origin.hub, HUB_FILE)
@@ -101,7 +97,7 @@ def find_weights(base: str, origin: Origin) -> Path:
         except Exception as error:  # of the hub's HTTP library, which has been exchanged more than once
             reason = f"its weights do not come from timm's hub ({first_line(error)})"
     file = f"download {origin.url} and name that file" if origin.url else "name a file of them"
-    place = "" if base.startswith(TIMM) else f", or save it as {CHECKPOINTS / base}.pth"
+    place = "" if base.startswith(TIMM) else f", or save it as {shipped.BOX / base}.pth"
     raise InputError(f"--arch {base!r}: {reason}; {file} by --pretrained_checkpoint{place}")
 
 

@@ -16,6 +16,7 @@ from amt.cli.options.domain_config import DomainSettings, read_domain_config
 from amt.cli.options.parsing import Parser, check_distinct
 from amt.evaluation.settings import Deployment, published_grid
 from amt.files import ranks
+from amt.files.shipped import as_pool
 from amt.models.head_settings import WITH_TEXTS, Head, parse_head
 from amt.tasks.settings import BETAS, GAMMAS, Finetuning, Routing
 from meta_dataset_readers.errors import InputError
@@ -126,7 +127,10 @@ def _add_evaluation(parser: Parser) -> None:
     parser.add_argument("--n_shot", type=COUNT, default=5, help="shots with --cdfsl_domains")
     parser.add_argument("--arch", required=True, help="backbone, for example vit_mini_amt_merge")
     parser.add_argument(
-        "--resume", type=as_path, help="checkpoint, ours or a published .pth; none: the pretrained network"
+        "--resume",
+        type=as_pool,
+        help="checkpoint, ours or a published .pth, or the name of a pool in the box; none: the pretrained "
+        "network",
     )
     parser.add_argument("--eval", action="store_true", help="what this script does anyway")
     parser.add_argument(
