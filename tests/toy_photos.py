@@ -53,10 +53,9 @@ def photos(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def box(photos, tmp_path, monkeypatch) -> Path:
+def box(photos, tmp_path_factory, monkeypatch) -> Path:
     """The pool is in the box, under the name vit_mini_pool, beside the weights it was trained from."""
-    folder = tmp_path / "box"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("box")
     for file in (photos / "vit_mini_pool.safetensors", ROOT / "checkpoints" / "vit_mini.safetensors"):
         (folder / file.name).symlink_to(file)
     monkeypatch.setattr("amt.files.shipped.BOX", folder)
