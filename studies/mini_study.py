@@ -268,10 +268,12 @@ class Study:
         Raises:
             InputError: it failed; with its last line.
         """
-        command = [str(word) for word in words]
+        command = [*words]
         if command[0] != "-m":
-            more = ["--data_path", str(self.data), "--device", self.device, "--threads", "1"]
+            more = ["--data_path", self.data, "--device", self.device, "--threads", "1"]
             command[1:1] = [command.pop(1), *more] if command[1].startswith("@") else more
+        # Rows keep their commands, which are run in ROOT: places in it are named from there.
+        command = [str(word).replace(f"{ROOT}{os.sep}", "") for word in command]
         out.parent.mkdir(parents=True, exist_ok=True)
         log, began = out.with_name(f"{out.name}.log"), time.monotonic()
         print(f"python {shlex.join(command)}", flush=True)
