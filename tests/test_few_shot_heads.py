@@ -12,11 +12,12 @@ import pytest
 import torch
 from commands import Ended, called
 from conftest import fails
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from scipy.special import softmax
 from sklearn.base import clone
 from sklearn.model_selection import cross_val_score
 from toy_photos import toy_pool, write_photos
+from toy_pools import rewritten
 
 from amt.__main__ import main as amt
 from amt.evaluation.deploy import deploy
@@ -105,29 +106,14 @@ def test_the_files_tensors_are_as_its_docstring_says(photos, known, tmp_path):
         assert names == own | others | factors | {"scale", "bias"}, head
 
 
-def rewritten(file, change):
-    """The file of a task with another header: `change` gets what it says."""
-    with safe_open(file, "pt") as opened:
-        about = json.loads(opened.metadata()["amt"])
-    change(about)
-    save_file(load_file(file), file, {"amt": json.dumps(about)})
-    return file
-
-
-def softmax(logits):
-    return np.exp(logits - logits.max(1, keepdims=True)) / np.exp(logits - logits.max(1, keepdims=True)).sum(
-        1, keepdims=True
-    )
-
-
 def test_older_files_of_tasks_say_neither_head_nor_temperature(photos, known, tmp_path):
     file = tmp_path / "task.safetensors"
     clf = FewShotClassifier(known).fit(photos / "support")
     clf.save(file)
-    rewritten(file, lambda about: (about.pop("head"), about.pop("temperature")))
+    rewritten(file, lambda _, about: (about.pop("head"), about.pop("temperature")))
     old, logits = FewShotClassifier.load(file), clf.logits(photos / "new")
     assert np.array_equal(old.logits(photos / "new"), logits)
-    np.testing.assert_allclose(old.predict_proba(photos / "new"), softmax(logits.astype(float)))
+    np.testing.assert_allclose(old.predict_proba(photos / "new"), softmax(logits.astype(float), axis=1))
 
 
 @pytest.mark.parametrize("head", ("prototypes", "lda", "mix of=lda share=0.7"))
@@ -136,7 +122,7 @@ def test_probabilities_are_the_softmax_at_the_temperature_that_the_support_gave(
 ):
     clf = FewShotClassifier(known, head=head).fit(photos / "support")
     clf.save(tmp_path / "task.safetensors")
-    expected = softmax(clf.logits(photos / "new").astype(float) / clf.task_.temperature)
+    expected = softmax(clf.logits(photos / "new").astype(float) / clf.task_.temperature, axis=1)
     assert clf.task_.temperature != 1
     for each in (clf, FewShotClassifier.load(tmp_path / "task.safetensors")):
         np.testing.assert_allclose(each.predict_proba(photos / "new"), expected)
@@ -146,7 +132,7 @@ def test_probabilities_are_the_softmax_at_the_temperature_that_the_support_gave(
 def test_a_damaged_temperature_is_one_line(photos, known, tmp_path, temperature):
     file = tmp_path / "task.safetensors"
     FewShotClassifier(known).fit(photos / "support").save(file)
-    rewritten(file, lambda about: about.update(temperature=temperature))
+    rewritten(file, lambda _, about: about.update(temperature=temperature))
     fails("temperature", lambda: FewShotClassifier.load(file))
 
 
@@ -162,7 +148,7 @@ def test_a_damaged_temperature_is_one_line(photos, known, tmp_path, temperature)
 def test_a_damaged_head_is_one_line(photos, known, tmp_path, name, message):
     file = tmp_path / "task.safetensors"
     FewShotClassifier(known, head="centred").fit(photos / "support").save(file)
-    rewritten(file, lambda about: about.update(head=name))
+    rewritten(file, lambda _, about: about.update(head=name))
     fails(message, lambda: FewShotClassifier.load(file))
 
 

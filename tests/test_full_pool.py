@@ -4,18 +4,16 @@ What training computes is compared with a module trained by torch as anybody wou
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import fails, moved_apart, patterned_episode, random_backbone
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from toy_baselines import ARCH, Plain, identical
-from toy_pools import assert_goes_on_exactly, quick, trainable
+from toy_pools import assert_goes_on_exactly, quick, rewritten, trainable
 
 from amt.attacks.levels import Perturbation
 from amt.cli import checkpoint as describing
@@ -248,16 +246,6 @@ def file(pool, tmp_path) -> Path:
     path = tmp_path / "full.safetensors"
     checkpoint.save(path, Checkpoint(pool, {"arch": "tiny"}))
     return path
-
-
-def rewritten(file: Path, change) -> Path:
-    """The file with its tensors and header changed by `change(tensors, header)`."""
-    with safe_open(file, "pt") as opened:
-        header = json.loads(opened.metadata()["amt"])
-    tensors = load_file(file)
-    change(tensors, header)
-    save_file(tensors, file, {"amt": json.dumps(header)})
-    return file
 
 
 def test_a_file_of_loras_from_before_there_was_a_choice_is_read(network, tmp_path):

@@ -10,7 +10,6 @@ import torch
 from commands import about, same_tensors
 from conftest import fails, moved_apart
 from safetensors.torch import load_file
-from test_full_pool import rewritten
 from toy_export import assert_same, images
 from toy_pools import (
     LEVELS,
@@ -19,6 +18,7 @@ from toy_pools import (
     assert_identical,
     make_episode,
     quick,
+    rewritten,
     tensors,
     trainable,
 )

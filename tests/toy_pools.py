@@ -2,12 +2,15 @@
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import moved_apart, patterned_episode, random_backbone
 from hypothesis import settings
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from amt.attacks.levels import Perturbation
@@ -100,3 +103,13 @@ def assert_goes_on_exactly(
 def outcome_of(network: Network, pool: Pool, episode: Episode, level: Perturbation, **keywords):
     start = level.pyramid.start(episode.query, torch.Generator().manual_seed(3))
     return query_outcome(network, dataclasses.replace(pool, levels=(level,)), episode, start, **keywords)
+
+
+def rewritten(file: Path, change) -> Path:
+    """The file with its tensors and header changed by `change(tensors, header)`."""
+    with safe_open(file, "pt") as opened:
+        header = json.loads(opened.metadata()["amt"])
+    tensors = load_file(file)
+    change(tensors, header)
+    save_file(tensors, file, {"amt": json.dumps(header)})
+    return file

@@ -131,12 +131,18 @@ def _testing_needs(args: argparse.Namespace) -> Iterator[Need]:
         yield _weights(args)
     if args.resume is not None:
         yield _checked(f"checkpoint {args.resume}", args.resume, args, lambda: _fitting(args))
-    for source, deployment in options.deployments(args).items():
-        yield _source(args, source, args.split)
-        if deployment.select == "valid":
-            yield _source(args, deployment.select_on or source, "VALID")
+    for source, split in _read(args):
+        yield _source(args, source, split)
     if file := args.text_prototypes:
         yield _checked(f"text prototypes {file}", file, args, lambda: _texts(args))
+
+
+def _read(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """The sources and splits that a test scores, and chooses settings on."""
+    for source, deployment in options.deployments(args).items():
+        yield source, args.split
+        if deployment.select == "valid":
+            yield deployment.select_on or source, "VALID"
 
 
 def _texts(args: argparse.Namespace) -> str:
@@ -144,14 +150,12 @@ def _texts(args: argparse.Namespace) -> str:
     from amt.files import text_prototypes
 
     found = text_prototypes.read(args.text_prototypes)
-    for source, deployment in options.deployments(args).items():
-        valid = [(deployment.select_on or source, "VALID")] if deployment.select == "valid" else []
-        for name, split in [(source, args.split), *valid]:
-            reader = None
-            with contextlib.suppress(InputError):  # said where the source is
-                reader = _opened(args, name, split)
-            if reader is not None:
-                check_classes(found, reader)
+    for source, split in _read(args):
+        reader = None
+        with contextlib.suppress(InputError):  # said where the source is
+            reader = _opened(args, source, split)
+        if reader is not None:
+            check_classes(found, reader)
     return f"{len(found.names)} classes, {found.width} numbers each"
 
 

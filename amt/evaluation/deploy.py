@@ -94,8 +94,11 @@ def check_deployment(
 
 def chosen_on(deployment: Deployment, pool: Pool | None, source: str) -> tuple[str, str] | None:
     """The source and the split of the labelled episodes that settings for a domain are chosen on, if any."""
-    if pool is None or not _chooses_once(deployment, pool):
-        return None
+    return labelled(deployment, source) if pool is not None and _chooses_once(deployment, pool) else None
+
+
+def labelled(deployment: Deployment, source: str) -> tuple[str, str]:
+    """The source and the split whose labels a domain may choose settings by."""
     if deployment.select == "published":
         return source, deployment.split
     return deployment.select_on or source, "VALID"
@@ -360,7 +363,7 @@ def _choose(
     fitters: Mapping[str, Fitter],
 ) -> tuple[Selection, str]:
     """What is best on labelled episodes, and in words how it was chosen."""
-    on, split = chosen_on(deployment, pool, source) or (source, deployment.split)
+    on, split = labelled(deployment, source)
     if deployment.select == "published":
         n, own_seed = PUBLISHED_EPISODES, PUBLISHED_SEED
         tried, by = (), "chosen on labelled test episodes (published protocol)"

@@ -8,18 +8,14 @@ arxiv.org/abs/2103.00020). Tip-Adapter (Zhang et al. 2022, arxiv.org/abs/2207.09
 searches it on labelled data. Uses no query.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from amt.models.heads import SPREAD, Fitted, has_two, spread
-from amt.tasks.held_out import held_out
+from amt.tasks.held_out import Fit, held_out
 
 SHARES = tuple(tenth / 10 for tenth in range(11))  # of the support's head
-
-Fit = Callable[[Tensor, Tensor], Fitted]
 
 
 def chosen_share(
