@@ -19,12 +19,10 @@ from amt.report import figures, ranking
 from amt.report.shown import label
 from meta_dataset_readers.errors import InputError, exit_on_bad_input, say
 from meta_dataset_readers.files import replace_file
-from studies.mini_study import DEFAULTS, GAMMAS, KNOB, ORACLE, RECIPE, REFERENCE, ROWS
+from studies.mini_study import BEST, GAMMA_ROWS, KNOB, ORACLE, RECIPE, REFERENCE, ROWS
 
 AVERAGE = "average"
-BEST = "best single"
 OF_THE_POOL = [row.name for row in ROWS if row.trainings == ("pool",) and row.name != BEST]
-GAMMA_ROWS = [f"weight perturbation, gamma {gamma:g}" for gamma in GAMMAS]
 HEAD = """# Results of the mini study
 
 Made by `python -m studies.mini_results` from the files in {results}; `make results` measures them anew.
@@ -99,9 +97,9 @@ class Compared(NamedTuple):
 def comparisons(rows: dict[str, Run]) -> list[Compared]:
     """The comparisons that the rows allow, in the order of the page."""
     recipes: dict[str, list[str]] = {}
-    for name in (name for name in rows if name.startswith(RECIPE)):
-        end = next((end for end in DEFAULTS if end and name.endswith(end)), "")
-        recipes.setdefault(DEFAULTS[end], []).append(name)
+    for row in ROWS:
+        if row.name.startswith(RECIPE):
+            recipes.setdefault(row.against, []).append(row.name)
     main = {name for name in rows if not _apart(name)}
     groups = [
         ("Paired differences from the pretrained network, in points:", *(REFERENCE, main - {REFERENCE})),

@@ -13,8 +13,8 @@ where it was, by the same command. When all seeds of a row are done it becomes a
 
 The size is for two cores in four hours: an episode under the default attack takes about 1.8 seconds of one
 core with vit_mini, a training 1 to 16 minutes. Every part says its seconds. Other ways to train (`RECIPES`)
-are rows only where they are named: for each seed a training of a quarter of an hour of one core, 3 minutes to
-score it with prototypes at one number of shots, and 11 to choose and score robust-lda.
+are rows only where they are named: for each seed a training of 3 to 11 minutes of one core, and 2 to score it
+with one head at one number of shots.
 """
 
 import argparse
@@ -43,17 +43,18 @@ SHOTS = (1, 5)
 GAMMAS = (0.0, 0.005, 0.02, 0.05)
 SHARES = (0.2, 0.4, 0.6, 0.8)  # of the robust network's logits: the knob from clean to robust
 POOL = ("--epsilon", "8", "6", "0.1", "0.01")
+ONE = ("--epsilon", "8")  # as the first level of POOL, which levels beside it do not change
 # One level in place of four sees four times the episodes, so that as many images pass through the network.
-SINGLE = ("--epsilon", "8", "--nEpisode", "240", "--epsilon_warmup", "400")
-# Other ways to train, each against `POOL` at equal cost; recipes/README.md has the commands.
+LONGER = (*ONE, "--nEpisode", "240", "--epsilon_warmup", "400")
+# Other ways to train, each against one at equal cost (`_recipe_rows`); recipes/README.md has the commands.
 RECIPES = {
+    "features": ("--loss", "features", "--pgd_method", "querying", *ONE),
+    "norms too": ("--tune", "lora+norm", *ONE),
+    "ridge": ("--head", "ridge", *ONE),
     "real levels": ("--epsilon", "8", "4", "2", "1"),
-    "gentle": (*SINGLE, "--lr", "0.002"),
-    "random epsilon": (*SINGLE, "--epsilon_from", "0"),
-    "features": ("--loss", "features", "--pgd_method", "querying", *POOL),
-    "features, weights moved": ("--loss", "features", "--pgd_method", "adsv", *POOL),
-    "norms too": ("--tune", "lora+norm", *POOL),
-    "ridge": ("--head", "ridge", *POOL),
+    "longer": LONGER,
+    "random epsilon": (*LONGER, "--epsilon_from", "0"),
+    "gentle": (*LONGER, "--lr", "0.002"),
 }
 RECIPE = "recipe: "  # what the names of their rows begin with
 
@@ -97,6 +98,7 @@ class Row:
         variants: further flags of which one is a candidate.
         episodes: share of the scored episodes; the first of them, so that pairs remain.
         shots: numbers of shots that it is scored at.
+        against: of another way to train, the row that it is compared with.
     """
 
     name: str
@@ -105,6 +107,7 @@ class Row:
     variants: tuple[tuple[str, ...], ...] = ((),)
     episodes: float = 1.0
     shots: tuple[int, ...] = SHOTS
+    against: str = ""
 
     @property
     def slug(self) -> str:
@@ -124,17 +127,28 @@ def _tuned(*heads: Sequence[str]) -> tuple[str, ...]:
 REFERENCE = "pretrained + prototypes"
 KNOB = tuple(f"ours, mix at share {share:g}" for share in SHARES)
 ORACLE = "oracle"
-DEFAULTS = {"": "one LoRA", " + robust-lda": "ours, robust-lda", " + ridge": "one LoRA"}  # by ends of names
+ONE_LORA, BEST, MERGING, OURS = "one LoRA", "best single", "published merging", "ours, robust-lda"
+HOW = {BEST: ("--routing", "best", *ON_VALID), MERGING: ("--routing", "amt", *ON_VALID)}
+GAMMA_ROWS = tuple(f"weight perturbation, gamma {gamma:g}" for gamma in GAMMAS)
+LDA = " + robust-lda"
+# What the study's own pools choose on VALID, whatever the seed; other trainings are scored with the same.
+CHOSEN = ("--head", "robust-lda", "support=0.15", "attack=0.15", "identity=0.4")
 
 
-def _recipe_rows(name: str) -> Iterable[Row]:
-    """A way to train, scored by the adapter for 8/255 with prototypes and with robust-lda, and one trained
-    with another head with that head as well."""
-    trainings = (f"{RECIPE}{name}",)
-    yield Row(f"{RECIPE}{name}", trainings, FIRST)
-    yield Row(f"{RECIPE}{name} + robust-lda", trainings, _tuned(*ROBUST))
-    if "--head" in RECIPES[name]:
-        yield Row(f"{RECIPE}{name} + {name}", trainings, (*FIRST, "--head", name))
+def _recipe_rows() -> Iterable[Row]:
+    """Every other way to train, beside its equal in cost and head: one level beside the pool's adapter for
+    8/255, a pool or one level with a pool's episodes beside the pool, a gentle one beside `LONGER`."""
+    for name, flags in RECIPES.items():
+        row, trainings = f"{RECIPE}{name}", (f"{RECIPE}{name}",)
+        if name == "real levels":
+            yield from (Row(f"{row}, {how}", trainings, words, against=how) for how, words in HOW.items())
+            continue
+        longer = f"{RECIPE}longer"
+        plain = {"longer": MERGING, "random epsilon": MERGING, "gentle": longer}.get(name, ONE_LORA)
+        yield Row(row, trainings, against=plain)
+        yield Row(f"{row}{LDA}", trainings, CHOSEN, against=f"{longer}{LDA}" if plain == longer else OURS)
+        if "--head" in flags:
+            yield Row(f"{row} + {name}", trainings, ("--head", name), against=plain)
 
 
 ROWS = (
@@ -149,12 +163,11 @@ ROWS = (
         0.5,
     ),
     Row("adversarial querying", ("querying",)),
-    Row("one LoRA", ("pool",), FIRST),
+    Row(ONE_LORA, ("pool",), FIRST),
     Row("uniform", ("pool",), ("--routing", "uniform")),
     Row("soup", ("pool",), ("--routing", "soup")),
-    Row("best single", ("pool",), ("--routing", "best", *ON_VALID)),
-    Row("published merging", ("pool",), ("--routing", "amt", *ON_VALID)),
-    Row("ours, robust-lda", ("pool",), _tuned(*ROBUST)),
+    *(Row(how, ("pool",), words) for how, words in HOW.items()),
+    Row(OURS, ("pool",), _tuned(*ROBUST)),
     Row("ours, mix", ("pool",), _tuned(*MIXES)),
     Row(
         "ours, mix of two adapters",
@@ -167,8 +180,8 @@ ROWS = (
         for name, share in zip(KNOB, SHARES, strict=True)
     ),
     Row(ORACLE, ("pool",), ("--routing", "oracle", "--oracle_parts", "2"), episodes=0.25),
-    *(Row(f"weight perturbation, gamma {g:g}", (f"gamma {g:g}",), shots=(5,)) for g in GAMMAS),
-    *itertools.chain.from_iterable(map(_recipe_rows, RECIPES)),
+    *(Row(name, (f"gamma {gamma:g}",), shots=(5,)) for name, gamma in zip(GAMMA_ROWS, GAMMAS, strict=True)),
+    *_recipe_rows(),
 )
 
 

@@ -20,9 +20,10 @@ from amt.cli import options
 from amt.evaluation import leaderboard, seeds
 from studies import mini_results, mini_study
 from studies.mini_study import (
-    DEFAULTS,
     GAMMAS,
     KNOB,
+    ONE,
+    ONE_LORA,
     ORACLE,
     POOL,
     RECIPE,
@@ -127,12 +128,13 @@ def test_other_ways_to_train_are_rows_where_they_are_named():
         "recipe: gentle",
         "recipe: gentle + robust-lda",
     ]
-    assert set(DEFAULTS.values()) < {row.name for row in named([])}
+    assert {row.against for row in recipes} < {row.name for row in ROWS}
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_another_way_to_train_is_a_command_of_equal_cost(name, world, tmp_path):
-    """Listed among the recipes; with as many images of queries as the default; run here at toy size."""
+    """Listed among the recipes; with as many episodes and levels as what it is compared with; run here at toy
+    size."""
     listed = (ROOT / "recipes" / "README.md").read_text()
     assert re.search(
         rf"^python main.py .* --output_dir \S+ {re.escape(' '.join(RECIPES[name]))}$", listed, re.MULTILINE
@@ -144,7 +146,8 @@ def test_another_way_to_train_is_a_command_of_equal_cost(name, world, tmp_path):
         options.check_training(args)
         return args.nEpisode * args.epochs * len(options.levels(args))
 
-    assert cost(RECIPES[name]) == cost(POOL)
+    (against, *_) = [row.against for row in named([f"{RECIPE}{name}*"])]
+    assert cost(RECIPES[name]) == cost(ONE if against == ONE_LORA else POOL)
     short = ("--epochs", 1, "--nEpisode", 1, "--nValEpisode", 0)
     short += ("--attack_iters", 1, "--statistics_episodes", 0)
     ended = called(training.main, ["main.py", *world.train(tmp_path / "run", *RECIPES[name], *short)])
@@ -166,7 +169,12 @@ def test_the_page_is_made_of_the_files_alone(tmp_path, capsys):
     same bytes."""
     names = {REFERENCE: 0.0, KNOB[0]: 0.4, KNOB[1]: 0.6, "mine": 0.9, ORACLE: 1.0}
     names |= {f"weight perturbation, gamma {gamma:g}": 0.5 + gamma for gamma in GAMMAS}
-    names |= {"one LoRA": 0.5, f"{RECIPE}gentle": 0.9, f"{RECIPE}ridge": 0.1, f"{RECIPE}ridge + ridge": 0.9}
+    names |= {
+        "one LoRA": 0.5,
+        f"{RECIPE}norms too": 0.9,
+        f"{RECIPE}ridge": 0.1,
+        f"{RECIPE}ridge + ridge": 0.9,
+    }
     folder = tmp_path / "mini" / "5-shot"
     folder.mkdir(parents=True)
     for number, (name, strength) in enumerate(names.items()):
@@ -191,11 +199,11 @@ def test_the_page_is_made_of_the_files_alone(tmp_path, capsys):
     shown, log = text.split("## What did not help")
     (table,) = re.findall(r"^\| minus one LoRA .*\n(?:\|.*\n)+", shown, re.MULTILINE)
     assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [
-        f"| {RECIPE}gentle",
+        f"| {RECIPE}norms too",
         f"| {RECIPE}ridge",
         f"| {RECIPE}ridge + ridge",
     ]
-    assert f"| 5-shot | {RECIPE}ridge | one LoRA | " in log and "gentle" not in log and ORACLE not in log
+    assert f"| 5-shot | {RECIPE}ridge | one LoRA | " in log and "norms too" not in log and ORACLE not in log
     mini_results.write(tmp_path / "mini", page)
     assert page.read_text() == text
     assert (page.parent / "clean_robust_5_shot.png").read_bytes() == picture
