@@ -402,7 +402,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--repeats", type=positive_int, help="turns per row (default: what takes 15 s, from 2 to 9)"
     )
-    parser.set_defaults(fp16=False, bf16=False, cpu_time=False)
+    parser.set_defaults(fp16=False, bf16=False, cpu_time=False, compile=False)
     args = side_by_side.checked(parser.parse(argv))
     args.arch = args.arch or list(DEFAULTS)[: 1 if args.quick else None]
     return args

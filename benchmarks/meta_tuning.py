@@ -3,6 +3,7 @@
     python benchmarks/meta_tuning.py                  vit_mini and a ViT-S/16 at 128 px, minutes
     python benchmarks/meta_tuning.py --quick          a few seconds, to see that it works
     python benchmarks/meta_tuning.py --cpu_time --threads 1        on a busy machine
+    python benchmarks/meta_tuning.py --compile        ours through torch.compile
 
 Weights are random: no figure here depends on their values. Each row is one job: a training step of one
 robustness level, or of a pool of four, whose figures but memory are per level; or an evaluation episode, that
@@ -55,6 +56,7 @@ from torch import Tensor
 from amt.attacks.kinds import Attack
 from amt.evaluation.evaluate import evaluate, query_generators
 from amt.models.architectures import ARCHS
+from amt.models.compiled import compiler_for
 from amt.models.network import Network
 from amt.models.pool import Pool
 from amt.models.weights import stream
@@ -195,14 +197,18 @@ class Bench(Alone):
         self.workload, self._name = workload, implementation
         network = random_backbone(workload.arch, machine)
         pool = random_pool(network, workload.levels if workload.job == "step" else POOL, RANK, stream(0))
-        self._bind = JOBS[implementation, workload.job](network, pool)
-        self._run = self._bound(workload.per_class, workload.steps)
+        job = JOBS[implementation, workload.job]
+        self._counted = self._timed = job(network, pool)
+        if machine.compile and implementation == "ours":  # what is counted are operations as they are written
+            compiler = compiler_for(torch.device(machine.device))
+            self._timed = job(dataclasses.replace(network, compiler=compiler), pool)
+        self._run = self._bound(self._timed, workload.per_class, workload.steps)
         self.idle_memory = peak_memory(machine.device)
 
-    def _bound(self, per_class: int, steps: int) -> Callable[[], float | None]:
+    def _bound(self, bind: Bind, per_class: int, steps: int) -> Callable[[], float | None]:
         side = ARCHS[self.workload.arch].image_size
         episode = random_episode(side, self.workload.n_shot, per_class, stream(3))
-        return self._bind(episode.to(self.machine.device), steps)
+        return bind(episode.to(self.machine.device), steps)
 
     def count(self) -> Counts:
         """What the job counts per level, from smaller jobs: besides a fixed part there is one in proportion
@@ -210,8 +216,8 @@ class Bench(Alone):
         a process that counts is not one whose memory is told."""
         per_class, steps = self.workload.per_class, self.workload.steps
         few = min(steps, 1)
-        small, wider = (counted(self._bound(width, few)) for width in (1, 2))
-        longer = counted(self._bound(1, 2)) if steps > 1 else small
+        small, wider = (counted(self._bound(self._counted, width, few)) for width in (1, 2))
+        longer = counted(self._bound(self._counted, 1, 2)) if steps > 1 else small
         return Counts(
             *(
                 (s + (per_class - 1) * (w - s) + per_class * (steps - few) * (n - s)) / self.workload.levels
@@ -222,7 +228,7 @@ class Bench(Alone):
     def warm_up(self) -> float:
         """Run once at full size, but with one attack step; about how many seconds the job will take."""
         brief = dataclasses.replace(self.workload, steps=min(self.workload.steps, 1))
-        run = self._bound(brief.per_class, brief.steps)
+        run = self._bound(self._timed, brief.per_class, brief.steps)
         began = self.machine.now()
         run()
         return (self.machine.now() - began) * self.workload.passes(self._name) / brief.passes(self._name)
@@ -334,7 +340,7 @@ def plan_of(arch: str, quick: bool) -> list[Workload]:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line, checked."""
     description = "Time meta-tuning and evaluation beside a straightforward baseline."
-    return side_by_side.parse(argv, description, ["vit_mini", "dino_small_patch16"])
+    return side_by_side.parse(argv, description, ["vit_mini", "dino_small_patch16"], compiles=True)
 
 
 def main() -> int:

@@ -54,6 +54,7 @@ class Machine:
     Args:
         gemm_side: of the square matrices of the yardstick.
         cpu_time: whether seconds are those of the processor, not of the wall clock: on a busy machine.
+        compile: whether ours is timed through torch.compile.
     """
 
     device: str
@@ -61,6 +62,7 @@ class Machine:
     autocast: torch.dtype | None
     gemm_side: int
     cpu_time: bool = False
+    compile: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -322,6 +324,7 @@ class Report:
             "threads": machine.threads,
             "device": device,
             "precision": str(machine.dtype).removeprefix("torch."),
+            "compile": machine.compile,
             "seconds": "of the processor" if machine.cpu_time else "of the wall clock",
             "torch": torch.__version__,
             "timm": timm.__version__,
@@ -354,11 +357,12 @@ def planned_repeats(turn: float, asked: int | None, least: int = 1) -> int:
     return asked or max(least, min(MOST_REPEATS, math.ceil(ROW_SECONDS / max(turn, 1e-3))))
 
 
-def parse(argv: list[str], description: str, archs: list[str]) -> argparse.Namespace:
+def parse(argv: list[str], description: str, archs: list[str], compiles: bool = False) -> argparse.Namespace:
     """The command line of a benchmark, checked.
 
     Args:
         archs: networks to time where none is named; with --quick the first of them alone.
+        compiles: whether it knows --compile.
 
     Raises:
         InputError: an unknown network, two precisions at once, a device of a third kind, or a report that
@@ -378,6 +382,9 @@ def parse(argv: list[str], description: str, archs: list[str]) -> argparse.Names
         "--cpu_time", action="store_true", help="count seconds of the processor, on a busy machine"
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name has this text alone")
+    parser.set_defaults(compile=False)
+    if compiles:
+        parser.add_argument("--compile", action="store_true", help="time ours through torch.compile")
     args = checked(parser.parse(argv))
     if args.fp16 and args.bf16:
         raise InputError("--fp16 and --bf16 exclude each other")
@@ -433,7 +440,8 @@ def find_machine(args: argparse.Namespace) -> tuple[Machine, str, float]:
     """
     side = 512 if args.quick else 8192 if args.device.startswith("cuda") else 2048
     threads = args.threads or torch.get_num_threads()
-    machine = Machine(args.device, threads, options.arithmetic(args).autocast, side, args.cpu_time)
+    autocast = options.arithmetic(args).autocast
+    machine = Machine(args.device, threads, autocast, side, args.cpu_time, args.compile)
     # In float32, since on many processors a network is far from the rate of a product in low precision.
     with Worker(probe, dataclasses.replace(machine, autocast=None)) as prober:
         answer = prober.answer()

@@ -155,6 +155,27 @@ def test_counts_from_smaller_jobs_are_those_of_the_job_itself(
         assert meta_tuning.query_forwards(workload, counts) == expected
 
 
+def test_ours_alone_is_timed_as_a_program_and_counted_as_it_is_written(monkeypatch):
+    monkeypatch.setitem(meta_tuning.ARCHS, "vit_mini", ARCH)
+    monkeypatch.setattr(
+        meta_tuning, "compiler_for", lambda _: lambda function, repeated=False: made(function)
+    )
+    machine = meta_tuning.Machine("cpu", 1, None, gemm_side=64, compile=True)
+    workload = meta_tuning.Workload("vit_mini", "step", n_shot=1, per_class=1, steps=1)
+    compiled = []
+
+    def made(function):
+        compiled.append(function)
+        return function
+
+    for implementation in ("baseline", "ours"):
+        bench = meta_tuning.Bench(workload, implementation, machine)
+        bench.count()
+        assert not compiled
+        bench.run()
+        assert bool(compiled) == (implementation == "ours")
+
+
 def test_full_plan_has_every_row_and_the_quick_one_the_two_kinds():
     full = [row.name for row in meta_tuning.plan_of("dino_small_patch16", quick=False)]
     assert full == [
