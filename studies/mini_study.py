@@ -171,6 +171,7 @@ ROWS = (
     Row("soup", ("pool",), ("--routing", "soup")),
     *(Row(how, ("pool",), words) for how, words in HOW.items()),
     Row(OURS, ("pool",), _tuned(*ROBUST)),
+    Row(f"{MERGING}{LDA}", ("pool",), ("--routing", "amt", *CHOSEN)),
     Row("ours, mix", ("pool",), _tuned(*MIXES)),
     Row(
         "ours, mix of two adapters",
