@@ -15,6 +15,7 @@ from toy_training import assert_refused, command
 from amt.__main__ import main as amt
 from amt.attacks.kinds import parse_attack
 from amt.attacks.levels import Perturbation
+from amt.attacks.perturb import Ball, ascend
 from amt.cli import test, train
 from amt.evaluation.evaluate import measure
 from amt.models.compiled import Compiler, compiler_for
@@ -77,6 +78,42 @@ def test_training_makes_a_program_of_a_pass_and_one_of_an_attack_step(small, met
     assert not counters["graph_break"]
     expected, found = (tuner.state()[0] for tuner in tuners)
     assert all(torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-5) for name in expected)
+
+
+class Replayed:
+    """A backend whose programs write every result where the last one was, as CUDA graphs do, and refuse their
+    own memory as an argument."""
+
+    def __call__(self, program, _inputs, **_options):
+        memory = []
+
+        def run(*given):
+            assert not {each.data_ptr() for each in memory} & {each.data_ptr() for each in given}
+            results = [each.clone() for each in program(*given)]
+            if not memory:
+                memory.extend(torch.empty_like(each) for each in results)
+            return tuple(place.copy_(each) for place, each in zip(memory, results, strict=True))
+
+        return run
+
+
+def test_attack_steps_are_replayed_on_what_the_last_replay_returned():
+    levels = [Perturbation(8, 2, grids=(2, 0), scalars=(5.0, 1.0))]
+    images, weight = torch.rand(3, 3, 4, 4), torch.randn(3, 3, 4, 4)
+    for geometry, start in (
+        (Ball("linf", 0.1, 0.03), images),
+        (levels[0].pyramid, levels[0].pyramid.start(images, torch.Generator().manual_seed(0))),
+    ):
+
+        def loss_of(attacked):
+            return (attacked * weight).square().sum()
+
+        compiler = functools.partial(Compiler(Replayed(), graphs=True), repeated=True)
+        expected, found = (
+            ascend(loss_of, images, start, geometry, steps=4, compiled=each) for each in (None, compiler)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+        torch._dynamo.reset()
 
 
 def test_evaluation_makes_few_programs(small):

@@ -26,10 +26,18 @@ class Compiler:
 
     def __call__(self, function: Function, repeated: bool = False) -> Function:
         """A function of tensors of any shape, compiled when it is first called; `repeated` if it is called
-        again and again on what it returned, and nothing waits for its gradient."""
-        mode = "reduce-overhead" if self.graphs and repeated else None
+        again and again on what it returned, one tensor or a list, and nothing waits for its gradient."""
+        replayed = self.graphs and repeated
+        mode = "reduce-overhead" if replayed else None
         compiled: Any = torch.compile(function, backend=self.backend, mode=mode)
-        return compiled
+        return functools.partial(_copied, compiled) if replayed else compiled  # type: ignore[return-value]
+
+
+def _copied(replayed: Callable[..., Any], *given: Any) -> Any:
+    """What a CUDA graph returns, outside of its memory, which the next replay writes anew: it may neither be
+    an argument of that replay nor be read after it."""
+    found = replayed(*given)
+    return found.clone() if isinstance(found, torch.Tensor) else [each.clone() for each in found]
 
 
 def compiler_for(device: torch.device) -> Compiler:
