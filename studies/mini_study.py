@@ -100,8 +100,8 @@ class Row:
         episodes: share of the scored episodes; the first of them, so that pairs remain.
         shots: numbers of shots that it is scored at.
         against: of another way to train, the row that it is compared with.
-        by: what the best of `candidates` has most of on VALID: "clean" accuracy, or its "mean" with those under
-            attack.
+        by: what the best of `candidates` has most of on VALID: "clean" accuracy, or its "mean" with that
+            under attack.
     """
 
     name: str
