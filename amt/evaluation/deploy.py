@@ -51,7 +51,7 @@ from amt.tasks.finetune import finetuned_predictor
 from amt.tasks.merge import average_of, kept_members, route, soup, uniform
 from amt.tasks.settings import Routing
 from meta_dataset_readers.episode import Episode
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, damaged
 
 STAMP = (
     "settings chosen on labelled episodes of the split that is scored (published protocol, for comparison "
@@ -281,7 +281,8 @@ def _predictor(
 
 def _settled(deployment: Deployment, note: Mapping) -> Deployment:
     """The deployment with what a note says was chosen, so that nothing is left to choose."""
-    try:
+    fault = "merging.json is damaged: it does not say what was chosen"
+    with damaged(fault, (KeyError, TypeError, ValueError), said=repr):
         trims = tuple(Trim(**trim) for trim in note["trims"])
         settled = dataclasses.replace(deployment, select="none", trims=trims, trim_candidates=())
         if len(deployment.offered_heads) > 1:
@@ -291,8 +292,6 @@ def _settled(deployment: Deployment, note: Mapping) -> Deployment:
         if deployment.routing == "best":
             return dataclasses.replace(settled, coefficients=tuple(note["coefficients"]))
         return settled
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"merging.json is damaged: it does not say what was chosen ({error!r})") from error
 
 
 def _decide(pool: Pool | None, deployment: Deployment, choose: Callable[[], tuple[Selection, str]]) -> dict:
