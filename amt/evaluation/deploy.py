@@ -45,7 +45,6 @@ from amt.tasks.classifier import (
     merged_predictor,
     mixed_in,
     pretrained,
-    prototype_classifier,
 )
 from amt.tasks.finetune import finetuned_predictor
 from amt.tasks.merge import average_of, kept_members, route, soup, uniform
@@ -185,7 +184,7 @@ def _fitters(
 
     def fitter(head: Head) -> Fitter:
         if head == Head():
-            return prototype_classifier
+            return head_classifier
         second = mixed_in(network, pool, head)
         return partial(head_classifier, head=head, statistics=statistics, second=second, **known)
 
