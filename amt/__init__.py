@@ -20,50 +20,30 @@ from typing import TYPE_CHECKING
 from meta_dataset_readers.lazy import imported_when_used
 
 if TYPE_CHECKING:
-    from amt.attacks.evaluation import attack_queries, attack_support
-    from amt.attacks.kinds import Attack, parse_attack
-    from amt.attacks.levels import Perturbation
-    from amt.attacks.perturb import pgd
-    from amt.evaluation.evaluate import evaluate
-    from amt.evaluation.settings import Deployment
-    from amt.few_shot.classifier import FewShotClassifier
-    from amt.files.pretrained import load_network
-    from amt.models.network import Network, features
-    from amt.models.pool import Pool, principal_pool
-    from amt.models.trim import Trim
-    from amt.tasks.merge import route
-    from amt.tasks.settings import Routing
-    from amt.training.settings import TuneSettings
-    from amt.training.tuner import Tuner, meta_tune
-    from meta_dataset_readers.protocol import EpisodeSampling
-    from meta_dataset_readers.reader import EpisodeReader
+    from amt.attacks.evaluation import attack_queries as attack_queries
+    from amt.attacks.evaluation import attack_support as attack_support
+    from amt.attacks.kinds import Attack as Attack
+    from amt.attacks.kinds import parse_attack as parse_attack
+    from amt.attacks.levels import Perturbation as Perturbation
+    from amt.attacks.perturb import pgd as pgd
+    from amt.evaluation.evaluate import evaluate as evaluate
+    from amt.evaluation.settings import Deployment as Deployment
+    from amt.few_shot.classifier import FewShotClassifier as FewShotClassifier
+    from amt.files.pretrained import load_network as load_network
+    from amt.models.network import Network as Network
+    from amt.models.network import features as features
+    from amt.models.pool import Pool as Pool
+    from amt.models.pool import principal_pool as principal_pool
+    from amt.models.trim import Trim as Trim
+    from amt.tasks.merge import route as route
+    from amt.tasks.settings import Routing as Routing
+    from amt.training.settings import TuneSettings as TuneSettings
+    from amt.training.tuner import Tuner as Tuner
+    from amt.training.tuner import meta_tune as meta_tune
+    from meta_dataset_readers.protocol import EpisodeSampling as EpisodeSampling
+    from meta_dataset_readers.reader import EpisodeReader as EpisodeReader
 
-__all__ = [
-    "Attack",
-    "Deployment",
-    "EpisodeReader",
-    "EpisodeSampling",
-    "FewShotClassifier",
-    "Network",
-    "Perturbation",
-    "Pool",
-    "Routing",
-    "Trim",
-    "TuneSettings",
-    "Tuner",
-    "attack_queries",
-    "attack_support",
-    "evaluate",
-    "features",
-    "load_network",
-    "meta_tune",
-    "parse_attack",
-    "pgd",
-    "principal_pool",
-    "route",
-]
-
-__getattr__, __dir__ = imported_when_used(
+__all__, __getattr__, __dir__ = imported_when_used(
     __name__,
     {
         "amt.attacks.evaluation": ("attack_queries", "attack_support"),

@@ -5,48 +5,34 @@ from typing import TYPE_CHECKING
 from meta_dataset_readers.lazy import imported_when_used
 
 if TYPE_CHECKING:
-    from meta_dataset_readers.dump import dump_episode
-    from meta_dataset_readers.episode import Episode, ImageOrigin
-    from meta_dataset_readers.errors import DamagedRecord, InputError, exit_on_bad_input, nearest
-    from meta_dataset_readers.layouts import open_source, sources
-    from meta_dataset_readers.protocol import EpisodeSampling
-    from meta_dataset_readers.reader import EpisodeReader, SourceMixture, episode_loader
-    from meta_dataset_readers.sampling import EpisodeDescription, check_sampling, sample_episode
-    from meta_dataset_readers.spec import SPLITS, DatasetSpec, load_spec
-    from meta_dataset_readers.store import ImageStore, Source
-    from meta_dataset_readers.stored_episodes import open_episodes
-    from meta_dataset_readers.tfrecord import RecordFile, encode_example, open_records, write_records
+    from meta_dataset_readers.dump import dump_episode as dump_episode
+    from meta_dataset_readers.episode import Episode as Episode
+    from meta_dataset_readers.episode import ImageOrigin as ImageOrigin
+    from meta_dataset_readers.errors import DamagedRecord as DamagedRecord
+    from meta_dataset_readers.errors import InputError as InputError
+    from meta_dataset_readers.errors import exit_on_bad_input as exit_on_bad_input
+    from meta_dataset_readers.errors import nearest as nearest
+    from meta_dataset_readers.layouts import open_source as open_source
+    from meta_dataset_readers.layouts import sources as sources
+    from meta_dataset_readers.protocol import EpisodeSampling as EpisodeSampling
+    from meta_dataset_readers.reader import EpisodeReader as EpisodeReader
+    from meta_dataset_readers.reader import SourceMixture as SourceMixture
+    from meta_dataset_readers.reader import episode_loader as episode_loader
+    from meta_dataset_readers.sampling import EpisodeDescription as EpisodeDescription
+    from meta_dataset_readers.sampling import check_sampling as check_sampling
+    from meta_dataset_readers.sampling import sample_episode as sample_episode
+    from meta_dataset_readers.spec import SPLITS as SPLITS
+    from meta_dataset_readers.spec import DatasetSpec as DatasetSpec
+    from meta_dataset_readers.spec import load_spec as load_spec
+    from meta_dataset_readers.store import ImageStore as ImageStore
+    from meta_dataset_readers.store import Source as Source
+    from meta_dataset_readers.stored_episodes import open_episodes as open_episodes
+    from meta_dataset_readers.tfrecord import RecordFile as RecordFile
+    from meta_dataset_readers.tfrecord import encode_example as encode_example
+    from meta_dataset_readers.tfrecord import open_records as open_records
+    from meta_dataset_readers.tfrecord import write_records as write_records
 
-__all__ = [
-    "SPLITS",
-    "DamagedRecord",
-    "DatasetSpec",
-    "Episode",
-    "EpisodeDescription",
-    "EpisodeReader",
-    "EpisodeSampling",
-    "ImageOrigin",
-    "ImageStore",
-    "InputError",
-    "RecordFile",
-    "Source",
-    "SourceMixture",
-    "check_sampling",
-    "dump_episode",
-    "encode_example",
-    "episode_loader",
-    "exit_on_bad_input",
-    "load_spec",
-    "nearest",
-    "open_episodes",
-    "open_records",
-    "open_source",
-    "sample_episode",
-    "sources",
-    "write_records",
-]
-
-__getattr__, __dir__ = imported_when_used(
+__all__, __getattr__, __dir__ = imported_when_used(
     __name__,
     {
         "meta_dataset_readers.dump": ("dump_episode",),

@@ -12,7 +12,7 @@ from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.files import LARGEST_LIST, read_bytes, replace_file
 from meta_dataset_readers.reader import EpisodeReader
 from meta_dataset_readers.store import ImageStore
-from meta_dataset_readers.stored_episodes import COUNTS_FILE, Description, read_counts, record_files
+from meta_dataset_readers.stored_episodes import COUNTS_FILE, read_counts, record_files
 from meta_dataset_readers.tfrecord import encode_example, write_records
 
 
@@ -31,8 +31,9 @@ def dump_episode(folder: str | Path, number: int, episode: Episode, reader: Epis
     folder, stem = Path(folder), f"episode-{number:04d}"
     if episode.source != reader.source or not episode.class_ids:
         raise ValueError(f"an episode of {episode.source!r} is not one of a reader of {reader.source!r}")
-    described = Description.of(episode, reader.resize)
-    text = _json({"split": reader.split, "seed": reader.seed, **dataclasses.asdict(described)})
+    told = {"split": reader.split, "seed": reader.seed, "source": episode.source, "index": episode.index}
+    names = ("class_ids", "class_names", "support_origin", "query_origin", "skipped")
+    text = _json({**told, "resize": reader.resize, **{name: getattr(episode, name) for name in names}})
     parts = (
         (episode.support_labels.tolist(), episode.support_origin),
         (episode.query_labels.tolist(), episode.query_origin),
@@ -78,4 +79,4 @@ def _claim(folder: Path, stem: str, description: bytes, counts: dict[str, tuple[
 
 
 def _json(value: dict) -> bytes:
-    return json.dumps(value, indent=2).encode() + b"\n"
+    return json.dumps(value, indent=2, default=dataclasses.asdict).encode() + b"\n"

@@ -8,10 +8,11 @@ file. Any other exception is a bug of ours and keeps its traceback.
 Whatever is shown goes through `say` or `printable`: names of files and texts in them may hold anything.
 """
 
+import contextlib
 import difflib
 import errno
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TextIO
 
 from meta_dataset_readers.endings import INTERRUPTED, code_of, raised
@@ -102,3 +103,24 @@ def one_line(error: Exception) -> str:
 def first_line(error: Exception) -> str:
     """An exception on one line."""
     return printable(f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0].strip())
+
+
+@contextlib.contextmanager
+def damaged(
+    message: str,
+    kinds: type[Exception] | tuple[type[Exception], ...] = Exception,
+    said: Callable[[Exception], str] = first_line,
+) -> Iterator[None]:
+    """What foreign bytes bring a library to raise, which is almost anything, becomes an `InputError`: the
+    message, and in brackets what is `said` of the error. An `InputError` stays as it is.
+
+    Args:
+        message: what is at fault.
+        kinds: of errors; the others are bugs.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except kinds as error:
+        raise InputError(f"{message} ({said(error)})") from error

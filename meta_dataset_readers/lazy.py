@@ -25,8 +25,8 @@ def imported(module: str) -> ModuleType:
 
 def imported_when_used(
     package: str, modules: Mapping[str, tuple[str, ...]]
-) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of a package (PEP 562).
+) -> tuple[list[str], Callable[[str], object], Callable[[], list[str]]]:
+    """`__all__`, `__getattr__` and `__dir__` of a package (PEP 562).
 
     Args:
         package: its name.
@@ -42,4 +42,4 @@ def imported_when_used(
     def names() -> list[str]:
         return sorted({*vars(sys.modules[package]), *homes})
 
-    return attribute, names
+    return sorted(homes), attribute, names

@@ -7,13 +7,13 @@ believed only as far as the files bear it out. `dump` writes the second form. Do
 
 import collections
 import contextlib
-import dataclasses
 import itertools
 import os
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -198,21 +198,15 @@ class DumpedEpisodes(StoredEpisodes):
     def _episode(self, index: int) -> Episode:
         stem = self._stems[index]
         support_file, query_file = record_files(stem)
-        description = self._describe(stem)
-        support, support_labels = self._images(support_file, description.resize)
-        query, query_labels = self._images(query_file, description.resize)
+        resize, described = self._describe(stem)
+        support, support_labels = self._images(support_file, resize)
+        query, query_labels = self._images(query_file, resize)
         return Episode(
             support=support,
             support_labels=_labels(support_labels),
             query=query,
             query_labels=_labels(query_labels),
-            source=description.source,
-            index=description.index,
-            class_ids=description.class_ids,
-            class_names=description.class_names,
-            support_origin=description.support_origin,
-            query_origin=description.query_origin,
-            skipped=description.skipped,
+            **described,
         )
 
     def _images(self, name: str, resize: str) -> tuple[Tensor, list[int]]:
@@ -235,63 +229,43 @@ class DumpedEpisodes(StoredEpisodes):
                 raise InputError(f"{file.path}: {found}, {COUNTS_FILE} lists {count}")
         return _stack(images, self._image_size), labels
 
-    def _describe(self, stem: str) -> "Description":
-        """What is known of an episode besides its images."""
+    def _describe(self, stem: str) -> tuple[str, dict[str, Any]]:
+        """How the images of an episode were resized, and what `Episode` tells besides tensors."""
         support_file, query_file = record_files(stem)
         n_support, n_query = sum(self._counts[support_file]), sum(self._counts[query_file])
         description = self._folder / f"{stem}.json"
         if os.path.lexists(description):
             return _read_description(description, n_support, n_query, len(self._counts[support_file]))
         source = self._folder.absolute().name
-        return Description(
-            source=source,
-            index=_number(stem),
-            support_origin=tuple(ImageOrigin(f"{source}/{support_file}", i) for i in range(n_support)),
-            query_origin=tuple(ImageOrigin(f"{source}/{query_file}", i) for i in range(n_query)),
-        )
+        return "shorter", {
+            "source": source,
+            "index": _number(stem),
+            "support_origin": tuple(ImageOrigin(f"{source}/{support_file}", i) for i in range(n_support)),
+            "query_origin": tuple(ImageOrigin(f"{source}/{query_file}", i) for i in range(n_query)),
+        }
 
 
-@dataclasses.dataclass(frozen=True)
-class Description:
-    """What `Episode` tells besides tensors, and how its images were resized."""
-
-    source: str
-    index: int
-    resize: str = "shorter"
-    class_ids: tuple[int, ...] = ()
-    class_names: tuple[str, ...] = ()
-    support_origin: tuple[ImageOrigin, ...] = ()
-    query_origin: tuple[ImageOrigin, ...] = ()
-    skipped: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, episode: Episode, resize: str) -> "Description":
-        shared = {field.name for field in dataclasses.fields(cls)} - {"resize"}
-        return cls(resize=resize, **{name: getattr(episode, name) for name in shared})
-
-
-def _read_description(file: Path, n_support: int, n_query: int, ways: int) -> Description:
+def _read_description(file: Path, n_support: int, n_query: int, ways: int) -> tuple[str, dict[str, Any]]:
     given = Fields(str(file), read_json(file))
     resize = given.get("resize", str)
     if resize not in RESIZES:
         raise InputError(f"{file}: field 'resize': unknown rule {resize!r}; {nearest(resize, RESIZES)}")
     ids = given.get("class_ids", list)
-    description = Description(
-        source=given.get("source", str),
-        index=given.count("index"),
-        resize=resize,
-        class_ids=tuple(typed(f"{file}: field 'class_ids'", class_id, int) for class_id in ids),
-        class_names=given.strings("class_names"),
-        support_origin=_origins(given, "support_origin"),
-        query_origin=_origins(given, "query_origin"),
-        skipped=given.strings("skipped"),
-    )
+    described = {
+        "source": given.get("source", str),
+        "index": given.count("index"),
+        "class_ids": tuple(typed(f"{file}: field 'class_ids'", class_id, int) for class_id in ids),
+        "class_names": given.strings("class_names"),
+        "support_origin": _origins(given, "support_origin"),
+        "query_origin": _origins(given, "query_origin"),
+        "skipped": given.strings("skipped"),
+    }
     sizes = {"class_ids": ways, "class_names": ways, "support_origin": n_support, "query_origin": n_query}
     for field, size in sizes.items():
-        if len(getattr(description, field)) != size:
-            found = f"{len(getattr(description, field))} entries"
+        if len(described[field]) != size:
+            found = f"{len(described[field])} entries"
             raise InputError(f"{file}: field {field!r}: {found}, {COUNTS_FILE} lists {size}")
-    return description
+    return resize, described
 
 
 def _origins(given: Fields, field: str) -> tuple[ImageOrigin, ...]:

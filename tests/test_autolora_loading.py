@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import fails
 from PIL import Image
 from toy_labelled import noise
 
 from amt.data.labelled import ArrayImages
 from amt.data.loading import batches, transforms
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.transforms import unit_range
 
 # --- transforms ------------------------------------------------------------------------------------------
 
@@ -34,8 +33,8 @@ def test_test_transforms_are_torchvisions(size):
     image = photo(*size)
     low = t.Compose([t.Resize((32, 32)), t.ToTensor()])
     high = t.Compose([t.Resize(256), t.CenterCrop(224), t.ToTensor()])
-    assert torch.equal(transforms(32, False)[1](image, generator()), low(image))
-    assert torch.equal(transforms(224, True)[1](image, generator()), high(image))
+    assert torch.equal(unit_range(transforms(32, False)[1](image, generator())), low(image))
+    assert torch.equal(unit_range(transforms(224, True)[1](image, generator())), high(image))
 
 
 def test_low_resolution_training_is_a_padded_crop_and_a_flip():
@@ -48,7 +47,7 @@ def test_low_resolution_training_is_a_padded_crop_and_a_flip():
             crop = padded[:, top : top + 32, left : left + 32]
             crops[crop.tobytes()], crops[crop[:, :, ::-1].tobytes()] = (top, left, 0), (top, left, 1)
     train = transforms(32, False)[0]
-    seen = [crops[(train(image, generator(s)) * 255).round().byte().numpy().tobytes()] for s in range(400)]
+    seen = [crops[train(image, generator(s)).tobytes()] for s in range(400)]
     for values, most in zip(zip(*seen, strict=True), (8, 8, 1), strict=True):
         assert set(values) == set(range(most + 1))
     assert 150 < sum(flip for _, _, flip in seen) < 250
@@ -66,7 +65,7 @@ def test_high_resolution_training_crops_are_torchvisions(size):
         torch.manual_seed(0)
         n = 60
         a = torch.stack([spread(theirs(image)) for _ in range(n)])
-    b = torch.stack([spread(ours(image, generator(s))) for s in range(n)])
+    b = torch.stack([spread(unit_range(ours(image, generator(s)))) for s in range(n)])
     error = ((a.var(0) + b.var(0)) / n).sqrt()
     assert ((a.mean(0) - b.mean(0)).abs() <= 4 * error + 1e-6).all()
 
@@ -83,11 +82,9 @@ def test_transforms_draw_from_their_generator_alone(image_size, high):
     state = torch.get_rng_state()
     for transform in transforms(image_size, high):
         first, again = (transform(photo(70, 50), generator(5)) for _ in range(2))
-        assert torch.equal(first, again)
-        assert first.shape == (3, image_size, image_size) and first.dtype == torch.float32
-        assert first.min() >= 0 and first.max() <= 1
+        assert (first == again).all()
+        assert first.shape == (3, image_size, image_size) and first.dtype == np.uint8
     assert torch.equal(state, torch.get_rng_state())
-    fails("image size 0", lambda: transforms(0, high))
 
 
 # --- batches ---------------------------------------------------------------------------------------------
@@ -162,16 +159,6 @@ def test_augmentation_belongs_to_the_picture():
     )
 
 
-def test_any_transform_can_be_used():
-    """A plain function of picture and generator that gives a tensor of its own."""
-
-    def mean(image, drawn_from):
-        return torch.tensor(np.asarray(image).mean()) + torch.rand((), generator=drawn_from)
-
-    images, _, _ = next(iter(batches(in_memory(), mean, 4, seed=0)))
-    assert images.shape == (4,) and images.dtype == torch.float64
-
-
 def test_workers_leave_signals_to_their_parent():
     """Ctrl-C reaches the whole process group: the batch that its parent wants to finish with still comes."""
     parent = os.getpid()
@@ -180,13 +167,6 @@ def test_workers_leave_signals_to_their_parent():
         for number in (signal.SIGINT, signal.SIGTERM):
             if os.getpid() != parent:
                 os.kill(os.getpid(), number)
-        return torch.zeros(())
+        return np.zeros((3, 1, 1), np.uint8)
 
     assert len(list(batches(in_memory(), interrupted, 4, seed=0, workers=1))) == 6
-
-
-def test_numbers_out_of_range():
-    for wrong in ({"batch_size": 0}, {"seed": -1}, {"epoch": -1}, {"workers": -1}, {"start": -1}):
-        options = {"batch_size": 2, "seed": 0, **wrong}
-        with pytest.raises(InputError, match="expected"):
-            batches(in_memory(), transforms(32, False)[1], **options)

@@ -61,15 +61,15 @@ def pictures(n: int = 70, seed: int = 0) -> ArrayImages:
     return ArrayImages(pixels.astype(np.uint8), labels, "made up")
 
 
-def transform(image, _generator) -> torch.Tensor:
-    return unit_range(planes(image))
+def transform(image, _generator) -> np.ndarray:
+    return planes(image)
 
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:
     """A classifier that gets most pictures right, and some wrong."""
     part = pictures(100, seed=1)
-    images = torch.stack([transform(part.image(k), None) for k in range(100)])
+    images = torch.stack([unit_range(transform(part.image(k), None)) for k in range(100)])
     found = NETWORK.start(0)
     trained = {name: found[name].requires_grad_() for name in NETWORK.parameters}
     optimiser = torch.optim.SGD(trained.values(), 0.05, momentum=0.9)
@@ -130,7 +130,7 @@ def untimed(folder: Path) -> list[str]:
 def test_there_is_a_row_per_image_and_its_clean_column_is_plain_accuracy(whole, weights):
     run = runs.load(whole)
     part = pictures()
-    images = torch.stack([transform(part.image(k), None) for k in range(len(part))])
+    images = torch.stack([unit_range(transform(part.image(k), None)) for k in range(len(part))])
     with torch.no_grad():
         plain = logits(NETWORK, weights, images).argmax(1)
     (rows,) = run.rows.values()
@@ -361,7 +361,7 @@ def test_common_corruptions_are_measured_summed_up_and_gone_on_with(
     assert found["fog"] == first["fog"] and list(found) == ["fog", "noise"]
     for name, parts in corrupted().items():
         for accuracy, part in zip(found[name], parts, strict=True):
-            images = torch.stack([transform(part.image(k), None) for k in range(len(part))])
+            images = torch.stack([unit_range(transform(part.image(k), None)) for k in range(len(part))])
             with torch.no_grad():
                 right = logits(NETWORK, weights, images).argmax(1) == part.labels
             assert accuracy == pytest.approx(float(right.double().mean()))
@@ -479,7 +479,7 @@ def test_many_rows_are_summed_up_as_few_are():
 def test_measuring_by_numbers(weights):
     """Batches that share an index, with numbers, start as one batch does."""
     part = pictures(12)
-    images = torch.stack([transform(part.image(k), None) for k in range(12)])
+    images = torch.stack([unit_range(transform(part.image(k), None)) for k in range(12)])
     whole = testing.as_episode(images, part.labels, "toys", CLASSES)
     last = testing.as_episode(images[8:], part.labels[8:], "toys", CLASSES)
     predict = testing.predictor(NETWORK, weights)

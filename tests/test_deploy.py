@@ -25,7 +25,7 @@ from amt.models.network import Network, features
 from amt.models.pool import Merged, Pool, pretrained_pool, principal_pool
 from amt.models.trim import Trim
 from amt.models.weights import stream
-from amt.tasks.classifier import Classifier, prototype_classifier
+from amt.tasks.classifier import Classifier, head_classifier
 from amt.tasks.merge import augment, route, soup, uniform
 from amt.tasks.settings import Finetuning, Routing
 from meta_dataset_readers.episode import Episode
@@ -134,7 +134,7 @@ def test_a_soup_averages_the_factors(network, pool):
             product = pool.B[name].mean(0) @ pool.A[name].mean(0)
             by_hand[name] = residual + product.reshape(residual.shape)
     by_hand = Merged(by_hand, pool.scale.mean(), pool.bias.mean())
-    expected = prototype_classifier(network, by_hand, episode)
+    expected = head_classifier(network, by_hand, episode)
     classifier = predict(episode)
     assert torch.allclose(classifier.logits(episode.query), expected.logits(episode.query), atol=1e-4)
     assert classifier.coefficients == uniform(pool) == tuple(about["coefficients"])

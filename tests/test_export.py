@@ -50,7 +50,7 @@ def expected(merged: MergedNetwork, seen: torch.Tensor) -> torch.Tensor:
 
 
 def logits_of(merged: MergedNetwork, found: torch.Tensor) -> torch.Tensor:
-    return cosine_logits(found, merged.prototypes, merged.scale, merged.bias)
+    return cosine_logits(found, merged.head.centres, merged.scale, merged.bias)
 
 
 # --- timm ------------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def test_timm_takes_the_state_dict_as_it_is(merged, pool, tmp_path, monkeypatch)
     seen = images()
     found = follow_readme(readme.read_text(), tmp_path, monkeypatch, images=merged.network.normalise(seen))
     assert_same(found["features"], expected(merged, seen), 1e-6)
-    assert_same(load_file(beside)["prototypes"], merged.prototypes, 0)
+    assert_same(load_file(beside)["prototypes"], merged.head.centres, 0)
     assert_same(logits_of(merged, found["features"]), logits_of(merged, expected(merged, seen)), 1e-6)
     with safe_open(file, "pt") as opened:
         about = json.loads(opened.metadata()[export.METADATA])

@@ -12,7 +12,7 @@ from toy_baselines import ARCH, Plain, identical
 
 from amt.models.network import Network
 from amt.models.pool import Merged
-from amt.tasks.classifier import pretrained, prototype_classifier
+from amt.tasks.classifier import head_classifier, pretrained
 from amt.tasks.finetune import finetune, finetuned_predictor
 from amt.tasks.merge import augment
 from amt.tasks.settings import AUGMENTATIONS, Finetuning
@@ -39,7 +39,7 @@ def logits_of(network: Network, episode: Episode, settings: Finetuning = SETTING
 
 @pytest.mark.parametrize("settings", [Finetuning(lr=0.0), Finetuning(steps=0)])
 def test_no_rate_or_no_step_is_no_fine_tuning(network, episode, settings):
-    classifier = prototype_classifier(network, pretrained(network), episode)
+    classifier = head_classifier(network, pretrained(network), episode)
     expected = classifier.logits(patterned_episode(9, side=16).query)
     assert torch.equal(logits_of(network, episode, settings), expected)
 
@@ -57,7 +57,7 @@ def test_fine_tuning_is_adam_on_all_weights(network, episode):
     query = patterned_episode(9, side=16).query
     expected = plain(support, labels, query)
     assert torch.allclose(logits_of(network, episode, settings), expected, atol=2e-3)
-    untouched = prototype_classifier(network, pretrained(network), episode).logits(query)
+    untouched = head_classifier(network, pretrained(network), episode).logits(query)
     assert (untouched - expected).abs().max() > 0.1  # so that the tolerance means something
 
 

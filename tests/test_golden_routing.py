@@ -28,7 +28,7 @@ from amt.models.pool import Merged
 from amt.models.trim import Trim
 from amt.models.weights import Coefficients, trim_singular_values, truncate
 from amt.tasks import merge
-from amt.tasks.classifier import prototype_classifier
+from amt.tasks.classifier import head_classifier
 from amt.tasks.merge import average_of, blend, compactness, support_cosines
 from amt.tasks.settings import Routing
 from meta_dataset_readers.episode import Episode
@@ -88,7 +88,7 @@ def recorded_shares(data: dict[str, Tensor], case: str, adapters: int) -> Tensor
 def merged_logits(model: Model, coefficients: Coefficients, episode: Episode, trims=()) -> Tensor:
     weights = trim_singular_values(model.pool.merge(coefficients), trims)
     merged = Merged(weights, *model.pool.head(coefficients))
-    return prototype_classifier(model.network, merged, episode).logits(episode.query)
+    return head_classifier(model.network, merged, episode).logits(episode.query)
 
 
 def merged_layers() -> dict[str, str]:

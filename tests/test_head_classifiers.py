@@ -25,7 +25,7 @@ from amt.models.architectures import Arch
 from amt.models.head_settings import TRAINED, Head, default_head
 from amt.models.heads import PoolStatistics
 from amt.models.pool import principal_pool
-from amt.tasks.classifier import head_classifier, pretrained, prototype_classifier
+from amt.tasks.classifier import head_classifier, pretrained
 from amt.training import head_statistics as heads_measured
 from amt.training.head_statistics import covariances, measure_statistics
 from amt.training.meta_tune import OUTCOMES, started
@@ -72,7 +72,7 @@ def classifier(network, pool, known, episode, head, shares=(0.5, 0.5)):
 
 def test_the_default_head_is_the_published_classifier_to_the_bit(network, pool, known, five_shot):
     ours = classifier(network, pool, known, five_shot, Head())
-    published = prototype_classifier(network, pool.merged((0.5, 0.5)), five_shot, (0.5, 0.5))
+    published = head_classifier(network, pool.merged((0.5, 0.5)), five_shot, (0.5, 0.5))
     assert torch.equal(ours.logits(five_shot.query), published.logits(five_shot.query))
 
 

@@ -25,7 +25,7 @@ from amt.models.pool import Pool, principal_pool
 from amt.models.trim import Trim
 from amt.models.weights import stream
 from amt.tasks import leave_one_out
-from amt.tasks.classifier import merged_networks, merged_predictor, prototype_classifier
+from amt.tasks.classifier import head_classifier, merged_networks, merged_predictor
 from amt.tasks.leave_one_out import leave_one_out_loss, new_trial
 from amt.tasks.merge import route
 from amt.tasks.settings import BETAS, GAMMAS, Routing
@@ -364,7 +364,7 @@ def test_a_tasks_trimming_is_one_that_improves(network, three, offered):
         settings = [((0.5, 0.5, 0.0), (BLOCK, *extra)) for extra in [(), *((trim,) for trim in offered)]]
         losses = by_hand(network, three, episode, settings, 0, 0)
         merged = merged_networks(three)(*settings[losses.index(min(losses))])
-        expected = prototype_classifier(network, merged, episode)
+        expected = head_classifier(network, merged, episode)
         assert torch.allclose(predict(episode).logits(episode.query), expected.logits(episode.query))
 
 

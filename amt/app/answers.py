@@ -36,7 +36,7 @@ class Source:
     Args:
         pool: its file.
         merging: how it becomes one network.
-        arch, image_size, device: see `fit_pictures`.
+        arch, image_size, device: see `open_pool`.
     """
 
     pool: Path
@@ -47,8 +47,8 @@ class Source:
 
     def fit(self, images: Sequence[Any], labels: Sequence[str]) -> Task:
         """The task of labelled images; errors as of `fit_pictures`."""
-        given = {"arch": self.arch, "image_size": self.image_size, "device": self.device}
-        return fit_pictures(self.pool, images, np.array(labels), self.merging, **given)[0]
+        opened = open_pool(self.pool, self.arch, self.image_size, self.device)
+        return fit_pictures(opened, images, np.array(labels), self.merging)[0]
 
     def side(self) -> int:
         """Side in pixels of what the network sees."""

@@ -6,7 +6,6 @@ is in 1/255 of the pixel range, in both norms.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from amt.attacks.kinds import Attack
 from amt.attacks.levels import Perturbation
 from amt.attacks.library import library_attack
 from amt.attacks.losses import kl_sum, loss_sum, misclassified
-from amt.attacks.perturb import Ball, ascend, end_of_ascent, filled, input_gradient, pgd
+from amt.attacks.perturb import Ball, ascend, filled, input_gradient, pgd
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -164,8 +163,12 @@ def attack_support(
         logits = look(points)
         return None if worst.fooled.all() else F.cross_entropy(logits, labels)
 
-    start, move = ball.start(support, generator), partial(ball.step, images=support)
-    points = end_of_ascent(start, partial(input_gradient, loss_at), move, attack.budget)
+    points = ball.start(support, generator)
+    for _ in range(attack.budget):
+        direction = input_gradient(loss_at, points)
+        if direction is None:
+            break
+        points = ball.step(points, direction, support)
     if not worst.fooled.all():
         with torch.no_grad():
             look(points)

@@ -13,7 +13,6 @@ autograd for is the gradient with respect to the points.
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -48,27 +47,6 @@ def input_gradient(loss_of: Callable[[Any], Tensor | None], points: Any) -> Any:
         return None
     found = torch.autograd.grad(loss, leaves)
     return found[0] if single else list(found)
-
-
-def end_of_ascent(
-    start: Tensor,
-    gradient_of: Callable[[Tensor], Tensor | None],
-    move: Callable[[Tensor, Tensor], Tensor],
-    steps: int,
-) -> Tensor:
-    """The points (n, 3, H, W) that steps of ascent end at.
-
-    Args:
-        gradient_of: points -> direction of ascent; None ends it.
-        move: (points, gradient) -> the next points, projected.
-    """
-    points = start
-    for _ in range(steps):
-        direction = gradient_of(points)
-        if direction is None:
-            break
-        points = move(points, direction)
-    return points
 
 
 def ascend(
@@ -326,17 +304,17 @@ def pgd(
             return LOSS_SCALE * F.cross_entropy(logits, labels[active], reduction="sum")
         return LOSS_SCALE * loss_of(logits, active)
 
-    def move(points: Tensor, direction: Tensor) -> Tensor:
-        nonlocal active
+    points = attacked
+    for _ in range(steps):
+        direction = input_gradient(loss_at, points)
+        if direction is None:
+            break
         if rest is not None:
             active, points, direction = active[rest], points[rest], direction[rest]
         moved = ball.step(points, direction, images[active])
         if rest is None:
             moved = torch.where(fooled[active].view(-1, 1, 1, 1), points, moved)
-        attacked[active] = moved
-        return moved
-
-    points = end_of_ascent(attacked, partial(input_gradient, loss_at), move, steps)
+        attacked[active] = points = moved
     if rest is None or len(rest):
         with torch.no_grad():
             look(points)

@@ -40,7 +40,7 @@ from amt.training.autolora import FineTuner, StepRecord, new_student
 from amt.training.autolora_settings import Adversary, Settings
 from amt.training.keeper import FINE_TUNING, Keeper, brief, fine_tuning_state, scalars
 from amt.training.schedule import LOWEST_RATE
-from meta_dataset_readers.errors import InputError, say
+from meta_dataset_readers.errors import InputError, damaged, say
 
 _PASSES = 1 << 20  # sets the seeds of passes over the training set apart from those of training
 
@@ -374,10 +374,8 @@ def restore(tuner: FineTuner, path: Path, protocol: dict) -> None:
     """
     tensors, about = fine_tuning_state(path)
     check_same(path, settings_pairs(about["protocol"], protocol), "--output")
-    try:
+    with damaged(f"{path}: damaged state", (KeyError, TypeError, ValueError, RuntimeError), said=str):
         tuner.restore(tensors, about["tuner"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: damaged state ({error})") from error
 
 
 def data_protocol(args: argparse.Namespace) -> dict:

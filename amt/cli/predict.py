@@ -204,7 +204,7 @@ def task_of(args: argparse.Namespace) -> "Task":
     """
     from amt.few_shot import pictures, task_file
     from amt.few_shot.fitting import fit_pictures, fit_texts
-    from amt.few_shot.pools import find_pool
+    from amt.few_shot.pools import find_pool, open_pool
     from amt.files import checkpoint
     from amt.models.network import find_device
 
@@ -216,18 +216,18 @@ def task_of(args: argparse.Namespace) -> "Task":
                     f"{file}: is a saved task, which has its {what}; expected a pool, or no --{flag}"
                 )
         return task_file.load(file).to(find_device(args.device))
-    given = {"arch": args.arch, "image_size": args.image_size, "device": args.device}
-    if args.support is None and args.text_prototypes is not None:
-        return fit_texts(file, merging(args), **given)[0]
-    if args.support is None:
+    if args.support is None and args.text_prototypes is None:
         checkpoint.load(file)  # says what is wrong with a file that is neither
         raise InputError(
             f"{file}: is a pool, which knows no classes yet; give --support FOLDER with one folder of image "
             "files per class, or texts of the classes by --text_prototypes FILE.npz"
         )
-    found, names = pictures.in_class_folders(args.support)
-    where = f"--support {args.support}: "
-    return fit_pictures(file, found, names, merging(args), where=where, **given)[0]
+    labelled = None if args.support is None else pictures.in_class_folders(args.support)
+    wanted = merging(args)
+    opened = open_pool(file, args.arch, args.image_size, args.device)
+    if labelled is None:
+        return fit_texts(opened, wanted)[0]
+    return fit_pictures(opened, *labelled, wanted, where=f"--support {args.support}: ")[0]
 
 
 def compiled(task: "Task") -> "Task":

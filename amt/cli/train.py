@@ -34,7 +34,7 @@ from amt.models.weights import Weights
 from amt.training.keeper import Keeper, brief, check_resumable, scalars
 from amt.training.tuner import Tuner, steps
 from meta_dataset_readers.episode import Episode
-from meta_dataset_readers.errors import InputError, say
+from meta_dataset_readers.errors import InputError, damaged, say
 from meta_dataset_readers.reader import EpisodeReader, SourceMixture, episode_loader
 from meta_dataset_readers.stored_episodes import open_episodes
 
@@ -354,11 +354,10 @@ def restored(args: argparse.Namespace, network: Network, path: Path) -> tuple[Tu
     check_same(path, [(name, found.get(name), value) for name, value in settings.items()])
     pool = pool.to(network.device)
     tuner = Tuner(network, pool, options.tune_settings(args), args.levels_at_once)
-    try:
+    kinds = (KeyError, IndexError, TypeError, ValueError, RuntimeError)
+    with damaged(f"{path}: damaged optimiser state", kinds, said=repr):
         tuner.restore(saved.momentum, saved.about["tuner"])
         history, size = saved.about["history"], tuner.settings.episodes_per_epoch
         if not len(history) * size <= tuner.episodes_done <= (len(history) + 1) * size:
             raise ValueError(f"{tuner.episodes_done} episodes done, {len(history)} epochs noted")
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: damaged optimiser state ({error!r})") from error
     return tuner, history

@@ -14,7 +14,7 @@ import numpy as np
 
 from amt.data.list_files import as_integers, as_texts, read_lines
 from amt.data.numpy_pickles import STAND_INS, NumpyArray, NumpyType
-from meta_dataset_readers.errors import InputError, first_line
+from meta_dataset_readers.errors import InputError, damaged
 from meta_dataset_readers.files import read_bytes
 
 _LARGEST_BATCH = 2**30  # bytes; the longest of the real files has 160 million
@@ -72,7 +72,7 @@ def _binary_batch(label_bytes: int) -> Callable[[Path], tuple[np.ndarray, list[i
 
 def _unpickled(file: Path) -> dict[str, Any]:
     """The dictionary in a pickle of texts, numbers, lists and arrays."""
-    try:
+    with damaged(f"{file}: damaged pickle"):
         content = _CifarUnpickler(file).load()
         if not isinstance(content, dict):
             raise InputError(f"{file}: holds a {type(content).__name__}, expected a dictionary")
@@ -81,10 +81,6 @@ def _unpickled(file: Path) -> dict[str, Any]:
         return {
             key: value.array if isinstance(value, NumpyArray) else value for key, value in content.items()
         }
-    except InputError:
-        raise
-    except Exception as error:  # a damaged pickle can bring its reader to raise anything
-        raise InputError(f"{file}: damaged pickle ({first_line(error)})") from error
 
 
 class _CifarUnpickler(pickle._Unpickler):

@@ -112,7 +112,7 @@ class _CorruptedImages(Labelled):
     ):
         self.clean, self.labels = clean, clean.labels
         self.name, self.severity, self.seed = name, severity, seed
-        self._view = transforms(image_size, high_resolution)[1].pixels
+        self._view = transforms(image_size, high_resolution)[1]
 
     def image(self, index: int) -> Image.Image:
         pixels = self._view(self.clean.image(index), torch.Generator()).transpose(1, 2, 0)

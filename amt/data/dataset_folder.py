@@ -30,7 +30,7 @@ class Known:
     Args:
         n_classes: how many classes it has as it is distributed; None where the folder tells.
         image_size: the side in pixels that it is read at by default.
-        open: `open(folder, seed)`: the data set in a folder; the seed is for those without an official split.
+        open: the data set in a folder.
         aliases: other names, see `known`.
         home: where to get it.
         prepare: of pictures that are files, see `pictures.decode_image`.
@@ -41,7 +41,7 @@ class Known:
     title: str
     n_classes: int | None
     image_size: int
-    open: Callable[["DatasetFolder", int], Opened]
+    open: Callable[["DatasetFolder"], Opened]
     aliases: tuple[str, ...] = ()
     home: str = ""
     prepare: Prepare | None = None

@@ -58,26 +58,24 @@ def _plain(name: str) -> str:
     return re.sub(r"[-_ ]", "", name).lower()
 
 
-def open_dataset(name: str, folder: Path, seed: int = 0) -> Opened:
+def open_dataset(name: str, folder: Path) -> Opened:
     """The data set `name` (see `known`) in `folder`, which is torchvision's root for it or what its archive
-    unpacks to. Data sets without an official split (Caltech, class folders) are split per class by `seed`.
+    unpacks to. Those without an official split (Caltech, class folders) are split per class, always alike.
 
     Raises InputError: an unknown name, the first file or folder that is missing and what it should hold, or
     a file that is not what it should be.
     """
     entry = known(name)
-    if seed < 0:
-        raise InputError(f"--seed {seed}: expected 0 or more")
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder, expected {entry.title}; get it from {entry.home}")
     try:
-        return entry.open(DatasetFolder(folder, entry), seed)
+        return entry.open(DatasetFolder(folder, entry))
     except OSError as error:
         raise InputError(f"{error.filename or folder}: cannot be read: {error.strerror or error}") from error
 
 
-def _open_cifar(*forms: cifar.Form) -> Callable[[DatasetFolder, int], Opened]:
-    def read(place: DatasetFolder, _seed: int) -> Opened:
+def _open_cifar(*forms: cifar.Form) -> Callable[[DatasetFolder], Opened]:
+    def read(place: DatasetFolder) -> Opened:
         form = next((form for form in forms if _cifar_place(place, form).holds(".", form.files)), forms[0])
         place = _cifar_place(place, form)
         files = [place.file(name, "a batch of pictures") for name in (*form.train, *form.test)]
@@ -116,7 +114,7 @@ def _cifar_split(form: cifar.Form, files: Sequence[Path], place: DatasetFolder, 
 _STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 
 
-def _open_stl10(place: DatasetFolder, _seed: int) -> Opened:
+def _open_stl10(place: DatasetFolder) -> Opened:
     names = ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin")
     place = place.at(("stl10_binary", "."), names)
     files = [place.file(name, "pictures" if "X" in name else "labels") for name in names]
@@ -133,7 +131,7 @@ def _stl10_split(pictures: Path, labels: Path) -> ArrayImages:
     return ArrayImages(planes.transpose(0, 3, 2, 1), labels_from_zero(labels, found, 10), str(pictures))
 
 
-def _open_dtd(place: DatasetFolder, _seed: int) -> Opened:
+def _open_dtd(place: DatasetFolder) -> Opened:
     """Split 1 of ten: its train and val are for training, its test for testing."""
     place = place.at(("dtd/dtd", "dtd", "."), ("labels", "images"))
     root = place.subfolder("images", "a folder of pictures per class")
@@ -148,7 +146,7 @@ def _open_dtd(place: DatasetFolder, _seed: int) -> Opened:
     return place.pictures(root, class_names, [entry(*at) for at in train + val], [entry(*at) for at in test])
 
 
-def _open_dogs(place: DatasetFolder, _seed: int) -> Opened:
+def _open_dogs(place: DatasetFolder) -> Opened:
     place = place.at(("stanford_dogs", "StanfordDogs", "."), ("Images", "lists", "train_list.mat"))
     root = place.subfolder("Images", "a folder of pictures per breed")
     splits = []
@@ -162,7 +160,7 @@ def _open_dogs(place: DatasetFolder, _seed: int) -> Opened:
     return place.pictures(root, class_names_by_folder(*splits), *splits)
 
 
-def _open_cub(place: DatasetFolder, _seed: int) -> Opened:
+def _open_cub(place: DatasetFolder) -> Opened:
     lists = ("images.txt", "image_class_labels.txt", "train_test_split.txt")
     place = place.at(("CUB_200_2011", "cub", "."), lists)
     root = place.subfolder("images", "a folder of pictures per species")
@@ -194,7 +192,7 @@ def _by_number(file: Path) -> dict[str, str]:
     return found
 
 
-def _open_cars(place: DatasetFolder, _seed: int) -> Opened:
+def _open_cars(place: DatasetFolder) -> Opened:
     """Either form: pictures of a split in a folder each, or all in one folder. Lists of both may be there,
     so the pictures tell."""
     place = place.at(
@@ -233,7 +231,7 @@ def _car_entries(file: Path, table: np.ndarray, field: str, folder: str, n_class
     return [Entry(*pair, file) for pair in zip(paths, labels, strict=True)]
 
 
-def _open_aircraft(place: DatasetFolder, _seed: int) -> Opened:
+def _open_aircraft(place: DatasetFolder) -> Opened:
     """The 100 variants; train and val are for training."""
     place = place.at(("fgvc-aircraft-2013b/data", "data", "."), ("variants.txt", "images"))
     root = place.subfolder("images", "the pictures")
@@ -248,7 +246,7 @@ def _open_aircraft(place: DatasetFolder, _seed: int) -> Opened:
     return place.pictures(root, class_names, *splits)
 
 
-def _open_flowers(place: DatasetFolder, _seed: int) -> Opened:
+def _open_flowers(place: DatasetFolder) -> Opened:
     """The official training and validation pictures, ten per class each, are both for training."""
     from torchvision.datasets import Flowers102  # for the names, which the archive lacks
 
@@ -269,7 +267,7 @@ def _open_flowers(place: DatasetFolder, _seed: int) -> Opened:
     return place.pictures(root, class_names, entries("trnid") + entries("valid"), entries("tstid"))
 
 
-def _open_food101(place: DatasetFolder, _seed: int) -> Opened:
+def _open_food101(place: DatasetFolder) -> Opened:
     place = place.at(("food-101", "."), ("meta", "images"))
     root = place.subfolder("images", "a folder of pictures per class")
     files = [place.file(f"meta/{split}.json", "a list of pictures") for split in ("train", "test")]
@@ -295,24 +293,24 @@ def _open_food101(place: DatasetFolder, _seed: int) -> Opened:
 
 def _open_caltech(
     folders: tuple[str, ...], categories: str, most: int, left_out: tuple[str, ...] = ()
-) -> Callable[[DatasetFolder, int], Opened]:
+) -> Callable[[DatasetFolder], Opened]:
     """No official split: `most` pictures of a class are for training, at most 80 %, the rest for testing."""
 
-    def read(place: DatasetFolder, seed: int) -> Opened:
+    def read(place: DatasetFolder) -> Opened:
         place = place.at((*folders, "."), (categories,))
         root = place.subfolder(categories, "a folder of pictures per class")
         classes = [folder for folder in folder_names(root) if folder not in left_out]
-        return _split_classes(place, root, classes, seed, most)
+        return _split_classes(place, root, classes, most)
 
     return read
 
 
-def _open_folders(place: DatasetFolder, seed: int) -> Opened:
+def _open_folders(place: DatasetFolder) -> Opened:
     """train/, test/ and perhaps val/ of class folders; or class folders alone, 80 % of each for training."""
     place = _unwrapped(place)
     found = split_folders(place.folder)
     if not found.keys() & {"TRAIN", "TEST"}:
-        return _split_classes(place, place.folder, folder_names(place.folder), seed)
+        return _split_classes(place, place.folder, folder_names(place.folder))
     root = place.subfolder(found.get("TRAIN", "train"), "a folder of training pictures per class")
     place.subfolder(found.get("TEST", "test"), "a folder of test pictures per class")
     class_names = folder_names(root)
@@ -347,9 +345,9 @@ def _folder_entries(root: Path, split: str, class_names: Sequence[str]) -> list[
 
 
 def _split_classes(
-    place: DatasetFolder, root: Path, classes: Sequence[str], seed: int, most: int | None = None
+    place: DatasetFolder, root: Path, classes: Sequence[str], most: int | None = None
 ) -> Opened:
-    """Class folders split by `seed`: of n pictures 80 %, but not more than `most`, for training."""
+    """Class folders split: of n pictures 80 %, but not more than `most`, for training."""
     if not classes:
         raise InputError(f"{root}: no folder, expected one per class of {place.entry.title}")
     entries = []
@@ -361,7 +359,7 @@ def _split_classes(
         entries += [Entry(f"{name}/{file}", label, root) for file in files]
     labels = int64(entry.label for entry in entries)
     most = len(entries) if most is None else most
-    train, test = choose_per_class(labels, lambda n: min(4 * n // 5, most), (seed,))
+    train, test = choose_per_class(labels, lambda n: min(4 * n // 5, most), (0,))
     return place.pictures(root, classes, [entries[i] for i in train], [entries[i] for i in test])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from scipy.io import loadmat
 
-from meta_dataset_readers.errors import InputError, first_line
+from meta_dataset_readers.errors import InputError, damaged
 from meta_dataset_readers.files import LARGEST_LIST, read_bytes
 
 
@@ -34,12 +34,8 @@ def read_pairs(file: Path) -> list[tuple[str, str]]:
 
 def read_matlab(file: Path, variable: str) -> np.ndarray:
     """A variable of a MATLAB file, with one dimension."""
-    try:
+    with damaged(f"{file}: damaged MATLAB file"):
         found = loadmat(io.BytesIO(read_bytes(file, LARGEST_LIST)), squeeze_me=True)
-    except InputError:
-        raise
-    except Exception as error:  # scipy raises almost anything over a damaged file
-        raise InputError(f"{file}: damaged MATLAB file ({first_line(error)})") from error
     if variable not in found:
         raise InputError(f"{file}: no variable {variable!r}, expected a list of that name")
     return np.atleast_1d(found[variable])

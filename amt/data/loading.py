@@ -10,6 +10,7 @@ before.
 """
 
 import dataclasses
+import functools
 import hashlib
 import struct
 from collections.abc import Callable, Iterator
@@ -26,9 +27,9 @@ from amt.data.labelled import Chosen, Labelled, choose_per_class
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.feeding import Feed
 from meta_dataset_readers.loader import OrderedLoader
-from meta_dataset_readers.transforms import planes, unit_range
+from meta_dataset_readers.transforms import planes
 
-Transform = Callable[[Image.Image, torch.Generator], Tensor]
+Transform = Callable[[Image.Image, torch.Generator], np.ndarray]
 
 _PADDING = 4  # pixels on each side, of which a random crop takes none to all; the same at every size
 _CROP_AREA = (0.08, 1.0)  # of the picture
@@ -88,42 +89,25 @@ def open_splits(name: str, folder: Path, validation: float = 0.1, seed: int = 0)
 # --- transforms ------------------------------------------------------------------------------------------
 
 
-def transforms(image_size: int, high_resolution: bool) -> tuple["PixelTransform", "PixelTransform"]:
-    """The published (training, test) transforms: RGB pictures of any size to float32 (3, S, S) in [0, 1].
+def transforms(image_size: int, high_resolution: bool) -> tuple[Transform, Transform]:
+    """The published (training, test) transforms: RGB pictures of any size to uint8 (3, S, S), a quarter of
+    the size of numbers to send from process to process.
 
     Low resolution: resized to S x S; for training a random crop of that, padded by 4 black pixels on each
     side, and a flip. High resolution: the shorter side to 256/224 S; for training a random resized crop and
     a flip, for the test the centre. Resizing is bilinear with antialiasing, as torchvision's on pictures.
     The generator is the only source of randomness; tests draw nothing from it.
-
-    Raises InputError for a size below 1.
     """
-    if image_size < 1:
-        raise InputError(f"image size {image_size}: expected 1 or more")
-    if high_resolution:
-        return PixelTransform(image_size, _random_resized_crop), PixelTransform(image_size, _centre_crop)
-    return PixelTransform(image_size, _padded_crop), PixelTransform(image_size, _resized_pixels)
+    views = (_random_resized_crop, _centre_crop) if high_resolution else (_padded_crop, _resized_pixels)
+    train, test = (functools.partial(view, image_size) for view in views)
+    return train, test
 
 
-@dataclasses.dataclass(frozen=True)
-class PixelTransform:
-    """A transform by way of uint8 pixels (3, S, S), a quarter of the size to send from process to process."""
-
-    image_size: int
-    view: Callable[[Image.Image, int, torch.Generator], np.ndarray]
-
-    def pixels(self, image: Image.Image, generator: torch.Generator) -> np.ndarray:
-        return self.view(image, self.image_size, generator)
-
-    def __call__(self, image: Image.Image, generator: torch.Generator) -> Tensor:
-        return unit_range(self.pixels(image, generator))
-
-
-def _resized_pixels(image: Image.Image, size: int, _generator: torch.Generator) -> np.ndarray:
+def _resized_pixels(size: int, image: Image.Image, _generator: torch.Generator) -> np.ndarray:
     return planes(_resized(image, size, size))
 
 
-def _padded_crop(image: Image.Image, size: int, generator: torch.Generator) -> np.ndarray:
+def _padded_crop(size: int, image: Image.Image, generator: torch.Generator) -> np.ndarray:
     padded = np.zeros((3, size + 2 * _PADDING, size + 2 * _PADDING), np.uint8)
     padded[:, _PADDING:-_PADDING, _PADDING:-_PADDING] = planes(_resized(image, size, size))
     top, left, flip = _integers(generator, 2 * _PADDING + 1, 2 * _PADDING + 1, 2)
@@ -131,13 +115,13 @@ def _padded_crop(image: Image.Image, size: int, generator: torch.Generator) -> n
     return crop[:, :, ::-1] if flip else crop
 
 
-def _centre_crop(image: Image.Image, size: int, _generator: torch.Generator) -> np.ndarray:
+def _centre_crop(size: int, image: Image.Image, _generator: torch.Generator) -> np.ndarray:
     image = _shorter_side_resized(image, size)
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return planes(image.crop((left, top, left + size, top + size)))
 
 
-def _random_resized_crop(image: Image.Image, size: int, generator: torch.Generator) -> np.ndarray:
+def _random_resized_crop(size: int, image: Image.Image, generator: torch.Generator) -> np.ndarray:
     image = _shorter_side_resized(image, size)
     crop = planes(
         image.crop(_random_box(image.width, image.height, generator)).resize((size, size), _BILINEAR)
@@ -204,12 +188,8 @@ def batches(
     be short. `len()` is the number of batches from `start` on. With `workers` processes (0: this one)
     batches are prepared ahead; torch's global generator is left alone. Images and labels come on `device`.
 
-    Raises InputError here for numbers out of range, and while iterating for a picture at fault.
+    Raises InputError while iterating for a picture at fault.
     """
-    least = (("batch size", batch_size, 1), ("seed", seed, 0), ("epoch", epoch, 0), ("workers", workers, 0))
-    for name, value, smallest in (*least, ("start", start, 0)):
-        if value < smallest:
-            raise InputError(f"{name} {value}: expected {smallest} or more")
     order = np.random.default_rng([seed, epoch]).permutation(len(part)) if shuffle else np.arange(len(part))
     return Batches(_Source(part, transform, batch_size, (seed, epoch), order), start, workers, Feed(device))
 
@@ -231,7 +211,7 @@ class Batches:
 
 @dataclasses.dataclass(frozen=True)
 class _Source(Dataset):
-    """Batches by number; pixels stay uint8 if the transform has them so, since shared memory is dear."""
+    """Batches by number; pixels stay uint8, since shared memory is dear."""
 
     part: Labelled
     transform: Transform
@@ -244,16 +224,12 @@ class _Source(Dataset):
 
     def __getitem__(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         indices = torch.from_numpy(self.order[batch * self.batch_size : (batch + 1) * self.batch_size])
-        return self._images(indices.tolist()), self.part.labels[indices], indices
-
-    def _images(self, indices: list[int]) -> Tensor:
         generator = torch.Generator()
-        view = getattr(self.transform, "pixels", self.transform)
         images = [
-            view(self.part.image(index), generator.manual_seed(picture_seed(*self.key, index)))
-            for index in indices
+            self.transform(self.part.image(index), generator.manual_seed(picture_seed(*self.key, index)))
+            for index in indices.tolist()
         ]
-        return torch.stack(images) if isinstance(images[0], Tensor) else torch.from_numpy(np.stack(images))
+        return torch.from_numpy(np.stack(images)), self.part.labels[indices], indices
 
 
 def picture_seed(*key: int) -> int:

@@ -45,13 +45,12 @@ from amt.tasks.classifier import (
     merged_predictor,
     mixed_in,
     pretrained,
-    prototype_classifier,
 )
 from amt.tasks.finetune import finetuned_predictor
 from amt.tasks.merge import average_of, kept_members, route, soup, uniform
 from amt.tasks.settings import Routing
 from meta_dataset_readers.episode import Episode
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, damaged
 
 STAMP = (
     "settings chosen on labelled episodes of the split that is scored (published protocol, for comparison "
@@ -185,7 +184,7 @@ def _fitters(
 
     def fitter(head: Head) -> Fitter:
         if head == Head():
-            return prototype_classifier
+            return head_classifier
         second = mixed_in(network, pool, head)
         return partial(head_classifier, head=head, statistics=statistics, second=second, **known)
 
@@ -281,7 +280,8 @@ def _predictor(
 
 def _settled(deployment: Deployment, note: Mapping) -> Deployment:
     """The deployment with what a note says was chosen, so that nothing is left to choose."""
-    try:
+    fault = "merging.json is damaged: it does not say what was chosen"
+    with damaged(fault, (KeyError, TypeError, ValueError), said=repr):
         trims = tuple(Trim(**trim) for trim in note["trims"])
         settled = dataclasses.replace(deployment, select="none", trims=trims, trim_candidates=())
         if len(deployment.offered_heads) > 1:
@@ -291,8 +291,6 @@ def _settled(deployment: Deployment, note: Mapping) -> Deployment:
         if deployment.routing == "best":
             return dataclasses.replace(settled, coefficients=tuple(note["coefficients"]))
         return settled
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"merging.json is damaged: it does not say what was chosen ({error!r})") from error
 
 
 def _decide(pool: Pool | None, deployment: Deployment, choose: Callable[[], tuple[Selection, str]]) -> dict:

@@ -29,7 +29,7 @@ from amt.evaluation.noted import About, Accuracies, Corruptions, Merging, Row
 from amt.evaluation.samples import Sample, read_samples
 from amt.evaluation.sanity import Finding, judge
 from amt.evaluation.statistics import Summary, chance, over_seeds, summarise, with_averages
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, damaged
 from meta_dataset_readers.files import parse_json, read_bytes, read_json
 from meta_dataset_readers.json_fields import conform
 
@@ -289,11 +289,10 @@ def read_about(folder: Path) -> dict:
 
 def check_columns(path: Path, about: Mapping) -> None:
     """Raise an `InputError` unless the columns that a file names are those of its attacks, and clean."""
+    kinds = (TypeError, ValueError)
     for number, values in enumerate(about["attacks"]):
-        try:
+        with damaged(f"{path}: field 'attacks.{number}': expected an attack", kinds, said=str):
             needed = attack_from(values).columns
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{path}: field 'attacks.{number}': expected an attack ({error})") from error
         for column in ("clean", *needed):
             if column not in about["columns"]:
                 raise InputError(f"{path}: field 'columns': expected {column} among them")

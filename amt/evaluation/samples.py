@@ -12,7 +12,7 @@ from amt.evaluation.evaluate import Measurement
 from amt.files import npz
 from amt.models.heads import index_in_class
 from meta_dataset_readers.episode import Episode
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, damaged
 from meta_dataset_readers.files import replace_file
 
 SAMPLED = 10  # queries kept of an episode
@@ -110,7 +110,7 @@ def read_samples(folder: Path) -> list[Sample]:
 
 
 def _read_sample(path: Path) -> Sample:
-    try:
+    with damaged(f"{path}: no sample of images", said=repr):
         arrays = npz.read(path, LARGEST)
         found = {name: arrays[name] for name in Sample._fields if name not in _SUPPORT or name in arrays}
         texts = {
@@ -121,10 +121,6 @@ def _read_sample(path: Path) -> Sample:
         }
         sample = Sample(**found | texts)
         good = _fits(sample)
-    except InputError:
-        raise
-    except Exception as error:  # numpy and zipfile raise a dozen kinds over damaged files
-        raise InputError(f"{path}: no sample of images ({error!r})") from error
     if not good:
         raise InputError(f"{path}: no sample of images (its arrays do not fit each other)")
     return sample

@@ -9,7 +9,6 @@ adapters' support features, the attacked or augmented views, and everything that
 coefficients. Knows no file, and does not know where episodes come from.
 """
 
-import dataclasses
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -24,7 +23,7 @@ from amt.models.network import Network
 from amt.models.pool import Pool
 from amt.models.trim import Trim
 from amt.models.weights import Coefficients, Merged, stream
-from amt.tasks.classifier import Classifier, Fitter, Predictor, merged_networks, prototype_classifier
+from amt.tasks.classifier import Classifier, Fitter, Predictor, head_classifier, merged_networks
 from amt.tasks.leave_one_out import lowest_loss, new_trial
 from amt.tasks.merge import Members, kept_members, route_each
 from amt.tasks.settings import Routing
@@ -39,7 +38,7 @@ _SELECTION_STEPS = 10  # of PGD, half as many as usually score
 
 Candidate = Routing | Coefficients
 Setting = tuple[Coefficients, tuple[Trim, ...], Fitter]
-PROTOTYPES: Mapping[str, Fitter] = {"prototypes": prototype_classifier}
+PROTOTYPES: Mapping[str, Fitter] = {"prototypes": head_classifier}
 
 
 class Selection(NamedTuple):
@@ -200,7 +199,7 @@ def select(
     scores, curve = _named_scores(names, tried), _curve(names, tried)
     if not trim_candidates:
         return Selection(candidate, head, (), scores, curve)
-    untrimmed = dict(zip(tried[best].episodes, tried[best].settings, strict=True))
+    untrimmed = {index: setting for index, setting, _ in tried[best]}
 
     def trimmed(episode: Episode) -> list[Setting]:
         coefficients, always, fitter = untrimmed[episode.index]
@@ -209,7 +208,7 @@ def select(
     tried_trims = _try(episodes(), trimmed, score, halving)
     scores += _named_scores([f"trim {trim_name(trim)}" for trim in trim_candidates], tried_trims)
     best_trim = _best(tried_trims)
-    improves = tried_trims[best_trim].mean > tried[best].mean
+    improves = _mean(tried_trims[best_trim]) > _mean(tried[best])
     return Selection(candidate, head, (trim_candidates[best_trim],) if improves else (), scores, curve)
 
 
@@ -221,7 +220,7 @@ def support_predictor(
     trim_candidates: Sequence[Trim] = (),
     epsilon: float = 0.0,
     seed: int = 0,
-    fitter: Fitter = prototype_classifier,
+    fitter: Fitter = head_classifier,
 ) -> Predictor:
     """For every task: the candidate, then the trimming if it improves on none, of the least leave-one-out
     loss on the support set (amt/tasks/leave_one_out.py); merge, trim, prototypes.
@@ -285,22 +284,16 @@ def _rounded(coefficients: Coefficients) -> Coefficients:
     return tuple(round(20 * c) / 20 for c in coefficients)
 
 
-@dataclasses.dataclass
-class _Tried:
-    """What one candidate was on each episode, by the episode's index, and its score there."""
+_Tried = list[tuple[int, Setting, Score]]  # of one candidate: an episode's index, and what it was there
 
-    episodes: list[int] = dataclasses.field(default_factory=list)
-    settings: list[Setting] = dataclasses.field(default_factory=list)
-    scores: list[Score] = dataclasses.field(default_factory=list)
 
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(score.value for score in self.scores)
+def _mean(tried: _Tried) -> float:
+    return statistics.fmean(score.value for *_, score in tried)
 
-    @property
-    def history(self) -> tuple:
-        """Candidates of the same history cannot be told apart so far."""
-        return tuple((_rounded(coefficients), *rest) for coefficients, *rest in self.settings)
+
+def _history(tried: _Tried) -> tuple:
+    """Candidates of the same history cannot be told apart so far."""
+    return tuple((_rounded(coefficients), *rest) for _, (coefficients, *rest), _ in tried)
 
 
 def _try(
@@ -315,16 +308,14 @@ def _try(
     for number, episode in enumerate(episodes, 1):
         settings = settings_of(episode)
         if number == 1:
-            tried = [_Tried() for _ in settings]
+            tried = [[] for _ in settings]
             running = list(range(len(settings)))
         known: dict[tuple, Score] = {}
         for k in running:
             key = _rounded(settings[k][0]), *settings[k][1:]
             if key not in known:
                 known[key] = score(episode, settings[k])
-            tried[k].episodes.append(episode.index)
-            tried[k].settings.append(settings[k])
-            tried[k].scores.append(known[key])
+            tried[k].append((episode.index, settings[k], known[key]))
         rounds, between = divmod(number, LEAST_EPISODES)
         if halving and between == 0 and rounds & (rounds - 1) == 0:
             running = _better_half(tried, running)
@@ -335,33 +326,29 @@ def _better_half(tried: Sequence[_Tried], running: Sequence[int]) -> list[int]:
     """The better half, rounded up and two at least, of the different histories; the first of equals."""
     by_history: dict[tuple, list[int]] = {}
     for k in running:
-        by_history.setdefault(tried[k].history, []).append(k)
-    ranked = sorted(by_history.values(), key=lambda group: -tried[group[0]].mean)
+        by_history.setdefault(_history(tried[k]), []).append(k)
+    ranked = sorted(by_history.values(), key=lambda group: -_mean(tried[group[0]]))
     return sorted(k for group in ranked[: max(2, (len(ranked) + 1) // 2)] for k in group)
 
 
 def _best(tried: Sequence[_Tried]) -> int:
     """The number of the best of those that were not given up, of equals the first."""
-    most = max(len(each.scores) for each in tried)
-    finished = [k for k, each in enumerate(tried) if len(each.scores) == most]
-    return max(finished, key=lambda k: tried[k].mean)
+    most = max(map(len, tried))
+    finished = [k for k, each in enumerate(tried) if len(each) == most]
+    return max(finished, key=lambda k: _mean(tried[k]))
 
 
 def _named_scores(names: Sequence[str], tried: Sequence[_Tried]) -> tuple[tuple[str, float], ...]:
-    most = max(len(each.scores) for each in tried)
-    found = []
-    for name, each in zip(names, tried, strict=True):
-        seen = len(each.scores)
-        given_up = "" if seen == most else f" (given up after {seen} episodes)"
-        found.append((name + given_up, each.mean))
-    return tuple(found)
+    most = max(map(len, tried))
+    given_up = ["" if len(each) == most else f" (given up after {len(each)} episodes)" for each in tried]
+    return tuple((name + end, _mean(each)) for name, end, each in zip(names, given_up, tried, strict=True))
 
 
 def _curve(names: Sequence[str], tried: Sequence[_Tried]) -> tuple[tuple[str, float, float | None, int], ...]:
     """Clean and robust accuracy of every candidate on the episodes that it has seen."""
     found = []
     for name, each in zip(names, tried, strict=True):
-        robust = [score.robust for score in each.scores if score.robust is not None]
-        clean = statistics.fmean(score.clean for score in each.scores)
-        found.append((name, clean, statistics.fmean(robust) if robust else None, len(each.scores)))
+        robust = [score.robust for *_, score in each if score.robust is not None]
+        clean = statistics.fmean(score.clean for *_, score in each)
+        found.append((name, clean, statistics.fmean(robust) if robust else None, len(each)))
     return tuple(found)

@@ -7,7 +7,6 @@ image's row depends on the seed and its place in the test set, not on its batch.
 """
 
 import dataclasses
-import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from amt.evaluation.answers import Answers, image_answers
 from amt.evaluation.evaluate import Measurement, measure
 from amt.evaluation.recording import description, ended, examine, interruptible, record
 from amt.evaluation.writer import Writer
+from amt.files import digests
 from amt.files.signals import Interrupts
 from amt.models.network import Network, logits
 from amt.models.weights import Weights
@@ -203,7 +203,7 @@ def _description(
     """The content of run.json: everything that decides the rows, including the weights."""
     settings = {
         **about.get("settings", {}),
-        "weights": digest(weights),
+        "weights": digests.of_tensors(weights),
         "network": [network.arch, network.image_size, network.resize, network.mean, network.std],
         "attacks": [attack.columns for attack in attacks],
         "seed": seed,
@@ -221,15 +221,6 @@ def _description(
         "class_names": list(tested.class_names),
     }
     return description(attacks, **{"arch": network.arch, **about, "settings": settings, **known})
-
-
-def digest(weights: Weights) -> str:
-    """SHA-256 of names and values."""
-    found = hashlib.sha256()
-    for name in sorted(weights):
-        found.update(f"{name} {weights[name].dtype} {list(weights[name].shape)};".encode())
-        found.update(weights[name].cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 def check_labels(where: str, labels: Tensor, n_classes: int) -> None:

@@ -250,11 +250,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         >>> FewShotClassifier("vit_mini_pool").fit(images, [0, 0, 1, 1]).classes_
         array([0, 1])
         """
-        given: dict[str, Any] = {"arch": self.arch, "image_size": self.image_size, "device": self.device}
-        if X is None and y is None and self.text_prototypes is not None:
-            return self._fitted(*fit_texts(self.pool, self._merging(), **given))
-        items, labels = pictures.labelled(X, None if y is None else column_or_1d(y, warn=True))
-        return self._fitted(*fit_pictures(self.pool, items, labels, self._merging(), **given))
+        from_texts = X is None and y is None and self.text_prototypes is not None
+        labels = None if y is None else column_or_1d(y, warn=True)
+        given = None if from_texts else pictures.labelled(X, labels)
+        merging = self._merging()
+        opened = open_pool(self.pool, self.arch, self.image_size, self.device)
+        return self._fitted(*(fit_pictures(opened, *given, merging) if given else fit_texts(opened, merging)))
 
     def predict(self, X: Any) -> np.ndarray:
         """The class of each image: (N,), of the labels' kind.

@@ -1,7 +1,6 @@
-"""From labelled pictures of any kind and the name of a pool to a task."""
+"""From labelled pictures of any kind and a pool to a task."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,36 +8,25 @@ import numpy as np
 import torch
 
 from amt.few_shot import pictures
-from amt.few_shot.pools import OpenPool, open_pool
+from amt.few_shot.pools import OpenPool
 from amt.few_shot.task import Merging, Task, fit
 from amt.models.head_settings import PRETRAINED, ZERO_SHOT
-from amt.models.network import find_device
 from meta_dataset_readers.errors import InputError
 
 
 def fit_pictures(
-    pool: str | os.PathLike | OpenPool,
-    items: Sequence[Any],
-    labels: np.ndarray,
-    merging: Merging,
-    *,
-    arch: str | None = None,
-    image_size: int | None = None,
-    device: str = "auto",
-    where: str = "",
+    opened: OpenPool, items: Sequence[Any], labels: np.ndarray, merging: Merging, where: str = ""
 ) -> tuple[Task, np.ndarray]:
     """A task of labelled pictures, and its classes (N,), sorted, as an array.
 
     Args:
-        pool: one that is open, to answer where it is; or see `find_pool`.
+        opened: the pool, on the device that is to answer.
         items: see `pictures.listed`.
         labels: one for each, texts or numbers.
-        arch, image_size: see `open_pool`.
-        device: see `find_device`.
         where: begins the message about classes or images that are too few or too many.
 
     Raises:
-        InputError: the pool, the labels, a picture or the device is at fault.
+        InputError: the pool, the labels or a picture is at fault.
     """
     classes, numbers = np.unique(_named(labels), return_inverse=True)
     if len(items) > pictures.MOST_SUPPORT:
@@ -46,52 +34,37 @@ def fit_pictures(
     if merging.texts is not None:
         merging.texts.check(map(str, classes.tolist()), " that there are examples of")
         merging.texts.check_apart(map(str, classes.tolist()))
-    return _fitted(pool, items, numbers, classes, merging, where, arch, image_size, device)
+    return _fitted(opened, items, numbers, classes, merging, where)
 
 
-def fit_texts(
-    pool: str | os.PathLike | OpenPool,
-    merging: Merging,
-    *,
-    arch: str | None = None,
-    image_size: int | None = None,
-    device: str = "auto",
-) -> tuple[Task, np.ndarray]:
+def fit_texts(opened: OpenPool, merging: Merging) -> tuple[Task, np.ndarray]:
     """A task of all classes that `merging` has texts of, by these alone, and the classes (N,), sorted.
 
     Raises:
-        InputError: there is no text, the head is fitted to pictures, or as of `fit_pictures`; other arguments
-            are as of that.
+        InputError: the head is fitted to pictures, or as of `fit_pictures`.
     """
     texts = merging.texts
-    if texts is None:
-        raise InputError("no labelled pictures and no --text_prototypes FILE.npz; expected either")
+    assert texts is not None, "there are neither pictures nor texts"
     head = merging.head or ZERO_SHOT
     if not head.zero_shot:
         raise InputError(f"--head {head.name} is fitted to labelled pictures, which are missing (--support)")
     merging = dataclasses.replace(merging, head=head)
     classes, none = np.array(sorted(texts.names)), np.empty(0, np.int64)
     where = f"--text_prototypes {texts.file}: "
-    return _fitted(pool, [], none, classes, merging, where, arch, image_size, device)
+    return _fitted(opened, [], none, classes, merging, where)
 
 
 def _fitted(
-    pool: str | os.PathLike | OpenPool,
+    opened: OpenPool,
     items: Sequence[Any],
     numbers: np.ndarray,
     classes: np.ndarray,
     merging: Merging,
     where: str,
-    arch: str | None,
-    image_size: int | None,
-    device: str,
 ) -> tuple[Task, np.ndarray]:
     if len(classes) < 2:
         found = f"one class, {classes.tolist()[0]!r}" if len(classes) else "no class"
         raise InputError(f"{where}{found}; a classifier needs 2 classes or more")
-    opened = pool
-    if not isinstance(opened, OpenPool):
-        opened = open_pool(opened, arch, image_size).to(find_device(device))
     if merging.head_for(opened).other == PRETRAINED:
         opened = opened.with_pretrained(merging.pretrained)
     side = opened.network.image_size

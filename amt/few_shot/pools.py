@@ -17,7 +17,7 @@ from amt.files.pretrained import load_network
 from amt.models.architectures import stated
 from amt.models.head_settings import Head, parse_head
 from amt.models.heads import PoolStatistics
-from amt.models.network import Network, untrained
+from amt.models.network import Network, find_device, untrained
 from amt.models.pool import Pool
 from amt.models.weights import Coefficients, Weights
 from meta_dataset_readers.errors import InputError, nearest
@@ -51,10 +51,7 @@ class OpenPool:
         Raises:
             InputError: it names no head.
         """
-        try:
-            return parse_head(str(self.about.get("head", Head.kind)).split())
-        except (InputError, ValueError) as error:
-            raise InputError(f"{self.file}: damaged header field 'head': {error}") from error
+        return head_of(f"{self.file}: damaged header field 'head'", self.about)
 
     @property
     def coefficients(self) -> Coefficients | None:
@@ -145,20 +142,24 @@ def _in_folder(folder: Path) -> Path:
     return found[0]
 
 
-def open_pool(name: str | os.PathLike, arch: str | None = None, image_size: int | None = None) -> OpenPool:
-    """The pool called `name` with the network it was made for, on the CPU.
+def open_pool(
+    name: str | os.PathLike, arch: str | None = None, image_size: int | None = None, device: str = "cpu"
+) -> OpenPool:
+    """The pool called `name` with the network it was made for.
 
     Args:
         name: see `find_pool`.
         arch: of the network; None for what the file says.
         image_size: side in pixels; None for the network's own.
+        device: see `find_device`.
 
     Raises:
-        InputError: there is no such pool, nothing says which network it is of, or it does not fit that one.
+        InputError: there is no such pool or device, nothing says which network it is of, or it does not fit
+            that one.
     """
     file = find_pool(name)
     size = size_of(file, what="pool")
-    return _opened(file, (size, file.stat().st_mtime_ns), arch, image_size)
+    return _opened(file, (size, file.stat().st_mtime_ns), arch, image_size).to(find_device(device))
 
 
 @functools.lru_cache(maxsize=1)  # cross-validation fits one pool again and again
@@ -168,6 +169,14 @@ def _opened(file: Path, _state: tuple[int, int], arch: str | None, image_size: i
     network = network_of(file, saved.about, arch, image_size, saved.pool.shapes)
     checkpoint.check_architecture(file, saved.pool, network.weights, network.arch)
     return OpenPool(file, network, saved.pool, saved.about, saved.statistics)
+
+
+def head_of(where: str, about: Mapping[str, Any]) -> Head:
+    """What a file's header says that classifies. Raises InputError, begun by `where`, if that is no head."""
+    try:
+        return parse_head(str(about.get("head", Head.kind)).split())
+    except (InputError, ValueError) as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def network_of(

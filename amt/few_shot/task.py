@@ -44,26 +44,24 @@ class Task:
     """A classifier of N classes, fitted to a support set.
 
     Args:
-        merged: weights and fitted head, on the device that answers.
+        merged: weights and head of the first voice, on the device that answers.
+        voices: the network with its fitted head, or the two whose logits are added.
         classes: the N labels, as they are given and returned.
         shots: how many support images each class had.
         epsilons: what each adapter was trained for, in 1/255 of the pixel range; empty where nobody knows.
         about: where it comes from, plain JSON values.
         head: what was fitted.
-        factor, second: of a head that mixes two networks: what the logits of `merged` are multiplied by, and
-            the other one; None for any other head.
         temperature: what logits are divided by before their softmax, so that the probabilities are about as
             high as the share of right answers; see amt/tasks/held_out.py.
     """
 
     merged: MergedNetwork
+    voices: tuple[Voice, ...]
     classes: tuple[Label, ...]
     shots: tuple[int, ...]
     epsilons: tuple[float, ...]
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
     head: Head = dataclasses.field(default_factory=Head)
-    factor: Tensor | None = None
-    second: Voice | None = None
     temperature: float = 1.0
 
     @property
@@ -76,13 +74,6 @@ class Task:
         """Where it answers."""
         return self.merged.network.device
 
-    @property
-    def voices(self) -> tuple[Voice, ...]:
-        """The network with its head, or the two whose logits are added."""
-        assert self.merged.head is not None, "a task has a head"
-        own = Voice(self.merged.weights, self.merged.head, self.factor)
-        return (own,) if self.second is None else (own, self.second)
-
     def logits(self, images: Tensor, features_of: FeaturesOf = features) -> Tensor:
         """Logits of images on the device: (n, 3, S, S) in [0, 1] -> (n, N), differentiable."""
         return spoken(self.merged.network, self.voices, images, features_of)
@@ -93,13 +84,12 @@ class Task:
 
     def to(self, device: torch.device | str) -> "Task":
         """The same on another device."""
-        merged, (own, *others) = self.merged, (_moved(voice, device) for voice in self.voices)
-        module = copy.deepcopy(merged.network.module).to(device)
-        network = dataclasses.replace(merged.network, module=module)
-        moved = dataclasses.replace(merged, network=network, weights=own.weights, head=own.head)
-        return dataclasses.replace(
-            self, merged=moved, factor=own.factor, second=others[0] if others else None
-        )
+        voices = tuple(_moved(voice, device) for voice in self.voices)
+        module = copy.deepcopy(self.merged.network.module).to(device)
+        network = dataclasses.replace(self.merged.network, module=module)
+        weights, head, _ = voices[0]
+        merged = dataclasses.replace(self.merged, network=network, weights=weights, head=head)
+        return dataclasses.replace(self, merged=merged, voices=voices)
 
 
 def _moved(voice: Voice, device: torch.device | str) -> Voice:
@@ -198,14 +188,12 @@ def fit(opened: OpenPool, images: Tensor, labels: Tensor, classes: Sequence[Labe
         merging.seed,
         texts=texts_of(merging.texts, head, names, network.device),
     )
-    own, *others = found.voices
-    merged = dataclasses.replace(merged, classes=names, head=own.head)
+    merged = dataclasses.replace(merged, classes=names, head=found.voices[0].head)
     shots = tuple(labels.bincount(minlength=len(classes)).tolist())
     about = {"pool": opened.file.name, "seed": merging.seed}
     unknown = opened.about.get("levels_from") == "nowhere"  # of a published pool
     epsilons = () if unknown else tuple(level.epsilon for level in pool.levels)
-    second = others[0] if others else None
-    return Task(merged, tuple(classes), shots, epsilons, about, head, own.factor, second, found.temperature())
+    return Task(merged, found.voices, tuple(classes), shots, epsilons, about, head, found.temperature())
 
 
 def logits_of(task: Task, images: Tensor) -> Tensor:

@@ -20,11 +20,11 @@ from safetensors import safe_open
 from typing_extensions import TypedDict
 
 from amt.evaluation.noted import Count, Level, NotedTrim, Share, Temperature
-from amt.few_shot.pools import network_of
+from amt.few_shot.pools import head_of, network_of
 from amt.few_shot.task import Label, Task
 from amt.files import checkpoint, weight_files
 from amt.files.export.merged import MergedNetwork
-from amt.models.head_settings import COSINE, TEXT, Head, parse_head
+from amt.models.head_settings import COSINE, TEXT, Head
 from amt.models.heads import Cosine, Fitted, Linear, WithTexts
 from amt.models.network import Network
 from amt.models.trim import Trim
@@ -122,7 +122,7 @@ def _shapes(network: Network, head: Head, n_classes: int) -> dict[str, tuple[int
     return found if head.other is None else found | {"factor": (1,)}
 
 
-def _voice(tensors: Weights, prefix: str = "") -> Voice:
+def _voice(tensors: Weights, prefix: str) -> Voice:
     """The inverse of `_tensors`, of the tensors whose names begin with `prefix`."""
     held = _under(prefix, tensors)
     weights = _under("weights/", held)
@@ -176,32 +176,24 @@ def load(path: Path) -> Task:
         raise InputError(f"{where}: {len(about['coefficients'])} coefficients, {n_levels} epsilons")
     if not 1 <= about["image_size"] <= LARGEST_SIDE:
         raise InputError(f"{where}: image_size {about['image_size']}, expected 1 to {LARGEST_SIDE}")
-    head = _head(where, about)
+    head = head_of(where, about)
     network = network_of(path, dict(about), None, about["image_size"])
     shapes = _shapes(network, head, n_classes)
     mixes = head.other not in (None, TEXT)
     if mixes:
         shapes |= {f"second/{name}": shape for name, shape in shapes.items()}
     tensors = weight_files.check_fit(path, content.data, shapes | {"scale": (1,), "bias": (1,)})
-    own = _voice(tensors)
+    voices = tuple(_voice(tensors, prefix) for prefix in ("", "second/")[: 1 + mixes])
     return Task(
-        _merged(about, network, tensors, own),
+        _merged(about, network, tensors, voices[0]),
+        voices,
         tuple(about["classes"]),
         tuple(about["shots"]),
         tuple(about["epsilons"]),
         {name: value for name, value in found.items() if name not in _About.__annotations__},
         head,
-        own.factor,
-        _voice(tensors, "second/") if mixes else None,
         about.get("temperature", 1.0),
     )
-
-
-def _head(where: str, about: _About) -> Head:
-    try:
-        return parse_head(about.get("head", Head.kind).split())
-    except (InputError, ValueError) as error:
-        raise InputError(f"{where}: {error}") from error
 
 
 def _merged(about: _About, network: Network, tensors: Weights, own: Voice) -> MergedNetwork:

@@ -31,7 +31,7 @@ from amt.models.architectures import base_arch, stated
 from amt.models.heads import PoolStatistics
 from amt.models.pool import Pool, norm_weights
 from amt.models.weights import Weights
-from meta_dataset_readers.errors import InputError, printable
+from meta_dataset_readers.errors import InputError, damaged, printable
 from meta_dataset_readers.files import folder_to_disk, parse_json, read_json, replace_file
 from meta_dataset_readers.json_fields import MOST, conform
 
@@ -208,7 +208,8 @@ def parse_header(path: Path, text: str) -> dict:
 
 def _parse_own(path: Path, tensors: dict[str, Tensor], text: str) -> Checkpoint:
     about = parse_header(path, text)
-    try:
+    fault = f"{path}: damaged header field {HEADER!r}"
+    with damaged(fault, (ValueError, KeyError, TypeError, AttributeError), said=repr):
         if about["format"] != FORMAT:
             raise ValueError(f"format {about['format']!r}, expected {FORMAT}")
         if "kind" in about:
@@ -222,10 +223,6 @@ def _parse_own(path: Path, tensors: dict[str, Tensor], text: str) -> Checkpoint:
         tune = about.pop("tune", "lora")  # older files hold LoRAs and do not say so
         if not levels or tune not in ("lora", "lora+norm", "full"):
             raise ValueError(f"{len(levels)} levels, tuned {tune!r}")
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: damaged header field 'amt' ({error!r})") from error
     groups = _grouped(path, tensors)
     for name in ("scale", "bias"):
         if name not in groups["head"] or tuple(groups["head"][name].shape) != (len(levels),):

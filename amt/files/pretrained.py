@@ -28,7 +28,7 @@ from amt.models.architectures import (
 )
 from amt.models.network import Network, projected, untrained
 from amt.models.weights import Weights
-from meta_dataset_readers.errors import InputError, first_line
+from meta_dataset_readers.errors import InputError, damaged, first_line
 
 
 def load_network(
@@ -191,8 +191,8 @@ _TIMM_CONVERTS = {"register_tokens", "storage_tokens"}
 
 def _as_timm_converts(path: Path, state: Weights, network: nn.Module) -> Weights:
     convert = sys.modules[type(network).__module__].checkpoint_filter_fn
-    try:
-        with contextlib.redirect_stdout(None):  # it prints of every bias that a network does without
-            return convert(state, network)
-    except Exception as error:  # of a file that only looks like what timm knows
-        raise InputError(f"{path}: timm cannot convert it for this network ({error!r})") from error
+    with (
+        damaged(f"{path}: timm cannot convert it for this network", said=repr),
+        contextlib.redirect_stdout(None),  # it prints of every bias that a network does without
+    ):
+        return convert(state, network)

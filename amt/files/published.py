@@ -28,7 +28,7 @@ from amt.files import state_dicts, weight_files
 from amt.models.architectures import ARCHS
 from amt.models.pool import VIT_LAYERS, Pool, factor_groups
 from amt.models.weights import Weights
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, damaged
 
 # What git calls the two files that the authors released (the SHA-1 of a header and the file).
 RELEASED = {
@@ -226,12 +226,11 @@ def _levels(
     given = {ours: arguments[name] for name, ours in names.items() if arguments.get(name) is not None}
     if given.get("start") == "random":  # the published default, which the published code does not know
         given["start"] = "random2"
-    try:
+    fault = f"{path}: the arguments of its training describe no level"
+    with damaged(fault, (TypeError, ValueError, OverflowError), said=str):
         epsilon = float(arguments["epsilon"])
         step = epsilon / 4 if arguments.get("alpha") is None else float(arguments["alpha"])
         return (Perturbation(epsilon, step, **given),), "the arguments"
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{path}: the arguments of its training describe no level ({error})") from error
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

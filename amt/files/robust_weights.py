@@ -28,7 +28,7 @@ from amt.files.state_dicts import StateDict
 from amt.models.architectures import Triple
 from amt.models.network import Network
 from amt.models.weights import Weights
-from meta_dataset_readers.errors import InputError, printable
+from meta_dataset_readers.errors import InputError, damaged, printable
 
 CLASSIFIER = "classifier"  # the kind of our files that hold one
 
@@ -104,7 +104,8 @@ def _about(path: Path, header: Mapping[str, str]) -> dict:
     """What the header of a file of ours says; empty for others."""
     if HEADER not in header:
         return {}
-    try:
+    fault = f"{path}: no classifier, damaged header field {HEADER!r}"
+    with damaged(fault, (KeyError, TypeError, ValueError, OverflowError), said=repr):
         found = parse_header(path, header[HEADER])
         kind = found["kind"]
         if kind == CLASSIFIER:
@@ -112,10 +113,6 @@ def _about(path: Path, header: Mapping[str, str]) -> dict:
             if len(mean) != 3 or len(std) != 3 or not min(std) > 0:
                 raise ValueError(f"mean {mean}, std {std}")
             return {**found, "mean": mean, "std": std}
-    except InputError:
-        raise
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{path}: no classifier, damaged header field {HEADER!r} ({error!r})") from error
     raise InputError(f"{path}: holds a {kind}, expected a classifier, such as the best.safetensors beside it")
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from amt.files import npz
-from meta_dataset_readers.errors import InputError, first_line, printable
+from meta_dataset_readers.errors import InputError, damaged, printable
 
 LARGEST = 2**28  # bytes; 22,000 classes of 1,280 numbers are half of it
 
@@ -94,12 +94,8 @@ def read(path: Path) -> TextPrototypes:
     """The text prototypes in a file. Raises InputError if there is no such file, or it is damaged, too large,
     or something else."""
     where = f"--text_prototypes {path}"
-    try:
+    with damaged(f"{where}: no .npz file of arrays"):
         found = npz.read(path, LARGEST, what="file of text prototypes")
-    except InputError:
-        raise
-    except Exception as error:  # numpy and zipfile raise a dozen kinds over damaged files
-        raise InputError(f"{where}: no .npz file of arrays ({first_line(error)})") from error
     if not {"names", "embeddings"} <= found.keys():
         shown = ", ".join(map(printable, list(found)[:5])) or "nothing"
         raise InputError(f"{where}: holds {shown}, expected the arrays names and embeddings")
@@ -109,11 +105,9 @@ def read(path: Path) -> TextPrototypes:
         raise InputError(f"{where}: holds {kinds}, expected texts [C] and floating-point numbers [C, E]")
     if len(names) != len(numbers) or not numbers.size:
         raise InputError(f"{where}: {len(names)} names and embeddings of shape {list(numbers.shape)}")
-    try:
-        classes = tuple(names.tolist())
+    with damaged(f"{where}: the names are no texts", (SystemError, ValueError)):
+        classes = tuple(names.tolist())  # whose numbers may be no characters
         "".join(classes).encode()  # cards and exports are UTF-8
-    except (SystemError, ValueError) as error:  # numbers that are no characters
-        raise InputError(f"{where}: the names are no texts ({first_line(error)})") from error
     if len({plain(name) for name in classes}) < len(classes):
         raise InputError(f"{where}: two of its {len(classes)} classes have one name")
     embeddings, usable = _scaled(numbers)

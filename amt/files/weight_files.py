@@ -27,7 +27,7 @@ from torch import Tensor
 from amt.data import numpy_pickles
 from amt.files import digests, pickles
 from amt.models.weights import Weights
-from meta_dataset_readers.errors import InputError, first_line, printable
+from meta_dataset_readers.errors import InputError, damaged, printable
 from meta_dataset_readers.files import reading, size_of
 
 # The only kinds of numbers a weight may have; the smaller ones are widened, which is exact.
@@ -113,12 +113,13 @@ def _kind(path: Path, size: int, start: bytes) -> str:
 
 
 def _read_safetensors(path: Path) -> Content:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            data = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            header = file.metadata() or {}
-    except (safetensors.SafetensorError, AttributeError, TypeError, ValueError) as error:  # types it lacks
-        raise InputError(f"{path}: truncated or damaged safetensors file ({first_line(error)})") from error
+    kinds = (safetensors.SafetensorError, AttributeError, TypeError, ValueError)  # for types that it lacks
+    with (
+        damaged(f"{path}: truncated or damaged safetensors file", kinds),
+        safetensors.safe_open(path, framework="pt") as file,
+    ):
+        data = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = file.metadata() or {}
     return Content("safetensors", data, header, "SHA-256" if digests.check(path, data, header) else "")
 
 
@@ -126,29 +127,24 @@ def _check_archive(path: Path) -> None:
     """Raise an `InputError` unless `path` is an archive as torch.save writes them: whole, nothing compressed,
     and its pickle harmless."""
     size = path.stat().st_size
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            # torch finds entries whatever their case: there must not be a second one for it to find.
-            found = [entry for entry in entries if re.fullmatch(r"(?i)[^/]+/data\.pkl", entry.filename)]
-            if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-                raise InputError(f"{path}: a TorchScript program, expected weights")
-            if len(found) != 1:
-                raise InputError(f"{path}: a zip archive without a data.pkl, expected a file of torch.save")
-            packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
-            if packed:
-                raise InputError(f"{path}: its entry {packed[0]!r} is compressed, torch.save never does that")
-            claimed = sum(max(entry.file_size, entry.compress_size) for entry in entries)
-            if claimed > size:
-                raise InputError(f"{path}: its entries claim {claimed} bytes, the file has {size}")
-            damaged = archive.testzip()
-            if damaged is not None:
-                raise InputError(f"{path}: damaged, the checksum of its entry {damaged!r} is wrong")
-            stream = io.BytesIO(archive.read(found[0]))
-    except InputError:
-        raise
-    except Exception as error:  # zipfile raises almost anything over a damaged archive
-        raise InputError(f"{path}: truncated or damaged torch file ({first_line(error)})") from error
+    with damaged(f"{path}: truncated or damaged torch file"), zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        # torch finds entries whatever their case: there must not be a second one for it to find.
+        found = [entry for entry in entries if re.fullmatch(r"(?i)[^/]+/data\.pkl", entry.filename)]
+        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+            raise InputError(f"{path}: a TorchScript program, expected weights")
+        if len(found) != 1:
+            raise InputError(f"{path}: a zip archive without a data.pkl, expected a file of torch.save")
+        packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+        if packed:
+            raise InputError(f"{path}: its entry {packed[0]!r} is compressed, torch.save never does that")
+        claimed = sum(max(entry.file_size, entry.compress_size) for entry in entries)
+        if claimed > size:
+            raise InputError(f"{path}: its entries claim {claimed} bytes, the file has {size}")
+        wrong = archive.testzip()
+        if wrong is not None:
+            raise InputError(f"{path}: damaged, the checksum of its entry {wrong!r} is wrong")
+        stream = io.BytesIO(archive.read(found[0]))
     _check_names(path, "a torch file", _names(path, stream))
     stream.seek(0)
     _rehearse(path, "a torch file", stream)
@@ -170,19 +166,14 @@ def _check_old(path: Path) -> None:
     if claimed != size:
         raise InputError(f"{path}: truncated or damaged torch file ({claimed} bytes it says, not {size})")
     # A file can be this and a tar archive at a time, and torch would rather read the archive.
-    try:
-        archive = tarfile.is_tarfile(path)
-    except Exception as error:  # a damaged header can bring tarfile to raise anything
-        raise InputError(f"{path}: damaged torch file ({first_line(error)})") from error
-    if archive:
-        raise InputError(f"{path}: a tar archive, expected a file of torch.save")
+    with damaged(f"{path}: damaged torch file"):
+        if tarfile.is_tarfile(path):
+            raise InputError(f"{path}: a tar archive, expected a file of torch.save")
 
 
 def _names(path: Path, stream: BinaryIO) -> set[str]:
-    try:
+    with damaged(f"{path}: truncated or damaged pickle", pickles.Damaged, said=printable):
         return pickles.names(stream)
-    except pickles.Damaged as error:
-        raise InputError(f"{path}: truncated or damaged pickle ({printable(str(error))})") from error
 
 
 def _check_names(path: Path, what: str, names: set[str]) -> None:
@@ -192,11 +183,10 @@ def _check_names(path: Path, what: str, names: set[str]) -> None:
 
 def _rehearse(path: Path, what: str, stream: BinaryIO) -> tuple[Any, dict[str, pickles.Storage]]:
     try:
-        return pickles.rehearse(stream)
+        with damaged(f"{path}: damaged torch file", pickles.Damaged, said=printable):
+            return pickles.rehearse(stream)
     except pickles.Foreign as step:
         _refuse(path, what, {str(step)})
-    except pickles.Damaged as error:
-        raise InputError(f"{path}: damaged torch file ({printable(str(error))})") from error
 
 
 def _refuse(path: Path, what: str, names: set[str]) -> NoReturn:
@@ -217,12 +207,14 @@ def _read_torch(path: Path) -> object:
         *numpy_pickles.STAND_INS,
     ]
     stand_ins += [(_path_as_text, name) for name in pickles.PATHS]
-    try:
-        with path.open("rb") as file, torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a damaged file is told of once, as an error
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can bring torch's reader to raise anything
-        raise InputError(f"{path}: damaged torch file ({first_line(error)})") from error
+    with (
+        damaged(f"{path}: damaged torch file"),
+        path.open("rb") as file,
+        torch.serialization.safe_globals(stand_ins),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # a damaged file is told of once, as an error
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _path_as_text(*parts: str) -> str:
@@ -230,11 +222,8 @@ def _path_as_text(*parts: str) -> str:
 
 
 def _unpickle_anything(path: Path) -> object:
-    try:
-        with path.open("rb") as file:
-            return torch.load(file, map_location="cpu", weights_only=False)
-    except Exception as error:  # the file's own code runs here
-        raise InputError(f"{path}: cannot be read even when trusted ({first_line(error)})") from error
+    with damaged(f"{path}: cannot be read even when trusted"), path.open("rb") as file:
+        return torch.load(file, map_location="cpu", weights_only=False)  # the file's own code runs here
 
 
 def _as_dictionary(path: Path, found: object) -> dict[str, Any]:

@@ -59,14 +59,6 @@ Predictor = Callable[[Episode], Classifier]
 Fitter = Callable[..., Classifier]  # of a network, merged weights, an episode, and coefficients: see below
 
 
-def prototype_classifier(
-    network: Network, merged: Merged, episode: Episode, coefficients: Coefficients = ()
-) -> Classifier:
-    """The classifier by cosine to the prototypes (Snell et al. 2017; Hu et al. 2022) of an episode's support
-    (S, 3, H, W), which is on the device of the weights; `coefficients` are those of the merge, if any."""
-    return head_classifier(network, merged, episode, coefficients)
-
-
 def head_classifier(
     network: Network,
     merged: Merged,
@@ -78,9 +70,12 @@ def head_classifier(
     seed: int = 0,
     texts: TextPrototypes | None = None,
 ) -> Classifier:
-    """The classifier by any head, fitted to the support; a `Fitter` once `head` and what follows are bound.
+    """The classifier by any head, fitted to an episode's support (S, 3, H, W), which is on the device of the
+    weights; a `Fitter`, also once `head` and what follows are bound.
 
     Args:
+        coefficients: of the merge, if any.
+        head: by default the cosine to the prototypes (Snell et al. 2017; Hu et al. 2022).
         statistics: of the pool that was merged, for heads that need them.
         second: the network whose logits are mixed in, if `head` mixes.
         seed: decides, with the episode's index, the augmented views of the support.
@@ -315,7 +310,7 @@ def pretrained(network: Network) -> Merged:
 
 
 def fixed_predictor(
-    network: Network, merged: Merged, coefficients: Coefficients = (), fitter: Fitter = prototype_classifier
+    network: Network, merged: Merged, coefficients: Coefficients = (), fitter: Fitter = head_classifier
 ) -> Predictor:
     """The same weights for every task, with its own head."""
     return lambda episode: fitter(network, merged, episode, coefficients)
@@ -343,7 +338,7 @@ def merged_predictor(
     choose: Chooser,
     trims: Sequence[Trim] = (),
     seed: int = 0,
-    fitter: Fitter = prototype_classifier,
+    fitter: Fitter = head_classifier,
 ) -> Predictor:
     """For every task: coefficients from the support set, merge, trim, prototypes (AMT, section 3.4).
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from amt.models.heads import cosine_logits, prototypes
 from amt.models.network import Network, features
 from amt.models.weights import Coefficients, Merged, Weights, stream
-from amt.tasks.classifier import Classifier, Fitter, Predictor, prototype_classifier
+from amt.tasks.classifier import Classifier, Fitter, Predictor, head_classifier
 from amt.tasks.merge import augment
 from amt.tasks.settings import Finetuning
 from meta_dataset_readers.episode import Episode
@@ -32,7 +32,7 @@ def finetuned_predictor(
     settings: Finetuning,
     seed: int,
     coefficients: Coefficients = (),
-    fitter: Fitter = prototype_classifier,
+    fitter: Fitter = head_classifier,
 ) -> Predictor:
     """For every task: fine-tune the weights on the support set, then prototypes, or another `fitter`. The
     seed decides, with the episode's index, the augmentation."""

@@ -28,7 +28,7 @@ from amt.files.signals import Interrupted, Interrupts
 from amt.files.tensorboard import TensorBoard
 from amt.models.weights import Weights
 from amt.training.optimiser import NonFiniteLoss
-from meta_dataset_readers.errors import InputError, printable
+from meta_dataset_readers.errors import InputError, damaged, printable
 from meta_dataset_readers.feeding import Waiting
 
 Item = TypeVar("Item")
@@ -217,10 +217,8 @@ def fine_tuning_state(path: Path) -> tuple[Weights, dict]:
     """The tensors that a fine-tuning continues from, and the header of its file, with at least `protocol` and
     `tuner`. Raises InputError for a file that is damaged or holds no such state."""
     content = weight_files.read(path, "state of a fine-tuning")
-    try:
+    with damaged(f"{path}: no state of a fine-tuning", KeyError, said=repr):
         about = checkpoint.parse_header(path, content.header[checkpoint.HEADER])
-    except KeyError as error:
-        raise InputError(f"{path}: no state of a fine-tuning ({error!r})") from error
     for name in ("format", "kind", "protocol", "tuner"):
         if name not in about:
             raise InputError(f"{path}: no state of a fine-tuning ({name} is missing)")

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 from meta_dataset_readers.lazy import imported_when_used
 
 if TYPE_CHECKING:
-    from meta_dataset_readers.mini.objects import object_attributes
-    from meta_dataset_readers.mini.sources import SOURCE_NAMES
-    from meta_dataset_readers.mini.write import Settings, Written, make_mini
+    from meta_dataset_readers.mini.objects import object_attributes as object_attributes
+    from meta_dataset_readers.mini.sources import SOURCE_NAMES as SOURCE_NAMES
+    from meta_dataset_readers.mini.write import Settings as Settings
+    from meta_dataset_readers.mini.write import Written as Written
+    from meta_dataset_readers.mini.write import make_mini as make_mini
 
-__all__ = ["SOURCE_NAMES", "Settings", "Written", "make_mini", "object_attributes"]
-
-__getattr__, __dir__ = imported_when_used(
+__all__, __getattr__, __dir__ = imported_when_used(
     __name__,
     {
         "meta_dataset_readers.mini.objects": ("object_attributes",),

@@ -5,7 +5,6 @@ import json
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from amt.files.checkpoint import provenance
 from amt.files.digests import serialise
@@ -62,11 +61,6 @@ class MergedNetwork:
     bias: float
     classes: tuple[str, ...] = ()
     head: Fitted | None = None
-
-    @property
-    def prototypes(self) -> Tensor | None:
-        """The centres (N, D) of a head by cosine; None for any other, and without a task."""
-        return self.head.centres if isinstance(self.head, Cosine) else None
 
     @property
     def own(self) -> Cosine | Linear | None:
