@@ -215,6 +215,13 @@ def test_a_wrong_key_lists_those_there_are(tmp_path, reader, key):
     assert "expected one of 'teacher', 'student'" in str(error) and "\x1b" not in str(error)
 
 
+def test_a_file_of_one_network_needs_no_key(tmp_path):
+    torch.save(vit(1).state_dict(), tmp_path / "x.pth")
+    fails(
+        "holds one network, which has no key; leave it out", lambda: read_vit(tmp_path / "x.pth", "teacher")
+    )
+
+
 def test_what_is_left_out_is_counted(tmp_path):
     torch.save(SEVERAL["dinov2 training"][0](vit(1), vit(2)), tmp_path / "x.pth")
     _, notes = read_vit(tmp_path / "x.pth")

@@ -182,6 +182,14 @@ def test_linear_heads_have_the_asked_spread_on_the_support(kind, shots):
     assert float(spread(head(support))) == pytest.approx(6, rel=1e-4)
 
 
+@pytest.mark.parametrize("labels", [[0, 1, 2], [0, 0, 1, 1]])
+def test_images_that_nothing_tells_apart_do_not_drown_what_is_mixed_in(labels):
+    same, labels = torch.ones(len(labels), DIM), torch.tensor(labels)
+    for head in HEADS.values():
+        logits = fit(head, same, labels, statistics())(same)
+        assert logits.isfinite().all() and float(spread(logits)) < 1e-2 and float(logits.abs().max()) < 100
+
+
 def test_robust_lda_without_statistics_is_lda():
     support, labels, query = task()
     head = Head("robust-lda", support=0.6, identity=0.4)

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from conftest import moved_apart, patterned_episode, random_backbone
+from conftest import fails, moved_apart, patterned_episode, random_backbone
 from safetensors.torch import save_file
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -455,6 +455,12 @@ def test_the_automatic_device_is_cuda_where_there_is_one(monkeypatch):
     assert find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert find_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["meta", "tpu", "cuda:x", ""])
+def test_devices_that_cannot_be_used_are_one_short_line(name):
+    error = str(fails(f"--device '{name}' cannot be used here", lambda: find_device(name)))
+    assert "\n" not in error and len(error) < 350 and error.endswith("; expected cpu, cuda, cuda:N or auto")
 
 
 def test_processes_of_torchrun_share_the_devices_of_a_machine(monkeypatch):

@@ -323,6 +323,10 @@ def test_ranks_without_anything_to_do_are_refused_before_work_starts(runs, tmp_p
     for world, words in (("5", ["5 ranks for 2 levels x 2 episodes", "at most 4"]), ("two", ["0/two"])):
         monkeypatch.setenv("WORLD_SIZE", world)
         assert_refused(command("main", *runs.flags(tmp_path / "out")), tmp_path / "out", *words)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "")  # as a job script leaves it whose own variable is not set
+    assert_refused(command("main", *runs.flags(tmp_path / "out")), tmp_path / "out", "LOCAL_RANK is ''")
+    monkeypatch.delenv("LOCAL_RANK")
     monkeypatch.setenv("WORLD_SIZE", "1")
     flags = runs.flags(tmp_path / "out", "--episodes_per_step", 4)
     words = ["--episodes_per_step 4", "6 episodes"]

@@ -148,6 +148,7 @@ def good(**changes) -> dict:
 
 def test_a_file_is_read_and_classes_are_found_however_they_are_spelt(tmp_path):
     names = np.array(["Stop_Sign", "no-entry"])
+    assert text_prototypes.plain("CAFÉ_a") == text_prototypes.plain("cafe\u0301 a")  # as macOS names folders
     found = text_prototypes.read(saved(tmp_path / "x.npz", **good(names=names)))
     assert found.width == 3 and found.embeddings.dtype == torch.float32
     assert torch.equal(found.of(["no entry", "stop sign", "NO_ENTRY"]), torch.eye(2, 3)[[1, 0, 1]])

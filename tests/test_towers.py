@@ -125,6 +125,20 @@ AROUND = {
         "normalize.mean": torch.tensor(MEAN).view(1, 3, 1, 1),
         "normalize.std": torch.tensor(STD).view(1, 3, 1, 1),
     },
+    "after its normalisation in a Sequential": lambda clip: {
+        **{f"module.1.visual.{n}": t for n, t in clip.visual.state_dict().items()},
+        "module.0.mean": torch.tensor(MEAN).view(1, 3, 1, 1),
+        "module.0.std": torch.tensor(STD).view(1, 3, 1, 1),
+    },
+    "beside a prompter and an optimiser": lambda clip: {
+        "state_dict": {"pad_up": torch.zeros(1, 3, 3, SIDE)},
+        "vision_encoder_state_dict": clip.visual.state_dict(),
+        "optimizer_state_dict": {"state": {}, "param_groups": []},
+    },
+    "under a classifier": lambda clip: {
+        **{f"image_encoder.model.{n}": t for n, t in clip.state_dict().items()},
+        "classification_head.weight": torch.ones(10, SHARED),
+    },
 }
 
 
@@ -134,6 +148,26 @@ def test_a_tower_is_found_whatever_is_around_it(tmp_path, around):
     ours = load_network("timm:toy_clip", saved(tmp_path, AROUND[around](model)))
     found = features(ours, ours.weights, pixels())
     assert torch.allclose(found, model.encode_image(normal(pixels())), atol=1e-5)
+
+
+def test_a_converted_tower_keeps_its_projection(tmp_path):
+    """Which a layer `head` of other files is not: theirs is a classifier, and left out."""
+    model = clip()
+    file = saved(tmp_path, model.state_dict())
+    flags = ["amt", "checkpoint", file, "--convert", tmp_path / "y.safetensors"]
+    assert called(amt, flags).code == 0
+    for arch in ("timm:toy_clip", "timm:toy_clip:0"):
+        one, other = (load_network(arch, path) for path in (file, tmp_path / "y.safetensors"))
+        assert torch.equal(features(one, one.weights, pixels()), features(other, other.weights, pixels()))
+
+
+def test_the_projection_is_found_beside_a_tower_without_prefix(tmp_path):
+    pytest.importorskip("transformers")
+    model = hugging_face("CLIPVisionModelWithProjection", "gelu")
+    state = {name.removeprefix("vision_model."): tensor for name, tensor in model.state_dict().items()}
+    ours = load_network("timm:toy_clip", saved(tmp_path, state))
+    expected = model(normal(pixels())).image_embeds
+    assert torch.allclose(features(ours, ours.weights, pixels()), expected, atol=1e-5)
 
 
 def test_the_name_can_say_which_features_are_meant(tmp_path):
@@ -188,6 +222,14 @@ WRAPPED = {
         "normalize.mean": torch.full((1, 3, 1, 1), 0.5),
         "normalize.std": torch.full((1, 3, 1, 1), 0.5),
         **{f"model.{name}": tensor for name, tensor in state.items()},
+    },
+    "a Sequential": lambda state: {
+        **{f"0.{name}": torch.full((3,), 0.5) for name in ("mean", "std")},
+        **{f"1.{name}": tensor for name, tensor in state.items()},
+    },
+    "a network that normalises": lambda state: {
+        **{f"model.{name}": tensor for name, tensor in state.items()},
+        **{f"_{name}": torch.full((1, 3, 1, 1), 0.5) for name in ("mean", "std")},
     },
     "ARES": lambda state: {"state_dict_ema": {f"module.{name}": t for name, t in state.items()}, "epoch": 9},
 }

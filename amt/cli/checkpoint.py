@@ -123,8 +123,9 @@ def describe_weights(path: Path, content: Content, key: str | None = None) -> tu
             ("tensors", count(state.values())),
             *(("note", note) for note in found.notes()),
         ]
-    weights = {name: tensor for name, tensor in state.items() if not beside(name)}
-    left_out = Counter(part for name in state if (part := beside(name)))
+    parts = {name: beside(name) for name in state if not (found.width and name.startswith("head."))}
+    weights = {name: tensor for name, tensor in state.items() if not parts.get(name)}
+    left_out = Counter(filter(None, parts.values()))
     layout = {
         "": "a plain state dict",
         "teacher": "the teacher of a DINO or iBOT checkpoint",

@@ -1,14 +1,15 @@
 """What a command would do, and all that it lacks: `--dry_run`.
 
 Settings have been checked before; here the output folder, weights, checkpoints and data are looked for. Opens
-sources and checkpoints, reads no picture, downloads nothing and writes nothing.
+sources, reads checkpoints and the files of weights that are named as the command itself does, reads no
+picture, downloads nothing and writes nothing.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,7 +97,7 @@ def _training_needs(args: argparse.Namespace) -> Iterator[Need]:
     for file in [args.resume] if args.resume else []:
         yield _checked(f"checkpoint {file}", file, args, lambda: _fitting(args))
     for file in args.val_episodes:
-        yield _checked(f"stored episodes {file}", file, args, lambda: "a file")
+        yield _checked(f"stored episodes {file}", file, args, functools.partial(_stored, args, file))
     sources = options.training_sources(args)
     yield from (_source(args, source, "TRAIN") for source in sources)
     if args.nValEpisode and not args.val_episodes:
@@ -135,6 +136,8 @@ def _testing_needs(args: argparse.Namespace) -> Iterator[Need]:
         yield _source(args, source, split)
     if file := args.text_prototypes:
         yield _checked(f"text prototypes {file}", file, args, lambda: _texts(args))
+    if args.resume not in args.dry_run:
+        yield from _heads(args)
 
 
 def _read(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
@@ -159,8 +162,51 @@ def _texts(args: argparse.Namespace) -> str:
     return f"{len(found.names)} classes, {found.width} numbers each"
 
 
+def _heads(args: argparse.Namespace) -> Iterator[Need]:
+    """What the heads lack; nothing where a file is missing, which is said where the file is."""
+    from amt.evaluation.needs import check_heads
+    from amt.files import checkpoint, text_prototypes
+
+    offered = [head for each in options.deployments(args).values() for head in each.offered_heads]
+    try:
+        saved = checkpoint.load(args.resume) if args.resume else None
+        texts = text_prototypes.read(args.text_prototypes) if args.text_prototypes else None
+        dim = _dim(args, saved.pool.shapes if saved else None) or (texts.width if texts else 0)
+    except InputError:
+        return
+    pool, statistics = (saved.pool, saved.statistics) if saved else (None, None)
+    where = str(args.resume or "the pretrained network")
+    try:
+        check_heads(offered, pool, statistics, where, dim, texts)
+    except InputError as error:
+        yield Need("what the heads need", problem=str(error))
+
+
+def _dim(args: argparse.Namespace, shapes: Mapping[str, tuple[int, ...]] | None) -> int:
+    """How many features there are, with a pool of these shapes; 0 where a file of timm's hub decides."""
+    from amt.models.architectures import TIMM, base_arch, stated
+
+    arch = base_arch(args.arch)
+    if shapes is not None:
+        return _untrained(stated(arch, shapes)).module.num_features
+    if args.pretrained_checkpoint is not None and not args.no_pretrain:
+        return _loaded(args)[0]
+    return 0 if arch.startswith(TIMM) else _untrained(arch).module.num_features
+
+
 def _fine_tuning_needs(args: argparse.Namespace) -> Iterator[Need]:
+    from amt.cli import fine_tune
+    from amt.cli.options import autolora
     from amt.data.loading import open_splits
+    from amt.models.network import build_classifier
+
+    def start() -> str:
+        try:
+            classes = len(fine_tune.open_data(args).class_names)
+        except InputError:  # said where the data set is
+            return "a file"
+        network = build_classifier(args.arch, classes, args.resize, resize=autolora.inside(args))
+        return fine_tune.open_network(args, network)[1].kind
 
     def sizes() -> str:
         splits = open_splits(args.dataset, args.data, args.val, args.seed)
@@ -171,7 +217,7 @@ def _fine_tuning_needs(args: argparse.Namespace) -> Iterator[Need]:
     yield _output(args.output, "--output")
     if args.checkpoint is not None:
         what = f"robustly pretrained network {args.checkpoint}"
-        yield _checked(what, args.checkpoint, args, lambda: "a file")
+        yield _checked(what, args.checkpoint, args, start)
     yield _checked(f"dataset {args.dataset}", args.data, args, sizes)
 
 
@@ -212,6 +258,23 @@ def _fitting(args: argparse.Namespace) -> str:
     return f"{len(pool)} adapters"
 
 
+def _stored(args: argparse.Namespace, file: Path) -> str:
+    from amt.models.architectures import base_arch
+    from meta_dataset_readers.stored_episodes import open_episodes
+
+    side = args.image_size or _untrained(base_arch(args.arch)).image_size
+    return f"{len(open_episodes(file, side))} episodes"
+
+
+def _loaded(args: argparse.Namespace) -> tuple[int, str]:
+    """The number of features that the named file of weights gives its network, and the file."""
+    from amt.files.pretrained import load_network
+
+    file = args.pretrained_checkpoint
+    network = load_network(args.arch, file, image_size=args.image_size, key=args.weights_key)
+    return network.module.num_features, str(file)
+
+
 @functools.cache  # built in seconds, and asked for by every source
 def _untrained(arch: str):
     from amt.models.network import untrained
@@ -230,7 +293,7 @@ def _weights(args: argparse.Namespace) -> Need:
     arch = base_arch(args.arch)
     what = f"pretrained weights of {arch}"
     if args.pretrained_checkpoint is not None:
-        return _checked(what, args.pretrained_checkpoint, args, lambda: str(args.pretrained_checkpoint))
+        return _checked(what, args.pretrained_checkpoint, args, lambda: _loaded(args)[1])
     origin = untrained(arch)[1]
     found = None if (file := shipped.boxed(arch)) is None else str(file)
     if found is None and origin.hub is not None:

@@ -45,6 +45,7 @@ TOWER = _at_start(
     (r"head\.proj\.", "head."),
     (r"trunk\.", ""),
     # Hugging Face
+    (r"visual_projection\.", "head."),
     (r"embeddings\.class_embedding", "cls_token"),
     (r"embeddings\.patch_embedding\.", "patch_embed.proj."),
     (r"embeddings\.position_embedding\.weight", "pos_embed"),
@@ -73,13 +74,16 @@ TEXTS = re.compile(
     r"|positional_embedding|logit_(scale|bias)"
 )
 
-NORMALISATION = re.compile(r"(attacker\.)?normali[sz]er?\.(new_)?(?P<what>.+)")
+# Of wrappers that normalise, torch.nn.Sequential among them, and of networks that keep it themselves.
+NORMALISATION = re.compile(
+    r"((attacker\.)?normali[sz]er?\.(new_)?|(0\.)?(pixel)?_?(?=(mean|std)$))(?P<what>.+)"
+)
 HEAD, LOSS, MEAN_AND_STD = "classification or projection head", "state of a loss", "normalisation"
 _BESIDE = {  # the first that fits
     "LoRA factors": re.compile(r".+\.lora_[AB]_(nat|adv)"),  # their product is not in the weights beside them
     HEAD: re.compile(
         r"(fc|fc_downstream|linear|classifier|heads?|head_\w+|projector|predictor|projection\w*|prediction\w*"
-        r"|proj_head|prototypes|pre_logits|dino_head|ibot_head)\..+"
+        r"|prototypes|pre_logits|\w+_head)\..+"
     ),
     LOSS: re.compile(r"(dino_loss|ibot_patch_loss|koleo_loss)\..+|queue(_ptr)?"),
     MEAN_AND_STD: NORMALISATION,

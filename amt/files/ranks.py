@@ -32,8 +32,8 @@ class LostRank(InputError):
 
 
 def place() -> tuple[int, int]:
-    """This process's rank and the number of ranks, by RANK and WORLD_SIZE. Raises InputError if they make no
-    sense."""
+    """This process's rank and the number of ranks, by RANK and WORLD_SIZE. Raises InputError if they, or
+    `_LOCAL`, make no sense."""
     given = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     try:
         rank, world = map(int, given)
@@ -41,6 +41,9 @@ def place() -> tuple[int, int]:
         rank, world = 0, 0
     if not 0 <= rank < world:
         raise InputError(f"RANK/WORLD_SIZE is {'/'.join(given)}, expected for example 0/4; see torchrun")
+    for name, default in _LOCAL.items():
+        if not (local := os.environ.get(name, default)).isdecimal():
+            raise InputError(f"{name} is {local!r}, expected a nonnegative integer; see torchrun")
     return rank, world
 
 

@@ -32,6 +32,7 @@ CONTAINERS = (
     *("state_dict_dual", "state_dict_ema", "model_ema", "ema_state_dict", "ema", "params_ema"),
     *("teacher", "student", "state_dict", "model_state_dict", "model_state", "model"),
     *("module", "net", "network", "backbone", "encoder", "weights", "params"),
+    *("vision_encoder_state_dict", "vision_encoder", "vision_model", "image_encoder", "visual"),
 )
 
 # The networks that one dictionary may hold, in the order they are taken in: of MoCo and BYOL the one that is
@@ -43,6 +44,9 @@ ROLES = (
 
 # Of data-parallel training, of Lightning, of wrappers that normalise, of networks with a head of their own.
 PREFIXES = ("module", "model", "backbone", "encoder", "net", "network")
+
+SECOND = "1"  # a prefix too where torch.nn.Sequential holds a normalisation and then the network
+_NORMALISED = re.compile(r"(?<![^.])0\._?mean$")
 
 # Of torch.compile, FSDP and activation checkpoints.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -170,8 +174,9 @@ def _joined(*parts: str) -> str:
 def _by_role(key: str, state: Mapping[str, Tensor], known: Shapes) -> Iterator[tuple[str, _Network]]:
     """The networks in one dictionary, each with its key, in the order to be taken in."""
     groups: dict[str, list[_Entry]] = {}
+    prefixes = (*PREFIXES, *([SECOND] if any(map(_NORMALISED.search, state)) else []))
     for full, tensor in state.items():
-        role, name = _parted(full, known)
+        role, name = _parted(full, known, prefixes)
         groups.setdefault(role, []).append(_Entry(name, full, tensor))
     roles = sorted((role for role in groups if role), key=lambda role: ROLES.index(role.partition(".")[0]))
     rest = groups.get("", [])
@@ -187,31 +192,32 @@ def _by_role(key: str, state: Mapping[str, Tensor], known: Shapes) -> Iterator[t
         yield from ((_joined(key, role), _Network(groups[role], len(rest))) for role in roles)
 
 
-def _parted(full: str, known: Shapes) -> tuple[str, str]:
+def _parted(full: str, known: Shapes, prefixes: tuple[str, ...]) -> tuple[str, str]:
     """The role that a name begins with, "" if with none, and the name without prefixes."""
     name, role = _WRAPPED.sub("", full), ""
     while name not in known:
         copy = next((copy for copy in COPIES if name.startswith(copy)), None)
         first, dot, after = (copy, ".", name.removeprefix(copy)) if copy else name.partition(".")
-        if not dot or not (copy or first in PREFIXES or first in ROLES):
+        if not dot or not (copy or first in prefixes or first in ROLES):
             break
         role, name = _joined(role, first if first in ROLES else ""), after
     return role, name if name in known else _CHUNK.sub(r"blocks.\1", name)
 
 
 def _first_fit(found: Mapping[str, _Network], known: Shapes) -> str:
-    """The first network with at least half as many of the `known` matrices as any has.
+    """The first network with at least half as many of the `known` matrices as any has; where all have other
+    names, with half as many of such shapes.
 
     Vectors do not count: a file with two sets of BatchNorm has other names for them.
     """
-
-    def fitting(network: _Network) -> int:
-        return sum(
-            entry.tensor.ndim >= 2 and known.get(entry.name) == tuple(entry.tensor.shape)
-            for entry in network.entries
-        )
-
-    numbers = {key: fitting(network) for key, network in found.items()}
+    matrices = {
+        key: [(entry.name, tuple(entry.tensor.shape)) for entry in network.entries if entry.tensor.ndim >= 2]
+        for key, network in found.items()
+    }
+    numbers = {key: len(known.items() & set(each)) for key, each in matrices.items()}
+    if not any(numbers.values()):
+        shapes = set(known.values())
+        numbers = {key: sum(shape in shapes for _, shape in each) for key, each in matrices.items()}
     return next(key for key, number in numbers.items() if 2 * number >= max(numbers.values()))
 
 
@@ -219,6 +225,8 @@ def _asked_for(path: Path, found: Mapping[str, _Network], key: str) -> str:
     matching = [key] if key in found else [name for name in found if key and name.endswith(f".{key}")]
     if len(matching) == 1:
         return matching[0]
+    if found.keys() == {""}:
+        raise InputError(f"--weights_key {key!r}: {path} holds one network, which has no key; leave it out")
     there = ", ".join(repr(printable(name)) for name in found)
     many = "there are several of" if matching else "there is no"
     raise InputError(f"--weights_key {key!r}: {many} this name in {path}, expected one of {there}")

@@ -8,6 +8,7 @@ docs/how-to/text-prototypes.md has a script that writes such a file.
 
 import dataclasses
 import functools
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -86,8 +87,10 @@ def check_width(texts: TextPrototypes | None, what: str, dim: int) -> None:
 
 
 def plain(name: str) -> str:
-    """A class name without what writers differ in: case, and what stands between words."""
-    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+    """A class name without what writers differ in: case, how accents are encoded, and what stands between
+    words."""
+    name = unicodedata.normalize("NFKC", unicodedata.normalize("NFD", name).casefold())
+    return " ".join(name.replace("_", " ").replace("-", " ").split())
 
 
 def read(path: Path) -> TextPrototypes:

@@ -424,8 +424,12 @@ def find_device(name: str) -> torch.device:
         name = "cpu"
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise NotImplementedError("it holds no numbers")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"--device {name!r} cannot be used here: {reason}") from error
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise InputError(
+            f"--device {name!r} cannot be used here: {reason}; expected cpu, cuda, cuda:N or auto"
+        ) from error
     return device
