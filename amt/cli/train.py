@@ -102,6 +102,7 @@ def run_of(args: argparse.Namespace, ranks: Ranks) -> int:
             code = train(args, run, tuner, history, episodes, validation, ranks)
             if len(history) < settings.epochs:
                 return code
+        ranks.leave()
         if not ranks.first:
             return 0
         run.goes_on_alone()
