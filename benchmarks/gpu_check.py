@@ -340,7 +340,11 @@ def checked(place: Place, checks: Sequence[Check] = CHECKS) -> Iterator[tuple[st
             yield check.name, Line(check.lines.__name__, "not run: the time is over", None)
         else:
             try:
-                yield from ((check.name, line) for line in check.lines(place))
+                for line in check.lines(place):
+                    yield check.name, line
+                    if time.monotonic() > place.end:  # programs that torch.compile makes take minutes
+                        yield check.name, Line(check.lines.__name__, "broken off: the time is over", None)
+                        break
             except (InputError, RuntimeError) as error:  # such as no Triton, or no memory left
                 yield check.name, Line(check.lines.__name__, f"ended by: {first_line(error)}", False)
 

@@ -18,6 +18,10 @@ from typing import TextIO
 from meta_dataset_readers.endings import INTERRUPTED, code_of, raised
 
 _LONGEST = 2000  # letters of the line that tells of an error
+_LESS_MEMORY = (
+    "less is needed with --micro_batch, --levels_at_once 1 and --grad_checkpointing (amt train), with "
+    "--batch_size and --test_batch_size (amt autolora), or with a smaller --image_size"
+)
 
 
 class InputError(ValueError):
@@ -66,7 +70,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def exit_on_bad_input(main: Callable[[], int | None]) -> None:
     """Run a command's `main`; an `InputError` becomes one line on stderr and exit code 2, and so does what
     the system says about a file: that it cannot be read, or that the disk is full; and what torch says where
-    --deterministic asks for a kernel that it does not have.
+    --deterministic asks for a kernel that it does not have, or where a GPU's memory is full.
 
     Ctrl-C ends it with the shell's exit code for that, 130, and no traceback; SIGTERM and SIGHUP likewise.
     """
@@ -88,6 +92,9 @@ def one_line(error: Exception) -> str:
     """The line that tells of an error; empty for one that is no fault of an input."""
     if isinstance(error, InputError):
         return f"error: {_short(printable(error))}"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU; torch may not be there
+        told = printable(str(error).partition(" Including")[0]).rstrip(".")
+        return f"error: {told}; {_LESS_MEMORY}"
     if not isinstance(error, OSError):
         kernel, found, _ = str(error).partition(" does not have a deterministic implementation")
         return f"error: --deterministic: {printable(kernel)}{found}; this command runs without it" * bool(

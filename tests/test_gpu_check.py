@@ -213,6 +213,22 @@ def test_the_table_says_what_was_not_run_and_fails_for_a_bad_line(place):
     assert shown.code == 0 and "not run: the time is over" in shown.out and "nothing is bad" in shown.out
 
 
+def test_a_check_that_goes_on_for_too_long_is_broken_off(place, monkeypatch):
+    def long(_place):
+        for figure in ("9", "8", "7"):
+            passed.append(figure)
+            yield check.Line("figure", figure, None)
+
+    passed = []
+    monkeypatch.setattr(check.time, "monotonic", lambda: float(len(passed)))
+    timed = check.dataclasses.replace(place, end=1.0)
+    lines = list(check.checked(timed, [check.Check("c", long, False), check.Check("d", long, False)]))
+    assert [line.found for _, line in lines] == [
+        *("9", "8", "broken off: the time is over"),
+        "not run: the time is over",
+    ]
+
+
 def test_a_check_that_breaks_off_is_a_bad_line_and_the_others_run(place):
     def broken(_place):
         yield check.Line("figure", "9", None)

@@ -14,7 +14,7 @@ from toy_pools import RANK, quick
 from toy_training import command
 
 from amt.attacks.levels import Perturbation
-from amt.cli import memory
+from amt.cli import memory, options
 from amt.models import network as networks
 from amt.models.architectures import Arch
 from amt.models.network import Network
@@ -206,6 +206,13 @@ def test_fifty_ways_at_128_px_fit_into_8_gb():
 )
 def test_the_largest_episode(sampling, classes, expected):
     assert memory.largest_episode(EpisodeSampling(**sampling), classes) == expected
+
+
+def test_ranks_need_memory_for_their_own_levels_alone(world, tmp_path):
+    """Else what fits on each of four GPUs was refused, as if one had all four levels."""
+    args = options.training_parser().parse([str(flag) for flag in world.train(tmp_path)])
+    plans = [memory.plan_of(args, [], ranks) for ranks in (1, 2, 3)]
+    assert [(plan.members, plan.at_once) for plan in plans] == [(2, 2), (1, 1), (1, 1)]
 
 
 def test_an_episode_that_will_not_fit_is_refused_before_anything_is_made(world, tmp_path, monkeypatch):

@@ -76,6 +76,19 @@ def test_a_kernel_that_is_not_there_is_one_line():
         called(lambda: fail("another fault"), ["amt"])
 
 
+def test_a_full_gpu_is_one_line_with_the_flags_that_help():
+    def fail():
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of "
+            "which 1.20 GiB is free. Including non-PyTorch memory, this process has 77.9 GiB in use. Of"
+        )
+
+    ended = called(fail, ["amt"])
+    assert ended.code == 2 and ended.err.count("\n") == 1
+    assert ended.err.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+    assert "1.20 GiB is free; less is needed with --micro_batch" in ended.err
+
+
 @pytest.mark.parametrize(
     ("program", "flags", "words"),
     [

@@ -1,17 +1,23 @@
 """Training by several processes is that of one: meta-training bit for bit, AutoLoRa up to rounding."""
 
+import contextlib
 import functools
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from commands import Ended, about, same_tensors
-from conftest import moved_apart
+from conftest import fails, moved_apart
 from hypothesis import given
 from hypothesis import strategies as st
+from pretended_device import on_device, pretended
 from safetensors.torch import load_file, save_file
+from torch.distributed import distributed_c10d
 from toy_autolora import METHODS, SHORT, chosen, data, network, start_of
 from toy_autolora_runs import command as autolora
 from toy_autolora_runs import rows
@@ -21,12 +27,14 @@ from toy_training import World, assert_refused, command, scalars, signal_after, 
 
 from amt.attacks.levels import Perturbation
 from amt.files import ranks
+from amt.files.ranks import LostRank
 from amt.files.run_directory import RunDirectory
 from amt.files.signals import Interrupts
 from amt.models.branch import Student
 from amt.models.pool import Pool, principal_pool
 from amt.training.accuracy import accuracy, validate
 from amt.training.autolora import FineTuner, new_student
+from amt.training.parallel import _WholeBatch
 from amt.training.tuner import Tuner, share
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -281,6 +289,84 @@ def test_a_rank_that_is_killed_ends_the_run_and_costs_no_more_than_a_step(runs, 
     assert about(tmp_path / "last.safetensors")["tuner"]["episodes_done"] == 2
     assert command("main", *flags).code == 0
     assert_same_run(tmp_path, whole)
+
+
+def end(how: str) -> None:
+    """Print what torch is told at a rank's end."""
+    for module, name in ((dist, "destroy_process_group"), (distributed_c10d, "_abort_process_group")):
+        told = getattr(module, name)
+        setattr(module, name, lambda name=name, told=told: (print(name, flush=True), told())[1])
+    meet = ranks._meet
+    ranks._meet = lambda *given: meet(*given) or True  # as if NCCL connected them
+    with contextlib.suppress(LostRank), ranks.together(100) as team:
+        team.most(1)
+        if how == "one fails" and not team.first:
+            raise LostRank("gone")
+        if how == "rank 0 goes on":
+            team.leave()
+            assert not dist.is_initialized()
+        elif how == "one fails":
+            team.most(1)
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("all end", ["destroy_process_group\n"] * 2),
+        ("rank 0 goes on", ["destroy_process_group\n", ""]),  # within `together` rank 0 alone prints
+        ("one fails", ["_abort_process_group\n"] * 2),
+    ],
+)
+def test_ranks_wait_for_each_other_at_their_end_but_not_for_one_that_failed(tmp_path, how, told):
+    """By NCCL `destroy_process_group` waits for all that has begun, and so for ever where a rank is lost."""
+    ended = together(functools.partial(end, how), 2, tmp_path)
+    assert [each.out for each in ended] == told, ended
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"), [("with a GPU of its own", ("cpu:gloo,cuda:nccl", [0])), ("", ("gloo", []))]
+)
+def test_nccl_connects_ranks_that_all_have_a_gpu_of_their_own(monkeypatch, others, expected):
+    """Which may be the only one that a rank is shown: number 0 for all."""
+    begun, chosen_devices = [], []
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: begun.append(backend))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen_devices.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    store = dist.HashStore()
+    store.set("here/1", others)
+    assert ranks._meet(store, 0, 2, 10) is bool(others)
+    assert (*begun, chosen_devices) == expected
+
+
+def test_what_nccl_says_is_told(monkeypatch):
+    """No rank has ended where two have one GPU, or no network joins them."""
+
+    def fail(*_given, **_named):
+        raise dist.DistBackendError(
+            "NCCL error in: NCCLUtils.hpp:1\nncclInvalidUsage: This\nLast error:\nDuplicate GPU detected"
+        )
+
+    monkeypatch.setattr(dist, "all_reduce", fail)
+    team = ranks.Ranks(0, 2, 10, by_nccl=True)
+    fails("NCCL fails: Duplicate GPU detected; NCCL_DEBUG", lambda: team.most(1))
+
+
+def test_the_statistics_of_a_batch_are_sent_to_no_gpu():
+    """Each copy would wait for all that the device has to do, a hundred times a batch."""
+    alone: Any = SimpleNamespace(total=lambda tensor: tensor)
+    norm = torch.nn.BatchNorm2d(2)
+    images = torch.rand(3, 2, 4, 4)
+    expected = norm(images)
+    with pretended() as seen:
+        found = _WholeBatch(norm.forward, alone)._normalised(
+            on_device(images), None, None, None, None, True, 0.1, norm.eps
+        )
+        assert seen.copies == seen.reads == 0
+    torch.testing.assert_close(found.held, expected.detach())
 
 
 def test_a_signal_that_torchrun_and_a_batch_system_both_send_is_one():

@@ -14,7 +14,7 @@ from commands import ROOT, about
 
 PAGE = ROOT / "docs/how-to/clusters.md"
 PATIENCE = 240  # seconds
-SRUN = 'echo "srun $*" >> "$NOTES"; exec "$@"'
+SRUN = 'echo "srun $*" >> "$NOTES"; [[ $1 == --* ]] && shift; exec "$@"'
 SCONTROL = 'echo "scontrol $*" >> "$NOTES"; [ "$1" = requeue ] || echo localhost'
 
 
@@ -47,7 +47,7 @@ class Cluster:
         """A job as Slurm starts it, which prints into `log`."""
         path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
         slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node[1]"}
-        slurm |= {"SLURM_GPUS_ON_NODE": "2", "PORT": "0"}
+        slurm |= {"SLURM_GPUS_ON_NODE": "2", "SLURM_CPUS_PER_TASK": "8", "PORT": "0"}
         own = {"PATH": path, "NOTES": str(self.notes), "OMP_NUM_THREADS": "1"}
         with (self.folder / "log").open("wb") as log:
             return subprocess.Popen(
@@ -99,8 +99,8 @@ def test_a_training_that_ends_by_itself_does_not_queue_again(cluster, code):
     cluster.provide("torchrun", f"exit {code}")
     assert cluster.start("train.slurm", "--epochs", "1").wait(PATIENCE) == code
     *_, run = cluster.called
-    assert run.startswith("srun torchrun --nnodes=1 --nproc_per_node=2 ") and "localhost:0" in run
-    assert run.endswith(" main.py --epochs 1")
+    assert run.startswith("srun --cpus-per-task=8 torchrun --nnodes=1 --nproc_per_node=2 ")
+    assert "localhost:0" in run and run.endswith(" main.py --epochs 1")
 
 
 def test_an_array_shares_an_evaluation_out(cluster):

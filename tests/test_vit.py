@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from amt.models.architectures import ARCHS, Arch, build_network
 from amt.models.network import Network, features
+from amt.models.vit import resize_positions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,3 +98,15 @@ def test_a_network_is_pickled_and_copied_whole():
     expected = features(network, network.weights, images)
     for other in (pickle.loads(pickle.dumps(network)), copy.deepcopy(network)):
         assert torch.equal(features(other, other.weights, images), expected)
+
+
+def test_a_table_that_is_trained_is_resized_where_bits_repeat(monkeypatch):
+    """A GPU's bicubic resizing has no gradient that --deterministic allows."""
+    there, table = [], torch.rand(1, 17, 4, requires_grad=True)
+    monkeypatch.setattr(Tensor, "cpu", lambda self: there.append(self) or self)
+    expected = resize_positions(table, (2, 2))
+    assert there == []
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert torch.equal(resize_positions(table, (2, 2)), expected) and len(there) == 1
+    resize_positions(table.detach(), (2, 2))
+    assert len(there) == 1

@@ -108,6 +108,7 @@ def run_of(args: argparse.Namespace, attacks: Sequence[Attack], ranks: Ranks) ->
             code = tested(args.output / mode, weights)
         if code:
             return code
+    ranks.leave()
     for folder, weights in waiting if ranks.first else ():
         if code := tested(folder, weights):
             return code

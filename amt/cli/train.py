@@ -70,7 +70,7 @@ def run_of(args: argparse.Namespace, ranks: Ranks) -> int:
         open_source(source=source, split="TRAIN", n_episodes=total, augment=True)
         for source in options.training_sources(args)
     ]
-    memory.check_fits(network, memory.plan_of(args, [each.spec for each in training]))
+    memory.check_fits(network, memory.plan_of(args, [each.spec for each in training], ranks.world))
     episodes = SourceMixture(training, total, args.seed)
     validation = [open_episodes(path, network.image_size) for path in args.val_episodes] or [
         open_source(source=source, split="VALID", n_episodes=args.nValEpisode)
@@ -102,6 +102,7 @@ def run_of(args: argparse.Namespace, ranks: Ranks) -> int:
             code = train(args, run, tuner, history, episodes, validation, ranks)
             if len(history) < settings.epochs:
                 return code
+        ranks.leave()
         if not ranks.first:
             return 0
         run.goes_on_alone()

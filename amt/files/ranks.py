@@ -12,6 +12,7 @@ gloo for what lies on the CPU, NCCL where every rank of a machine has a GPU of i
 import contextlib
 import datetime
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -170,6 +171,14 @@ class Ranks:
                 found = Ranks(part.index(self.rank), len(part), self._seconds, group, self._by_nccl)
         return found
 
+    def leave(self) -> None:
+        """The last call of all, after which each goes on alone. By NCCL they part at once: who leaves first
+        waits for the others, and gives up after `seconds`."""
+        if self.world > 1:
+            import torch.distributed
+
+            torch.distributed.destroy_process_group()
+
     def check_same(self, facts: dict[str, Any]) -> None:
         """Raise an `InputError`, on all ranks, that names the first fact in which one differs from rank 0."""
         first, *others = self.gathered(facts)
@@ -190,6 +199,9 @@ class Ranks:
         try:
             getattr(torch.distributed, name)(*args, group=self._group, **named)
         except RuntimeError as error:  # gloo has no type of its own for a peer that is gone
+            if self._by_nccl and isinstance(error, torch.distributed.DistBackendError):
+                reason = str(error).strip().rpartition("\n")[2]
+                raise LostRank(f"NCCL fails: {reason}; NCCL_DEBUG=INFO tells more") from error
             late = "timed out" in str(error).lower()
             what = f"did not answer within {self._seconds:g} s; see --rank_timeout" if late else "has ended"
             raise LostRank(f"another rank {what}") from error
@@ -218,12 +230,13 @@ def together(seconds: float) -> Iterator[Ranks]:
         yield ALONE
         return
     store: Any = None
+    by_nccl = False
     try:
         store = _meeting_place(rank, world, seconds)
         by_nccl = _meet(store, rank, world, seconds)
         with _spoken(rank == 0):
             yield Ranks(rank, world, seconds, by_nccl=by_nccl)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, RuntimeError) as error:
         if one_line(error) and not _tells(store, rank):
             raise SystemExit(2) from error
         raise
@@ -232,7 +245,7 @@ def together(seconds: float) -> Iterator[Ranks]:
             raise
         raise SystemExit(code_of(error)) from error
     finally:
-        _part(store, rank, world)
+        _part(store, rank, world, by_nccl and sys.exc_info()[0] is not None)
 
 
 def _meeting_place(rank: int, world: int, seconds: float) -> Any:
@@ -255,19 +268,20 @@ def _meet(store: Any, rank: int, world: int, seconds: float) -> bool:
     import torch
     import torch.distributed as dist
 
+    local, size = (int(os.environ.get(name, default)) for name, default in _LOCAL.items())
+    devices = torch.cuda.device_count() if dist.is_nccl_available() and torch.cuda.is_available() else 0
     for each in range(world):
         try:
-            store.set(f"here/{rank}", "")
+            store.set(f"here/{rank}", "with a GPU of its own" if size <= devices else "")
             store.wait([f"here/{each}"], _span(seconds))
         except RuntimeError as error:
             raise InputError(
                 f"rank {rank} of {world} has waited {seconds:g} s (--rank_timeout) for rank {each}; start "
                 "them all at about the same time"
             ) from error
-    local, size = (int(os.environ.get(name, default)) for name, default in _LOCAL.items())
-    by_nccl = dist.is_nccl_available() and torch.cuda.is_available() and size <= torch.cuda.device_count()
+    by_nccl = all(store.get(f"here/{each}") for each in range(world))
     if by_nccl:
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(local % devices)  # as `find_device`: each may be shown its own alone
     backend = "cpu:gloo,cuda:nccl" if by_nccl else "gloo"
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_span(seconds))
@@ -280,12 +294,15 @@ def _meet(store: Any, rank: int, world: int, seconds: float) -> bool:
     return by_nccl
 
 
-def _part(store: Any, rank: int, world: int) -> None:
-    """Leave the others, who notice it; rank 0, which may have the store, goes last."""
+def _part(store: Any, rank: int, world: int, lost: bool) -> None:
+    """Leave the others, who notice it; rank 0, which may have the store, goes last. What NCCL has begun is
+    `lost` after an error: another rank may never answer, and would be waited for."""
     import torch.distributed
 
     with contextlib.suppress(RuntimeError):  # of those that are gone
-        if torch.distributed.is_initialized():
+        if torch.distributed.is_initialized() and lost:
+            torch.distributed.distributed_c10d._abort_process_group()
+        elif torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if store is not None:
             store.set(f"left/{rank}", "")

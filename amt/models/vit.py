@@ -207,9 +207,11 @@ def resize_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
         return table
     patches = table[..., 1:, :].reshape(-1, side, side, dim).permute(0, 3, 1, 2)
     scale = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
+    if patches.requires_grad and torch.are_deterministic_algorithms_enabled():
+        patches = patches.cpu()  # a GPU has no gradient of this that repeats its bits
     patches = F.interpolate(
         patches, scale_factor=scale, mode="bicubic", align_corners=False, recompute_scale_factor=False
-    )
+    ).to(table.device)
     return torch.cat([table[..., :1, :], patches.permute(0, 2, 3, 1).reshape(*outer, -1, dim)], dim=-2)
 
 

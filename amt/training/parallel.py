@@ -120,7 +120,7 @@ class _WholeBatch(TorchFunctionMode):
         del training
         dims = [0, *range(2, x.ndim)]
         shape = [1, -1] + [1] * (x.ndim - 2)
-        number = x.new_tensor([x.numel() / x.shape[1]])
+        number = x.new_full((1,), x.numel() / x.shape[1])  # nothing that is sent to a GPU
         sums, count = self._summed(torch.cat([x.sum(dims), number])).split([x.shape[1], 1])
         mean = sums / count
         centred = x - mean.view(shape)
