@@ -19,7 +19,7 @@ from amt.report import figures, ranking
 from amt.report.shown import label
 from meta_dataset_readers.errors import InputError, exit_on_bad_input, say
 from meta_dataset_readers.files import replace_file
-from studies.mini_study import BEST, GAMMA_ROWS, KNOB, ORACLE, RECIPE, REFERENCE, ROWS
+from studies.mini_study import BEST, BEST_KNOB, GAMMA_ROWS, KNOB, ORACLE, RECIPE, REFERENCE, ROWS
 
 AVERAGE = "average"
 OF_THE_POOL = [row.name for row in ROWS if row.trainings == ("pool",) and row.name != BEST]
@@ -78,6 +78,11 @@ def markdown(heads: Iterable[str], lines: Iterable[Sequence[str]]) -> str:
 def _apart(name: str) -> bool:
     """Whether a row is another training, which has tables of its own and no point in the plane."""
     return name in GAMMA_ROWS or name.startswith(RECIPE)
+
+
+def _shown(name: str) -> bool:
+    """Whether a row has a point in the plane, which has room for one knob."""
+    return not _apart(name) and name not in BEST_KNOB
 
 
 class Compared(NamedTuple):
@@ -199,7 +204,7 @@ def write(results: Path, page: Path) -> None:
     for folder in folders:
         rows = read(folder)
         chance = next(iter(rows.values())).chance(AVERAGE)
-        shown = label([run for name, run in rows.items() if not _apart(name)])
+        shown = label([run for name, run in rows.items() if _shown(name)])
         plane = ranking.plane(shown, joined=[name for name in KNOB if name in rows])
         if plane is not None:
             slug = f"clean_robust_{folder.name.replace('-', '_')}"

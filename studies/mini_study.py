@@ -130,6 +130,7 @@ def _tuned(*heads: Sequence[str]) -> tuple[str, ...]:
 
 REFERENCE = "pretrained + prototypes"
 KNOB = tuple(f"ours, mix at share {share:g}" for share in SHARES)
+BEST_KNOB = tuple(f"ours, best recipe + mix at share {share:g}" for share in SHARES)
 ORACLE = "oracle"
 ONE_LORA, BEST, MERGING, OURS = "one LoRA", "best single", "published merging", "ours, robust-lda"
 HOW = {BEST: ("--routing", "best", *ON_VALID), MERGING: ("--routing", "amt", *ON_VALID)}
@@ -192,6 +193,12 @@ ROWS = (
     *(
         Row(name, ("pool",), (*FIRST, "--head", "mix", "of=robust-lda", f"share={share:g}"), episodes=0.5)
         for name, share in zip(KNOB, SHARES, strict=True)
+    ),
+    *(
+        Row(
+            name, (f"{RECIPE}features",), ("--head", "mix", "of=robust-lda", f"share={share:g}"), episodes=0.5
+        )
+        for name, share in zip(BEST_KNOB, SHARES, strict=True)
     ),
     Row(ORACLE, ("pool",), ("--routing", "oracle", "--oracle_parts", "2"), episodes=0.25),
     *(Row(name, (f"gamma {gamma:g}",), shots=(5,)) for name, gamma in zip(GAMMA_ROWS, GAMMAS, strict=True)),
