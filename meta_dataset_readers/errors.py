@@ -20,7 +20,7 @@ from meta_dataset_readers.endings import INTERRUPTED, code_of, raised
 _LONGEST = 2000  # letters of the line that tells of an error
 _LESS_MEMORY = (
     "less is needed with --micro_batch, --levels_at_once 1 and --grad_checkpointing (amt train), with "
-    "--batch_size and --test_batch_size (amt autolora), or with a smaller --image_size"
+    "--batch_size and --test_batch_size (amt autolora), with a smaller --image_size, or with --device cpu"
 )
 
 

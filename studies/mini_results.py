@@ -22,7 +22,12 @@ from meta_dataset_readers.files import replace_file
 from studies.mini_study import BEST, BEST_KNOB, GAMMA_ROWS, KNOB, ORACLE, RECIPE, REFERENCE, ROWS
 
 AVERAGE = "average"
-OF_THE_POOL = [row.name for row in ROWS if row.trainings == ("pool",) and row.name != BEST]
+# What is compared with the best single adapter: the same pools otherwise, and what is ours.
+BESIDE_BEST = [
+    row.name
+    for row in ROWS
+    if row.name != BEST and (row.trainings == ("pool",) or row.name.startswith("ours"))
+]
 HEAD = """# Results of the mini study
 
 Made by `python -m studies.mini_results` from the files in {results}; `make results` measures them anew.
@@ -109,15 +114,19 @@ def comparisons(rows: dict[str, Run]) -> list[Compared]:
     groups = [
         ("Paired differences from the pretrained network, in points:", *(REFERENCE, main - {REFERENCE})),
         (
-            "The same pools otherwise: paired differences from the best single adapter with prototypes:",
-            *(BEST, {*OF_THE_POOL}),
+            "Paired differences from the best single adapter of the pool with prototypes:",
+            *(BEST, {*BESIDE_BEST}),
         ),
         (
             f"Does the weight perturbation help? Paired differences from {GAMMA_ROWS[0]}:",
             *(GAMMA_ROWS[0], {*GAMMA_ROWS[1:]}),
         ),
         *(
-            (f"Other ways to train, at equal cost: paired differences from {reference}:", reference, {*names})
+            (
+                f"Other ways to train, as many episodes and levels: paired differences from {reference}:",
+                reference,
+                {*names},
+            )
             for reference, names in recipes.items()
         ),
     ]

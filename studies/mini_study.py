@@ -286,6 +286,8 @@ class Study:
             by = "clean accuracy" if row.by == "clean" else "mean accuracy, clean and under attack"
             on = f"{self.choosing} VALID episodes of {SOURCE} by {by}"
             words += ["--tuned_on", on, "--candidates", len(row.candidates)]
+        elif row.flags[-len(CHOSEN) :] == CHOSEN:
+            words += ["--tuned_on", f"VALID, for {OURS}", "--candidates", len(ROBUST)]
         self._call(folders[0].parent, *words)
         return out
 

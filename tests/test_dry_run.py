@@ -67,6 +67,8 @@ def test_files_to_be_fine_tuned_are_read(world, cifar, tmp_path):
     own = cifar.flags(tmp_path / "out", "--dry_run")
     ended = autolora(*own)
     assert ended.code == 0 and f"network {cifar.weights}: plain tensors" in ended.out, ended
+    ended = autolora(*own, "--num_classes", 1)
+    assert ended.code == 2 and "label" in ended.out and "expected 0 to 0" in ended.out, ended
     ended = autolora(*own, "--checkpoint", world.weights)
     said = (
         f"missing: robustly pretrained network {world.weights}: {world.weights} for --arch resnet_mini: lacks"

@@ -355,6 +355,17 @@ def test_what_nccl_says_is_told(monkeypatch):
     fails("NCCL fails: Duplicate GPU detected; NCCL_DEBUG", lambda: team.most(1))
 
 
+@pytest.mark.parametrize("call", ["all_reduce", "destroy_process_group"])
+def test_who_waits_for_too_long_is_told_of_the_flag(monkeypatch, call):
+    def late(*_given, **_named):
+        raise dist.DistBackendError("Watchdog caught collective operation timeout: WorkNCCL ran for 9999 ms")
+
+    monkeypatch.setattr(dist, call, late)
+    team = ranks.Ranks(0, 2, 10, by_nccl=True)
+    part = (lambda: team.most(1)) if call == "all_reduce" else team.leave
+    fails("another rank did not answer within 10 s; see --rank_timeout", part)
+
+
 def test_the_statistics_of_a_batch_are_sent_to_no_gpu():
     """Each copy would wait for all that the device has to do, a hundred times a batch."""
     alone: Any = SimpleNamespace(total=lambda tensor: tensor)

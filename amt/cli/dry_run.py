@@ -108,6 +108,7 @@ def _training_needs(args: argparse.Namespace) -> Iterator[Need]:
 def _memory(args: argparse.Namespace, sources: Sequence[str]) -> Need:
     """The memory that the largest episode needs, of the sources that can be opened."""
     from amt.cli import memory
+    from amt.files.ranks import place
     from amt.models.architectures import base_arch
     from amt.models.network import find_device
 
@@ -120,7 +121,7 @@ def _memory(args: argparse.Namespace, sources: Sequence[str]) -> Need:
     network = dataclasses.replace(network, image_size=size, autocast=options.arithmetic(args).autocast)
     device = find_device(args.device)
     known = memory.free(device)
-    fits, words = memory.said(network, memory.plan_of(args, specs), known or memory.installed())
+    fits, words = memory.said(network, memory.plan_of(args, specs, place()[1]), known or memory.installed())
     return Need(f"memory of {device}", **{"found" if fits or known is None else "problem": words})
 
 
@@ -168,6 +169,8 @@ def _heads(args: argparse.Namespace) -> Iterator[Need]:
     from amt.files import checkpoint, text_prototypes
 
     offered = [head for each in options.deployments(args).values() for head in each.offered_heads]
+    if not any(head.needs_statistics or head.other is not None for head in offered):
+        return  # reads no file again
     try:
         saved = checkpoint.load(args.resume) if args.resume else None
         texts = text_prototypes.read(args.text_prototypes) if args.text_prototypes else None
@@ -197,7 +200,6 @@ def _dim(args: argparse.Namespace, shapes: Mapping[str, tuple[int, ...]] | None)
 def _fine_tuning_needs(args: argparse.Namespace) -> Iterator[Need]:
     from amt.cli import fine_tune
     from amt.cli.options import autolora
-    from amt.data.loading import open_splits
     from amt.models.network import build_classifier
 
     def start() -> str:
@@ -209,9 +211,9 @@ def _fine_tuning_needs(args: argparse.Namespace) -> Iterator[Need]:
         return fine_tune.open_network(args, network)[1].kind
 
     def sizes() -> str:
-        splits = open_splits(args.dataset, args.data, args.val, args.seed)
+        splits = fine_tune.open_data(args)
         counts = "/".join(str(len(part)) for part in (splits.train, splits.validation, splits.test))
-        classes = f"{len(splits.class_names)} classes"
+        classes = f"{args.num_classes or len(splits.class_names)} classes"
         return f"{classes}, {counts} images to train, validate and test, in {args.data}"
 
     yield _output(args.output, "--output")

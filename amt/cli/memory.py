@@ -18,7 +18,7 @@ from meta_dataset_readers.spec import DatasetSpec
 _PARTS = (64, 32, 16, 8, 4, 2, 1)  # what --micro_batch is advised to be, of more than that
 
 
-def plan_of(args: argparse.Namespace, specs: Iterable[DatasetSpec], ranks: int = 1) -> Plan:
+def plan_of(args: argparse.Namespace, specs: Iterable[DatasetSpec], ranks: int) -> Plan:
     """The largest step of training that the flags ask for, on sources of these specifications, of the rank
     with most levels."""
     levels = -(-len(options.levels(args)) // ranks)

@@ -242,8 +242,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             y: (N,) labels, texts or numbers.
 
         Raises:
-            InputError: images that cannot be read, fewer than two classes, more than 2000 images, or a class
-                without a text where there are some.
+            InputError: a pool or images that cannot be read, fewer than two classes, more than 2000 images,
+                or a class without a text where there are some.
 
         >>> import numpy as np
         >>> images = np.random.default_rng(0).random((4, 32, 32, 3))

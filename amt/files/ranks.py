@@ -177,7 +177,10 @@ class Ranks:
         if self.world > 1:
             import torch.distributed
 
-            torch.distributed.destroy_process_group()
+            try:
+                torch.distributed.destroy_process_group()
+            except RuntimeError as error:
+                raise self._lost(error) from error
 
     def check_same(self, facts: dict[str, Any]) -> None:
         """Raise an `InputError`, on all ranks, that names the first fact in which one differs from rank 0."""
@@ -199,12 +202,18 @@ class Ranks:
         try:
             getattr(torch.distributed, name)(*args, group=self._group, **named)
         except RuntimeError as error:  # gloo has no type of its own for a peer that is gone
-            if self._by_nccl and isinstance(error, torch.distributed.DistBackendError):
-                reason = str(error).strip().rpartition("\n")[2]
-                raise LostRank(f"NCCL fails: {reason}; NCCL_DEBUG=INFO tells more") from error
-            late = "timed out" in str(error).lower()
-            what = f"did not answer within {self._seconds:g} s; see --rank_timeout" if late else "has ended"
-            raise LostRank(f"another rank {what}") from error
+            raise self._lost(error) from error
+
+    def _lost(self, error: RuntimeError) -> LostRank:
+        import torch.distributed
+
+        said = str(error).strip()
+        if "timed out" in said.lower() or "timeout" in said.lower():
+            return LostRank(f"another rank did not answer within {self._seconds:g} s; see --rank_timeout")
+        if self._by_nccl and isinstance(error, torch.distributed.DistBackendError):
+            reason = said.rpartition("Last error:")[2].strip().partition("\n")[0] or said.rpartition("\n")[2]
+            return LostRank(f"NCCL fails: {reason}; NCCL_DEBUG=INFO tells more")
+        return LostRank("another rank has ended")
 
 
 def _flat(tensors: "Sequence[Tensor | None]") -> "Tensor":

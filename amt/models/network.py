@@ -429,6 +429,8 @@ def find_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0]
+        if reason.startswith("Expected one of"):  # and then names twenty kinds
+            reason = "torch knows no such device"
         raise InputError(
             f"--device {name!r} cannot be used here: {reason}; expected cpu, cuda, cuda:N or auto"
         ) from error
