@@ -97,3 +97,12 @@ def test_what_heads_need_is_looked_for(world, tmp_path):
         assert ended.code == 2 and "missing: what the heads need: " in ended.out, ended
         assert words in ended.out
     assert not (tmp_path / "out").exists()
+
+
+def test_stored_episodes_are_opened(world, tmp_path):
+    (tmp_path / "dumped").mkdir()
+    flags = ("--val_episodes", tmp_path / "dumped", "--dry_run")
+    ended = command("main", *world.train(tmp_path / "out", *flags))
+    said = f"missing: stored episodes {tmp_path / 'dumped'}: {tmp_path / 'dumped'}: no images_per_class.json"
+    assert ended.code == 2 and said in ended.out, ended
+    assert not (tmp_path / "out").exists()
