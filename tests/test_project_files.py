@@ -30,7 +30,7 @@ def test_the_citation_has_what_readers_of_it_ask_for():
         and CITATION["title"]
         and CITATION["authors"] == [{"name": "The AMT contributors"}]
     )
-    assert len(CITATION["references"]) == 2
+    assert len(CITATION["references"]) == 3
     for paper in CITATION["references"]:
         assert paper["type"] == "conference-paper" and paper["title"] and paper["year"] == 2024
         assert all({"family-names", "given-names"} == set(author) for author in paper["authors"])
