@@ -108,7 +108,7 @@ def comparisons(rows: dict[str, Run]) -> list[Compared]:
     """The comparisons that the rows allow, in the order of the page."""
     recipes: dict[str, list[str]] = {}
     for row in ROWS:
-        if row.name.startswith(RECIPE):
+        if row.against:
             recipes.setdefault(row.against, []).append(row.name)
     main = {name for name in rows if not _apart(name)}
     groups = [

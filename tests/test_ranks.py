@@ -295,7 +295,7 @@ def end(how: str) -> None:
     """Print what torch is told at a rank's end."""
     for module, name in ((dist, "destroy_process_group"), (distributed_c10d, "_abort_process_group")):
         told = getattr(module, name)
-        setattr(module, name, lambda name=name, told=told: (print(name, flush=True), told())[1])
+        setattr(module, name, lambda name=name, told=told, **how: (print(name, flush=True), told(**how))[1])
     meet = ranks._meet
     ranks._meet = lambda *given: meet(*given) or True  # as if NCCL connected them
     with contextlib.suppress(LostRank), ranks.together(100) as team:

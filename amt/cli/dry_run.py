@@ -202,16 +202,20 @@ def _fine_tuning_needs(args: argparse.Namespace) -> Iterator[Need]:
     from amt.cli.options import autolora
     from amt.models.network import build_classifier
 
+    @functools.cache
+    def opened() -> fine_tune.Splits:
+        return fine_tune.open_data(args)
+
     def start() -> str:
         try:
-            classes = len(fine_tune.open_data(args).class_names)
+            classes = len(opened().class_names)
         except InputError:  # said where the data set is
             return "a file"
         network = build_classifier(args.arch, classes, args.resize, resize=autolora.inside(args))
         return fine_tune.open_network(args, network)[1].kind
 
     def sizes() -> str:
-        splits = fine_tune.open_data(args)
+        splits = opened()
         counts = "/".join(str(len(part)) for part in (splits.train, splits.validation, splits.test))
         classes = f"{args.num_classes or len(splits.class_names)} classes"
         return f"{classes}, {counts} images to train, validate and test, in {args.data}"

@@ -175,12 +175,7 @@ class Ranks:
         """The last call of all, after which each goes on alone. By NCCL they part at once: who leaves first
         waits for the others, and gives up after `seconds`."""
         if self.world > 1:
-            import torch.distributed
-
-            try:
-                torch.distributed.destroy_process_group()
-            except RuntimeError as error:
-                raise self._lost(error) from error
+            self._call("destroy_process_group")
 
     def check_same(self, facts: dict[str, Any]) -> None:
         """Raise an `InputError`, on all ranks, that names the first fact in which one differs from rank 0."""
