@@ -23,6 +23,7 @@ from amt.models.network import Network
 from amt.models.pool import Pool, principal_pool
 from amt.tasks.classifier import fixed_predictor
 from amt.training.tuner import Tuner
+from meta_dataset_readers.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread", "programs")
 
@@ -76,6 +77,22 @@ def test_training_makes_a_program_of_a_pass_and_one_of_an_attack_step(small, met
         made.append(counting.made - before)
     assert 0 < made[0] <= sum(made) <= 6 and made[1] == 0, made
     assert not counters["graph_break"]
+    expected, found = (tuner.state()[0] for tuner in tuners)
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-5) for name in expected)
+
+
+def test_the_compiler_of_a_cpu_computes_the_same(small):
+    """Programs of machine code, not traced ones; without a C++ compiler there are none."""
+    try:
+        compiler = compiler_for(torch.device("cpu"))
+    except InputError as error:
+        pytest.skip(str(error))
+    tuners = [
+        Tuner(each, pool_of(small), quick(method="standard", lr=1e-3))
+        for each in (small, dataclasses.replace(small, compiler=compiler))
+    ]
+    for tuner in tuners:
+        tuner.step(patterned_episode(0, 3, 2, 3, side=16))
     expected, found = (tuner.state()[0] for tuner in tuners)
     assert all(torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-5) for name in expected)
 
