@@ -47,8 +47,11 @@ ONE = ("--epsilon", "8")  # as the first level of POOL, which levels beside it d
 # One level in place of four sees four times the episodes, so that as many images pass through the network.
 LONGER = (*ONE, "--nEpisode", "240", "--epsilon_warmup", "400")
 # Other ways to train, each against one at equal cost (`_recipe_rows`); recipes/README.md has the commands.
+FEATURES = ("--loss", "features", "--pgd_method", "querying")
 RECIPES = {
-    "features": ("--loss", "features", "--pgd_method", "querying", *ONE),
+    "features": (*FEATURES, *ONE),
+    "features longer": (*FEATURES, *LONGER),
+    "features random": (*FEATURES, *LONGER, "--epsilon_from", "0"),
     "norms too": ("--tune", "lora+norm", *ONE),
     "ridge": ("--head", "ridge", *ONE),
     "real levels": ("--epsilon", "8", "4", "2", "1"),
@@ -131,6 +134,7 @@ KNOB = tuple(f"ours, mix at share {share:g}" for share in SHARES)
 FEATURES_KNOB = tuple(f"features, mix at share {share:g}" for share in SHARES)
 ORACLE = "oracle"
 ONE_LORA, BEST, MERGING, OURS = "one LoRA", "best single", "published merging", "ours, robust-lda"
+ANCHORED = "features, robust-lda"
 HOW = {BEST: ("--routing", "best", *ON_VALID), MERGING: ("--routing", "amt", *ON_VALID)}
 GAMMA_ROWS = tuple(f"weight perturbation, gamma {gamma:g}" for gamma in GAMMAS)
 LDA = " + robust-lda"
@@ -140,17 +144,20 @@ CHOSEN = ("--head", "robust-lda", "support=0.15", "attack=0.15", "identity=0.4")
 
 def _recipe_rows() -> Iterable[Row]:
     """Every other way to train, beside its equal in cost and head: one level beside the pool's adapter for
-    8/255, a pool or one level with a pool's episodes beside the pool, a gentle one beside `LONGER`."""
+    8/255, a pool or one level with a pool's episodes beside the pool, a variant of that beside it."""
+    longer, anchored = f"{RECIPE}longer", f"{RECIPE}features longer"
+    beside = dict.fromkeys(("longer", "random epsilon", "features longer"), MERGING)
+    beside |= {"gentle": longer, "features random": anchored}
+    with_lda = {longer: f"{longer}{LDA}", anchored: "features longer, robust-lda"}
     for name, flags in RECIPES.items():
         row, trainings = f"{RECIPE}{name}", (f"{RECIPE}{name}",)
         if name == "real levels":
             yield from (Row(f"{row}, {how}", trainings, words, against=how) for how, words in HOW.items())
             continue
-        longer = f"{RECIPE}longer"
-        plain = {"longer": MERGING, "random epsilon": MERGING, "gentle": longer}.get(name, ONE_LORA)
+        plain = beside.get(name, ONE_LORA)
         yield Row(row, trainings, against=plain)
-        if name != "features":  # a row of the main table
-            yield Row(f"{row}{LDA}", trainings, CHOSEN, against=f"{longer}{LDA}" if plain == longer else OURS)
+        if name not in ("features", "features longer"):  # rows of the main table
+            yield Row(f"{row}{LDA}", trainings, CHOSEN, against=with_lda.get(plain, OURS))
         if "--head" in flags:
             yield Row(f"{row} + {name}", trainings, ("--head", name), against=plain)
 
@@ -176,12 +183,18 @@ ROWS = (
     Row(OURS, ("pool",), _tuned(*ROBUST)),
     Row(f"{MERGING}{LDA}", ("pool",), ("--routing", "amt", *CHOSEN)),
     Row("ours, mix", ("pool",), _tuned(*MIXES)),
-    # Trainings of one level at equal cost; VALID chooses `features` for every seed and number of shots.
-    Row("features, robust-lda", ("gamma 0.005", f"{RECIPE}features"), CHOSEN, against=OURS, by="mean"),
+    # Trainings of one level at the cost of one, then also at that of four; VALID chooses the last of each.
+    Row(ANCHORED, ("gamma 0.005", f"{RECIPE}features"), CHOSEN, against=OURS, by="mean"),
     Row(
-        "features, mix",
-        (f"{RECIPE}features",),
-        (*ON_VALID, *itertools.chain.from_iterable(MIXES)),
+        "features longer, robust-lda",
+        (f"{RECIPE}features", f"{RECIPE}features longer"),
+        CHOSEN,
+        against=ANCHORED,
+        by="mean",
+    ),
+    *(
+        Row(f"{name}, mix", (f"{RECIPE}{name}",), (*ON_VALID, *itertools.chain.from_iterable(MIXES)))
+        for name in ("features", "features longer")
     ),
     *(
         Row(name, (training,), (*first, "--head", "mix", "of=robust-lda", f"share={share:g}"), episodes=0.5)
