@@ -19,7 +19,7 @@ from amt.report import figures, ranking
 from amt.report.shown import label
 from meta_dataset_readers.errors import InputError, exit_on_bad_input, say
 from meta_dataset_readers.files import replace_file
-from studies.mini_study import BEST, FEATURES_KNOB, GAMMA_ROWS, KNOB, ORACLE, RECIPE, REFERENCE, ROWS
+from studies.mini_study import BEST, GAMMA_ROWS, KNOB, LONG_KNOB, ORACLE, RECIPE, REFERENCE, ROWS
 
 AVERAGE = "average"
 # What is compared with the best single adapter: the same pools otherwise, and what is ours.
@@ -87,7 +87,7 @@ def _apart(name: str) -> bool:
 
 def _shown(name: str) -> bool:
     """Whether a row has a point in the plane, which has room for one knob."""
-    return not _apart(name) and name not in FEATURES_KNOB
+    return not _apart(name) and name not in LONG_KNOB
 
 
 class Compared(NamedTuple):
