@@ -123,7 +123,7 @@ def comparisons(rows: dict[str, Run]) -> list[Compared]:
         ),
         *(
             (
-                f"Other ways to train, as many episodes and levels: paired differences from {reference}:",
+                f"Other ways to train: paired differences from {reference}:",
                 reference,
                 {*names},
             )
