@@ -145,7 +145,7 @@ def merged_of(args: argparse.Namespace, opened: OpenPool) -> export.MergedNetwor
         shares = average_of(pool, [args.adapter or 0])
     if args.support is None and args.text_prototypes is None:
         return export.merged_network(network, pool, shares, trims)
-    said = None if args.text_prototypes is None else text_prototypes.read(args.text_prototypes)
+    said = text_prototypes.given(args.text_prototypes)
     if args.support is None:
         head = None if args.head is None else options.single_head(args)
         return fit_texts(opened, Merging(None, shares, trims, args.seed, head, texts=said))[0].merged

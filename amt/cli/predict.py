@@ -247,8 +247,7 @@ def merging(args: argparse.Namespace) -> "Merging":
     from amt.few_shot.task import Merging
     from amt.files import text_prototypes
 
-    file = vars(args).get("text_prototypes")  # which the page does not have
-    said = None if file is None else text_prototypes.read(file)
+    said = text_prototypes.given(vars(args).get("text_prototypes"))  # which the page does not have
     head = None if args.head is None else options.single_head(args)
     trims = tuple(args.trim)
     routing = options.routing(args) if options.routed(args) else None

@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
         for source in deployments
     }
     where = str(args.resume or "the pretrained network")
-    texts = text_prototypes.read(args.text_prototypes) if args.text_prototypes else None
+    texts = text_prototypes.given(args.text_prototypes)
     for source, deployment in deployments.items():
         check_deployment(deployment, pool, source, open_episodes, where)
         dim = network.module.num_features
