@@ -13,10 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from amt.attacks.kinds import ON_OTHERS
 from amt.cli import options
 from amt.cli.options.texts import check_classes
-from amt.models.head_settings import PRETRAINED
 from meta_dataset_readers.errors import InputError, say
 
 if TYPE_CHECKING:
@@ -194,9 +192,7 @@ def _memory(files: Files, sources: Sequence[str]) -> Need:
 
 def _testing_needs(args: argparse.Namespace, files: Files) -> Iterator[Need]:
     yield from _places(args)
-    shown = any(attack.kind in ON_OTHERS for attack in options.attacks(args))
-    mixed = any(head.other == PRETRAINED for head in options.heads(args) or ())
-    if not args.no_pretrain and (args.resume is None or shown or mixed):
+    if options.needs_pretrained(args):
         yield _weights(files)
     if args.resume is not None:
         yield _checkpoint(files)

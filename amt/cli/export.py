@@ -106,8 +106,7 @@ def check(args: argparse.Namespace) -> None:
     """Raise an `InputError` for flags that are wrong together, and for an impossible place."""
     if args.adapter is not None and args.coefficients is not None:
         raise InputError("--adapter and --coefficients exclude each other")
-    if args.coefficients is not None and abs(sum(args.coefficients) - 1) > 1e-4:
-        raise InputError(f"--coefficients sum to {sum(args.coefficients):g}, expected 1")
+    options.check_coefficients(args)
     options.routing(args)
     check_head(args)
     if args.to == "published":
