@@ -57,17 +57,17 @@ def reading(
         raise _unreadable(path, problem, error, what) from problem
 
 
-def size_of(path: str | Path, error: type[InputError] = InputError, *, what: str = "file") -> int:
+def size_of(path: str | Path, *, what: str = "file") -> int:
     """The size in bytes of the regular file at `path`, for libraries that open files by themselves.
 
     Raises InputError as `reading`.
     """
-    _check_name(path, error)
+    _check_name(path, InputError)
     try:
         found = os.stat(path)
     except OSError as problem:
-        raise _unreadable(path, problem, error, what) from problem
-    _check_regular(path, found.st_mode, error)
+        raise _unreadable(path, problem, InputError, what) from problem
+    _check_regular(path, found.st_mode, InputError)
     return found.st_size
 
 

@@ -18,6 +18,7 @@ import math
 import os
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,12 @@ def from_args(cls: type, args: argparse.Namespace, **own: Any) -> Any:
     None or not in `args` the field's default stays."""
     given = {field.name: getattr(args, flag_of(field), None) for field in dataclasses.fields(cls)}
     given = {name: value for name, value in given.items() if value is not None}
-    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()} | own)
+    return cls(**with_tuples(given) | own)
+
+
+def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a dataclass's fields with tuples, where JSON or a command line has lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def flag_of(field: dataclasses.Field) -> str:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from meta_dataset_readers.pictures import RECORD_FORMATS, as_published, opened_image
 
-_CROP_AREA = (0.08, 1.0)  # of the picture
-_CROP_RATIO = (3 / 4, 4 / 3)  # width / height
-_CROP_TRIES = 10
+CROP_AREA = (0.08, 1.0)  # of the picture
+CROP_RATIO = (3 / 4, 4 / 3)  # width / height
+CROP_TRIES = 10
 _JITTER = 0.4
 _JITTERED = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)  # in this order
 
@@ -81,16 +81,20 @@ def _recoloured(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 def _random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
     """The box (left, top, right, bottom) of torchvision's RandomResizedCrop, drawn from `rng`."""
-    for _ in range(_CROP_TRIES):
-        area = width * height * rng.uniform(*_CROP_AREA)
-        ratio = math.exp(rng.uniform(math.log(_CROP_RATIO[0]), math.log(_CROP_RATIO[1])))
+    for _ in range(CROP_TRIES):
+        area = width * height * rng.uniform(*CROP_AREA)
+        ratio = math.exp(rng.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
             return left, top, left + w, top + h
-    # Too elongated for any such crop: the largest centred box of an admissible shape.
-    w = max(1, min(width, round(height * _CROP_RATIO[1])))
-    h = max(1, min(height, round(width / _CROP_RATIO[0])))
+    return widest_box(width, height)
+
+
+def widest_box(width: int, height: int) -> tuple[int, int, int, int]:
+    """The largest centred box of a shape that a crop may have, of a picture too elongated for another."""
+    w = max(1, min(width, round(height * CROP_RATIO[1])))
+    h = max(1, min(height, round(width / CROP_RATIO[0])))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 

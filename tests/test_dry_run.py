@@ -8,20 +8,11 @@ from toy_autolora_runs import command as autolora
 from toy_photos import LEVELS
 from toy_training import command
 
-from amt.cli import dry_run
 from amt.files import checkpoint
 from amt.models.network import build_classifier
 from amt.models.pool import principal_pool
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def networks_of_their_own():
-    """Networks that other tests put under a name are not those that it stands for here."""
-    dry_run._untrained.cache_clear()
-    yield
-    dry_run._untrained.cache_clear()
 
 
 def torn(file, whole):

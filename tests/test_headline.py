@@ -58,7 +58,7 @@ def test_every_run_that_is_named_is_ahead_of_every_other_in_pairs(load):
     found = verdicts(shown)
     assert {verdict.column for verdict in found} == set(shown[0].run.columns)
     for verdict in found:
-        best = max(shown, key=lambda each: each.summary("average", verdict.column).mean)
+        best = max(shown, key=lambda each: each.run.summary("average", verdict.column).mean)
         behind = [each for each in shown if each is not best]
         ends = [compare(best.run, e.run).differences["average", verdict.column].low for e in behind]
         assert verdict.leader is (best if min(ends) > 0 else None)

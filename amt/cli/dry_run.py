@@ -9,15 +9,19 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from amt.attacks.kinds import ON_OTHERS
 from amt.cli import options
 from amt.cli.options.texts import check_classes
-from amt.models.head_settings import PRETRAINED
 from meta_dataset_readers.errors import InputError, say
+
+if TYPE_CHECKING:
+    from amt.files.checkpoint import Checkpoint
+    from amt.files.text_prototypes import TextPrototypes
+    from amt.models.network import Network
+    from meta_dataset_readers.reader import EpisodeReader
 
 
 class Need(NamedTuple):
@@ -41,12 +45,71 @@ class Need(NamedTuple):
         return f"missing: {self.what}: {self.problem}" + (f"; {self.hint}" if self.hint else "")
 
 
+class Files:
+    """What a command with these flags reads: once for all that is looked for.
+
+    Each raises an `InputError` where a file is missing or at fault.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.untrained = functools.cache(self._untrained)  # built in seconds, and asked for by every source
+        self.reader = functools.cache(self._reader)
+
+    @functools.cached_property
+    def checkpoint(self) -> "Checkpoint | None":
+        """The pool of --resume, which fits the network; None without."""
+        from amt.files import checkpoint
+        from amt.models.architectures import base_arch, stated
+
+        file = self.args.resume
+        if file is None:
+            return None
+        saved = checkpoint.load(file)
+        network = self.untrained(stated(base_arch(self.args.arch), saved.pool.shapes))
+        checkpoint.check_architecture(file, saved.pool, network.weights, network.arch)
+        return saved
+
+    @functools.cached_property
+    def texts(self) -> "TextPrototypes | None":
+        """Those of --text_prototypes."""
+        from amt.files import text_prototypes
+
+        return text_prototypes.given(self.args.text_prototypes)
+
+    @functools.cached_property
+    def features(self) -> int:
+        """How many the network of --pretrained_checkpoint has."""
+        from amt.files.pretrained import load_network
+
+        args = self.args
+        file, size = args.pretrained_checkpoint, args.image_size
+        return load_network(args.arch, file, image_size=size, key=args.weights_key).module.num_features
+
+    @property
+    def image_size(self) -> int:
+        from amt.models.architectures import base_arch
+
+        return self.args.image_size or self.untrained(base_arch(self.args.arch)).image_size
+
+    def _untrained(self, arch: str) -> "Network":
+        from amt.models.network import untrained
+
+        return untrained(arch)[0]
+
+    def _reader(self, source: str, split: str) -> "EpisodeReader":
+        from meta_dataset_readers.reader import EpisodeReader
+
+        reading = options.reading(self.args, self.image_size)
+        return EpisodeReader(source=source, split=split, n_episodes=0, **reading)
+
+
 def training(args: argparse.Namespace) -> int:
     """What main.py would do, said; 0, or 2 if something is missing."""
     settings = options.tune_settings(args)
     tuned = f"{len(options.levels(args))} {'networks' if args.tune == 'full' else 'LoRAs'} of {args.arch}"
     say(f"would meta-tune {tuned}, {settings.epochs} epochs of {settings.episodes_per_epoch} episodes")
-    return _say(_training_needs(args))
+    return _say(_training_needs(args, Files(args)))
 
 
 def testing(args: argparse.Namespace) -> int:
@@ -54,7 +117,7 @@ def testing(args: argparse.Namespace) -> int:
     deployments, attacks = options.deployments(args), options.attacks(args)
     columns = ", ".join(["clean", *(name for attack in attacks for name in attack.columns)])
     say(f"would evaluate {args.nTestEpisode} episodes of each of {', '.join(deployments)}: {columns}")
-    return _say(_testing_needs(args))
+    return _say(_testing_needs(args, Files(args)))
 
 
 def fine_tuning(args: argparse.Namespace) -> int:
@@ -90,55 +153,55 @@ def _say(needs: Iterator[Need] | Sequence[Need]) -> int:
     return 2 if any(need.problem for need in needs) else 0
 
 
-def _training_needs(args: argparse.Namespace) -> Iterator[Need]:
+def _training_needs(args: argparse.Namespace, files: Files) -> Iterator[Need]:
     yield from _places(args)
     if not args.no_pretrain:
-        yield _weights(args)
-    for file in [args.resume] if args.resume else []:
-        yield _checked(f"checkpoint {file}", file, args, lambda: _fitting(args))
+        yield _weights(files)
+    if args.resume is not None:
+        yield _checkpoint(files)
     for file in args.val_episodes:
-        yield _checked(f"stored episodes {file}", file, args, functools.partial(_stored, args, file))
+        yield _checked(f"stored episodes {file}", file, args, functools.partial(_stored, files, file))
     sources = options.training_sources(args)
-    yield from (_source(args, source, "TRAIN") for source in sources)
+    yield from (_source(files, source, "TRAIN") for source in sources)
     if args.nValEpisode and not args.val_episodes:
-        yield from (_source(args, source, "VALID") for source in args.val_sources or sources)
-    yield _memory(args, sources)
+        yield from (_source(files, source, "VALID") for source in args.val_sources or sources)
+    yield _memory(files, sources)
 
 
-def _memory(args: argparse.Namespace, sources: Sequence[str]) -> Need:
+def _memory(files: Files, sources: Sequence[str]) -> Need:
     """The memory that the largest episode needs, of the sources that can be opened."""
     from amt.cli import memory
     from amt.files.ranks import place
     from amt.models.architectures import base_arch
     from amt.models.network import find_device
 
-    specs = []
+    args, specs = files.args, []
     for source in sources:
         with contextlib.suppress(InputError):  # said where the source is
-            specs.append(_opened(args, source, "TRAIN").spec)
-    network = _untrained(base_arch(args.arch))
-    size = args.image_size or network.image_size
-    network = dataclasses.replace(network, image_size=size, autocast=options.arithmetic(args).autocast)
+            specs.append(files.reader(source, "TRAIN").spec)
+    network = dataclasses.replace(
+        files.untrained(base_arch(args.arch)),
+        image_size=files.image_size,
+        autocast=options.arithmetic(args).autocast,
+    )
     device = find_device(args.device)
     known = memory.free(device)
     fits, words = memory.said(network, memory.plan_of(args, specs, place()[1]), known or memory.installed())
     return Need(f"memory of {device}", **{"found" if fits or known is None else "problem": words})
 
 
-def _testing_needs(args: argparse.Namespace) -> Iterator[Need]:
+def _testing_needs(args: argparse.Namespace, files: Files) -> Iterator[Need]:
     yield from _places(args)
-    shown = any(attack.kind in ON_OTHERS for attack in options.attacks(args))
-    mixed = any(head.other == PRETRAINED for head in options.heads(args) or ())
-    if not args.no_pretrain and (args.resume is None or shown or mixed):
-        yield _weights(args)
+    if options.needs_pretrained(args):
+        yield _weights(files)
     if args.resume is not None:
-        yield _checked(f"checkpoint {args.resume}", args.resume, args, lambda: _fitting(args))
+        yield _checkpoint(files)
     for source, split in _read(args):
-        yield _source(args, source, split)
+        yield _source(files, source, split)
     if file := args.text_prototypes:
-        yield _checked(f"text prototypes {file}", file, args, lambda: _texts(args))
+        yield _checked(f"text prototypes {file}", file, args, lambda: _texts(files))
     if args.resume not in args.dry_run:
-        yield from _heads(args)
+        yield from _heads(files)
 
 
 def _read(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
@@ -149,32 +212,29 @@ def _read(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
             yield deployment.select_on or source, "VALID"
 
 
-def _texts(args: argparse.Namespace) -> str:
+def _texts(files: Files) -> str:
     """What texts there are, for all classes of the sources that can be opened."""
-    from amt.files import text_prototypes
-
-    found = text_prototypes.read(args.text_prototypes)
-    for source, split in _read(args):
+    found = files.texts
+    for source, split in _read(files.args):
         reader = None
         with contextlib.suppress(InputError):  # said where the source is
-            reader = _opened(args, source, split)
+            reader = files.reader(source, split)
         if reader is not None:
             check_classes(found, reader)
     return f"{len(found.names)} classes, {found.width} numbers each"
 
 
-def _heads(args: argparse.Namespace) -> Iterator[Need]:
+def _heads(files: Files) -> Iterator[Need]:
     """What the heads lack; nothing where a file is missing, which is said where the file is."""
     from amt.evaluation.needs import check_heads
-    from amt.files import checkpoint, text_prototypes
 
+    args = files.args
     offered = [head for each in options.deployments(args).values() for head in each.offered_heads]
     if not any(head.needs_statistics or head.other is not None for head in offered):
-        return  # reads no file again
+        return
     try:
-        saved = checkpoint.load(args.resume) if args.resume else None
-        texts = text_prototypes.read(args.text_prototypes) if args.text_prototypes else None
-        dim = _dim(args, saved.pool.shapes if saved else None) or (texts.width if texts else 0)
+        saved, texts = files.checkpoint, files.texts
+        dim = _dim(files) or (texts.width if texts else 0)
     except InputError:
         return
     pool, statistics = (saved.pool, saved.statistics) if saved else (None, None)
@@ -185,16 +245,16 @@ def _heads(args: argparse.Namespace) -> Iterator[Need]:
         yield Need("what the heads need", problem=str(error))
 
 
-def _dim(args: argparse.Namespace, shapes: Mapping[str, tuple[int, ...]] | None) -> int:
-    """How many features there are, with a pool of these shapes; 0 where a file of timm's hub decides."""
+def _dim(files: Files) -> int:
+    """How many features there are; 0 where a file of timm's hub decides."""
     from amt.models.architectures import TIMM, base_arch, stated
 
-    arch = base_arch(args.arch)
-    if shapes is not None:
-        return _untrained(stated(arch, shapes)).module.num_features
+    args, arch = files.args, base_arch(files.args.arch)
+    if files.checkpoint is not None:
+        return files.untrained(stated(arch, files.checkpoint.pool.shapes)).module.num_features
     if args.pretrained_checkpoint is not None and not args.no_pretrain:
-        return _loaded(args)[0]
-    return 0 if arch.startswith(TIMM) else _untrained(arch).module.num_features
+        return files.features
+    return 0 if arch.startswith(TIMM) else files.untrained(arch).module.num_features
 
 
 def _fine_tuning_needs(args: argparse.Namespace) -> Iterator[Need]:
@@ -253,42 +313,18 @@ def _output(folder: Path, flag: str) -> Need:
     return Need("folder for the output", found=str(folder))
 
 
-def _fitting(args: argparse.Namespace) -> str:
-    """What a checkpoint holds, which fits the network."""
-    from amt.files import checkpoint
-    from amt.models.architectures import base_arch, stated
-
-    pool = checkpoint.load(args.resume).pool
-    network = _untrained(stated(base_arch(args.arch), pool.shapes))
-    checkpoint.check_architecture(args.resume, pool, network.weights, network.arch)
-    return f"{len(pool)} adapters"
+def _checkpoint(files: Files) -> Need:
+    file = files.args.resume
+    return _checked(f"checkpoint {file}", file, files.args, lambda: f"{len(files.checkpoint.pool)} adapters")
 
 
-def _stored(args: argparse.Namespace, file: Path) -> str:
-    from amt.models.architectures import base_arch
+def _stored(files: Files, file: Path) -> str:
     from meta_dataset_readers.stored_episodes import open_episodes
 
-    side = args.image_size or _untrained(base_arch(args.arch)).image_size
-    return f"{len(open_episodes(file, side))} episodes"
+    return f"{len(open_episodes(file, files.image_size))} episodes"
 
 
-def _loaded(args: argparse.Namespace) -> tuple[int, str]:
-    """The number of features that the named file of weights gives its network, and the file."""
-    from amt.files.pretrained import load_network
-
-    file = args.pretrained_checkpoint
-    network = load_network(args.arch, file, image_size=args.image_size, key=args.weights_key)
-    return network.module.num_features, str(file)
-
-
-@functools.cache  # built in seconds, and asked for by every source
-def _untrained(arch: str):
-    from amt.models.network import untrained
-
-    return untrained(arch)[0]
-
-
-def _weights(args: argparse.Namespace) -> Need:
+def _weights(files: Files) -> Need:
     """The pretrained weights of a network: a file that is named, or where load_network looks for one."""
     import huggingface_hub
 
@@ -296,10 +332,11 @@ def _weights(args: argparse.Namespace) -> Need:
     from amt.models.architectures import HUB_FILE, base_arch
     from amt.models.network import untrained
 
-    arch = base_arch(args.arch)
+    args, arch = files.args, base_arch(files.args.arch)
     what = f"pretrained weights of {arch}"
     if args.pretrained_checkpoint is not None:
-        return _checked(what, args.pretrained_checkpoint, args, lambda: _loaded(args)[1])
+        file = args.pretrained_checkpoint
+        return _checked(what, file, args, lambda: f"{file}, {files.features} features")
     origin = untrained(arch)[1]
     found = None if (file := shipped.boxed(arch)) is None else str(file)
     if found is None and origin.hub is not None:
@@ -315,25 +352,17 @@ def _weights(args: argparse.Namespace) -> Need:
     return Need(what, problem="not on this machine", hint=f"they come from {', or '.join(ways)}")
 
 
-def _source(args: argparse.Namespace, name: str, split: str) -> Need:
+def _source(files: Files, name: str, split: str) -> Need:
     what = f"source {name}, {split}"
-    if not args.data_path.is_dir():
+    if not files.args.data_path.is_dir():
         return Need(what, problem="no data path", hint=_described(name))
     try:
-        spec = _opened(args, name, split).spec
+        spec = files.reader(name, split).spec
     except InputError as error:
         return Need(what, problem=str(error), hint=_described(name))
     classes = spec.classes(split)
     n_images = sum(spec.images_per_class[class_id] for class_id in classes)
     return Need(what, found=f"{len(classes)} classes, {n_images} images in {spec.directory}")
-
-
-def _opened(args: argparse.Namespace, name: str, split: str):
-    from amt.models.architectures import base_arch
-    from meta_dataset_readers.reader import EpisodeReader
-
-    image_size = args.image_size or _untrained(base_arch(args.arch)).image_size
-    return EpisodeReader(source=name, split=split, n_episodes=0, **options.reading(args, image_size))
 
 
 def _described(name: str) -> str:

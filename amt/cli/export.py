@@ -106,8 +106,7 @@ def check(args: argparse.Namespace) -> None:
     """Raise an `InputError` for flags that are wrong together, and for an impossible place."""
     if args.adapter is not None and args.coefficients is not None:
         raise InputError("--adapter and --coefficients exclude each other")
-    if args.coefficients is not None and abs(sum(args.coefficients) - 1) > 1e-4:
-        raise InputError(f"--coefficients sum to {sum(args.coefficients):g}, expected 1")
+    options.check_coefficients(args)
     options.routing(args)
     check_head(args)
     if args.to == "published":
@@ -145,7 +144,7 @@ def merged_of(args: argparse.Namespace, opened: OpenPool) -> export.MergedNetwor
         shares = average_of(pool, [args.adapter or 0])
     if args.support is None and args.text_prototypes is None:
         return export.merged_network(network, pool, shares, trims)
-    said = None if args.text_prototypes is None else text_prototypes.read(args.text_prototypes)
+    said = text_prototypes.given(args.text_prototypes)
     if args.support is None:
         head = None if args.head is None else options.single_head(args)
         return fit_texts(opened, Merging(None, shares, trims, args.seed, head, texts=said))[0].merged

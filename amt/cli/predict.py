@@ -15,7 +15,6 @@ import argparse
 import csv
 import dataclasses
 import io
-import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -172,8 +171,7 @@ def check(args: argparse.Namespace) -> None:
         if file is not None:
             check_output(file.parent, flag)
     options.single_head(args)
-    if any(a >= b for a, b in itertools.pairwise(args.epsilon)):
-        raise InputError(f"--epsilon {' '.join(f'{e:g}' for e in args.epsilon)}: expected increasing values")
+    options.check_increasing(args)
     args.epsilon = [epsilon for epsilon in args.epsilon if epsilon > 0]
     if args.epsilon and attack_of(args).kind in ("support", "transfer"):
         raise InputError(f"--attack {args.attack[0]} is none of a single image; expected for example pgd")
@@ -247,8 +245,7 @@ def merging(args: argparse.Namespace) -> "Merging":
     from amt.few_shot.task import Merging
     from amt.files import text_prototypes
 
-    file = vars(args).get("text_prototypes")  # which the page does not have
-    said = None if file is None else text_prototypes.read(file)
+    said = text_prototypes.given(vars(args).get("text_prototypes"))  # which the page does not have
     head = None if args.head is None else options.single_head(args)
     trims = tuple(args.trim)
     routing = options.routing(args) if options.routed(args) else None

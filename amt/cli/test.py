@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from amt.attacks.kinds import ON_OTHERS, Attack
+from amt.attacks.kinds import Attack
 from amt.cli import options
 from amt.cli.options.texts import check_classes
 from amt.evaluation import runs
@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
         for source in deployments
     }
     where = str(args.resume or "the pretrained network")
-    texts = text_prototypes.read(args.text_prototypes) if args.text_prototypes else None
+    texts = text_prototypes.given(args.text_prototypes)
     for source, deployment in deployments.items():
         check_deployment(deployment, pool, source, open_episodes, where)
         dim = network.module.num_features
@@ -122,12 +122,10 @@ def open_network(
     args: argparse.Namespace, attacks: Sequence[Attack], saved: checkpoint.Checkpoint | None
 ) -> Network:
     """The network, which the pool in the checkpoint fits, with pretrained weights where they are needed."""
-    mixed = any(head.other == PRETRAINED for head in options.heads(args) or ())
-    if mixed and args.no_pretrain:
+    if args.no_pretrain and any(head.other == PRETRAINED for head in options.heads(args) or ()):
         raise InputError(
             "--head mix other=pretrained needs the pretrained network: it excludes --no_pretrain"
         )
-    shown = any(attack.kind in ON_OTHERS for attack in attacks)
     if args.no_pretrain and any(attack.kind == "transfer" for attack in attacks):
         raise InputError("--attack transfer attacks the pretrained network: it excludes --no_pretrain")
     arch = base_arch(args.arch)
@@ -136,7 +134,7 @@ def open_network(
         args.pretrained_checkpoint,
         find_device(args.device),
         image_size=args.image_size,
-        pretrained=not args.no_pretrain and (args.resume is None or shown or mixed),
+        pretrained=options.needs_pretrained(args),
         key=args.weights_key,
         tell=say,
     )

@@ -28,7 +28,7 @@ class Known:
     """One data set that is known by name, which messages call by its title.
 
     Args:
-        n_classes: how many classes it has as it is distributed; None where the folder tells.
+        n_classes: how many classes it has as it is distributed; 0 where the folder tells.
         image_size: the side in pixels that it is read at by default.
         open: the data set in a folder.
         aliases: other names, see `known`.
@@ -39,7 +39,7 @@ class Known:
 
     name: str
     title: str
-    n_classes: int | None
+    n_classes: int
     image_size: int
     open: Callable[["DatasetFolder"], Opened]
     aliases: tuple[str, ...] = ()

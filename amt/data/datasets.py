@@ -414,6 +414,6 @@ DATASETS = {
         "aircraft": ("FGVC-Aircraft", 100, 224, _open_aircraft, ("fgvc_aircraft",)),
         "flowers": ("Flowers-102", 102, 224, _open_flowers, ("flowers102",)),
         "food101": ("Food-101", 101, 224, _open_food101, ("food",)),
-        "imagefolder": ("a folder of classes", None, 224, _open_folders),
+        "imagefolder": ("a folder of classes", 0, 224, _open_folders),
     }.items()
 }

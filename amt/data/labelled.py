@@ -88,10 +88,10 @@ def choose_per_class(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Splits indices into (chosen, others), both ascending: `how_many(n)` of the n pictures of each class,
     which depend on `key` (integers >= 0), the class and its size, not on other classes."""
-    labels = labels.numpy()
-    chosen = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
+    numbers = labels.numpy()
+    chosen = np.zeros(len(numbers), bool)
+    for label in np.unique(numbers):
+        members = np.flatnonzero(numbers == label)
         shuffled = np.random.default_rng([*key, int(label)]).permutation(members)
         chosen[shuffled[: how_many(len(members))]] = True
     return np.flatnonzero(chosen), np.flatnonzero(~chosen)

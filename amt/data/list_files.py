@@ -4,7 +4,7 @@ Whatever is wrong with one is an InputError that names it. Does not know what is
 """
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sized
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +25,12 @@ def read_lines(file: Path) -> list[str]:
 
 def read_pairs(file: Path) -> list[tuple[str, str]]:
     """The lines of a text file, each "FIRST REST"."""
-    pairs = [tuple(line.split(None, 1)) for line in read_lines(file)]
-    for number, pair in enumerate(pairs, 1):
-        if len(pair) != 2:
-            raise InputError(f"{file}: line {number} is {pair[0][:60]!r}, expected two words or more")
+    pairs = []
+    for number, line in enumerate(read_lines(file), 1):
+        first, *rest = line.split(None, 1)
+        if not rest:
+            raise InputError(f"{file}: line {number} is {first[:60]!r}, expected two words or more")
+        pairs.append((first, rest[0]))
     return pairs
 
 
@@ -74,7 +76,7 @@ def labels_from_zero(file: Path, labels: Iterable[int], n_classes: int, first: i
     return [label - first for label in labels]
 
 
-def check_same_length(file: Path, **lists: Sequence) -> None:
+def check_same_length(file: Path, **lists: Sized) -> None:
     if len({len(entries) for entries in lists.values()}) > 1:
         found = ", ".join(f"{len(entries)} {name}" for name, entries in lists.items())
         raise InputError(f"{file}: {found}, expected as many of each")

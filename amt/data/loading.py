@@ -27,14 +27,11 @@ from amt.data.labelled import Chosen, Labelled, choose_per_class
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.feeding import Feed
 from meta_dataset_readers.loader import OrderedLoader
-from meta_dataset_readers.transforms import planes
+from meta_dataset_readers.transforms import CROP_AREA, CROP_RATIO, CROP_TRIES, planes, widest_box
 
 Transform = Callable[[Image.Image, torch.Generator], np.ndarray]
 
 _PADDING = 4  # pixels on each side, of which a random crop takes none to all; the same at every size
-_CROP_AREA = (0.08, 1.0)  # of the picture
-_CROP_RATIO = (3 / 4, 4 / 3)  # width / height
-_CROP_TRIES = 10
 
 _VALIDATION = 1  # sets the choice of validation pictures apart from other choices by the same seed
 
@@ -145,18 +142,14 @@ def _shorter_side_resized(image: Image.Image, size: int) -> Image.Image:
 
 def _random_box(width: int, height: int, generator: torch.Generator) -> tuple[int, int, int, int]:
     """The box (left, top, right, bottom) of torchvision's RandomResizedCrop."""
-    areas = torch.empty(_CROP_TRIES).uniform_(*_CROP_AREA, generator=generator) * (width * height)
-    ratios = torch.empty(_CROP_TRIES).uniform_(*map(np.log, _CROP_RATIO), generator=generator).exp()
+    areas = torch.empty(CROP_TRIES).uniform_(*CROP_AREA, generator=generator) * (width * height)
+    ratios = torch.empty(CROP_TRIES).uniform_(*map(np.log, CROP_RATIO), generator=generator).exp()
     wide, high = (areas * ratios).sqrt().round().int(), (areas / ratios).sqrt().round().int()
     for w, h in zip(wide.tolist(), high.tolist(), strict=True):
         if 0 < w <= width and 0 < h <= height:
             left, top = _integers(generator, width - w + 1, height - h + 1)
             return left, top, left + w, top + h
-    # Too elongated for any such crop: the largest centred box of an admissible shape.
-    w = max(1, min(width, round(height * _CROP_RATIO[1])))
-    h = max(1, min(height, round(width / _CROP_RATIO[0])))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
+    return widest_box(width, height)
 
 
 def _integers(generator: torch.Generator, *bounds: int) -> list[int]:

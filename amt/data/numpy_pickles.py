@@ -5,6 +5,7 @@ length, and nothing else. Knows no files.
 """
 
 import re
+from typing import Literal
 
 import numpy as np
 
@@ -17,10 +18,11 @@ class NumpyType:
     def __init__(self, code: str, *_):
         if _CODE.fullmatch(code) is None:
             raise ValueError(f"numpy's type {code[:20]!r}")
-        self.code, self._order = code, "|"
+        self.code = code
+        self._order: Literal["|", "<", ">"] = "|"
 
     def __setstate__(self, state: tuple) -> None:
-        self._order = {">": ">"}.get(state[1], "<")
+        self._order = ">" if state[1] == ">" else "<"
 
     def numbers(self, data: bytes | str) -> np.ndarray:
         """The numbers or texts in `data`, in a row; Python 2's bytes are a text."""

@@ -14,7 +14,7 @@ BINS = 15
 
 
 class Calibration(NamedTuple):
-    """Of one column of a domain.
+    """Of the clean images of a domain.
 
     Args:
         images: how many were answered.
@@ -29,14 +29,14 @@ class Calibration(NamedTuple):
     error: float
 
 
-def calibration(run: Run, source: str, column: str = "clean") -> Calibration | None:
-    """How far the probabilities in a column of a domain can be trusted; None if no row has answers."""
+def calibration(run: Run, source: str) -> Calibration | None:
+    """How far the probabilities of a domain's clean images can be trusted; None if no row has answers."""
     rows = [row["answers"] for row in run.rows.get(source, ()) if "answers" in row]
     told = [
         (label == predicted, probability)
         for found in rows
         for label, predicted, probability in zip(
-            found["labels"], found["predicted"][column], found["probability"][column], strict=True
+            found["labels"], found["predicted"]["clean"], found["probability"]["clean"], strict=True
         )
         if predicted is not None
     ]

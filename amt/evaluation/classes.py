@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.sparse import coo_matrix, csr_matrix
+from scipy.sparse import csr_matrix
 
 from amt.evaluation.answers import NONE
 from amt.evaluation.runs import Run
@@ -107,14 +107,14 @@ def _met(
     offered = [(kinds[each], place) for each, places in by_list.items() for place in places[:-1]]
     of_kind = np.repeat([kinds[each] for each in lists], [len(each) for each in labels])
     shape = (len(kinds), count)
-    has = _counted(*(np.array(each) for each in zip(*offered, strict=True)), shape)
+    has = _counted(*np.array(offered).T, shape=shape)
     has.data[:] = 1
     return csr_matrix(_counted(of_kind, np.concatenate(labels), shape).T @ has)
 
 
 def _counted(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> csr_matrix:
     """How often each pair comes."""
-    return coo_matrix((np.ones(len(rows), np.int64), (rows, columns)), shape).tocsr()
+    return csr_matrix((np.ones(len(rows), np.int64), (rows, columns)), shape)
 
 
 def by_class(found: Gathered, column: str) -> list[ClassAccuracy]:

@@ -12,6 +12,7 @@ Knows no flags and no files; a function that opens episodes to choose on is an a
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import cast
 
 from amt.attacks.kinds import Attack
 from amt.evaluation.needs import check_trims
@@ -26,7 +27,6 @@ from amt.evaluation.select import (
     select,
     selection_attacks,
     support_predictor,
-    trim_name,
 )
 from amt.evaluation.settings import Deployment
 from amt.files import text_prototypes
@@ -164,7 +164,7 @@ def deploy(
     fitters = _fitters(network, pool, deployment, statistics, seed=seed, texts=texts)
     if note is None:
         choose = partial(
-            _choose, network, pool, deployment, source, open_episodes, attacks, seed, progress, fitters
+            _choose, network, deployment, source, open_episodes, attacks, seed, progress, fitters
         )
         note = _decide(pool, deployment, choose)
     if pool is not None and _chooses_once(deployment, pool):
@@ -233,7 +233,8 @@ def _oracle(network: Network, pool: Pool, deployment: Deployment, fitter: Fitter
     def predictor(coefficients: Coefficients) -> Predictor:
         return lambda episode: fitter(network, merged(coefficients, deployment.trims), episode, coefficients)
 
-    return Oracle(tuple(map(predictor, candidates_of(deployment, pool))))
+    mixtures = cast(tuple[Coefficients, ...], candidates_of(deployment, pool))  # the oracle has no routing
+    return Oracle(tuple(map(predictor, mixtures)))
 
 
 def _averages_factors(deployment: Deployment, pool: Pool) -> bool:
@@ -293,7 +294,9 @@ def _settled(deployment: Deployment, note: Mapping) -> Deployment:
         return settled
 
 
-def _decide(pool: Pool | None, deployment: Deployment, choose: Callable[[], tuple[Selection, str]]) -> dict:
+def _decide(
+    pool: Pool | None, deployment: Deployment, choose: Callable[[Pool], tuple[Selection, str]]
+) -> dict:
     """Choose what there is to choose for a domain; the note that `deploy` returns."""
     if pool is None:
         (head,) = deployment.offered_heads
@@ -305,8 +308,8 @@ def _decide(pool: Pool | None, deployment: Deployment, choose: Callable[[], tupl
     heads = {head.name: head for head in deployment.offered_heads}
     head = next(iter(heads.values()))
     if _chooses_once(deployment, pool):
-        found, by = choose()
-        candidates, trims = candidates[found.candidate : found.candidate + 1], (*trims, *found.trims)
+        found, by = choose(pool)
+        candidates, trims = (candidates[found.candidate],), (*trims, *found.trims)
         by_trim = f"(the last one {by})" if found.trims else by_trim
         head, by_head = heads[found.head], by if len(heads) > 1 else by_head
         note["candidates"] = [list(score) for score in found.scores]
@@ -316,7 +319,7 @@ def _decide(pool: Pool | None, deployment: Deployment, choose: Callable[[], tupl
     if _chooses(deployment, pool) and deployment.select == "support":
         how = _support_words(deployment, candidates)
         note["candidates"] = [[name, None] for name in candidate_names(candidates)]
-    elif deployment.routing == "oracle" and len(candidates) > 1:
+    elif deployment.routing == "oracle" and candidates[1:]:
         how = f"oracle, the best of {len(candidates)} mixtures for every task and column by its query labels"
         note |= {"stamp": ORACLE_STAMP, "tuned_on": "the query labels of every scored task"}
         note["candidates"] = [[name, None] for name in candidate_names(candidates)]
@@ -329,7 +332,7 @@ def _decide(pool: Pool | None, deployment: Deployment, choose: Callable[[], tupl
             note["coefficients"] = list(candidate)
     if _averages_factors(deployment, pool):
         note["coefficients"] = list(uniform(pool))
-    how += f"; trimmed {', '.join(map(trim_name, trims))} {by_trim}" if trims else ""
+    how += f"; trimmed {', '.join(trim.name for trim in trims)} {by_trim}" if trims else ""
     return {
         "how": how + _tuning_words(deployment) + _head_words(head, by_head),
         **note,
@@ -351,7 +354,6 @@ def _head_note(deployment: Deployment, head: Head) -> dict:
 
 def _choose(
     network: Network,
-    pool: Pool,
     deployment: Deployment,
     source: str,
     open_episodes: OpenEpisodes,
@@ -359,6 +361,7 @@ def _choose(
     seed: int,
     progress: Progress,
     fitters: Mapping[str, Fitter],
+    pool: Pool,
 ) -> tuple[Selection, str]:
     """What is best on labelled episodes, and in words how it was chosen."""
     on, split = labelled(deployment, source)

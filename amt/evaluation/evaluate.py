@@ -188,7 +188,8 @@ def _under_query_attack(
 ) -> tuple[dict[str, _Column], Tensor, dict[str, str]]:
     """By column, which queries are classified correctly, clean and within every radius up to its own; the
     query images at the largest radius; by column what was run, where the episode decides it."""
-    left, answers, images, columns, variants = *clean, episode.query, {}, {}
+    left, answers = clean
+    images, columns, variants = episode.query, {}, {}
     for epsilon, column in zip(attack.epsilons, attack.columns, strict=True):
         left, images = left.clone(), images.clone()
         generators = query_generators(episode, seed, numbers)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 
-from amt.evaluation.select import trim_name
 from amt.files import text_prototypes
 from amt.models.head_settings import PRETRAINED, TEXT, Head
 from amt.models.heads import PoolStatistics
@@ -35,12 +34,14 @@ def check_heads(
                 f"--head {head.name}: {where} holds adapters 0 to {len(pool) - 1}, expected one of them or "
                 f"{PRETRAINED}"
             )
-        if head.needs_statistics and statistics is None:
+        if not head.needs_statistics:
+            continue
+        if statistics is None:
             raise InputError(
                 f"{where}: holds no statistics for --head {head.kind}; add them: python -m amt pool {where} "
                 "--statistics --data_path DIR --base_sources SOURCE --out POOL.safetensors"
             )
-        if head.needs_statistics and (found := statistics.source.shape[-1]) != dim:
+        if (found := statistics.source.shape[-1]) != dim:
             raise InputError(f"{where}: its statistics are of {found} features, the network has {dim}")
 
 
@@ -51,6 +52,6 @@ def check_trims(trims: Iterable[Trim], pool: Pool) -> None:
         selected = {name for name in pool.shapes if trim.selects(name)}
         if not selected or not selected <= matrices:
             raise InputError(
-                f"--trim {trim_name(trim)}: no such layer with adapters; "
+                f"--trim {trim.name}: no such layer with adapters; "
                 "expected for example qkv, proj, fc1 or fc2, and the number of a block or -1 for all"
             )

@@ -52,7 +52,9 @@ def description(attacks: Sequence[Attack], **about) -> dict:
 
 def _plain(value: object) -> object:
     """Values that JSON does not support, as plain ones."""
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return str(value)
 
 
 def examine(
@@ -113,4 +115,4 @@ def ended(run: Run, interrupts: Interrupts) -> int:
         if corruptions := run.about.get("corruptions"):
             text += f", and {len(run.corruptions)} of {len(corruptions)} corruptions"
         say(f"{text}; {'the same command continues' if stopped else 'other parts are to follow'}")
-    return 128 + interrupts.caught if stopped else 0
+    return interrupts.code if stopped else 0

@@ -32,6 +32,7 @@ from amt.evaluation.statistics import Summary, chance, over_seeds, summarise, wi
 from meta_dataset_readers.errors import InputError, damaged
 from meta_dataset_readers.files import parse_json, read_bytes, read_json
 from meta_dataset_readers.json_fields import conform
+from meta_dataset_readers.settings import with_tuples
 
 FORMAT = 1
 _ROWS_LARGEST = 2**30  # bytes of a file of rows; a million rows are half of that
@@ -246,7 +247,8 @@ def summarise_run(run: Run, more: Mapping) -> dict:
         **more,
         "merging": run.merging,
         "summary": {
-            name: {column: _plain(run.summary(name, column)) for column in run.columns} for name in names
+            name: {column: _plain(found) for column in run.columns if (found := run.summary(name, column))}
+            for name in names
         },
         "variants": run.variants,
         "suspect": [list(finding) for finding in run.findings],
@@ -270,7 +272,7 @@ def _plain(summary: Summary) -> dict:
 
 def attack_from(values: Mapping) -> Attack:
     """The attack behind an entry of run.json's "attacks"."""
-    return Attack(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return Attack(**with_tuples(values))
 
 
 def read_about(folder: Path) -> dict:

@@ -2,7 +2,7 @@
 
 import io
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ def sample_of(episode: Episode, measured: Measurement) -> Sample:
     seen = _in_turn(shown, episode.n_way)[:SUPPORT_SAMPLED]
     clean, attacked = episode.query[chosen], attacked[chosen]
     with torch.no_grad():
-        guesses = [measured.classifier.logits(images).argmax(1) for images in (clean, attacked)]
+        before, after = (measured.classifier.logits(images).argmax(1) for images in (clean, attacked))
 
     def pixels(images: Tensor) -> np.ndarray:
         return (255 * images).round().byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -77,7 +77,9 @@ def sample_of(episode: Episode, measured: Measurement) -> Sample:
         pixels(clean),
         pixels(attacked),
         (255 * (attacked - clean)).half().permute(0, 2, 3, 1).cpu().numpy(),
-        *(numbers.cpu().numpy() for numbers in (labels[chosen], *guesses)),
+        labels[chosen].cpu().numpy(),
+        before.cpu().numpy(),
+        after.cpu().numpy(),
         episode.names,
         pixels(episode.support[seen]),
         shown[seen].cpu().numpy(),
@@ -112,7 +114,9 @@ def read_samples(folder: Path) -> list[Sample]:
 def _read_sample(path: Path) -> Sample:
     with damaged(f"{path}: no sample of images", said=repr):
         arrays = npz.read(path, LARGEST)
-        found = {name: arrays[name] for name in Sample._fields if name not in _SUPPORT or name in arrays}
+        found: dict[str, Any] = {
+            name: arrays[name] for name in Sample._fields if name not in _SUPPORT or name in arrays
+        }
         texts = {
             "source": str(found["source"]),
             "index": int(found["index"]),
@@ -139,5 +143,5 @@ def _fits(sample: Sample) -> bool:
     if shots not in (0, names) or (sample.shots < 0).any():
         return False
     most = dict.fromkeys(("labels", "predicted_clean", "predicted_attacked"), names)
-    most["support_labels"] = max(shots, 1)
+    most |= {"support_labels": max(shots, 1)}
     return all(bool(((arrays[name] >= 0) & (arrays[name] < n)).all()) for name, n in most.items())

@@ -110,11 +110,6 @@ def candidate_names(candidates: Sequence[Candidate]) -> list[str]:
     return [name(candidate) for candidate in candidates]
 
 
-def trim_name(trim: Trim) -> str:
-    """The trimming as given to --trim."""
-    return f"{trim.layer}:{trim.block}:{trim.keep:g}"
-
-
 def candidate_coefficients(
     network: Network,
     pool: Pool,
@@ -139,7 +134,9 @@ def selection_attacks(attacks: Sequence[Attack]) -> tuple[Attack, ...]:
     """The attacks that candidates are compared under when `attacks` score: PGD at the same norms and radii,
     of at most 10 steps, on the losses of the default attack. More steps cost more and rank networks alike."""
     scoring = [attack for attack in attacks if attack.kind != "support"]
-    steps = min([_SELECTION_STEPS, *(attack.steps for attack in scoring if attack.kind == "pgd")])
+    steps = min(
+        [_SELECTION_STEPS, *(attack.steps or _SELECTION_STEPS for attack in scoring if attack.kind == "pgd")]
+    )
     radii: dict[str, set[float]] = {}
     for attack in scoring:
         radii.setdefault(attack.norm, set()).update(attack.epsilons)
@@ -206,7 +203,7 @@ def select(
         return [(coefficients, (*always, trim), fitter) for trim in trim_candidates]
 
     tried_trims = _try(episodes(), trimmed, score, halving)
-    scores += _named_scores([f"trim {trim_name(trim)}" for trim in trim_candidates], tried_trims)
+    scores += _named_scores([f"trim {trim.name}" for trim in trim_candidates], tried_trims)
     best_trim = _best(tried_trims)
     improves = _mean(tried_trims[best_trim]) > _mean(tried[best])
     return Selection(candidate, head, (trim_candidates[best_trim],) if improves else (), scores, curve)

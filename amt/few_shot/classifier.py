@@ -393,7 +393,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             if shares != "route":
                 raise InputError(f"coefficients is {shares!r}, expected numbers, 'route' or None")
             shares = None
-        texts = None if self.text_prototypes is None else text_prototypes.read(Path(self.text_prototypes))
+        texts = text_prototypes.given(self.text_prototypes)
         return Merging(asked, shares, tuple(self.trims), self.seed, head, weights, texts)
 
     def _fitted(self, task: Task, classes: np.ndarray | None = None) -> Self:

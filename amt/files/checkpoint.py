@@ -34,6 +34,7 @@ from amt.models.weights import Weights
 from meta_dataset_readers.errors import InputError, damaged, printable
 from meta_dataset_readers.files import folder_to_disk, parse_json, read_json, replace_file
 from meta_dataset_readers.json_fields import MOST, conform
+from meta_dataset_readers.settings import with_tuples
 
 FORMAT = 1
 HEADER = "amt"  # the field of a safetensors header that makes a file ours
@@ -215,10 +216,7 @@ def _parse_own(path: Path, tensors: dict[str, Tensor], text: str) -> Checkpoint:
         if "kind" in about:
             maker = "FewShotClassifier.save" if about["kind"] == "task" else "`main.py autolora`"
             raise InputError(f"{path}: holds a {about['kind']} of {maker}, expected a pool")
-        levels = tuple(
-            Perturbation(**{k: tuple(v) if isinstance(v, list) else v for k, v in level.items()})
-            for level in about.pop("levels")
-        )
+        levels = tuple(Perturbation(**with_tuples(level)) for level in about.pop("levels"))
         about.pop("format")
         tune = about.pop("tune", "lora")  # older files hold LoRAs and do not say so
         if not levels or tune not in ("lora", "lora+norm", "full"):

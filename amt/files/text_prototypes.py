@@ -8,6 +8,7 @@ docs/how-to/text-prototypes.md has a script that writes such a file.
 
 import dataclasses
 import functools
+import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -118,6 +119,11 @@ def read(path: Path) -> TextPrototypes:
         name = printable(classes[int(usable.argmin())])
         raise InputError(f"{where}: the embedding of {name!r} is zero or not finite")
     return TextPrototypes(path, classes, torch.from_numpy(embeddings))
+
+
+def given(path: str | os.PathLike | None) -> TextPrototypes | None:
+    """Those of a file, where one is named. Raises as `read`."""
+    return None if path is None else read(Path(path))
 
 
 def _scaled(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -21,6 +21,11 @@ class Trim:
     block: int
     keep: float
 
+    @property
+    def name(self) -> str:
+        """As given to --trim."""
+        return f"{self.layer}:{self.block}:{self.keep:g}"
+
     def selects(self, name: str) -> bool:
         """Whether the weight called `name`, e.g. `blocks.3.attn.qkv.weight`, is trimmed."""
         block = "blocks." if self.block == -1 else f"blocks.{self.block}."

@@ -57,7 +57,7 @@ def scatter(shown: Sequence[Shown]) -> Figure | None:
             continue
         points = []
         for domain in each.run.rows:
-            clean, attacked = each.summary(domain, "clean"), each.summary(domain, column)
+            clean, attacked = each.run.summary(domain, "clean"), each.run.summary(domain, column)
             doubt = each.doubt(domain, ("clean", column))
             told = f"clean {spoken(clean)}, {column} {spoken(attacked)}, n = {clean.n}"
             says = f"{domain}, {each.label}: {told}{doubt}"
@@ -90,14 +90,14 @@ def _why(shown: Sequence[Shown], column: str) -> str:
     """Why a column stands for robust accuracy, where others attack more."""
     if column == curve_columns(shown)[-1]:
         return ""
-    above = any(not is_below_chance(each.run, each.whole, column) for each in shown)
+    above = any(not is_below_chance(each.run, each.run.whole, column) for each in shown)
     return ", the last at which a run is above chance" if above else ", the weakest; no run is above chance"
 
 
 def hero(shown: Sequence[Shown]) -> Figure | None:
     """The curve of the headline, large: what stands for each run, a line per run; None without a curve."""
     columns = [parts for column in curve_columns(shown) if (parts := attack_of(column)) is not None]
-    names = {each.whole for each in shown}
+    names = {each.run.whole for each in shown}
     if not columns or len(names) > 1:
         return None
     attack, name = columns[0][0], names.pop()
@@ -147,7 +147,7 @@ def curve_panels(
     panels = []
     for name in names:
         if series := lines(name):
-            counts = [clean.n for each in shown if (clean := each.summary(name, "clean")) is not None]
+            counts = [clean.n for each in shown if (clean := each.run.summary(name, "clean")) is not None]
             y = Axis(*PER_CENT, rules=chances(shown, name), rule_name="chance")
             panels.append(Panel(name, n_note(counts), x, y, tuple(series)))
     return tuple(panels)
@@ -158,7 +158,7 @@ def measured(
 ) -> tuple[Point, tuple[Cell, ...]] | None:
     """An accuracy as a point at `x`, which says `where` that is, and as the row of a table that begins with
     `names`; None where there is none."""
-    if (summary := each.summary(name, column)) is None:
+    if (summary := each.run.summary(name, column)) is None:
         return None
     doubt = each.doubt(name, (column,))
     says = f"{name}, {where}: {spoken(summary)}, n = {summary.n}{doubt}"

@@ -182,7 +182,7 @@ def results(shown: Sequence[Shown]) -> Table:
 def _result(each: Shown, name: str, among: Sequence[str], several: bool) -> list[Cell]:
     members = each.run.averages.get(name)
     note = f" of {len(members)}" if members and name not in each.run.rows else ""
-    summaries = [each.summary(name, column) for column in among]
+    summaries = [each.run.summary(name, column) for column in among]
     n = next(summary.n for summary in summaries if summary is not None)
     return [
         Cell(name, note=note, run=each.label if several else ""),

@@ -70,14 +70,14 @@ def _alone(each: Shown) -> str:
     if attacked:
         rest = ", ".join(f"{_percent(each, column)} {_at([column])}" for column in attacked)
         text += f"; under attack {rest}"
-    low = [column for column in attacked if is_below_chance(each.run, each.whole, column)]
+    low = [column for column in attacked if is_below_chance(each.run, each.run.whole, column)]
     if low:
-        text += f". Not above chance ({each.run.chance(each.whole):.1f}%) {_at(low)}"
+        text += f". Not above chance ({each.run.chance(each.run.whole):.1f}%) {_at(low)}"
     return f"{text}."
 
 
 def _percent(each: Shown, column: str) -> str:
-    found = each.summary(each.whole, column)
+    found = each.run.summary(each.run.whole, column)
     return f"{found.mean:.1f}% {half(found)}"
 
 
@@ -94,11 +94,11 @@ def verdicts(shown: Sequence[Shown]) -> list[Verdict]:
 
 
 def _verdict(shown: Sequence[Shown], column: str, between: Callable[[Shown, Shown], Differences]) -> Verdict:
-    order = sorted(shown, key=lambda each: -each.summary(each.whole, column).mean)
+    order = sorted(shown, key=lambda each: -each.run.summary(each.run.whole, column).mean)
     best, *others = order
-    at_chance = is_below_chance(best.run, best.whole, column)
-    ahead = not at_chance and all(decided(between(best, e).get((best.whole, column))) > 0 for e in others)
-    means = tuple(each.summary(each.whole, column).mean for each in order)
+    at_chance = is_below_chance(best.run, best.run.whole, column)
+    ahead = not at_chance and all(decided(between(best, e).get((best.run.whole, column))) > 0 for e in others)
+    means = tuple(each.run.summary(each.run.whole, column).mean for each in order)
     return Verdict(column, best if ahead else None, means, at_chance)
 
 
@@ -122,7 +122,7 @@ def _sentences(shown: Sequence[Shown], found: Sequence[Verdict]) -> list[Said]:
         why = "no interval of a paired difference excludes zero"
         sentences.append(Said(None, f"No run is ahead {_at(open_)}: {why}, or there are no pairs."))
     if chance := [verdict.column for verdict in found if verdict.at_chance]:
-        level = shown[0].run.chance(shown[0].whole)
+        level = shown[0].run.chance(shown[0].run.whole)
         sentences.append(Said(None, f"No run is above chance ({level:.1f}%) {_at(chance)}."))
     return sentences
 
@@ -159,18 +159,18 @@ def _card(each: Shown, shown: Sequence[Shown], names: Sequence[str]) -> dict:
     other = shown[0] if each.place else shown[1] if len(shown) == 2 else None
     found = compare(each.run, other.run).differences if other is not None else {}
     about = each.run.about
-    over = f"average over {len(each.run.rows)} domains" if each.run.average else each.whole
+    over = f"average over {len(each.run.rows)} domains" if each.run.average else each.run.whole
     tiles = [_tile(each, column, found) for column in names]
     known = [f"seed {about['seed']}", *(f"{k} {about[k]}" for k in ("split", "commit") if about.get(k))]
     return {
         "label": each.label,
         "style": panels.distinct(each.place),
-        "over": f"{over}, {each.summary(each.whole, 'clean').n} {each.run.unit}s",
+        "over": f"{over}, {each.run.summary(each.run.whole, 'clean').n} {each.run.unit}s",
         "attack": attack_line(names),
         "from": f"points from {other.label}" if found else "",
         "tiles": tiles,
         "low": any(tile["low"] for tile in tiles),
-        "doubts": list(dict.fromkeys(filter(None, (each.run.suspect(each.whole, c) for c in names)))),
+        "doubts": list(dict.fromkeys(filter(None, (each.run.suspect(each.run.whole, c) for c in names)))),
         "known": ", ".join(known),
     }
 
@@ -182,8 +182,8 @@ def attack_line(names: Sequence[str]) -> str:
 
 
 def _tile(each: Shown, column: str, found: Differences) -> dict:
-    summary, versus = each.summary(each.whole, column), found.get((each.whole, column))
-    parts, low = attack_of(column), is_below_chance(each.run, each.whole, column)
+    summary, versus = each.run.summary(each.run.whole, column), found.get((each.run.whole, column))
+    parts, low = attack_of(column), is_below_chance(each.run, each.run.whole, column)
     return {
         "what": column if parts is None else f"ε {parts[1]:g}",
         "mean": f"{summary.mean:.1f}",
@@ -191,5 +191,5 @@ def _tile(each: Shown, column: str, found: Differences) -> dict:
         "half": half(summary),
         "versus": f"{number(versus.mean, '+.1f')} {half(versus)}" if versus else "",
         "sign": {1: "better", -1: "worse", 0: "open"}[decided(versus)],
-        "doubt": bool(each.run.suspect(each.whole, column)),
+        "doubt": bool(each.run.suspect(each.run.whole, column)),
     }

@@ -51,13 +51,13 @@ def ranking(shown: Sequence[Shown]) -> Table:
         differences = compare(each.run, first.run).differences if place > 1 else {}
         cells = [Cell(each.label), counted(place)]
         for column in each.run.columns:
-            found = each.summary(each.whole, column)
+            found = each.run.summary(each.run.whole, column)
             by_seed = " ".join(
-                f"{s.mean:.1f}" for run in each.run.seeds if (s := run.summary(each.whole, column))
+                f"{s.mean:.1f}" for run in each.run.seeds if (s := run.summary(each.run.whole, column))
             )
-            versus = differences.get((each.whole, column))
+            versus = differences.get((each.run.whole, column))
             cells += [
-                accuracy(each, each.whole, column, found)._replace(ends=f"seeds: {by_seed}"),
+                accuracy(each, each.run.whole, column, found)._replace(ends=f"seeds: {by_seed}"),
                 Cell(f"{number(versus.mean, '+.1f')}", versus.mean, f" {half(versus)}")
                 if versus
                 else MISSING,
@@ -81,8 +81,10 @@ def plane(shown: Sequence[Shown], joined: Sequence[str] = ()) -> Figure | None:
     """
     points, rows = {}, []
     for each in shown:
-        clean = each.summary(each.whole, "clean")
-        robust = [found for c in each.run.columns if c != "clean" and (found := each.summary(each.whole, c))]
+        clean = each.run.summary(each.run.whole, "clean")
+        robust = [
+            found for c in each.run.columns if c != "clean" and (found := each.run.summary(each.run.whole, c))
+        ]
         if clean is None or not robust:
             continue
         mean = sum(found.mean for found in robust) / len(robust)
@@ -97,7 +99,7 @@ def plane(shown: Sequence[Shown], joined: Sequence[str] = ()) -> Figure | None:
     if knob := tuple(points[name] for name in joined if name in points):
         name = joined[0].rpartition(" ")[0] or "the knob"
         series.append(Series(name, distinct(len(alone)), knob, joined=True))
-    rules = chances(shown, shown[0].whole)
+    rules = chances(shown, shown[0].run.whole)
     x, y = (
         Axis(f"{name}, per cent", 0, 100, 20, rules=rules)  # as long as its points need: rows are compared
         for name in ("clean accuracy", "mean accuracy under attack")

@@ -25,17 +25,10 @@ class Shown:
     place: int
     run: Run
 
-    def summary(self, name: str, column: str) -> Summary | None:
-        return self.run.summary(name, column)
-
     def doubt(self, name: str, columns: Iterable[str]) -> str:
         """What makes a number suspect, led by ", suspect: "; empty if nothing does."""
         reasons = dict.fromkeys(reason for c in columns if (reason := self.run.suspect(name, c)))
         return f", suspect: {'; '.join(reasons)}" if reasons else ""
-
-    @property
-    def whole(self) -> str:
-        return self.run.whole
 
 
 def label(runs: Sequence[Run]) -> list[Shown]:
@@ -106,7 +99,7 @@ def telling(shown: Sequence[Shown]) -> list[str]:
     """Of the curve the attacked column that tells most: the last one where a run is above chance, since
     beyond it nothing is to be told apart; the first where none is. Empty without one."""
     _, *attacked = curve_columns(shown)
-    above = [c for c in attacked if any(not is_below_chance(e.run, e.whole, c) for e in shown)]
+    above = [c for c in attacked if any(not is_below_chance(e.run, e.run.whole, c) for e in shown)]
     return (above or attacked[:1])[-1:]
 
 
@@ -125,7 +118,7 @@ def norm_of(attack: str) -> str:
 
 def chances(shown: Sequence[Shown], name: str) -> tuple[float, ...]:
     """The accuracy of guessing in a domain or an average, where the runs agree in it."""
-    found = {round(each.run.chance(name), 6) for each in shown if each.summary(name, "clean") is not None}
+    found = {round(each.run.chance(name), 6) for each in shown if each.run.summary(name, "clean") is not None}
     return tuple(found) if len(found) == 1 else ()
 
 

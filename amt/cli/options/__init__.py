@@ -10,7 +10,13 @@ from amt.cli.options.common import (
     sampling,
     use_machine,
 )
-from amt.cli.options.parsing import Parser, check_distinct, check_output
+from amt.cli.options.parsing import (
+    Parser,
+    check_coefficients,
+    check_distinct,
+    check_increasing,
+    check_output,
+)
 from amt.cli.options.testing import (
     TEST_SOURCES,
     add_head,
@@ -20,6 +26,7 @@ from amt.cli.options.testing import (
     deployments,
     finetuning,
     heads,
+    needs_pretrained,
     part,
     routed,
     routing,

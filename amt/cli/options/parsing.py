@@ -4,6 +4,7 @@ Knows no flag by name, and of the disk only whether a folder can be written to.
 """
 
 import argparse
+import itertools
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -84,6 +85,18 @@ def check_output(folder: Path, flag: str = "--output_dir") -> None:
             pass
     except OSError as error:
         raise InputError(f"{flag} {folder}: cannot be written to ({error.strerror})") from error
+
+
+def check_coefficients(args: argparse.Namespace) -> None:
+    """Raise an `InputError` for --coefficients that do not sum to 1."""
+    if args.coefficients is not None and abs(sum(args.coefficients) - 1) > 1e-4:
+        raise InputError(f"--coefficients sum to {sum(args.coefficients):g}, expected 1")
+
+
+def check_increasing(args: argparse.Namespace) -> None:
+    """Raise an `InputError` unless each --epsilon is larger than the one before."""
+    if any(a >= b for a, b in itertools.pairwise(args.epsilon)):
+        raise InputError(f"--epsilon {' '.join(f'{e:g}' for e in args.epsilon)}: expected increasing values")
 
 
 def check_distinct(flag: str, values: Sequence) -> None:

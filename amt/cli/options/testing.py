@@ -9,15 +9,15 @@ import itertools
 import re
 from collections.abc import Sequence
 
-from amt.attacks.kinds import PGD_KINDS, TARGETED, Attack, parse_attack, target_count
+from amt.attacks.kinds import ON_OTHERS, PGD_KINDS, TARGETED, Attack, parse_attack, target_count
 from amt.cli.options import texts
 from amt.cli.options.common import COUNT, EPSILON, WAYS, add_common, check_episodes, folder_source, sampling
 from amt.cli.options.domain_config import DomainSettings, read_domain_config
-from amt.cli.options.parsing import Parser, check_distinct
+from amt.cli.options.parsing import Parser, check_coefficients, check_distinct, check_increasing
 from amt.evaluation.settings import Deployment, published_grid
 from amt.files import ranks
 from amt.files.shipped import as_pool
-from amt.models.head_settings import WITH_TEXTS, Head, parse_head
+from amt.models.head_settings import PRETRAINED, WITH_TEXTS, Head, parse_head
 from amt.tasks.settings import BETAS, GAMMAS, Finetuning, Routing
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.settings import Number, add_flags, as_path, from_args
@@ -219,10 +219,8 @@ def check_testing(args: argparse.Namespace) -> None:
     if args.cdfsl_domains and args.test_sources:
         raise InputError("--cdfsl_domains and --test_sources exclude each other")
     sources = test_sources(args)
-    if args.coefficients is not None and abs(sum(args.coefficients) - 1) > 1e-4:
-        raise InputError(f"--coefficients sum to {sum(args.coefficients):g}, expected 1")
-    if any(a >= b for a, b in itertools.pairwise(args.epsilon)):
-        raise InputError(f"--epsilon {' '.join(f'{e:g}' for e in args.epsilon)}: expected increasing values")
+    check_coefficients(args)
+    check_increasing(args)
     check_distinct("test_sources", sources)
     check_episodes(args)
 
@@ -283,6 +281,13 @@ def _check_heads(args: argparse.Namespace) -> None:
 def test_sources(args: argparse.Namespace) -> tuple[str, ...]:
     """The domains that test_meta_dataset.py evaluates on."""
     return tuple(args.cdfsl_domains or args.test_sources or folder_source(args) or TEST_SOURCES)
+
+
+def needs_pretrained(args: argparse.Namespace) -> bool:
+    """Whether a test needs pretrained weights: without a pool, or for attacks or a head beside one."""
+    shown = any(attack.kind in ON_OTHERS for attack in attacks(args))
+    mixed = any(head.other == PRETRAINED for head in heads(args) or ())
+    return not args.no_pretrain and (args.resume is None or shown or mixed)
 
 
 def attacks(args: argparse.Namespace) -> tuple[Attack, ...]:

@@ -35,8 +35,7 @@ def export_readme(merged: MergedNetwork, about: dict, loading: Sequence[str], be
         f"scale, bias   {_numbers([about['scale'], about['bias']])}",
     ]
     if merged.trims:
-        shown = (f"{trim.layer}:{trim.block}:{trim.keep:g}" for trim in merged.trims)
-        lines.append(f"trimmed       {', '.join(shown)}")
+        lines.append(f"trimmed       {', '.join(trim.name for trim in merged.trims)}")
     if merged.classes:
         lines.append(f"classes       {json.dumps(merged.classes, ensure_ascii=False)}")
     lines += [
