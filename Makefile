@@ -14,8 +14,10 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 # Only what the demo, the study and the benchmark write: data/ and runs/ also hold the user's own work.
 MADE_HERE := data/mini data/autolora_demo runs/mini_demo* results/mini_demo* results/mini_study results/autolora_demo
 
-# Another environment's settings would leak its packages in here, or send ours elsewhere.
+# Another environment's settings would leak its packages in here, or send ours elsewhere; and without bytecode
+# every process would compile torch anew, in seven seconds.
 unexport VIRTUAL_ENV CONDA_PREFIX PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX
+unexport PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX
 export PIP_USER := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

@@ -1,18 +1,7 @@
 """What several test files build on: small real sources written on the spot (JPEG records and a
 specification, in all three kinds), and small random networks, pools and episodes."""
 
-import atexit
 import os
-import shutil
-import sys
-import tempfile
-
-# Where Python is told to keep no bytecode, every command that tests start would compile torch anew, which is
-# most of its start. It is kept for as long as the tests run, for xdist's processes and the commands alike.
-if sys.dont_write_bytecode and os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
-    sys.dont_write_bytecode = False
-    sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="bytecode-")
-    atexit.register(shutil.rmtree, sys.pycache_prefix, ignore_errors=True)
 
 # Small tensors on shared cores: OpenMP's waiting threads can make a suite forty times slower. Set before
 # torch is imported, and inherited by the commands that tests start.
