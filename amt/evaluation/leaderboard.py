@@ -31,6 +31,7 @@ Name = Annotated[str, Field(min_length=1, max_length=200)]
 Size = Annotated[int, Field(ge=1, le=10**6)]
 Right = Annotated[int, Field(ge=0, le=10**6)]
 Sizes = Size | Annotated[list[Size], Field(max_length=10**6)]
+Images = Right | Annotated[list[Right], Field(max_length=10**6)]
 Names = Annotated[list[Name], Field(min_length=1, max_length=200)]
 
 
@@ -39,7 +40,7 @@ class _Domain(TypedDict):
 
     index: Annotated[list[Right], Field(min_length=1, max_length=10**6)]
     ways: Sizes
-    support: Sizes
+    support: Images
     queries: Sizes
     right: dict[str, list[Right]]
 
