@@ -231,6 +231,15 @@ def test_equal_images_and_a_single_class_give_finite_logits():
         assert same(torch.randn(3, DIM)).isfinite().all() and single(torch.randn(3, DIM)).isfinite().all()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_features_that_are_no_numbers_give_logits_that_are_none(value):
+    """For evaluation and training to count and tell, whatever the head."""
+    support, labels, query = task(dtype=torch.float32)
+    support[0, 1] = value
+    for head in HEADS.values():
+        assert fit(head, support, labels, statistics())(query).isnan().any(1).all()
+
+
 def test_a_detached_head_is_the_same_head():
     support, labels, query = task()
     for head in HEADS.values():

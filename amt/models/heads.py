@@ -350,10 +350,10 @@ def mixed_covariance(
 
 def _discriminant(centres: Tensor, covariance: Tensor) -> Linear:
     """Linear discriminant of class means (N, D). The means' mean is taken off first, which moves all logits
-    of an image alike and keeps digits."""
+    of an image alike and keeps digits. Of features that are no numbers it is none either."""
     origin = centres.mean(0)
     moved = centres - origin
-    weight = torch.cholesky_solve(moved.T, torch.linalg.cholesky(covariance)).T
+    weight = torch.cholesky_solve(moved.T, torch.linalg.cholesky_ex(covariance).L).T
     return Linear(weight, -0.5 * (weight * moved).sum(1) - weight @ origin)
 
 
