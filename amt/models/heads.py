@@ -309,8 +309,8 @@ def fit(
     else:
         found = _least_squares(features.double(), labels, head.penalty)
     found = Linear(found.weight.to(features.dtype), found.bias.to(features.dtype))
-    found = scaled(found, scale / spread(found(features)))
-    return Linear(found.weight / size, found.bias)
+    factor = scale / spread(found(features))
+    return Linear(factor * found.weight / size, factor * found.bias)
 
 
 def _power_of_two(features: Tensor) -> Tensor:
