@@ -189,6 +189,23 @@ def test_heads_that_cannot_be_fitted_are_one_line(photos, head, message):
     fails(message, lambda: FewShotClassifier("vit_mini_pool", head=head).fit(photos / "support"))
 
 
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"coefficients": (1, 0)}, "broken.safetensors: its logits are not finite; expected a pool"),
+        ({"coefficients": (1, 0), "head": "lda"}, "broken.safetensors: its logits are not finite"),
+        ({}, "adapter 0: its features are not finite; --coefficients can leave it out"),
+    ],
+)
+def test_a_network_without_finite_features_is_one_line(photos, tmp_path, how, message):
+    pool, file = toy_pool(), tmp_path / "broken.safetensors"
+    residual = pool.residual | {"norm.weight": torch.full((96,), 3e38)}
+    broken = dataclasses.replace(pool, residual=residual)
+    checkpoint.save(file, checkpoint.Checkpoint(broken, {"arch": "vit_mini"}))
+    clf = FewShotClassifier(file, **how, device="cpu")
+    fails(message, lambda: clf.fit(photos / "support").predict([photos / "new" / "1.png"]))
+
+
 def test_mixing_needs_the_weights_that_the_pool_was_trained_from(photos, known, tmp_path):
     """Those in the box, or the file that is named."""
     own = tmp_path / "own.safetensors"

@@ -203,6 +203,11 @@ def test_statistics_need_episodes(network, pool):
     fails("several images per class", lambda: covariances(network, [lambda: pretrained(network)], [], 0))
 
 
+def test_there_are_no_statistics_of_features_that_no_file_could_keep(network):
+    huge = pretrained(network)._replace(weights=network.weights | {"norm.weight": torch.full((12,), 1e25)})
+    fails("not finite or huge", lambda: covariances(network, [lambda: huge], [patterned_episode(0)], 0))
+
+
 # --- training --------------------------------------------------------------------------------------------
 
 

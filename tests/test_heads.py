@@ -156,10 +156,11 @@ def test_neither_the_order_of_images_nor_the_numbers_of_classes_matter(kind, see
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("factor", [0.01, 50.0])
+@pytest.mark.parametrize("factor", [0.01, 50.0, 1e-9, 1e18])
 def test_the_unit_of_features_does_not_matter(kind, factor):
-    """Nor that of the statistics: every covariance is brought to the same mean variance first."""
-    support, labels, query = task()
+    """Nor that of the statistics: every covariance is brought to the same mean variance first. Not even where
+    squares of logits are no float32 numbers."""
+    support, labels, query = task(dtype=torch.float32)
     scaled = Statistics(*(factor * each for each in statistics()))
     expected = fit(HEADS[kind], support, labels, statistics())(query).argmax(1)
     found = fit(HEADS[kind], factor * support, labels, scaled)(factor * query).argmax(1)
@@ -224,10 +225,19 @@ def test_at_one_shot_the_views_take_the_place_of_the_support():
 
 
 def test_equal_images_and_a_single_class_give_finite_logits():
-    for head in HEADS.values():
-        same = fit(head, torch.ones(4, DIM), torch.tensor([0, 0, 1, 1]), statistics())
+    for head, size in itertools.product(HEADS.values(), (1, 0, 1e-38)):
+        same = fit(head, torch.full((4, DIM), float(size)), torch.tensor([0, 0, 1, 1]), statistics())
         single = fit(head, torch.randn(2, DIM), torch.zeros(2, dtype=torch.int64), statistics())
         assert same(torch.randn(3, DIM)).isfinite().all() and single(torch.randn(3, DIM)).isfinite().all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_features_that_are_no_numbers_give_logits_that_are_none(value):
+    """For evaluation and training to count and tell, whatever the head."""
+    support, labels, query = task(dtype=torch.float32)
+    support[0, 1] = value
+    for head in HEADS.values():
+        assert fit(head, support, labels, statistics())(query).isnan().any(1).all()
 
 
 def test_a_detached_head_is_the_same_head():

@@ -1,5 +1,6 @@
 """Rows of several training seeds, and the files of a leaderboard: what is read back, ranked and refused."""
 
+import dataclasses
 import json
 import re
 
@@ -30,7 +31,7 @@ def make(tmp_path):
     """`make(name, strength, seeds)` writes a run for each training seed; the word that names them."""
 
     def write(name: str, strength: float = 0.5, of=(0, 1, 2), **how) -> str:
-        folders = [tmp_path / f"{name}-{seed}" for seed in of]
+        folders = [tmp_path / f"{name}-{place}" for place in range(len(of))]
         for seed, folder in zip(of, folders, strict=True):
             write_run(folder, strength=strength, seed=seed, samples=0, episodes=6, **{"attacks": PGD, **how})
         return f"{name}={','.join(map(str, folders))}"
@@ -123,9 +124,10 @@ def test_a_page_shows_a_row_of_seeds_chance_and_what_is_below_it(make):
 # --- files -----------------------------------------------------------------------------------------------
 
 
-def test_a_file_gives_back_what_was_measured(make, tmp_path):
+@pytest.mark.parametrize("of", [(0, 1, 2), (3, 3, 3)])
+def test_a_file_gives_back_what_was_measured(make, tmp_path, of):
     """Counts of right answers lose nothing; the same runs give the same bytes."""
-    word = make("ours")
+    word = make("ours", of=of)
     out = written(tmp_path, word, "ours", "--tuned_on", "the rate on VALID", "--candidates", 3)
     row, known = seeds.read_row(word), leaderboard.read(out)
     for key in [(name, column) for name in ("average", *row.sources) for column in row.columns]:
@@ -164,6 +166,45 @@ def changed(text: str, *path, to) -> str:
 
 
 DIGITS = ("seeds", 0, "domains", "digits")
+
+
+def moved(text: str, move) -> str:
+    """The file with what it says of the episodes of one domain, for its first seed, moved list by list."""
+    found = json.loads(text)
+    domain = found["seeds"][0]["domains"]["digits"]
+    domain["right"] = {column: move(values) for column, values in domain["right"].items()}
+    domain["index"] = move(domain["index"])
+    return json.dumps(found)
+
+
+def test_seeds_of_the_same_episodes_are_paired_whatever_their_order(make, tmp_path):
+    """Those that all have count; without any there is no such row."""
+    out = written(tmp_path, make("ours", of=(0, 0)), "ours")
+    before, text = leaderboard.read(out), out.read_text()
+    out.write_text(moved(text, lambda values: values[::-1]))
+    assert leaderboard.read(out).summary("digits", "pgd20@4") == before.summary("digits", "pgd20@4")
+    assert before.summary("digits", "pgd20@4").n == 2 * 6
+    out.write_text(moved(text, lambda values: values[:4]))
+    assert leaderboard.read(out).summary("digits", "pgd20@4").n == 2 * 4
+    out.write_text(moved(text, lambda values: [value + 6 for value in values]))
+    ended = amt("report", out, "--out", tmp_path / "page.html")
+    assert ended.code == 2 and "no episode of digits is finished by all of its runs" in ended.err
+
+
+def test_differences_without_an_episode_of_all_seeds_are_refused(make):
+    """Each pair of runs shares one, and all of them none."""
+    ours, theirs = (seeds.read_row(make(name, of=(0, 0))) for name in ("ours", "theirs"))
+
+    def cut(row, *kept):
+        parts = [
+            dataclasses.replace(part, rows={s: [rows[k] for k in some] for s, rows in part.rows.items()})
+            for part, some in zip(row.parts, kept, strict=True)
+        ]
+        return seeds.joined(parts, "cut")
+
+    found = compare(cut(ours, (0, 1), (0, 2)), cut(theirs, (1, 3), (2, 3)))
+    assert found.differences == {} and len(found.refusals) == 3
+    assert found.refusals[0].startswith("they share no episode of")
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,13 @@ def test_of_equal_networks_the_first_is_taken(network, some):
         assert lowest_loss(network, [partial(lambda k: some[k], k) for k in order], trial)[0] == 1
 
 
+@pytest.mark.parametrize("epsilon", [0, 8])
+def test_a_network_without_numbers_is_not_the_best(network, some, epsilon):
+    broken = some[0]._replace(weights=some[0].weights | {"norm.weight": torch.full((12,), torch.nan)})
+    trial = new_trial(network, uneven().support, uneven().support_labels, epsilon, draws())
+    assert lowest_loss(network, [lambda: broken, lambda: some[1]], trial)[0] == 1
+
+
 def test_large_support_sets_go_through_in_parts(network, some, monkeypatch):
     episode = patterned_episode(0, n_way=3, shots=4)
     trial = new_trial(network, episode.support, episode.support_labels, 8, draws())

@@ -58,13 +58,14 @@ def test_every_level_sees_every_episode_of_a_step_once(levels, episodes, draw):
 # Steps
 
 # Levels, episodes in a step, most levels in a pass, and how they are trained. A pass of one level rounds
-# otherwise than one of several: where ranks have one each, one process takes one at a time, too.
+# otherwise than one of several: where ranks have one each, one process takes one at a time, too. Of two
+# episodes LayerNorms are trained as well.
 STEPS = {
     "two levels each": (4, 1, None, {}),
     "three levels": (3, 1, 1, {"epsilon_warmup": 3, "clip_grad": 1.0}),
-    "two episodes": (1, 2, None, {"clip_grad": 1.0}),
+    "two episodes": (1, 2, None, {"clip_grad": 1.0, "loss": "features"}),
     "three episodes": (1, 3, None, {"method": "querying", "head": "ridge"}),
-    "levels and episodes": (2, 2, 1, {"epsilon_warmup": 3}),
+    "levels and episodes": (2, 2, 1, {"epsilon_warmup": 3, "epsilon_from": 0.05}),
 }
 
 
@@ -72,7 +73,7 @@ def trained(case: str, team: ranks.Ranks) -> tuple[Pool, dict[str, torch.Tensor]
     """The pool, momentum and numbers after two steps."""
     levels, episodes, at_once, how = STEPS[case]
     net = make_network()
-    pool = moved_apart(principal_pool(net.weights, RANK, LEVELS[:levels]))
+    pool = moved_apart(principal_pool(net.weights, RANK, LEVELS[:levels], norms=episodes == 2))
     settings = quick(lr=1e-3, episodes_per_step=episodes, episodes_per_epoch=2 * episodes, **how)
     tuner = Tuner(net, pool, settings, at_once, team)
     total = 2 * episodes

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import ROOT
+from commands import ROOT, called
 from conftest import fails, patterned_episode, random_backbone
 from toy_photos import LEVELS
 from toy_towers import hugging_face, normal, open_clip_model
 from toy_training import command, error_line, strict_json
 
+from amt.__main__ import main as amt
 from amt.attacks.kinds import Attack
 from amt.evaluation.evaluate import measure
 from amt.files import checkpoint, text_prototypes
@@ -276,6 +277,8 @@ def test_shots_make_a_run_each_and_one_curve(world, texts, tmp_path):
         assert (head["other"], head["share"]) == ("text", "support" if number else 0)
         (row,) = (folder / "rows.jsonl").read_text().splitlines()
         assert json.loads(row)["support"] == 5 * number
+    row = ("row", tmp_path / "0-shot", "--name", "texts", "--out", tmp_path / "row.json")
+    assert called(amt, ["amt", *row]).code == 0
     page = (tmp_path / "shots.html").read_text()
     assert "Accuracy by shots" in page and "tiny, 2 shots, clean" in page
     assert (tmp_path / "shots.png").stat().st_size and (tmp_path / "shots.pdf").stat().st_size
@@ -302,6 +305,7 @@ REFUSED = {
     "a head without": (None, ("--head", "text"), "needs --text_prototypes FILE.npz"),
     "shots twice": ({}, ("--shots", 1, 1), "--shots names a value twice"),
     "support as well": ({}, ("--shots", 1, "--num_support", 2), "--shots and --num_support exclude"),
+    "too few images": ({}, ("--shots", 0, 99), "fewer than the 100 images that support and query take"),
     "no support to attack": ({}, ("--head", "text", "--attack", "support"), "moves the support set"),
     "nothing to merge by": ({}, ("--shots", 0, "--resume", "x"), "has no support set to merge a pool by"),
     "nothing to tune on": ({}, ("--shots", 0, "--deploy", "finetune"), "no support set for --deploy"),

@@ -38,7 +38,7 @@ NOWHERE = dataclasses.replace(ALONG, epsilon=0.0, step_size=0.0)
 def start_of(network: Network, tune: str, *levels: Perturbation) -> Pool:
     if tune == "full":
         return pretrained_pool(network.weights, levels)
-    return principal_pool(network.weights, RANK, levels)
+    return principal_pool(network.weights, RANK, levels, norms=tune == "lora+norm")
 
 
 def outcome_of(network: Network, pool: Pool, episode, moves: bool = False):
@@ -56,10 +56,16 @@ def trained(network: Network, pool: Pool, episodes=(0, 1), **settings) -> Tuner:
 # Nothing moves
 
 
-@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize("tune", ["lora", "lora+norm", "full"])
 @pytest.mark.parametrize(
     "variant",
-    [{}, {"loss": "features"}, {"loss": "features", "method": "querying"}, {"epsilon_from": 0.0}],
+    [
+        {},
+        {"head": "ridge"},
+        {"loss": "features", "head": "lda"},
+        {"loss": "features", "method": "querying"},
+        {"epsilon_from": 0.0},
+    ],
 )
 def test_at_zero_learning_rate_nothing_moves(network, tune, variant):
     pool = moved_apart(start_of(network, tune, ALONG, NOWHERE))
@@ -70,7 +76,7 @@ def test_at_zero_learning_rate_nothing_moves(network, tune, variant):
 # Features
 
 
-@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize("tune", ["lora", "lora+norm", "full"])
 def test_features_at_epsilon_zero_are_no_loss_at_the_start(network, episode, tune):
     """Up to the rounding of the singular value decomposition; the same pool has one at epsilon 8."""
     pool = trainable(start_of(network, tune, NOWHERE, ALONG))

@@ -57,7 +57,7 @@ def main(args: argparse.Namespace, run: Callable[[argparse.Namespace], int]) -> 
     for each in todo:
         options.check_testing(each)
     codes = []
-    for each in todo:
+    for each in reversed(todo):  # the most shots first: what they need is missed before any work is done
         if args.dry_run is None:
             say(f"{each.output_dir.name}:")
         codes.append(run(each))

@@ -43,7 +43,7 @@ def compare(ours: Run, theirs: Run) -> Comparison:
     columns, unions = _shared_columns(ours, theirs)
     refusals += [f"{column}, which is over other attacks" for column in unions]
     same = theirs.same_episodes
-    seeds = common_rows([{s: pairs[s][k] for s in pairs} for k in range(len(theirs.seeds))], same)
+    seeds = [{source: pair[k] for source, pair in pairs.items()} for k in range(len(theirs.seeds))]
     found = {
         (name, column): over_seeds(_differences(seeds, members, column), same)
         for column in columns
@@ -81,14 +81,15 @@ def seed_by_seed(ours: Run, theirs: Run) -> list[tuple[Run, Run]]:
 
 
 def _paired_seeds(ours: Run, theirs: Run, source: str) -> list[list[dict]] | None:
-    """By seed the pairs of rows of a domain; None if a seed has none."""
+    """By seed the pairs of rows of a domain, see `common_rows`; None if a seed has none."""
     found = []
     for run, other in seed_by_seed(ours, theirs):
         pairs = same_episodes(run.rows[source], other.rows[source])
         if pairs is None:
             return None
         found.append([{"index": a["index"], "ours": a, "theirs": b} for a, b in zip(*pairs, strict=True)])
-    return found
+    found = common_rows(found, theirs.same_episodes)
+    return found if all(found) else None
 
 
 def _shared_averages(ours: Run, theirs: Run, sources: Collection[str]) -> dict[str, tuple[str, ...]]:

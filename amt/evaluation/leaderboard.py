@@ -31,6 +31,7 @@ Name = Annotated[str, Field(min_length=1, max_length=200)]
 Size = Annotated[int, Field(ge=1, le=10**6)]
 Right = Annotated[int, Field(ge=0, le=10**6)]
 Sizes = Size | Annotated[list[Size], Field(max_length=10**6)]
+Images = Right | Annotated[list[Right], Field(max_length=10**6)]
 Names = Annotated[list[Name], Field(min_length=1, max_length=200)]
 
 
@@ -39,7 +40,7 @@ class _Domain(TypedDict):
 
     index: Annotated[list[Right], Field(min_length=1, max_length=10**6)]
     ways: Sizes
-    support: Sizes
+    support: Images
     queries: Sizes
     right: dict[str, list[Right]]
 
@@ -150,15 +151,16 @@ def parse(path: Path, text: str | bytes) -> Run:
     for name, members in found["averages"].items():
         if not members or not set(members) <= set(found["sources"]):
             raise InputError(f"{path}: field 'averages.{name}': expected domains of the row")
-    parts = [_part(path, found, seed) for seed in found["seeds"]]
+    parts = [_part(path, found, number) for number in range(len(found["seeds"]))]
     row = joined(parts, found["name"].replace("/", "-"))
     more = {field: found[field] for field in ("tuned_on", "candidates", "stamps", "suspect")}
     row.about.update(more)
     return row
 
 
-def _part(path: Path, found: Mapping, seed: Mapping) -> Run:
+def _part(path: Path, found: Mapping, number: int) -> Run:
     """One training seed as a run."""
+    seed = found["seeds"][number]
     where = f"{path}: seed {seed['seed']}"
     if set(seed["domains"]) != set(found["sources"]):
         raise InputError(f"{where}: field 'domains': expected {', '.join(found['sources'])}")
@@ -177,7 +179,7 @@ def _part(path: Path, found: Mapping, seed: Mapping) -> Run:
     }
     stamp = {"stamp": "; ".join(found["stamps"])} if found["stamps"] else {}
     how = {"how": f"tuned on {found['tuned_on']}, {found['candidates']} candidates", **stamp}
-    folder = path.with_suffix("") / f"seed {seed['seed']} of {len(found['seeds'])}"
+    folder = path.with_suffix("") / f"{number + 1} of {len(found['seeds'])}, seed {seed['seed']}"
     return Run(folder, about, dict.fromkeys(rows, how), rows)
 
 

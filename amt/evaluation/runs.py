@@ -19,6 +19,7 @@ Knows rows, not how they are computed.
 import dataclasses
 import functools
 import math
+import operator
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -118,15 +119,22 @@ class Run:
 
     def _over_seeds(self) -> dict[tuple[str, str], Summary]:
         names = {source: (source,) for source in self.sources} | self.averages
-        rows = common_rows([each.rows for each in self.parts], self.same_episodes)
+        rows = {source: self.common_rows(source) for source in self.sources}
         return {
             (name, column): over_seeds(
-                [{s: [100 * row[column] for row in seed[s]] for s in members} for seed in rows],
+                [
+                    {s: [100 * row[column] for row in rows[s][k]] for s in members}
+                    for k in range(len(self.parts))
+                ],
                 self.same_episodes,
             )
             for name, members in names.items()
             for column in self.columns
         }
+
+    def common_rows(self, source: str) -> list[list[dict]]:
+        """The rows of a domain of each seed, see the function."""
+        return common_rows([each.rows[source] for each in self.seeds], self.same_episodes)
 
     def chance(self, name: str) -> float:
         """The accuracy of guessing in a domain or an average, in per cent."""
@@ -199,16 +207,14 @@ class Run:
         return sorted(found, key=lambda sample: (order.get(sample.source, len(order)), sample.index))
 
 
-def common_rows(seeds: Sequence[Mapping[str, list]], same_episodes: bool) -> list[dict[str, list]]:
-    """The rows of each seed by domain; where all have the same episodes, those that all have finished."""
-    if not same_episodes or len(seeds) == 1:
-        return [dict(seed) for seed in seeds]
-    found: list[dict[str, list]] = [{} for _ in seeds]
-    for source in seeds[0]:
-        shared = set.intersection(*({row["index"] for row in seed[source]} for seed in seeds))
-        for kept, seed in zip(found, seeds, strict=True):
-            kept[source] = [row for row in seed[source] if row["index"] in shared]
-    return found
+def common_rows(seeds: Sequence[Sequence[dict]], same_episodes: bool) -> list[list[dict]]:
+    """The rows of a domain of each seed; where all have the same episodes, those that all have finished, in
+    their order."""
+    if not same_episodes:
+        return [list(rows) for rows in seeds]
+    shared = set.intersection(*({row["index"] for row in rows} for rows in seeds))
+    kept = [[row for row in rows if row["index"] in shared] for rows in seeds]
+    return [sorted(rows, key=operator.itemgetter("index")) for rows in kept]
 
 
 def load(folder: Path) -> Run:

@@ -81,6 +81,10 @@ def joined(parts: Sequence[Run], name: str) -> Run:
         for run in parts
         for source, how in run.merging.items()
     }
-    return dataclasses.replace(
+    row = dataclasses.replace(
         first, folder=Path(name), about=about, rows=rows, merging=merging, parts=tuple(parts)
     )
+    for source in row.sources:
+        if not all(row.common_rows(source)):
+            raise InputError(f"{name}: no {row.unit} of {source} is finished by all of its runs")
+    return row

@@ -197,13 +197,18 @@ def fit(opened: OpenPool, images: Tensor, labels: Tensor, classes: Sequence[Labe
 
 
 def logits_of(task: Task, images: Tensor) -> Tensor:
-    """Logits of any number of images, without graph: (n, 3, S, S) in [0, 1] -> (n, N), on the CPU."""
+    """Logits of any number of images, without graph: (n, 3, S, S) in [0, 1] -> (n, N), on the CPU. Raises
+    InputError unless they are finite."""
 
     def features_of(network: Network, weights: Weights, images: Tensor) -> Tensor:
         parts = [fixed_features(network, weights, part.to(task.device)) for part in images.split(CHUNK)]
         return torch.cat(parts)
 
-    return task.logits(images, features_of).cpu()
+    found = task.logits(images, features_of).cpu()
+    if not found.isfinite().all():
+        pool = task.about.get("pool", "the task")
+        raise InputError(f"{pool}: its logits are not finite; expected a pool whose weights are sound")
+    return found
 
 
 class Standing(NamedTuple):

@@ -301,12 +301,23 @@ def fit(
     if head.kind in COSINE:
         origin = centres.mean(0)
         return Cosine(centres - origin, scale, bias, origin)
+    size = _power_of_two(features)
+    features, views = features / size, None if views is None else views / size
     if head.kind in COVARIANCE:
-        found = _discriminant(centres.double(), mixed_covariance(head, features, labels, statistics, views))
+        centres = (centres / size).double()
+        found = _discriminant(centres, mixed_covariance(head, features, labels, statistics, views))
     else:
         found = _least_squares(features.double(), labels, head.penalty)
     found = Linear(found.weight.to(features.dtype), found.bias.to(features.dtype))
-    return scaled(found, scale / spread(found(features)))
+    factor = scale / spread(found(features))
+    return Linear(factor * found.weight / size, factor * found.bias)
+
+
+def _power_of_two(features: Tensor) -> Tensor:
+    """The scalar that brings the largest of these (S, D) to 1 or between 1 and 2: their squares neither
+    overflow nor vanish, and no digit is lost by it."""
+    largest = features.detach().abs().amax().clamp(min=_TINY)
+    return largest / (2 * torch.frexp(largest).mantissa)
 
 
 def mixed_covariance(
@@ -339,10 +350,10 @@ def mixed_covariance(
 
 def _discriminant(centres: Tensor, covariance: Tensor) -> Linear:
     """Linear discriminant of class means (N, D). The means' mean is taken off first, which moves all logits
-    of an image alike and keeps digits."""
+    of an image alike and keeps digits. Of features that are no numbers it is none either."""
     origin = centres.mean(0)
     moved = centres - origin
-    weight = torch.cholesky_solve(moved.T, torch.linalg.cholesky(covariance)).T
+    weight = torch.cholesky_solve(moved.T, torch.linalg.cholesky_ex(covariance).L).T
     return Linear(weight, -0.5 * (weight * moved).sum(1) - weight @ origin)
 
 

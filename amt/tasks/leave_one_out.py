@@ -136,7 +136,8 @@ def _losses(network: Network, merged: Callable[[], Merged], trial: Trial) -> Ite
 
     def errors(views: Tensor, which: Tensor, scale: Tensor | float, bias: Tensor | float) -> Tensor:
         logits = leave_one_out_logits(views, plain, trial.labels, which, scale, bias)
-        return F.cross_entropy(logits, trial.labels[which], reduction="none")
+        found = F.cross_entropy(logits, trial.labels[which], reduction="none")
+        return found.nan_to_num(torch.inf, torch.inf)  # a network without numbers is not the best
 
     if trial.start is None:
         weights, scale, bias = merged()

@@ -13,6 +13,7 @@ query image and no query label.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -25,6 +26,7 @@ from amt.models.network import CHUNK, Network, features, fixed_features
 from amt.models.pool import Pool
 from amt.models.weights import Coefficients, Weights
 from amt.tasks.settings import AUGMENTATIONS, Routing
+from meta_dataset_readers.errors import InputError
 
 Members = Callable[[int], Weights]  # the complete weights of a pool's member, by its number
 
@@ -156,8 +158,11 @@ def compactness(cosines: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def blend(intra: Tensor, inter: Tensor, routing: Routing) -> Coefficients:
-    """Coefficients from the scores (P,), (P,): exponential weights of the top k, normalised."""
+    """Coefficients from the scores (P,), (P,): exponential weights of the top k, normalised. Raises an
+    `InputError` if a score is not finite."""
     score = (routing.gamma * intra - (1 - routing.gamma) * inter).double()
+    if broken := [p for p, value in enumerate(score.tolist()) if not math.isfinite(value)]:
+        raise InputError(f"adapter {broken[0]}: its features are not finite; --coefficients can leave it out")
     # Of equal scores (one shot, gamma 1) the first count; topk does not define an order.
     values, order = (each[: routing.top_k] for each in score.sort(descending=True, stable=True))
     # exp(beta * score - beta) over its sum is a softmax, which does not underflow at a large beta.

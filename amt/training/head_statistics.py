@@ -53,7 +53,8 @@ def covariances(
     network: Network, networks: Networks, episodes: Iterable[Episode], seed: int
 ) -> list[Statistics]:
     """Two covariances for each of `networks`, (D, D) float32 on the CPU. Arguments as of
-    `measure_statistics`. Raises InputError if there is no episode, or too few images for a covariance."""
+    `measure_statistics`. Raises InputError if there is no episode, too few images for a covariance, or one
+    that is not finite."""
     nothing = torch.zeros((), dtype=torch.float64, device=network.device)
     sums = [[nothing, nothing] for _ in networks]
     freedom = moved = 0
@@ -70,10 +71,13 @@ def covariances(
         moved += len(which)
     if freedom < 1:
         raise InputError("no statistics for the heads without TRAIN episodes of several images per class")
-    return [
+    found = [
         Statistics(*(_plain(each / n) for each, n in zip(pair, (freedom, moved), strict=True)))
         for pair in sums
     ]
+    if not all(matrix.isfinite().all() for each in found for matrix in each):
+        raise InputError("no statistics for the heads of a network whose features are not finite or huge")
+    return found
 
 
 def displacement(

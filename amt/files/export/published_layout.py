@@ -57,6 +57,9 @@ def published_state(pool: Pool, adapter: int | None = None) -> Weights:
         found = tuple(state[name].shape) if name in state else "absent"
         expected = shapes.get(name, "absent")
         if found != expected:
-            raise InputError(f"tensor {name} is {found}, the published code has it {expected}")
+            raise InputError(
+                f"tensor {name} is {found}, the published code has it {expected}: it has no such network; "
+                "expected timm, peft, onnx or torch"
+            )
     # Tensors that are views would be saved with all that they are views of.
     return {name: state[name].detach().float().clone() for name in shapes}
