@@ -160,9 +160,11 @@ def compactness(cosines: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def blend(intra: Tensor, inter: Tensor, routing: Routing) -> Coefficients:
     """Coefficients from the scores (P,), (P,): exponential weights of the top k, normalised. Raises an
     `InputError` if a score is not finite."""
-    score = (routing.gamma * intra - (1 - routing.gamma) * inter).double()
-    if broken := [p for p, value in enumerate(score.tolist()) if not math.isfinite(value)]:
+    # A few numbers: one read of the device serves the check and what they become.
+    scores = (routing.gamma * intra - (1 - routing.gamma) * inter).double().tolist()
+    if broken := [p for p, value in enumerate(scores) if not math.isfinite(value)]:
         raise InputError(f"adapter {broken[0]}: its features are not finite; --coefficients can leave it out")
+    score = torch.tensor(scores, dtype=torch.float64)
     # Of equal scores (one shot, gamma 1) the first count; topk does not define an order.
     values, order = (each[: routing.top_k] for each in score.sort(descending=True, stable=True))
     # exp(beta * score - beta) over its sum is a softmax, which does not underflow at a large beta.
