@@ -30,7 +30,8 @@ BESIDE_BEST = [
 ]
 HEAD = """# Results of the mini study
 
-Made by `python -m studies.mini_results` from the files in {results}; `make results` measures them anew.
+Made by `python -m studies.mini_results` from the files in {results}; `make results SHOTS="1 5"` measures
+them anew, without SHOTS those at 5 shots.
 Meta-tuned on mini_objects TRAIN, every setting chosen on its VALID classes, scored on five domains that
 nothing was trained or chosen on, 5-way, 15 queries a task. Per cent, averages over the five domains; `@4` is
 the worst case of the default attack within 4/255. Chance is {chance:.0f}: a classifier that always gives the

@@ -1,6 +1,6 @@
 """The mini study: robustness and its price, against every baseline, on domains that no part of it has seen.
 
-    make results                                   (python -m studies.mini_study)
+    make results                                   (python -m studies.mini_study --shots 5)
     python -m studies.mini_study --rows oracle uniform --seeds 0 --shots 5      only a part of it
     python -m studies.mini_study --rows "recipe: *"                             other ways to train
 
@@ -11,10 +11,11 @@ user would: the commands are printed. Each part is a folder of its own under --o
 where it was, by the same command. When all seeds of a row are done it becomes a file of the leaderboard under
 --results, from which `python -m studies.mini_results` makes docs/results/mini-study.md and its figures.
 
-On two cores it takes about six hours, half of them with `--shots 5`: an episode under the default attack takes
-about 1.2 seconds of one core with vit_mini, a training 1 to 12 minutes. Every part says its seconds. Other
-ways to train (`RECIPES`) are rows only where they are named: for each seed a training of 3 to 11 minutes of
-one core, and 2 to score it with one head at one number of shots.
+On two cores it takes about four hours with `--shots 5`, which is what `make results` does, and two more with
+`--shots 1`: an episode under the default attack takes about 1.2 seconds of one core with vit_mini, a training
+1 to 12 minutes. Every part says its seconds. Other ways to train (`RECIPES`) are rows only where they are
+named: for each seed a training of 3 to 11 minutes of one core, and 2 to score it with one head at one number
+of shots.
 """
 
 import argparse
