@@ -136,7 +136,7 @@ ORACLE = "oracle"
 ONE_LORA, BEST, MERGING, OURS = "one LoRA", "best single", "published merging", "ours, robust-lda"
 ANCHORED, LONG, RANDOM = "features, robust-lda", "features longer", "features random"
 LONG_MIX = f"{LONG}, mix"
-LONG_KNOB = (*(f"{LONG}, mix at share {share:g}" for share in SHARES[:-1]), LONG_MIX)
+LONG_KNOB = tuple(f"{LONG}, mix at share {share:g}" for share in SHARES[:-1])  # the last is `LONG_MIX`
 HOW = {BEST: ("--routing", "best", *ON_VALID), MERGING: ("--routing", "amt", *ON_VALID)}
 GAMMA_ROWS = tuple(f"weight perturbation, gamma {gamma:g}" for gamma in GAMMAS)
 LDA = " + robust-lda"
@@ -192,8 +192,7 @@ ROWS = (
     *(
         Row(name, (training,), (*first, "--head", "mix", "of=robust-lda", f"share={share:g}"), episodes=0.5)
         for names, training, first in ((KNOB, "pool", FIRST), (LONG_KNOB, f"{RECIPE}{LONG}", ()))
-        for name, share in zip(names, SHARES, strict=True)
-        if name != LONG_MIX
+        for name, share in zip(names, SHARES, strict=False)
     ),
     Row(ORACLE, ("pool",), ("--routing", "oracle", "--oracle_parts", "2"), episodes=0.25),
     *(Row(name, (f"gamma {gamma:g}",), shots=(5,)) for name, gamma in zip(GAMMA_ROWS, GAMMAS, strict=True)),
