@@ -119,6 +119,26 @@ def test_the_command_exports_a_linear_head(mini, capsys):
     assert "logits (N, 2)" in readme and json.dumps(["class0", "class1"]) in readme
 
 
+def test_an_export_follows_what_the_file_recommends(mini):
+    """As `amt predict` does, so that both give the same answers; flags count more."""
+    saved = checkpoint.load(mini / "pool.safetensors")
+    pool, shares = moved_apart(saved.pool), ["0", "1"]
+    for name, more in (("plain", {}), ("told", {"head": "ridge", "coefficients": [0.0, 1.0]})):
+        file = mini / f"{name}.safetensors"
+        checkpoint.save(file, dataclasses.replace(saved, pool=pool, about=saved.about | more))
+
+    def exported(name: str, *flags: str) -> dict[str, torch.Tensor]:
+        words = [mini / f"{name}.safetensors", "--to", "timm", "--support", mini / "task", *flags]
+        assert command.main([*map(str, words), "--out", str(mini / "net.safetensors")]) == 0
+        return load_file(mini / "net.safetensors")
+
+    for head in ("ridge", "lda"):
+        asked = exported("plain", "--head", head, "--coefficients", *shares)
+        found = exported("told", *(["--head", head] if head != "ridge" else []))
+        assert all(torch.equal(found[each], asked[each]) for each in asked), head
+        assert not torch.equal(exported("plain", "--head", head)["head.weight"], found["head.weight"])
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [

@@ -7,26 +7,27 @@
     python -m amt export POOL --to torch --support FOLDER --out net.pt2           the same for torch.export
     python -m amt export POOL --to published --out pool.pth                       for the authors' own code
 
-One network of a pool is one adapter, a mixture by given coefficients, or what test_meta_dataset.py would
-merge for the task whose labelled images are in FOLDER, in one folder per class. With --support the prototypes
-of its classes, or what --head names, are written as well, and the networks of onnx and torch return logits.
+One network of a pool is one adapter, a mixture by given coefficients, or what `amt predict` merges for the
+task whose labelled images are in FOLDER, in one folder per class. With --support the head that `amt predict`
+classifies by is written as well, and the networks of onnx and torch return logits.
 What goes in, what comes out and how to load it is said in a README.txt beside every export.
 """
 
 import argparse
+import dataclasses
 import logging
 from collections.abc import Sequence
 
 from amt.cli import options
 from amt.cli.options import Parser, texts
+from amt.cli.predict import merging
 from amt.evaluation.deploy import check_fit
 from amt.evaluation.dilution import dilution
 from amt.evaluation.settings import Deployment
 from amt.few_shot import pictures
 from amt.few_shot.fitting import fit_pictures, fit_texts
 from amt.few_shot.pools import OpenPool, network_of
-from amt.few_shot.task import Merging
-from amt.files import checkpoint, export, text_prototypes
+from amt.files import checkpoint, export
 from amt.files.export import FORMATS
 from amt.files.pretrained import load_network
 from amt.files.shipped import as_pool
@@ -72,7 +73,7 @@ def parser() -> Parser:
         help="images in one folder per class: write prototypes, and decide the coefficients if not given",
     )
     options.add_merging(which)
-    options.add_head(which, "")
+    options.add_head(which, "", "what the pool's file recommends, else prototypes")
     texts.add_texts(which, "; without --support they alone classify")
     which.add_argument("--seed", type=nonnegative_int, default=0, help="of the augmentation or the attack")
     return parser
@@ -138,20 +139,18 @@ def merged_of(args: argparse.Namespace, opened: OpenPool) -> export.MergedNetwor
     Raises:
         InputError: as of `fit_pictures` and `fit_texts`.
     """
-    network, pool, trims = opened.network, opened.pool, tuple(args.trim or ())
     shares = args.coefficients
     if shares is None and (args.adapter is not None or args.support is None):
-        shares = average_of(pool, [args.adapter or 0])
+        shares = average_of(opened.pool, [args.adapter or 0])
     if args.support is None and args.text_prototypes is None:
-        return export.merged_network(network, pool, shares, trims)
-    said = text_prototypes.given(args.text_prototypes)
+        return export.merged_network(opened.network, opened.pool, shares, tuple(args.trim or ()))
+    wanted = dataclasses.replace(merging(args), coefficients=shares)
     if args.support is None:
-        head = None if args.head is None else options.single_head(args)
-        return fit_texts(opened, Merging(None, shares, trims, args.seed, head, texts=said))[0].merged
-    head = options.single_head(args)
-    merging = Merging(options.routing(args), shares, trims, args.seed, head, texts=said)
+        return fit_texts(opened, wanted)[0].merged
+    head = wanted.head_for(opened)
+    export.check_single(head)
     found, names = pictures.in_class_folders(args.support)
-    task, _ = fit_pictures(opened, found, names, merging, where=f"--support {args.support}: ")
+    task, _ = fit_pictures(opened, found, names, wanted, where=f"--support {args.support}: ")
     if head.one_shot_note and max(task.shots) == 1:
         say(f"note: --head {head.name}: {head.one_shot_note}")
     return task.merged
