@@ -181,7 +181,6 @@ ROWS = (
     Row("soup", ("pool",), ("--routing", "soup")),
     *(Row(how, ("pool",), words) for how, words in HOW.items()),
     Row(OURS, ("pool",), _tuned(*ROBUST)),
-    Row(f"{MERGING}{LDA}", ("pool",), ("--routing", "amt", *CHOSEN)),
     Row("ours, mix", ("pool",), _tuned(*MIXES)),
     # Trainings of one level: at the cost of one, at that of four, and with the clean accuracy in view.
     Row(ANCHORED, ("gamma 0.005", f"{RECIPE}features"), CHOSEN, against=OURS, by="mean"),
