@@ -123,11 +123,7 @@ def comparisons(rows: dict[str, Run]) -> list[Compared]:
             *(GAMMA_ROWS[0], {*GAMMA_ROWS[1:]}),
         ),
         *(
-            (
-                f"Other ways to train: paired differences from {reference}:",
-                reference,
-                {*names},
-            )
+            (f"Other ways to train: paired differences from {reference}:", reference, {*names})
             for reference, names in recipes.items()
         ),
     ]

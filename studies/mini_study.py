@@ -135,8 +135,7 @@ KNOB = tuple(f"ours, mix at share {share:g}" for share in SHARES)
 ORACLE = "oracle"
 ONE_LORA, BEST, MERGING, OURS = "one LoRA", "best single", "published merging", "ours, robust-lda"
 ANCHORED, LONG, RANDOM = "features, robust-lda", "features longer", "features random"
-LONG_MIX = f"{LONG}, mix"
-LONG_KNOB = tuple(f"{LONG}, mix at share {share:g}" for share in SHARES[:-1])  # the last is `LONG_MIX`
+LONG_KNOB = tuple(f"{LONG}, mix at share {share:g}" for share in SHARES[:-1])  # the last is the default
 HOW = {BEST: ("--routing", "best", *ON_VALID), MERGING: ("--routing", "amt", *ON_VALID)}
 GAMMA_ROWS = tuple(f"weight perturbation, gamma {gamma:g}" for gamma in GAMMAS)
 LDA = " + robust-lda"
@@ -187,7 +186,8 @@ ROWS = (
     Row(f"{LONG}, robust-lda", (f"{RECIPE}features", f"{RECIPE}{LONG}"), CHOSEN, against=ANCHORED, by="mean"),
     Row(f"{RANDOM}, robust-lda", (f"{RECIPE}{LONG}", f"{RECIPE}{RANDOM}"), CHOSEN, against=ANCHORED),
     Row("features, mix", (f"{RECIPE}features",), (*ON_VALID, *itertools.chain.from_iterable(MIXES))),
-    Row(LONG_MIX, (f"{RECIPE}{LONG}",), ("--head", "mix")),  # with the share that is the head's default, 0.8
+    # With the share that is the head's default, 0.8.
+    Row(f"{LONG}, mix", (f"{RECIPE}{LONG}",), ("--head", "mix")),
     *(
         Row(name, (training,), (*first, "--head", "mix", "of=robust-lda", f"share={share:g}"), episodes=0.5)
         for names, training, first in ((KNOB, "pool", FIRST), (LONG_KNOB, f"{RECIPE}{LONG}", ()))

@@ -70,7 +70,7 @@ def parser() -> Parser:
         "--support",
         type=as_path,
         metavar="FOLDER",
-        help="images in one folder per class: write prototypes, and decide the coefficients if not given",
+        help="images in one folder per class: write a head, and decide the coefficients if not given",
     )
     options.add_merging(which)
     options.add_head(which, "", "what the pool's file recommends, else prototypes")
@@ -142,9 +142,9 @@ def merged_of(args: argparse.Namespace, opened: OpenPool) -> export.MergedNetwor
     shares = args.coefficients
     if shares is None and (args.adapter is not None or args.support is None):
         shares = average_of(opened.pool, [args.adapter or 0])
-    if args.support is None and args.text_prototypes is None:
-        return export.merged_network(opened.network, opened.pool, shares, tuple(args.trim or ()))
     wanted = dataclasses.replace(merging(args), coefficients=shares)
+    if args.support is None and wanted.texts is None:
+        return export.merged_network(opened.network, opened.pool, shares, wanted.trims)
     if args.support is None:
         return fit_texts(opened, wanted)[0].merged
     head = wanted.head_for(opened)
