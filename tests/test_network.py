@@ -3,6 +3,7 @@ arithmetic. No weights are downloaded: small files are written in every format."
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -11,6 +12,7 @@ import timm
 import torch
 from conftest import fails, moved_apart, patterned_episode, random_backbone
 from safetensors.torch import save_file
+from timm.layers import GluMlp, SwiGLUPacked
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -187,56 +189,94 @@ def test_of_several_networks_it_is_told_which_were_not_taken():
     assert kept.weights.keys() == {"model.a"}
 
 
-def test_official_dinov2_and_dinov3_files_are_converted_as_timm_does(tmp_path):
+COMMON = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+DINOV2 = {"init_values": 1.0, "dynamic_img_size": True}
+DINOV3 = {"global_pool": "token", "init_values": 1.0, "num_reg_tokens": 4, "use_abs_pos_emb": False}
+DINOV3 |= {"use_rot_pos_emb": True, "rope_type": "dinov3", "rope_rotate_half": True, "dynamic_img_size": True}
+
+
+def official_of_dino(network: nn.Module, masked: bool = True) -> dict[str, Tensor]:
+    """Random tensors of `network` by the names and in the shapes of DINOv2's and DINOv3's authors."""
+    weights = {name: torch.randn_like(tensor) for name, tensor in network.state_dict().items()}
+    state = {"mask_token": torch.zeros(1, 32)}
+    for name, tensor in weights.items():
+        if name.endswith(".v_bias") or (name == "reg_token" and "pos_embed" in weights):
+            continue
+        if name.endswith(".q_bias"):
+            other, name = weights[name.replace("q_bias", "v_bias")], name.replace("q_bias", "qkv.bias")
+            tensor = torch.cat([tensor, torch.ones(32) * masked, other])
+            if masked:
+                state[f"{name}_mask"] = torch.cat([torch.ones(32), torch.zeros(32), torch.ones(32)])
+        for timms, theirs in (
+            ("gamma_1", "ls1.gamma"),
+            ("gamma_2", "ls2.gamma"),
+            ("reg_token", "storage_tokens"),
+        ):
+            name = name.replace(timms, theirs)
+        if "fc1_g" in "".join(weights):
+            for timms, theirs in (("fc1_g", "w1"), ("fc1_x", "w2"), ("mlp.fc2", "mlp.w3")):
+                name = name.replace(timms, theirs)
+        elif isinstance(network.blocks[0].mlp, GluMlp):
+            name = name.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3")
+        state[name] = tensor
+    if "reg_token" in weights and "pos_embed" in weights:
+        state["register_tokens"] = weights["reg_token"]
+        state["pos_embed"] = torch.cat([torch.randn(1, 1, 32), weights["pos_embed"]], dim=1)
+    if "pos_embed" not in weights:
+        state["rope_embed.periods"] = torch.ones(4)
+    return state
+
+
+# The network, and whether timm has it without biases.
+OF_DINO = {
+    "DINOv2 with registers": lambda: VisionTransformer(**COMMON, **DINOV2, reg_tokens=4, no_embed_class=True),
+    "DINOv2, gated": lambda: VisionTransformer(
+        **COMMON, **DINOV2, mlp_layer=SwiGLUPacked, act_layer=nn.SiLU, mlp_ratio=5
+    ),
+    "DINOv3": lambda: Eva(**COMMON, **DINOV3),
+    "DINOv3 without biases": lambda: Eva(**COMMON, **DINOV3, qkv_bias=False),
+    "DINOv3, gated": lambda: Eva(**COMMON, **DINOV3, swiglu_mlp=True, swiglu_align_to=8),
+}
+
+
+@pytest.mark.parametrize("which", OF_DINO)
+def test_official_dinov2_and_dinov3_files_are_converted_as_timm_does(tmp_path, which):
     """DINOv2 with registers adds the CLS token's position to it; DINOv3 has its own names."""
     torch.manual_seed(0)
-    common = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
-    vit = freeze(
-        VisionTransformer(**common, init_values=1.0, reg_tokens=4, no_embed_class=True, dynamic_img_size=True)
+    network = freeze(OF_DINO[which]())
+    official = official_of_dino(network)
+    if "without" in which:
+        official |= {f"blocks.{block}.attn.qkv.bias": torch.zeros(96) for block in range(2)}
+    torch.save(official, tmp_path / "x.pth")
+    found = read_weights(tmp_path / "x.pth", network)
+    convert = sys.modules[type(network).__module__].checkpoint_filter_fn
+    expected = convert(
+        {name: tensor for name, tensor in official.items() if "bias_mask" not in name}, network
     )
-    weights = {name: torch.randn_like(tensor) for name, tensor in vit.state_dict().items()}
-    official = {name: tensor for name, tensor in weights.items() if name != "reg_token"}
-    position = torch.randn(1, 1, 32)
-    official["register_tokens"] = weights["reg_token"]
-    official["cls_token"] = weights["cls_token"] - position
-    official["pos_embed"] = torch.cat([position, weights["pos_embed"]], dim=1)
-    official["mask_token"] = torch.zeros(1, 32)
-    torch.save(official, tmp_path / "dinov2.pth")
-    found = read_weights(tmp_path / "dinov2.pth", vit)
-    assert all(torch.allclose(found[name], tensor) for name, tensor in weights.items())
-    torch.save({"register_tokens": torch.ones(1, 4, 32), "mask_token": torch.ones(1, 32)}, tmp_path / "half")
-    with pytest.raises(InputError, match="half: timm cannot convert it"):
-        read_weights(tmp_path / "half", vit)
+    assert found.keys() == expected.keys() - {"rope_embed.periods"} == network.state_dict().keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
-    eva = freeze(
-        Eva(
-            **common,
-            global_pool="token",
-            init_values=1.0,
-            num_reg_tokens=4,
-            no_embed_class=True,
-            use_abs_pos_emb=False,
-            use_rot_pos_emb=True,
-            rope_type="dinov3",
-            rope_rotate_half=True,
-            dynamic_img_size=True,
-        )
+
+def test_a_bias_is_never_dropped(tmp_path):
+    """Which timm does where its network has none; nor is one of keys that no mask covers."""
+    torch.manual_seed(0)
+    network = freeze(Eva(**COMMON, **DINOV3))
+    official = official_of_dino(network)
+    torch.save(
+        {name: tensor for name, tensor in official.items() if "mask" not in name}, tmp_path / "keys.pth"
     )
-    weights = {name: torch.randn_like(tensor) for name, tensor in eva.state_dict().items()}
-    names = {"reg_token": "storage_tokens", "gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
-    official = {}
-    for name, tensor in weights.items():
-        if name.endswith("q_bias"):
-            other = weights[name.replace("q_bias", "v_bias")]
-            official[name.replace("q_bias", "qkv.bias")] = torch.cat([tensor, 0 * tensor, other])
-        elif not name.endswith("v_bias"):
-            for ours, theirs in names.items():
-                name = name.replace(ours, theirs)
-            official[name] = tensor
-    official |= {"mask_token": torch.zeros(1, 32), "rope_embed.periods": torch.ones(4)}
-    torch.save(official, tmp_path / "dinov3.pth")
-    found = read_weights(tmp_path / "dinov3.pth", eva)
-    assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
+    torch.save(official, tmp_path / "x.pth")
+    with pytest.raises(InputError, match=r"keys.pth: .*unexpected tensor blocks\.0\.attn\.qkv\.bias"):
+        read_weights(tmp_path / "keys.pth", network)
+    with pytest.raises(InputError, match=r"x.pth: holds unexpected tensor blocks\.0\.attn\.qkv\.bias"):
+        read_weights(tmp_path / "x.pth", freeze(Eva(**COMMON, **DINOV3, qkv_bias=False)))
+
+
+def test_half_a_dinov2_is_refused(tmp_path):
+    network = freeze(OF_DINO["DINOv2 with registers"]())
+    torch.save({"register_tokens": torch.ones(1, 4, 32), "mask_token": torch.ones(1, 32)}, tmp_path / "half")
+    with pytest.raises(InputError, match="half: lacks tensor cls_token, pos_embed"):
+        read_weights(tmp_path / "half", network)
 
 
 # where weights come from

@@ -19,6 +19,7 @@ from toy_towers import (
     STD,
     WIDTH,
     hugging_face,
+    hugging_face_alone,
     normal,
     open_clip_model,
     open_clip_on_timm,
@@ -103,6 +104,56 @@ def test_features_and_gradients_are_the_original_librarys(tmp_path, form):
     for seen in (ours_out, original_out):
         (seen * pattern).sum().backward()
     assert torch.allclose(found.grad, expected.grad, atol=1e-5) and expected.grad.std() > 1e-3
+
+
+# --arch, the class of transformers, its settings.
+DINOV3 = {"num_register_tokens": 4, "layer_norm_eps": 1e-5}
+NO_BIAS = {"query_bias": False, "value_bias": False}
+GATED = {"use_gated_mlp": True, "hidden_act": "silu"}
+ALONE = {
+    "ViT": ("toy_vit", "ViTModel", {}),
+    "ViT with a classifier": ("toy_vit", "ViTForImageClassification", {}),
+    "DeiT with two classifiers": ("toy_deit", "DeiTForImageClassificationWithTeacher", {}),
+    "MAE": ("toy_vit", "ViTMAEForPreTraining", {"mask_ratio": 0.0, "decoder_num_hidden_layers": 1}),
+    "DINOv2": ("toy_dinov2", "Dinov2ForImageClassification", {}),
+    "DINOv2 with registers": ("toy_dinov2_reg4", "Dinov2WithRegistersModel", {}),
+    "DINOv2, gated": ("toy_dinov2_giant", "Dinov2Model", {"use_swiglu_ffn": True}),
+    "DINOv3": ("toy_dinov3_qkvb", "DINOv3ViTModel", DINOV3),
+    "DINOv3 without biases": ("toy_dinov3", "DINOv3ViTModel", DINOV3 | NO_BIAS),
+    "DINOv3, gated": ("toy_dinov3_plus", "DINOv3ViTModel", DINOV3 | NO_BIAS | GATED),
+}
+
+
+@pytest.mark.parametrize("form", ALONE)
+def test_networks_of_transformers_without_texts_give_its_features(tmp_path, form):
+    """By the names in its files; and by those that a network has in memory, which are others."""
+    pytest.importorskip("transformers")
+    name, kind, settings = ALONE[form]
+    model = hugging_face_alone(kind, **settings)
+    body = model if kind.endswith("Model") else getattr(model, model.base_model_prefix)
+    tokens = body(normal(pixels())).last_hidden_state
+    expected = tokens[:, :2].mean(1) if "DeiT" in form else tokens[:, 0]
+    model.save_pretrained(tmp_path)
+    files = [tmp_path / "model.safetensors", saved(tmp_path, {"state_dict": model.state_dict()})]
+    for file in files[:1] if form == "DINOv2, gated" else files:
+        ours = load_network(f"timm:{name}", file)
+        found = features(ours, ours.weights, pixels())
+        assert torch.allclose(found, expected, atol=1e-5) and found.std() > 0.1
+
+
+def test_biases_that_a_network_has_not_are_refused(tmp_path):
+    pytest.importorskip("transformers")
+    file = saved(tmp_path, hugging_face_alone("DINOv3ViTModel", **DINOV3).state_dict())
+    fails("unexpected tensor blocks.0.attn.qkv.bias", lambda: load_network("timm:toy_dinov3", file))
+
+
+def test_a_classifier_of_autolora_starts_from_a_network_of_transformers(tmp_path):
+    pytest.importorskip("transformers")
+    file = saved(tmp_path, hugging_face_alone("Dinov2WithRegistersModel").state_dict())
+    network = build_classifier("timm:toy_dinov2_reg4", 10, SIDE)
+    found = robust_weights.read(file, network, network.start(0))
+    features_only = load_network("timm:toy_dinov2_reg4", file).weights
+    assert all(torch.equal(found.weights[name], tensor) for name, tensor in features_only.items())
 
 
 def clip() -> nn.Module:

@@ -4,7 +4,10 @@ import functools
 
 import timm
 import torch
+from timm.layers import SwiGLUPacked
 from timm.models import register_model
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -17,15 +20,14 @@ default_cfgs = timm.models.generate_default_cfgs(
         "toy_clip.openai_ft_in1k": {"num_classes": 10, "hf_hub_id": "timm/", **_CFG},
         "toy_clip_quickgelu.openai": {"num_classes": SHARED, "hf_hub_id": "timm/", **_CFG},
         "toy_siglip.webli": {"num_classes": 0, "hf_hub_id": "timm/", **_CFG},
+        **{f"toy_{name}": {"num_classes": 0, **_CFG} for name in ("deit", "dinov2", "dinov3", "vit")},
     }
 )
 
 
-def _vit(name: str, pretrained: bool, given: dict, **options) -> VisionTransformer:
+def _vit(name: str, pretrained: bool, given: dict, kind=VisionTransformer, **options) -> nn.Module:
     shape = {"img_size": SIDE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS}
-    return timm.models.build_model_with_cfg(
-        VisionTransformer, name, pretrained, **{**shape, **options, **given}
-    )
+    return timm.models.build_model_with_cfg(kind, name, pretrained, **{**shape, **options, **given})
 
 
 _CLIP = {"pre_norm": True, "norm_layer": functools.partial(nn.LayerNorm, eps=1e-5)}
@@ -46,6 +48,54 @@ def toy_clip_quickgelu(pretrained=False, **kwargs):
 def toy_siglip(pretrained=False, **kwargs):
     act = timm.layers.get_act_layer("gelu_tanh")
     return _vit("toy_siglip", pretrained, kwargs, class_token=False, global_pool="map", act_layer=act)
+
+
+@register_model
+def toy_vit(pretrained=False, **kwargs):
+    return _vit("toy_vit", pretrained, kwargs)
+
+
+@register_model
+def toy_deit(pretrained=False, **kwargs):
+    return _vit("toy_deit", pretrained, kwargs, VisionTransformerDistilled)
+
+
+@register_model
+def toy_dinov2(pretrained=False, **kwargs):
+    return _vit("toy_dinov2", pretrained, kwargs, init_values=1e-5)
+
+
+@register_model
+def toy_dinov2_reg4(pretrained=False, **kwargs):
+    return toy_dinov2(pretrained, reg_tokens=4, no_embed_class=True, **kwargs)
+
+
+@register_model
+def toy_dinov2_giant(pretrained=False, **kwargs):
+    return toy_dinov2(pretrained, mlp_layer=SwiGLUPacked, act_layer=nn.SiLU, mlp_ratio=5.5, **kwargs)
+
+
+@register_model
+def toy_dinov3(pretrained=False, **kwargs):
+    rotary = {
+        "use_rot_pos_emb": True,
+        "rope_type": "dinov3",
+        "rope_temperature": 100,
+        "rope_rotate_half": True,
+    }
+    norm = {"use_fc_norm": False, "norm_layer": functools.partial(nn.LayerNorm, eps=1e-5)}
+    rest = {"global_pool": "token", "init_values": 1e-5, "num_reg_tokens": 4, "use_abs_pos_emb": False}
+    return _vit("toy_dinov3", pretrained, {**rotary, **norm, **rest, "qkv_bias": False, **kwargs}, Eva)
+
+
+@register_model
+def toy_dinov3_qkvb(pretrained=False, **kwargs):
+    return toy_dinov3(pretrained, qkv_bias=True, **kwargs)
+
+
+@register_model
+def toy_dinov3_plus(pretrained=False, **kwargs):
+    return toy_dinov3(pretrained, swiglu_mlp=True, swiglu_align_to=8, **kwargs)
 
 
 def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -79,8 +129,8 @@ def open_clip_on_timm(**vision) -> nn.Module:
 
 
 def hugging_face(kind: str, act: str = "quick_gelu") -> nn.Module:
-    """A network of transformers: CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection or
-    SiglipVisionModel."""
+    """A network of transformers with or beside texts: CLIPModel, CLIPVisionModel,
+    CLIPVisionModelWithProjection or SiglipVisionModel."""
     import transformers
 
     shape = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
@@ -95,6 +145,16 @@ def hugging_face(kind: str, act: str = "quick_gelu") -> nn.Module:
     else:
         config = transformers.CLIPVisionConfig(**vision, hidden_act=act, projection_dim=SHARED)
     return randomised(getattr(transformers, kind)(config))
+
+
+def hugging_face_alone(kind: str, **settings) -> nn.Module:
+    """A network of transformers without texts."""
+    import transformers
+
+    shape = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
+    shape |= {"intermediate_size": 4 * WIDTH, "image_size": SIDE, "patch_size": PATCH, "layer_norm_eps": 1e-6}
+    make = getattr(transformers, kind)
+    return randomised(make(make.config_class(**shape | settings)))
 
 
 def normal(images: torch.Tensor, mean=MEAN, std=STD) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """What others call tensors: one cleaner of names, whatever network they are of.
 
-    renames     into timm's names: of image towers beside texts (CLIP and its kin), and of ResNets
+    renames     into timm's names: of other libraries' ViTs, of DINOv2's and DINOv3's own, and of ResNets
     left out    what serves a pretraining task, or texts, or is not used; told with its number
 
 `state_dicts` takes off before what training tools put around names. Knows no file.
@@ -60,6 +60,31 @@ TOWER = _at_start(
     (r"head\.attention\.in_proj_", "attn_pool.qkv."),
     (r"head\.layernorm\.", "attn_pool.norm."),
     (r"head\.mlp\.", "attn_pool.mlp."),
+    # Hugging Face's ViTs without texts: ViT, DeiT, DINO, MAE, DINOv2, DINOv3
+    (r"embeddings\.(cls|mask|register)_token", r"\1_token"),
+    (r"embeddings\.distillation_token", "dist_token"),
+    (r"embeddings\.position_embeddings", "pos_embed"),
+    (r"embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),
+    (r"(encoder\.)?layer\.", "blocks."),
+    (r"layernorm\.", "norm."),
+    (r"(blocks\.\d+)\.layernorm_before\.", r"\1.norm1."),
+    (r"(blocks\.\d+)\.layernorm_after\.", r"\1.norm2."),
+    (r"(blocks\.\d+)\.attention\.(output\.dense|o_proj)\.", r"\1.attn.proj."),
+    (r"(blocks\.\d+)\.attention\.(attention\.)?([qkv])(uery|ey|alue|_proj)\.", r"\1.attn.\3_proj."),
+    (r"(blocks\.\d+)\.layer_scale(\d)\.lambda1", r"\1.ls\2.gamma"),
+    (r"(blocks\.\d+)\.(intermediate\.dense|mlp\.up_proj|mlp\.weights_in)\.", r"\1.mlp.fc1."),
+    (r"(blocks\.\d+)\.(output\.dense|mlp\.down_proj|mlp\.weights_out)\.", r"\1.mlp.fc2."),
+    (r"(blocks\.\d+\.mlp)\.gate_proj\.", r"\1.fc1_g."),
+)
+# Of DINOv2 and DINOv3: where a network of timm has the new name and not the old one.
+DINO = _at_start(
+    (r"(register|storage)_tokens", "reg_token"),
+    (r"(blocks\.\d+)\.ls(\d)\.gamma", r"\1.gamma_\2"),
+    (r"(blocks\.\d+\.mlp)\.fc1\.", r"\1.fc1_x."),
+    (r"(blocks\.\d+\.mlp)\.w1\.", r"\1.fc1_g."),
+    (r"(blocks\.\d+\.mlp)\.w2\.", r"\1.fc1_x."),
+    (r"(blocks\.\d+\.mlp)\.w3\.", r"\1.fc2."),
+    (r"(blocks\.\d+\.mlp)\.w12\.", r"\1.fc1."),
 )
 RESNET = _of(
     (r"shortcut\.(?=[01]\.)", "downsample."),
@@ -82,16 +107,19 @@ HEAD, LOSS, MEAN_AND_STD = "classification or projection head", "state of a loss
 _BESIDE = {  # the first that fits
     "LoRA factors": re.compile(r".+\.lora_[AB]_(nat|adv)"),  # their product is not in the weights beside them
     HEAD: re.compile(
-        r"(fc|fc_downstream|linear|classifier|heads?|head_\w+|projector|predictor|projection\w*|prediction\w*"
-        r"|prototypes|pre_logits|\w+_head)\..+"
+        r"(fc|fc_downstream|linear|(\w+_)?classifier|heads?|head_\w+|projectors?|predictor|projection\w*"
+        r"|prediction\w*|prototypes|pre_logits|pooler|\w+_head)\..+"
     ),
     LOSS: re.compile(r"(dino_loss|ibot_patch_loss|koleo_loss)\..+|queue(_ptr)?"),
     MEAN_AND_STD: NORMALISATION,
     "embedding of masked patches": re.compile(r"masked_embed|mask_token"),
-    "decoder of masked patches": re.compile(r"decoder_(embed|blocks|norm|pred)\..+|decoder_pos_embed"),
+    "decoder of masked patches": re.compile(
+        r"decoder\..+|decoder_(embed|blocks|norm|pred)\..+|decoder_pos_embed"
+    ),
+    "constants of attention": re.compile(r".+\.bias_mask|rope_embed\.periods"),
     "counts of batches": re.compile(r"(.+\.)?num_batches_tracked"),
-    # Of WideResNets, and of ResNets with one more BatchNorm.
-    "unused tensors": re.compile(r"sub_block1\..+|.*bn.*adv.*"),
+    # Of WideResNets, of ResNets with one more BatchNorm, of DINOv3 for small crops.
+    "unused tensors": re.compile(r"sub_block1\..+|.*bn.*adv.*|local_cls_norm\..+"),
 }
 
 

@@ -3,9 +3,7 @@
 Every tensor of a file must find its place, or be known to serve the pretraining task only.
 """
 
-import contextlib
 import dataclasses
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,7 +26,7 @@ from amt.models.architectures import (
 )
 from amt.models.network import Network, projected, untrained
 from amt.models.weights import Weights
-from meta_dataset_readers.errors import InputError, damaged, first_line
+from meta_dataset_readers.errors import InputError, first_line
 
 
 def load_network(
@@ -47,7 +45,7 @@ def load_network(
         name: a name in `ARCHS`, or `timm:NAME` for a ViT of timm; with or without `_amt` or `_amt_merge`.
             Where a CLIP's file has the projection to the space of its texts, that is a part of the network,
             which is then called `timm:NAME:E` with its width; `timm:NAME:0` leaves it out.
-        weights: a file of weights in timm's, DINO's, iBOT's, DeiT's or CLIP's format, see `read_weights`.
+        weights: a file of weights in any format of `read_weights`.
             None takes NAME.safetensors or NAME.pth in the project's folder checkpoints if there is one, and
             otherwise asks timm's hub.
         autocast, image_size: see `Network`; None for the architecture's own size.
@@ -118,12 +116,12 @@ def _holds_loras(path: Path) -> InputError:
 def read_weights(
     path: Path, network: nn.Module, key: str | None = None, tell: Callable[[str], object] | None = None
 ) -> Weights:
-    """The weights for `network` in a file of timm's, DINO's, iBOT's, DeiT's, MoCo's or CLIP's format.
+    """The weights for `network` in a file of timm's, Hugging Face's, DINO's, iBOT's, DeiT's, MoCo's or CLIP's
+    format.
 
     Every tensor of the file is accounted for: it is one of the network's, or by its name a part of the
-    pretraining task (see `names.beside`) or a text tower's. For networks of timm's own, files that timm
-    itself converts when it loads them, such as DINOv2's with registers, are converted likewise. Gives a
-    complete state dict, float32.
+    pretraining task (see `names.beside`) or a text tower's; other libraries' names and shapes become the
+    network's (see `towers`). Gives a complete state dict, float32.
 
     Args:
         key: of the network to take from a file of several, see `state_dicts.unwrap`.
@@ -144,10 +142,7 @@ def _found(path: Path, network: nn.Module, key: str | None) -> StateDict:
     content = weight_files.read(path, "weights file")
     if "amt" in content.header:
         raise _holds_loras(path)
-    found = unwrap(path, content.data, _shapes(network), key)
-    if network.dynamic_img_size and _TIMM_CONVERTS & found.weights.keys():
-        found = found._replace(weights=_as_timm_converts(path, found.weights, network))
-    return found
+    return unwrap(path, content.data, _shapes(network), key)
 
 
 def _fitted(
@@ -183,16 +178,3 @@ def _check_normalisation(path: Path, state: Weights, network: Network) -> None:
             f"{path}: normalises by mean {mean} and std {std}, --arch {network.arch} by {own_mean} and "
             f"{own_std}; expected the same"
         )
-
-
-# Names by which the official files of DINOv2 and DINOv3 are known.
-_TIMM_CONVERTS = {"register_tokens", "storage_tokens"}
-
-
-def _as_timm_converts(path: Path, state: Weights, network: nn.Module) -> Weights:
-    convert = sys.modules[type(network).__module__].checkpoint_filter_fn
-    with (
-        damaged(f"{path}: timm cannot convert it for this network", said=repr),
-        contextlib.redirect_stdout(None),  # it prints of every bias that a network does without
-    ):
-        return convert(state, network)

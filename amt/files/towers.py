@@ -1,8 +1,10 @@
-"""Image towers of networks that learnt from images and texts (CLIP and its kin), in timm's names.
+"""Vision transformers of other libraries in timm's names: those of CLIP and its kin, and those without texts.
 
     OpenCLIP, OpenAI    visual.transformer.resblocks.0.attn.in_proj_weight, visual.proj, transformer...
     OpenCLIP on timm    visual.trunk.blocks.0.attn.qkv.weight, visual.head.proj.weight, text...
     Hugging Face        vision_model.encoder.layers.0.self_attn.q_proj.weight, visual_projection.weight, ...
+    likewise, no texts  dinov2.encoder.layer.0.attention.attention.query.weight, classifier.weight
+    DINOv2, DINOv3      register_tokens, blocks.0.ls1.gamma, blocks.0.attn.qkv.bias_mask, ...
 
 A tower may be all that a file holds, or lie under any name beside a text tower, which is left out. The
 projection into the space that images and texts share becomes the layer `head`. FARE and TeCoA (Schlarmann et
@@ -42,6 +44,8 @@ _SIGNS = (
     ("class_embedding", "conv1.weight"),
     ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"),
     ("trunk.patch_embed.proj.weight", "trunk.patch_embed.proj.weight"),
+    ("embeddings.patch_embeddings.projection.weight", "embeddings.position_embeddings"),
+    ("embeddings.patch_embeddings.weight", "embeddings.register_tokens"),
 )
 
 
@@ -51,7 +55,7 @@ def in_timms_names(path: Path, state: Weights, own: Container[str]) -> Tower:
     Args:
         path: for errors.
         state: by the file's names, without prefixes of training tools.
-        own: names that the network to be filled has, if it is known.
+        own: names of the network to be filled, if it is known.
 
     Raises:
         InputError: there are several image towers, or a text tower without one.
@@ -65,7 +69,7 @@ def in_timms_names(path: Path, state: Weights, own: Container[str]) -> Tower:
     if not roots:
         if any(name.endswith(("token_embedding.weight", "word_embeddings.weight")) for name in state):
             raise InputError(f"{path}: holds a text tower and no image tower, expected a ViT's weights")
-        return Tower(_with_one_qkv(state, own))
+        return Tower(_of_network(state, own))
     if len(roots) > 1:
         shown = ", ".join(repr(printable(root)) for root in roots[:5])
         raise InputError(
@@ -79,7 +83,7 @@ def in_timms_names(path: Path, state: Weights, own: Container[str]) -> Tower:
             raise InputError(f"{path}: its projection {PROJECTION} claims more numbers than the file holds")
         width = len(found[PROJECTION])
         found.setdefault("head.bias", torch.zeros(width))
-    return Tower(_with_one_qkv(found, own), width, texts)
+    return Tower(_of_network(found, own), width, texts)
 
 
 def _renamed(state: Weights, root: str) -> tuple[Weights, int]:
@@ -120,6 +124,50 @@ def _of_timm(name: str, tensor: Tensor) -> Weights:
 def _is_whole(*tensors: Tensor) -> bool:
     """Whether a file holds as many numbers as each claims, so that joining them takes no more memory."""
     return all(each.numel() * each.element_size() <= each.untyped_storage().nbytes() for each in tensors)
+
+
+def _of_network(weights: Weights, own: Container[str]) -> Weights:
+    """Tensors in timm's names as the network to be filled names and shapes them."""
+    found: Weights = {}
+    weights = _with_one_qkv(weights, own)
+    if "reg_token" in own:
+        weights |= _with_position(weights)
+    for name, tensor in weights.items():
+        before = name.removesuffix("qkv.bias")
+        if name != before and name not in own and f"{before}qkv.weight" in own:
+            found |= _of_biases(before, tensor, own, masked=f"{name}_mask" in weights)
+        else:
+            new = names.renamed(name, names.DINO, own)
+            found[new if new in own and new not in weights else name] = tensor
+    return found
+
+
+def _with_position(weights: Weights) -> Weights:
+    """DINOv2's CLS token with its position, and the positions of patches alone, as timm has them where there
+    are registers; none of both without such."""
+    token, table = weights.get("cls_token"), weights.get("pos_embed")
+    if "register_tokens" not in weights or token is None or table is None or not _is_whole(token):
+        return {}
+    if not table.ndim == token.ndim == 3 or table.shape[0::2] != token.shape[0::2]:
+        return {}
+    return {"cls_token": token + table[:, :1], "pos_embed": table[:, 1:]}
+
+
+def _of_biases(before: str, bias: Tensor, own: Container[str], masked: bool) -> Weights:
+    """The bias of one layer for queries, keys and values for a network that has no such: two parts where it
+    keeps those apart, none of zeros; any other is left as it is, and fits nowhere.
+
+    Args:
+        masked: whether DINOv3's mask is beside it, under which the keys' part counts as zero.
+    """
+    if _is_whole(bias) and bias.ndim == 1 and len(bias) % 3 == 0:
+        query, key, value = bias.chunk(3)
+        if masked or not key.any():
+            if f"{before}q_bias" in own:
+                return {f"{before}q_bias": query, f"{before}v_bias": value}
+            if not (query.any() or value.any()):
+                return {}
+    return {f"{before}qkv.bias": bias}
 
 
 def _with_one_qkv(weights: Weights, own: Container[str]) -> Weights:
