@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from amt.few_shot.hub import Hub, fetch, is_name
+from amt.few_shot.hub import fetch, is_name
 from amt.files import checkpoint, shipped
 from amt.files.pretrained import load_network
 from amt.models.architectures import stated
@@ -96,13 +96,13 @@ class OpenPool:
         return dataclasses.replace(self, network=network)
 
 
-def find_pool(name: str | os.PathLike, hub: Hub = Hub()) -> Path:  # noqa: B008  frozen
+def find_pool(name: str | os.PathLike, **hub: Any) -> Path:
     """The file of a pool, or of a saved task.
 
     Args:
         name: a file, a folder with best.safetensors, last.safetensors or one single .safetensors, the name of
             a pool in the box, or ORG/NAME on the hub.
-        hub: how files are asked for there.
+        hub: how files are asked for there, see `fetch`.
 
     Raises:
         InputError: there is no such thing.
@@ -112,7 +112,7 @@ def find_pool(name: str | os.PathLike, hub: Hub = Hub()) -> Path:  # noqa: B008 
         return found
     text = str(name)
     if is_name(text) and not text.endswith(shipped.ENDINGS):
-        return fetch(text, hub)
+        return fetch(text, **hub)
     path = Path(text)
     if len(path.parts) > 1 or path.suffix:
         raise InputError(f"{text}: no such file or folder, expected a pool")
