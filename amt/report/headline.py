@@ -77,7 +77,7 @@ def _alone(each: Shown) -> str:
 
 
 def _percent(each: Shown, column: str) -> str:
-    found = each.run.summary(each.run.whole, column)
+    found = each.run.summaries[each.run.whole, column]
     return f"{found.mean:.1f}% {half(found)}"
 
 
@@ -94,11 +94,11 @@ def verdicts(shown: Sequence[Shown]) -> list[Verdict]:
 
 
 def _verdict(shown: Sequence[Shown], column: str, between: Callable[[Shown, Shown], Differences]) -> Verdict:
-    order = sorted(shown, key=lambda each: -each.run.summary(each.run.whole, column).mean)
+    order = sorted(shown, key=lambda each: -each.run.summaries[each.run.whole, column].mean)
     best, *others = order
     at_chance = is_below_chance(best.run, best.run.whole, column)
     ahead = not at_chance and all(decided(between(best, e).get((best.run.whole, column))) > 0 for e in others)
-    means = tuple(each.run.summary(each.run.whole, column).mean for each in order)
+    means = tuple(each.run.summaries[each.run.whole, column].mean for each in order)
     return Verdict(column, best if ahead else None, means, at_chance)
 
 
@@ -165,7 +165,7 @@ def _card(each: Shown, shown: Sequence[Shown], names: Sequence[str]) -> dict:
     return {
         "label": each.label,
         "style": panels.distinct(each.place),
-        "over": f"{over}, {each.run.summary(each.run.whole, 'clean').n} {each.run.unit}s",
+        "over": f"{over}, {each.run.summaries[each.run.whole, 'clean'].n} {each.run.unit}s",
         "attack": attack_line(names),
         "from": f"points from {other.label}" if found else "",
         "tiles": tiles,
@@ -182,7 +182,7 @@ def attack_line(names: Sequence[str]) -> str:
 
 
 def _tile(each: Shown, column: str, found: Differences) -> dict:
-    summary, versus = each.run.summary(each.run.whole, column), found.get((each.run.whole, column))
+    summary, versus = each.run.summaries[each.run.whole, column], found.get((each.run.whole, column))
     parts, low = attack_of(column), is_below_chance(each.run, each.run.whole, column)
     return {
         "what": column if parts is None else f"ε {parts[1]:g}",
