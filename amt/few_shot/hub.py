@@ -22,7 +22,7 @@ from amt.files import checkpoint
 from amt.models.head_settings import Head
 from amt.models.trim import Trim
 from amt.models.weights import Weights
-from meta_dataset_readers.errors import InputError, first_line
+from meta_dataset_readers.errors import InputError, blaming, damaged, first_line, strerror
 from meta_dataset_readers.files import read_json, replace_file
 from meta_dataset_readers.json_fields import conform
 
@@ -143,10 +143,8 @@ def parameters_beside(file: Path) -> dict[str, Any]:
     if isinstance(known.get("coefficients"), list):
         known["coefficients"] = tuple(known["coefficients"])
     if isinstance(known.get("head"), dict):
-        try:
+        with blaming(f"{config}: field 'head'", (TypeError, ValueError)):
             known["head"] = Head(**known["head"])
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{config}: field 'head': {error}") from error
     return known
 
 
@@ -172,10 +170,8 @@ def save(folder: Path, parameters: Mapping[str, Any], tensors: Weights, about: d
     Raises:
         InputError: the place cannot be written to.
     """
-    try:
+    with damaged(f"{folder}: no folder can be made there", OSError, strerror):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: no folder can be made there ({error.strerror})") from error
     replace_file(folder / WEIGHTS, checkpoint.content(tensors, about))
     replace_file(folder / CONFIG, json.dumps(plain(parameters), indent=2, sort_keys=True) + "\n")
     if not (folder / CARD).exists():

@@ -20,7 +20,7 @@ from amt.models.heads import PoolStatistics
 from amt.models.network import Network, find_device, untrained
 from amt.models.pool import Pool
 from amt.models.weights import Coefficients, Weights
-from meta_dataset_readers.errors import InputError, nearest
+from meta_dataset_readers.errors import InputError, blaming, nearest
 from meta_dataset_readers.files import size_of
 
 _IN_A_RUN = ("best.safetensors", "last.safetensors")  # what a training leaves in its folder, by preference
@@ -173,10 +173,8 @@ def _opened(file: Path, _state: tuple[int, int], arch: str | None, image_size: i
 
 def head_of(where: str, about: Mapping[str, Any]) -> Head:
     """What a file's header says that classifies. Raises InputError, begun by `where`, if that is no head."""
-    try:
+    with blaming(where):
         return parse_head(str(about.get("head", Head.kind)).split())
-    except (InputError, ValueError) as error:
-        raise InputError(f"{where}: {error}") from error
 
 
 def network_of(

@@ -34,7 +34,7 @@ from amt.tasks.classifier import Classifier, FeaturesOf, Voice, fitted_voices, m
 from amt.tasks.merge import route
 from amt.tasks.settings import Routing
 from meta_dataset_readers.episode import Episode
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, blaming
 
 Label = str | int | float | bool
 
@@ -172,10 +172,8 @@ def fit(opened: OpenPool, images: Tensor, labels: Tensor, classes: Sequence[Labe
             )
         draws = stream(merging.seed, 0, 1)  # as of the first episode of a run
         shares = route(network, pool, support, numbers, draws, routing)
-    try:
+    with blaming(f"coefficients {' '.join(f'{c:g}' for c in shares)}"):
         merged = merged_network(network, pool, shares, merging.trims)
-    except ValueError as error:
-        raise InputError(f"coefficients {' '.join(f'{c:g}' for c in shares)}: {error}") from error
     found = fitted_voices(
         network,
         Merged(merged.weights, merged.scale, merged.bias),

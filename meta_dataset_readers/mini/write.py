@@ -22,7 +22,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, blaming, strerror
 from meta_dataset_readers.files import read_json
 from meta_dataset_readers.mini.sources import OBJECTS, OBJECTS_PER_CLASS, SOURCE_NAMES, Source, build
 from meta_dataset_readers.processes import mapped, processes
@@ -107,7 +107,7 @@ def _written(name: str, entry: dict, fresh: bool) -> Written:
 def _claim(out: Path, force: bool) -> dict[str, dict]:
     """Make `out` a directory of ours and return the manifest's entries by source."""
     path = out / MANIFEST
-    try:
+    with blaming(f"--out: {out}: cannot be used as a directory", OSError, strerror):
         if path.exists():
             return _load_manifest(path)
         out.mkdir(parents=True, exist_ok=True)
@@ -118,8 +118,6 @@ def _claim(out: Path, force: bool) -> dict[str, dict]:
                 "choose a new or empty directory, or add --force to write beside what is there"
             )
         _save_manifest(out, {})
-    except OSError as error:
-        raise InputError(f"--out: {out}: cannot be used as a directory: {error.strerror}") from error
     return {}
 
 

@@ -38,7 +38,7 @@ from amt.files.export.readme import export_readme, loading_lines, published_read
 from amt.files.export.timm_folder import timm_folder
 from amt.files.export.timm_model import timm_call, timm_state
 from amt.models.pool import Pool
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, damaged, strerror
 from meta_dataset_readers.files import replace_file
 
 __all__ = [
@@ -120,10 +120,8 @@ def save_published(path: Path, pool: Pool, adapter: int | None = None) -> list[P
 def check_place(path: Path, to: str) -> None:
     """Raise an `InputError` if an export in this format cannot be written to `path`."""
     if is_folder(path, to):
-        try:
+        with damaged(f"{path}: cannot be read", OSError, strerror):
             taken = os.path.lexists(path) and (not path.is_dir() or any(path.iterdir()))
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
         if taken:
             raise InputError(f"{path}: is there already, expected a new or an empty folder")
     elif path.is_dir():
