@@ -174,7 +174,7 @@ def fit(opened: OpenPool, images: Tensor, labels: Tensor, classes: Sequence[Labe
         shares = route(network, pool, support, numbers, draws, routing)
     with blaming(f"coefficients {' '.join(f'{c:g}' for c in shares)}"):
         merged = merged_network(network, pool, shares, merging.trims)
-    found = fitted_voices(
+    voices, temperature = fitted_voices(
         network,
         Merged(merged.weights, merged.scale, merged.bias),
         support,
@@ -186,12 +186,12 @@ def fit(opened: OpenPool, images: Tensor, labels: Tensor, classes: Sequence[Labe
         merging.seed,
         texts=texts_of(merging.texts, head, names, network.device),
     )
-    merged = dataclasses.replace(merged, classes=names, head=found.voices[0].head)
+    merged = dataclasses.replace(merged, classes=names, head=voices[0].head)
     shots = tuple(labels.bincount(minlength=len(classes)).tolist())
     about = {"pool": opened.file.name, "seed": merging.seed}
     unknown = opened.about.get("levels_from") == "nowhere"  # of a published pool
     epsilons = () if unknown else tuple(level.epsilon for level in pool.levels)
-    return Task(merged, found.voices, tuple(classes), shots, epsilons, about, head, found.temperature())
+    return Task(merged, voices, tuple(classes), shots, epsilons, about, head, temperature())
 
 
 def logits_of(task: Task, images: Tensor) -> Tensor:

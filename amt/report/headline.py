@@ -114,7 +114,8 @@ def _sentences(shown: Sequence[Shown], found: Sequence[Verdict]) -> list[Said]:
         if won:
             top = max(won, key=lambda verdict: verdict.means[0] - verdict.means[1])
             most = f", most {_at([top.column])}" * (len(won) > 1)
-            said.append((each, won, f"is ahead {_at([v.column for v in won])}{most}: {_against(top)}."))
+            against = f"{top.means[0]:.1f} against {top.means[1]:.1f} per cent"
+            said.append((each, won, f"is ahead {_at([v.column for v in won])}{most}: {against}."))
     said.sort(key=lambda entry: max(v.means[0] - v.means[1] for v in entry[1]), reverse=True)
     sentences = [Said(each, text) for each, _, text in said]
     open_ = [verdict.column for verdict in found if verdict.leader is None and not verdict.at_chance]
@@ -125,10 +126,6 @@ def _sentences(shown: Sequence[Shown], found: Sequence[Verdict]) -> list[Said]:
         level = shown[0].run.chance(shown[0].run.whole)
         sentences.append(Said(None, f"No run is above chance ({level:.1f}%) {_at(chance)}."))
     return sentences
-
-
-def _against(verdict: Verdict) -> str:
-    return f"{verdict.means[0]:.1f} against {verdict.means[1]:.1f} per cent"
 
 
 def _at(names: Sequence[str]) -> str:

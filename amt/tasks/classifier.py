@@ -96,11 +96,10 @@ def head_classifier(
     )
 
     def refit(support: Tensor) -> Logits:
-        return functools.partial(spoken, network, fitted_to(support=support, features_of=features).voices)
+        return functools.partial(spoken, network, fitted_to(support=support, features_of=features)[0])
 
-    found = fitted_to(support=episode.support)
-    logits = functools.partial(spoken, network, found.voices)
-    return Classifier(logits, refit, coefficients, found.temperature)
+    voices, tempered = fitted_to(support=episode.support)
+    return Classifier(functools.partial(spoken, network, voices), refit, coefficients, tempered)
 
 
 class Voice(NamedTuple):
@@ -115,18 +114,6 @@ class Voice(NamedTuple):
     weights: Weights
     head: Fitted
     factor: Tensor | None = None
-
-
-class Voices(NamedTuple):
-    """The classifier of a task, as `fitted_voices` makes it.
-
-    Args:
-        voices: what `spoken` takes.
-        temperature: as of `Classifier`.
-    """
-
-    voices: tuple[Voice, ...]
-    temperature: Callable[[], float]
 
 
 CLIP_SCALE = 100.0  # what CLIP multiplies its cosines by, which have no support set to be calibrated on
@@ -157,8 +144,9 @@ def fitted_voices(
     index: int = 0,
     features_of: FeaturesOf = fixed_features,
     texts: Tensor | None = None,
-) -> Voices:
-    """One network with its head, or two if `head` mixes.
+) -> tuple[tuple[Voice, ...], Callable[[], float]]:
+    """One network with its head, or two if `head` mixes: what `spoken` takes, and the temperature as of
+    `Classifier`.
 
     Args:
         support, labels: (S, 3, H, W) in [0, 1], and (S,) int64 in 0..N-1.
@@ -170,7 +158,7 @@ def fitted_voices(
     merged = merged._replace(weights=network.cast(merged.weights))
     parts = [(merged, statistics and statistics.merged(coefficients))]
     if texts is not None and head.zero_shot:
-        return Voices((Voice(merged.weights, Cosine(texts, SPREAD)),), lambda: SPREAD / CLIP_SCALE)
+        return (Voice(merged.weights, Cosine(texts, SPREAD)),), lambda: SPREAD / CLIP_SCALE
     if second is not None and head.other is not None:
         alone = tuple(float(p == head.other) for p in range(len(coefficients)))
         other = () if head.other == PRETRAINED else alone
@@ -186,7 +174,7 @@ def fitted_voices(
         Voice(weights, each.head, share if share is None else each.factor(share))
         for ((weights, *_), _), each, share in zip(parts, found, shares, strict=True)
     )
-    return Voices(voices, functools.partial(_temperature, voices, found, labels))
+    return voices, functools.partial(_temperature, voices, found, labels)
 
 
 def _with_texts(found: "_Found", labels: Tensor, share: float | str, texts: Tensor) -> "_Found":

@@ -97,11 +97,8 @@ def make_mini(
                 _save_manifest(out, manifest)
                 manifest[name] = _write_source(out, wanted[name], settings, pool, bar)
                 _save_manifest(out, manifest)
-    return [_written(name, manifest[name], fresh=name in missing) for name in wanted]
-
-
-def _written(name: str, entry: dict, fresh: bool) -> Written:
-    return Written(name, entry["classes"], entry["images"], entry["bytes"], fresh)
+    kept = ("classes", "images", "bytes")
+    return [Written(name, *(manifest[name][key] for key in kept), name in missing) for name in wanted]
 
 
 def _claim(out: Path, force: bool) -> dict[str, dict]:
