@@ -41,24 +41,6 @@ from amt.models.pool import Pool
 from meta_dataset_readers.errors import InputError, damaged, strerror
 from meta_dataset_readers.files import replace_file
 
-__all__ = [
-    "FORMATS",
-    "METADATA",
-    "MergedNetwork",
-    "check_kind",
-    "check_place",
-    "check_single",
-    "exported_program",
-    "merged_network",
-    "onnx_model",
-    "peft_adapter",
-    "published_state",
-    "save",
-    "save_published",
-    "timm_call",
-    "timm_state",
-]
-
 FORMATS = ("timm", "peft", "onnx", "torch", "published")
 
 _ENDINGS = {"timm": ".safetensors", "torch": ".pt2"}  # by which timm and torch know what they read
