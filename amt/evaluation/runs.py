@@ -39,7 +39,6 @@ FORMAT = 1
 _ROWS_LARGEST = 2**30  # bytes of a file of rows; a million rows are half of that
 
 UNITS = ("episode", "image")
-SEVERITIES = 5
 
 
 @dataclasses.dataclass(frozen=True)
