@@ -161,13 +161,12 @@ def deploy(
         InputError: `note` does not say what was chosen.
     """
     fitters = _fitters(network, pool, deployment, statistics, seed=seed, texts=texts)
-    if note is None and pool is None:
-        note = _pretrained_note(deployment)
-    elif note is None:
+    if note is None and pool is not None:
         choose = partial(
             _choose, network, pool, deployment, source, open_episodes, attacks, seed, progress, fitters
         )
         note = _decide(pool, deployment, choose)
+    note = _pretrained_note(deployment) if note is None else note
     if pool is not None and _chooses_once(deployment, pool):
         deployment = _settled(deployment, note)
     (head,) = deployment.offered_heads
