@@ -393,7 +393,7 @@ def test_a_listed_file_that_is_missing_is_said_once(tmp_path, monkeypatch):
     )
     source = Source(spec, ListedStore(("0/2.jpg", "1/0.jpg")))
     monkeypatch.setattr(checking, "open_source", lambda *_address: source)
-    expected = tuple(f"{tmp_path}/{file}: missing" for file in source.store.absent)
+    expected = [f"{tmp_path}/{file}: missing" for file in source.store.absent]
     assert check(tmp_path, "listed").faults == expected == check(tmp_path, "listed", fast=True).faults
 
 
@@ -424,7 +424,7 @@ def test_real_sources_are_sound_and_pack_to_sound_ones(tmp_path):
     complete = [name for name in sources(records) if any((records / name).glob("*.tfrecords"))]
     assert complete
     for name in complete:
-        assert check(records, name).faults == ()
+        assert check(records, name).faults == []
         original = open_source(records, name)
         list(convert({name: original}, tmp_path))
         copy = open_source(tmp_path, name)
@@ -433,7 +433,7 @@ def test_real_sources_are_sound_and_pack_to_sound_ones(tmp_path):
         for class_id, count in enumerate(copy.spec.images_per_class):
             for index in range(count):
                 assert copy.store.encoded(class_id, index) == original.store.encoded(class_id, index)
-        assert check(tmp_path, name).faults == ()
+        assert check(tmp_path, name).faults == []
 
 
 @pytest.mark.benchmark_data

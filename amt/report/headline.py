@@ -164,7 +164,7 @@ def _card(each: Shown, shown: Sequence[Shown], names: Sequence[str]) -> dict:
         "style": panels.distinct(each.place),
         "over": f"{over}, {each.run.summaries[each.run.whole, 'clean'].n} {each.run.unit}s",
         "attack": attack_line(names),
-        "from": f"points from {other.label}" if found else "",
+        "from": f"points from {other.label}" if other and found else "",
         "tiles": tiles,
         "low": any(tile["low"] for tile in tiles),
         "doubts": list(dict.fromkeys(filter(None, (each.run.suspect(each.run.whole, c) for c in names)))),
