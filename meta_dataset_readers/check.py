@@ -16,7 +16,6 @@ if __name__ == "__main__":
     endings.begin()
 
 import argparse
-import dataclasses
 import functools
 import itertools
 import sys
@@ -60,43 +59,26 @@ class _Examined(NamedTuple):
     constant: list[str]
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
     """The findings about one source, which is sound without faults; a note is no fault."""
 
     name: str
     contents: str  # what there is: classes, images, layout
-    n_faults: int = 0
-    faults: tuple[str, ...] = ()  # a line for each, or for the first of them
-    notes: tuple[str, ...] = ()
+    faults: Sequence[str]  # a line for each
+    notes: Sequence[str] = ()
 
-    def lines(self, fast: bool) -> Iterator[str]:
-        """The report as it is printed; `fast` as it was given to `check`."""
-        if self.n_faults:
-            yield f"{self.name}: {self.n_faults} fault{'s'[: self.n_faults != 1]}"
-            yield from (f"  {line}" for line in self.faults)
-            if self.n_faults > len(self.faults):
-                yield f"  and {self.n_faults - len(self.faults)} more (--all shows them)"
+    def lines(self, fast: bool, most: int | None) -> Iterator[str]:
+        """The report as it is printed, with at most so many faults; `fast` as it was given to `check`."""
+        number = len(self.faults)
+        if number:
+            yield f"{self.name}: {number} fault{'s'[: number != 1]}"
+            yield from (f"  {line}" for line in self.faults[:most])
+            if most is not None and number > most:
+                yield f"  and {number - most} more (--all shows them)"
         else:
             verdict = "complete by files and counts, no picture read" if fast else "complete and readable"
             yield f"{self.name}: {verdict}: {self.contents}"
         yield from (f"  note: {line}" for line in self.notes)
-
-
-class _Faults:
-    """Lines about faults: the first `most` are kept (None: all), every one is counted."""
-
-    def __init__(self, most: int | None):
-        self._most, self.kept, self.number = most, [], 0
-        self._last = ""
-
-    def add(self, line: str) -> None:
-        if line == self._last:  # a file that many classes share is at fault once
-            return
-        self._last = line
-        self.number += 1
-        if self._most is None or len(self.kept) < self._most:
-            self.kept.append(line)
 
 
 # --- the command -----------------------------------------------------------------------------------------
@@ -132,18 +114,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(sys.argv[1:] if argv is None else argv)
-    how = {
-        "image_prefix": tuple(options.image_prefix) if options.image_prefix else None,
-        "fast": options.fast,
-        "most": None if options.all else _SHOWN,
-    }
+    prefix = tuple(options.image_prefix) if options.image_prefix else None
     sums = SumsFile(options.sums, options.data_path, options.jobs) if options.sums else None
     sound = True
     with processes(options.jobs) as pool:
         for name in _names(options.data_path, options.sources):
-            report = check(options.data_path, name, pool=pool, sums=sums, **how)
-            say(*report.lines(options.fast))
-            sound &= not report.n_faults
+            report = check(
+                options.data_path, name, image_prefix=prefix, fast=options.fast, pool=pool, sums=sums
+            )
+            say(*report.lines(options.fast, None if options.all else _SHOWN))
+            sound &= not report.faults
     if not options.sources:
         for name in without_layout(options.data_path):
             say(f"{name}: passed over, in no known layout")
@@ -174,88 +154,52 @@ def check(
     *,
     image_prefix: tuple[str, str] | None = None,
     fast: bool = False,
-    most: int | None = None,
     pool: Executor | None = None,
     sums: SumsFile | None = None,
 ) -> Report:
     """Examine the source `name` below `root`, whatever is wrong with it.
 
-    `image_prefix` is that of `layouts.open_source`. `fast` leaves the pictures unread. At most `most` faults
-    are reported in words (None: all). With a `pool` of processes large sources are decoded there. `sums` is a
-    list of digests to be compared or written. Shows a progress bar if stderr is a terminal.
+    `image_prefix` is that of `layouts.open_source`. `fast` leaves the pictures unread. With a `pool`
+    of processes large sources are decoded there. `sums` is a list of digests to be compared or written. Shows
+    a progress bar if stderr is a terminal.
     """
-    faults = _Faults(most)
     try:
         source = open_source(root, name, image_prefix)
-    except InputError as error:
-        faults.add(str(error))
-        return Report(name, "nothing that can be opened", faults.number, tuple(faults.kept))
-    except OSError as error:  # of one source; what is wrong with the next is still to be said
-        faults.add(f"{error.filename or name}: cannot be read: {error.strerror}")
-        return Report(name, "nothing that can be opened", faults.number, tuple(faults.kept))
+    except (InputError, OSError) as error:  # what is wrong with the next source is still to be said
+        unread = isinstance(error, OSError) and f"{error.filename or name}: cannot be read: {error.strerror}"
+        return Report(name, "nothing that can be opened", [unread or str(error)])
     spec, store = source.spec, source.store
     absent = store.missing(range(len(spec.images_per_class)))
     links = list(_broken_links(source))
-    for path in (spec.directory / file for file in absent):
-        if path not in links:
-            faults.add(f"{path}: missing")
-    for link in links:
-        faults.add(f"{link}: a link that leads nowhere")
+    faults = [f"{path}: missing" for file in absent if (path := spec.directory / file) not in links]
+    faults += (f"{link}: a link that leads nowhere" for link in links)
     counts = _count(source, faults, fast)
-    constant = _Constant()
+    constant: list[str] = []
     if not fast:
         elsewhere = {f"{name}/{file}" for file in absent}
         wanted = {class_id: _present(store, class_id, count, elsewhere) for class_id, count in counts.items()}
-        constant = _decode_all(
-            store, (str(root), name, image_prefix), wanted, sum(counts.values()), pool, faults
-        )
+        with tqdm(
+            total=sum(counts.values()), desc=printable(name), unit="image", leave=False, disable=None
+        ) as bar:
+            for batch in _examined(store, (str(root), name, image_prefix), wanted, pool):
+                faults += batch.faults
+                constant += batch.constant
+                bar.update(batch.number)
     if sums is not None:
         try:
-            for line in sums.faults(spec.directory):
-                faults.add(line)
+            faults += sums.faults(spec.directory)
         except InputError as error:
-            faults.add(str(error))
+            faults.append(str(error))
     contents = f"{len(spec.images_per_class)} classes, {sum(counts.values())} images"
     layout = sources(root).get(name)  # None for a directory that its benchmark has another name for
     if layout:
         contents += f", {layout}"
-    notes = (*_notes(name, source, sums is not None), *constant.lines())
-    return Report(name, contents, faults.number, tuple(faults.kept), notes)
-
-
-def _decode_all(
-    store: ImageStore,
-    address: _Address,
-    wanted: Mapping[int, Sequence[int]],
-    total: int,
-    pool: Executor | None,
-    faults: "_Faults",
-) -> "_Constant":
-    """Decode the `wanted` pictures, add what is wrong to `faults`, and return those that are constant."""
-    constant = _Constant()
-    with tqdm(total=total, desc=printable(address[1]), unit="image", leave=False, disable=None) as bar:
-        for number, lines, alike in _examined(store, address, wanted, pool):
-            for line in lines:
-                faults.add(line)
-            constant.add(alike)
-            bar.update(number)
-    return constant
-
-
-class _Constant:
-    """Pictures whose pixels are all alike."""
-
-    def __init__(self) -> None:
-        self._number, self._first = 0, ""
-
-    def add(self, places: Sequence[str]) -> None:
-        self._number += len(places)
-        self._first = self._first or next(iter(places), "")
-
-    def lines(self) -> Iterator[str]:
-        if self._number:
-            count = f"{self._number} picture{'s are' if self._number > 1 else ' is'} constant"
-            yield f"{count}, all pixels alike, the first is {self._first}"
+    notes = list(_notes(name, source, sums is not None))
+    if constant:
+        count = f"{len(constant)} picture{'s are' if len(constant) > 1 else ' is'} constant"
+        notes.append(f"{count}, all pixels alike, the first is {constant[0]}")
+    # A file that many classes share is at fault once.
+    return Report(name, contents, [line for line, _ in itertools.groupby(faults)], notes)
 
 
 def _folders_of(source: Source) -> list[Path]:
@@ -273,7 +217,7 @@ def _broken_links(source: Source) -> Iterator[Path]:
             yield from (folder / name for name in listing(folder, leads_nowhere, any_name=True))
 
 
-def _count(source: Source, faults: _Faults, fast: bool) -> dict[int, int]:
+def _count(source: Source, faults: list[str], fast: bool) -> dict[int, int]:
     """The number of pictures of every class of which it can be told, compared with what is specified."""
     spec, store, counts = source.spec, source.store, {}
     classes = tqdm(
@@ -285,13 +229,13 @@ def _count(source: Source, faults: _Faults, fast: bool) -> dict[int, int]:
             there = counts[class_id] = store.count(class_id)
         except InputError as error:
             if not store.missing([class_id]):
-                faults.add(str(error) if fast else f"{error}{_rest(place)}")
+                faults.append(str(error) if fast else f"{error}{_rest(place)}")
             continue
         if there != claimed:
             wrong = f"{claimed - there} missing" if there < claimed else f"{there - claimed} too many"
-            faults.add(f"{place}: {there} images of {called}, {spec.file.name} claims {claimed}: {wrong}")
+            faults.append(f"{place}: {there} images of {called}, {spec.file.name} claims {claimed}: {wrong}")
         elif there == 0:
-            faults.add(f"{place}: no image of {called}")
+            faults.append(f"{place}: no image of {called}")
     return counts
 
 
@@ -373,16 +317,11 @@ def _examined(
 
     `address` is where other processes find the same store.
     """
-    if pool is None or sum(len(indices) for indices in wanted.values()) < _WORTH_PROCESSES:
-        yield from map(functools.partial(_examine, store), _batches(wanted))
-        return
+    few = sum(len(indices) for indices in wanted.values()) < _WORTH_PROCESSES
+    examine = functools.partial(_examine, store) if few else functools.partial(_examine_there, address)
     died = "a process died while it decoded pictures, of too little memory or of a file that crashes it"
-    yield from mapped(
-        pool,
-        functools.partial(_examine_there, address),
-        _batches(wanted),
-        f"{address[1]}: {died}; --jobs 1 shows how far it gets",
-    )
+    died = f"{address[1]}: {died}; --jobs 1 shows how far it gets"
+    return mapped(None if few else pool, examine, _batches(wanted), died)
 
 
 def _batches(wanted: Mapping[int, Sequence[int]]) -> Iterator[_Batch]:

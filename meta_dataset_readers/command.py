@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, blaming
 from meta_dataset_readers.settings import as_path
 
 _LARGEST_FILE = 2**20  # bytes of an @FILE: what people write is far smaller
@@ -71,10 +71,8 @@ def _words(file: Path) -> list[str]:
         raise InputError(f"@{file}: not a text file of flags")
     words = []
     for line in text.splitlines():
-        try:
+        with blaming(f"@{file}: cannot read the flags {line!r}"):  # a quotation mark without its partner
             words += shlex.split(line, comments=True)
-        except ValueError as error:  # a quotation mark without its partner
-            raise InputError(f"@{file}: cannot read the flags {line!r}: {error}") from error
     return words
 
 

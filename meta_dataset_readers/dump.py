@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from meta_dataset_readers.episode import Episode, ImageOrigin
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, blaming, strerror
 from meta_dataset_readers.files import LARGEST_LIST, read_bytes, replace_file
 from meta_dataset_readers.reader import EpisodeReader
 from meta_dataset_readers.store import ImageStore
@@ -38,7 +38,7 @@ def dump_episode(folder: str | Path, number: int, episode: Episode, reader: Epis
         (episode.support_labels.tolist(), episode.support_origin),
         (episode.query_labels.tolist(), episode.query_origin),
     )
-    try:
+    with blaming(f"{folder}: episode {number} cannot be written", OSError, strerror):
         folder.mkdir(parents=True, exist_ok=True)
         counts = read_counts(folder) if (folder / COUNTS_FILE).exists() else {}
         _claim(folder, stem, text, counts)
@@ -53,8 +53,6 @@ def dump_episode(folder: str | Path, number: int, episode: Episode, reader: Epis
             counts[name] = tuple(labels.count(label) for label in range(len(episode.class_ids)))
         by_label = {name: {str(i): n for i, n in enumerate(sizes)} for name, sizes in counts.items()}
         replace_file(folder / COUNTS_FILE, _json(by_label))
-    except OSError as error:
-        raise InputError(f"{folder}: episode {number} cannot be written: {error.strerror}") from error
 
 
 def _encoded(store: ImageStore, class_id: int, origin: ImageOrigin) -> bytes:

@@ -13,7 +13,7 @@ import difflib
 import errno
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import TextIO
+from typing import Any, TextIO
 
 from meta_dataset_readers.endings import INTERRUPTED, code_of, raised
 
@@ -112,11 +112,29 @@ def first_line(error: Exception) -> str:
     return printable(f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0].strip())
 
 
+def strerror(error: OSError) -> str:
+    """What the system says of an error, without the file."""
+    return error.strerror or str(error)
+
+
+@contextlib.contextmanager
+def blaming(
+    where: str,
+    kinds: type[Exception] | tuple[type[Exception], ...] = ValueError,
+    said: Callable[[Any], str] = str,
+) -> Iterator[None]:
+    """An error of these kinds becomes an `InputError`: `where`, and what is `said` of the error."""
+    try:
+        yield
+    except kinds as error:
+        raise InputError(f"{where}: {said(error)}") from error
+
+
 @contextlib.contextmanager
 def damaged(
     message: str,
     kinds: type[Exception] | tuple[type[Exception], ...] = Exception,
-    said: Callable[[Exception], str] = first_line,
+    said: Callable[[Any], str] = first_line,
 ) -> Iterator[None]:
     """What foreign bytes bring a library to raise, which is almost anything, becomes an `InputError`: the
     message, and in brackets what is `said` of the error. An `InputError` stays as it is.

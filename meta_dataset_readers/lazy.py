@@ -3,8 +3,10 @@ large itself."""
 
 import gc
 import importlib
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 
@@ -24,15 +26,14 @@ def imported(module: str) -> ModuleType:
 
 
 def imported_when_used(
-    package: str, modules: Mapping[str, tuple[str, ...]]
+    package: str, file: str
 ) -> tuple[list[str], Callable[[str], object], Callable[[], list[str]]]:
-    """`__all__`, `__getattr__` and `__dir__` of a package (PEP 562).
+    """`__all__`, `__getattr__` and `__dir__` of a package (PEP 562), from the imports in its own file.
 
-    Args:
-        package: its name.
-        modules: from a module to the names that it has.
+    Those stand there indented, below `if TYPE_CHECKING:`, so a type checker reads the very same lines.
     """
-    homes = {name: module for module, names in modules.items() for name in names}
+    code = Path(file).read_text(encoding="utf-8")
+    homes = {name: module for module, name in re.findall(r"^ +from (\S+) import (\w+) as \2$", code, re.M)}
 
     def attribute(name: str) -> object:
         if name not in homes:

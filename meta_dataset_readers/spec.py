@@ -10,7 +10,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from meta_dataset_readers.errors import InputError, nearest
+from meta_dataset_readers.errors import InputError, blaming, nearest
 from meta_dataset_readers.files import read_json
 from meta_dataset_readers.hierarchy import ClassGroup, GraphError, Node, graph_groups
 from meta_dataset_readers.json_fields import Fields
@@ -122,10 +122,8 @@ def _hierarchical(spec: "Fields") -> dict[str, Any]:
                 )
             images[class_id] = split_counts.count(leaf.wn_id)
             names[class_id] = leaf.words
-        try:
+        with blaming(f"{subgraphs.where}[{split}]", GraphError):
             groups[split] = graph_groups(nodes[split], class_ids)
-        except GraphError as error:
-            raise InputError(f"{subgraphs.where}[{split}]: {error}") from error
     return {
         "split_classes": split_classes,
         "images_per_class": tuple(images),

@@ -182,7 +182,8 @@ class DumpedEpisodes(StoredEpisodes):
     def __init__(self, folder: Path, image_size: int):
         self._folder, self._image_size = folder, image_size
         self._counts = read_counts(folder)
-        self._stems = sorted({_stem(name) for name in self._counts}, key=lambda stem: (_number(stem), stem))
+        stems = {found[1] for name in self._counts if (found := _RECORDS.fullmatch(name))}
+        self._stems = sorted(stems, key=lambda stem: (_number(stem), stem))
         super().__init__(len(self._stems))
         for stem in self._stems:
             for name in record_files(stem):
@@ -294,10 +295,6 @@ def read_counts(folder: Path) -> dict[str, tuple[int, ...]]:
 def record_files(stem: str) -> tuple[str, str]:
     """The names of the files with support and query."""
     return f"{stem}-{_SUPPORT}.tfrecords", f"{stem}-{_QUERY}.tfrecords"
-
-
-def _stem(record_file: str) -> str:
-    return _RECORDS.fullmatch(record_file)[1]
 
 
 def _number(stem: str) -> int:

@@ -1,7 +1,7 @@
 """TFRecord files of `tf.train.Example`: written, and read record by record without TensorFlow.
 
-Knows the framing (length, masked CRC32C, payload, masked CRC32C) and as much protobuf as an `image` and
-a `label` need. Every length is checked against what is really there before it is believed. Does not know
+Knows the framing (length, masked CRC32C, payload, masked CRC32C) and the protobuf message of an `image`
+and a `label`. Every length is checked against what is really there before it is believed. Does not know
 what a class, an episode or a picture is.
 
 A file is scanned once for where its records begin (payloads are passed over, not read) and opened anew
@@ -14,10 +14,14 @@ import os
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import google_crc32c
 import numpy as np
+from google.protobuf import descriptor_pool, text_format
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from google.protobuf.message import DecodeError
+from google.protobuf.message_factory import GetMessageClass
 
 from meta_dataset_readers.errors import DamagedRecord, InputError
 from meta_dataset_readers.files import reading, replace_file
@@ -26,9 +30,35 @@ _HEADER = struct.Struct("<QI")  # payload length, masked CRC of the 8 length byt
 _FOOTER = struct.Struct("<I")  # masked CRC of the payload
 _LENGTH = struct.Struct("<Q")
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # protobuf wire types; groups (3, 4) are refused
-_BYTES_LIST, _INT64_LIST = 1, 3  # the field of a Feature that holds its values
-_LONGEST_VARINT = 10
+_EXAMPLE = """
+name: "example.proto"
+syntax: "proto3"
+message_type {
+  name: "Example"
+  field { name: "features" number: 1 type_name: "Features" }
+}
+message_type {
+  name: "Features"
+  field { name: "feature" number: 1 label: LABEL_REPEATED type_name: "Entry" }
+}
+message_type {
+  name: "Entry"
+  field { name: "key" number: 1 type: TYPE_BYTES }
+  field { name: "value" number: 2 type_name: "Feature" }
+}
+message_type {
+  name: "Feature"
+  field { name: "bytes_list" number: 1 type_name: "BytesList" }
+  field { name: "float_list" number: 2 type_name: "FloatList" }
+  field { name: "int64_list" number: 3 type_name: "Int64List" }
+}
+message_type { name: "BytesList" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
+message_type { name: "FloatList" }
+message_type { name: "Int64List" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 } }
+"""
+_pool = descriptor_pool.DescriptorPool()  # not protobuf's own, where TensorFlow keeps its Example
+_pool.AddSerializedFile(text_format.Parse(_EXAMPLE, FileDescriptorProto()).SerializeToString())
+_Example: Any = GetMessageClass(_pool.FindMessageTypeByName("Example"))
 
 
 def masked_crc(data: bytes) -> int:
@@ -40,31 +70,16 @@ def masked_crc(data: bytes) -> int:
 # --- writing ---------------------------------------------------------------------------------------------
 
 
-def _varint(value: int) -> bytes:
-    value &= 0xFFFFFFFFFFFFFFFF  # negative numbers travel as their two's complement
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
-
-
-def _message(field: int, content: bytes) -> bytes:
-    return _varint(field << 3 | _BYTES) + _varint(len(content)) + content
-
-
-def _map_entry(key: bytes, kind: int, values: bytes) -> bytes:
-    return _message(1, _message(1, key) + _message(2, _message(kind, values)))
-
-
 def encode_example(image: bytes, label: int) -> bytes:
-    """A serialised `tf.train.Example` of an encoded picture and its int64 label (absolute class id)."""
-    if not -(2**63) <= label < 2**63:
-        raise ValueError(f"label {label} does not fit an int64")
-    label_entry = _map_entry(b"label", _INT64_LIST, _message(1, _varint(label)))
-    image_entry = _map_entry(b"image", _BYTES_LIST, _message(1, image))
-    return _message(1, label_entry + image_entry)
+    """A serialised `tf.train.Example` of an encoded picture and its label (absolute class id).
+
+    Raises ValueError for a label that does not fit an int64.
+    """
+    entries = [
+        {"key": b"label", "value": {"int64_list": {"value": [label]}}},
+        {"key": b"image", "value": {"bytes_list": {"value": [image]}}},
+    ]
+    return _Example(features={"feature": entries}).SerializeToString()
 
 
 def frame(payload: bytes) -> bytes:
@@ -221,106 +236,21 @@ def decode_example(payload: bytes) -> tuple[bytes, int]:
     `image` must hold exactly one bytes value and `label` exactly one int64 (packed or not); other
     features are ignored. Raises MalformedExample for anything else, whatever the bytes.
     """
-    features: dict[bytes, memoryview] = {}
-    # Views all the way down: the picture, which lies six messages deep, is copied once.
-    for example_field in _submessages(memoryview(payload), 1):
-        for entry in _submessages(example_field, 1):
-            key = b"".join(_submessages(entry, 1))
-            if key in (b"image", b"label"):
-                if key in features:
-                    raise MalformedExample(f"feature {key.decode()!r} occurs twice")
-                features[key] = _merged(_submessages(entry, 2))
-    for key in (b"image", b"label"):
-        if key not in features:
-            raise MalformedExample(f"no feature {key.decode()!r}")
-    return _one_image(features[b"image"]), _one_label(features[b"label"])
+    try:
+        entries = _Example.FromString(payload).features.feature
+    except DecodeError as error:
+        raise MalformedExample("not a protobuf message") from error
+    return _only_value(entries, "image", "bytes"), _only_value(entries, "label", "int64")
 
 
-def _one_image(feature: memoryview) -> bytes:
-    values = list(_submessages(_values(feature, "image", _BYTES_LIST, "bytes"), 1))
+def _only_value(entries: Iterable[Any], name: str, kind: str) -> Any:
+    found = [entry.value for entry in entries if entry.key == name.encode()]
+    if len(found) != 1:
+        fault = f"feature {name!r} occurs {len(found)} times" if found else f"no feature {name!r}"
+        raise MalformedExample(fault)
+    if [field.name for field, _ in found[0].ListFields()] != [f"{kind}_list"]:
+        raise MalformedExample(f"feature {name!r} is not a list of {kind}")
+    values = getattr(found[0], f"{kind}_list").value
     if len(values) != 1:
-        raise MalformedExample(f"feature 'image' holds {len(values)} values, expected 1")
-    return bytes(values[0])
-
-
-def _one_label(feature: memoryview) -> int:
-    values: list[int] = []
-    for field, wire, value in _fields(_values(feature, "label", _INT64_LIST, "int64")):
-        if field != 1:
-            continue
-        if wire == _VARINT:
-            values.append(value)
-        elif wire == _BYTES:
-            values.extend(_packed_varints(value))
-        else:
-            raise MalformedExample(f"an int64 value has wire type {wire}")
-    if len(values) != 1:
-        raise MalformedExample(f"feature 'label' holds {len(values)} values, expected 1")
-    return values[0] - 2**64 if values[0] >= 2**63 else values[0]
-
-
-def _values(feature: memoryview, name: str, kind: int, kind_name: str) -> memoryview:
-    """The value list of a Feature, which must be of one kind only."""
-    kinds = {field for field, _, _ in _fields(feature)}
-    if kinds != {kind}:
-        raise MalformedExample(f"feature {name!r} is not a list of {kind_name}")
-    return _merged(_submessages(feature, kind))
-
-
-def _merged(messages: Iterable[memoryview]) -> memoryview:
-    """Several parts of one message as one: protobuf merges them by concatenation."""
-    parts = list(messages)
-    return parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
-
-
-def _submessages(message: memoryview, wanted: int) -> Iterator[memoryview]:
-    """The contents of every length-delimited field `wanted`, in order."""
-    for field, wire, value in _fields(message):
-        if field == wanted:
-            if wire != _BYTES:
-                raise MalformedExample(f"field {field} has wire type {wire}, expected {_BYTES}")
-            yield value
-
-
-def _fields(message: memoryview) -> Iterator[tuple[int, int, memoryview | int]]:
-    """Every field of a protobuf message as (number, wire type, value); fixed-width values stay bytes."""
-    position = 0
-    while position < len(message):
-        tag, position = _read_varint(message, position)
-        field, wire = tag >> 3, tag & 7
-        if field == 0 or field >= 1 << 29:
-            raise MalformedExample(f"not a protobuf message (field number {field})")
-        if wire == _VARINT:
-            value, position = _read_varint(message, position)
-            yield field, wire, value
-            continue
-        if wire == _BYTES:
-            length, position = _read_varint(message, position)
-        elif wire in (_FIXED32, _FIXED64):
-            length = 4 if wire == _FIXED32 else 8
-        else:
-            raise MalformedExample(f"not a protobuf message (wire type {wire})")
-        if length > len(message) - position:
-            raise MalformedExample(f"a field claims {length} bytes, {len(message) - position} are left")
-        yield field, wire, message[position : position + length]
-        position += length
-
-
-def _packed_varints(data: memoryview) -> Iterator[int]:
-    position = 0
-    while position < len(data):
-        value, position = _read_varint(data, position)
-        yield value
-
-
-def _read_varint(data: memoryview, position: int) -> tuple[int, int]:
-    if position < len(data) and data[position] < 0x80:  # one byte, as nearly all are
-        return data[position], position + 1
-    value = 0
-    for index, byte in enumerate(data[position : position + _LONGEST_VARINT]):
-        value |= (byte & 0x7F) << 7 * index
-        if byte < 0x80:
-            if value >= 2**64:
-                raise MalformedExample("a varint exceeds 64 bits")
-            return value, position + index + 1
-    raise MalformedExample("a varint does not end")
+        raise MalformedExample(f"feature {name!r} holds {len(values)} values, expected 1")
+    return values[0]

@@ -16,7 +16,7 @@ from amt.attacks.levels import Perturbation
 from amt.cli import export as command
 from amt.files import checkpoint, export
 from amt.files.checkpoint import Checkpoint
-from amt.files.export.merged import describe, head_file
+from amt.files.export.merged import describe, head_files
 from amt.files.export.programs import torch_program
 from amt.files.pretrained import load_network
 from amt.models.architectures import Arch
@@ -74,7 +74,7 @@ def test_programs_return_the_logits_of_evaluation(network, pool, known, kind, sh
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_file_beside_has_the_head(network, pool, known, kind):
     merged, images, expected = exported(network, pool, known, default_head(kind), 3)
-    name, content = head_file(merged, describe(merged, "timm"))
+    ((name, content),) = head_files(merged, describe(merged, "timm")).items()
     found = load_tensors(content)
     with torch.no_grad():
         seen = features(merged.network, merged.weights, images)

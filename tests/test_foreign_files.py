@@ -107,7 +107,7 @@ def test_check_names_a_record_file_that_is_none(tmp_path, make):
     (tmp_path / "birds").mkdir()
     make(tmp_path / "birds" / "dataset_spec.json")
     report = check(tmp_path, "birds")
-    assert report.n_faults == 1 and KINDS[make] in report.faults[0]
+    assert len(report.faults) == 1 and KINDS[make] in report.faults[0]
     fails(KINDS[make], lambda: open_source(tmp_path, "birds"))
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from meta_dataset_readers.errors import InputError, nearest
+from meta_dataset_readers.errors import InputError, blaming, nearest
 from meta_dataset_readers.settings import Number, positive_int
 
 NORMS = ("linf", "l2")
@@ -234,17 +234,13 @@ def parse_attack(words: Sequence[str], **defaults) -> Attack:
         name, equals, text = option.partition("=")
         if name not in known or not equals:
             raise InputError(f"--attack {kind} {option}: expected {', '.join(f'{n}=...' for n in known)}")
-        try:
+        with blaming(f"--attack {kind} {option}", argparse.ArgumentTypeError):
             given[name] = _READ[name](text)
-        except argparse.ArgumentTypeError as error:
-            raise InputError(f"--attack {kind} {option}: {error}") from error
     settings = {name: value for name, value in defaults.items() if name in known} | given
     settings = {**KINDS[kind].options, **settings}
     epsilons = settings.pop("epsilon")
-    try:
+    with blaming(f"--attack {' '.join(words)}"):
         return Attack(kind, tuple(epsilons), **settings)
-    except ValueError as error:
-        raise InputError(f"--attack {' '.join(words)}: {error}") from error
 
 
 def _numbers(text: str) -> tuple[float, ...]:

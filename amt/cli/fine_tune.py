@@ -194,30 +194,14 @@ def tuned(
     """Fine-tune one mode, or go on with it: an exit code, and the weights of the best validation epoch."""
     arithmetic(args).use()
     augmented, plain = transforms(args.resize, options.large_crops(args))
+    read = partial(batches, workers=args.num_workers, device=device)
+    of_training = partial(read, splits.train, augmented, settings.batch_size)
 
     def training(epoch: int, start: int):
-        return batches(
-            splits.train,
-            augmented,
-            settings.batch_size,
-            seed=settings.seed,
-            epoch=epoch,
-            shuffle=True,
-            workers=args.num_workers,
-            start=start,
-            device=device,
-        )
+        return of_training(seed=settings.seed, epoch=epoch, shuffle=True, start=start)
 
     def training_accuracy(weights: Weights) -> float:
-        seen = batches(
-            splits.train,
-            augmented,
-            settings.batch_size,
-            seed=settings.seed + _PASSES,
-            epoch=tuner.epoch,
-            workers=args.num_workers,
-            device=device,
-        )
+        seen = of_training(seed=settings.seed + _PASSES, epoch=tuner.epoch)
         return accuracy(tuner.network, weights, run.whole(seen))
 
     weights = {name: weight.to(device) for name, weight in found.weights.items()}
@@ -239,14 +223,7 @@ def tuned(
             tensors, numbers = tuner.state()
             tuner.restore(*ranks.shared(({name: each.cpu() for name, each in tensors.items()}, numbers)))
         if not tuner.finished:
-            held_out = batches(
-                splits.validation,
-                plain,
-                args.test_batch_size,
-                seed=0,
-                workers=args.num_workers,
-                device=device,
-            )
+            held_out = read(splits.validation, plain, args.test_batch_size, seed=0)
             fine_tune(run, tuner, training, held_out, options.examiner(args), about)
         if run.interrupted:  # perhaps in the very last step: what comes after is not begun
             say(f"stopped after {tuner.epoch} epochs and {tuner.batch} batches; the same command continues")

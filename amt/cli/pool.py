@@ -32,7 +32,7 @@ from amt.files.shipped import as_pool
 from amt.models.heads import PoolStatistics
 from amt.models.network import find_device
 from amt.models.pool import Pool
-from meta_dataset_readers.errors import InputError, say
+from meta_dataset_readers.errors import InputError, blaming, say
 from meta_dataset_readers.protocol import EpisodeSampling
 from meta_dataset_readers.reader import EpisodeReader
 from meta_dataset_readers.settings import add_flags, as_path, nonnegative, nonnegative_int
@@ -191,10 +191,8 @@ def concat(files: Sequence[Path], found: Sequence[Checkpoint]) -> Pool:
         InputError: two files do not belong together; it names them and the tensor.
     """
     for path, each in zip(files[1:], found[1:], strict=True):
-        try:
+        with blaming(f"{files[0]} and {path}"):
             Pool.concat([found[0].pool, each.pool])
-        except ValueError as error:
-            raise InputError(f"{files[0]} and {path}: {error}") from error
     return Pool.concat([each.pool for each in found])
 
 

@@ -347,19 +347,11 @@ def written(out: Path, task: "Task", answers: Sequence[Answer]) -> bytes:
     else:
         buffer = io.StringIO(newline="")
         writer = csv.writer(buffer)
-        columns = (
-            "image",
-            "class",
-            "probability",
-            "next_class",
-            "next_probability",
-            "stands_up_to",
-            "adapters",
-        )
-        writer.writerow([*columns, *(f"p({name})" for name in task.classes)])
+        columns = ["image", "class", "probability", "next_class", "next_probability", "stands_up_to"]
+        writer.writerow([*columns, "adapters", *(f"p({name})" for name in task.classes)])
         for answer in answers:
             said = record(task, answer)
-            cells = [said[name] for name in columns[:6]]
+            cells = [said[name] for name in columns]
             writer.writerow([*cells, adapters(task), *said["probabilities"].values()])
         text = buffer.getvalue()
     return text.encode("utf-8", "backslashreplace")

@@ -16,7 +16,7 @@ from amt.evaluation import runs
 from amt.evaluation.deploy import check_deployment, chosen_on, deploy, earlier_note
 from amt.evaluation.evaluate import columns, measure
 from amt.evaluation.needs import check_heads
-from amt.evaluation.oracle import Oracle, best_row
+from amt.evaluation.oracle import best_row
 from amt.evaluation.recording import description, ended, examine, interruptible, record
 from amt.evaluation.statistics import groups
 from amt.evaluation.writer import Writer
@@ -201,12 +201,17 @@ def read(args, reader: EpisodeReader, numbers: Sequence[int], device: torch.devi
 
 
 def score(
-    args, predict: Predictor | Oracle, episode: Episode, attacks, out: Writer, others: Sequence[Predictor]
+    args,
+    predict: Predictor | tuple[Predictor, ...],
+    episode: Episode,
+    attacks,
+    out: Writer,
+    others: Sequence[Predictor],
 ) -> dict:
     """The row of one episode; on the first ones the attacks are checked, and images kept."""
     check, keep = episode.index < args.probe_episodes, episode.index < args.samples
-    if isinstance(predict, Oracle):
-        rows = [measure(each, episode, attacks, args.seed, others).row for each in predict.predictors]
+    if isinstance(predict, tuple):
+        rows = [measure(each, episode, attacks, args.seed, others).row for each in predict]
         return best_row(rows, columns(attacks))
     measured = examine(out, predict, episode, attacks, args.seed, check=check, keep=keep, others=others)
     more = {"support": 0} if args.shots == [0] else {}  # one image a class was drawn, and not looked at

@@ -34,7 +34,7 @@ from amt.models.weights import Weights
 from amt.training.keeper import Keeper, brief, check_resumable, scalars
 from amt.training.tuner import Tuner, steps
 from meta_dataset_readers.episode import Episode
-from meta_dataset_readers.errors import InputError, damaged, say
+from meta_dataset_readers.errors import InputError, blaming, damaged, say
 from meta_dataset_readers.reader import EpisodeReader, SourceMixture, episode_loader
 from meta_dataset_readers.stored_episodes import open_episodes
 
@@ -332,10 +332,8 @@ def fresh(args: argparse.Namespace, network: Network) -> Tuner:
     if args.tune == "full":
         pool = pretrained_pool(network.weights, levels)
     else:
-        try:
+        with blaming(f"--rank is {args.rank}"):
             pool = principal_pool(network.weights, args.rank, levels, norms=args.tune == "lora+norm")
-        except ValueError as error:
-            raise InputError(f"--rank is {args.rank}: {error}") from error
     return Tuner(network, pool, options.tune_settings(args), args.levels_at_once)
 
 

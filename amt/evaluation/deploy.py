@@ -12,12 +12,11 @@ Knows no flags and no files; a function that opens episodes to choose on is an a
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import cast
 
 from amt.attacks.kinds import Attack
 from amt.evaluation.needs import check_trims
 from amt.evaluation.oracle import STAMP as ORACLE_STAMP
-from amt.evaluation.oracle import Oracle, simplex_grid
+from amt.evaluation.oracle import simplex_grid
 from amt.evaluation.select import (
     PUBLISHED_EPISODES,
     PUBLISHED_SEED,
@@ -138,7 +137,7 @@ def deploy(
     note: Mapping | None = None,
     statistics: PoolStatistics | None = None,
     texts: text_prototypes.TextPrototypes | None = None,
-) -> tuple[Predictor | Oracle, dict]:
+) -> tuple[Predictor | tuple[Predictor, ...], dict]:
     """The predictor for one domain, and the note of how its settings were decided, in plain values.
 
     `check_deployment` has passed. Without `note` this may read and attack episodes to choose settings.
@@ -162,11 +161,12 @@ def deploy(
         InputError: `note` does not say what was chosen.
     """
     fitters = _fitters(network, pool, deployment, statistics, seed=seed, texts=texts)
-    if note is None:
+    if note is None and pool is not None:
         choose = partial(
-            _choose, network, deployment, source, open_episodes, attacks, seed, progress, fitters
+            _choose, network, pool, deployment, source, open_episodes, attacks, seed, progress, fitters
         )
         note = _decide(pool, deployment, choose)
+    note = _pretrained_note(deployment) if note is None else note
     if pool is not None and _chooses_once(deployment, pool):
         deployment = _settled(deployment, note)
     (head,) = deployment.offered_heads
@@ -226,15 +226,14 @@ def candidates_of(deployment: Deployment, pool: Pool) -> tuple[Candidate, ...]:
     return deployment.routings
 
 
-def _oracle(network: Network, pool: Pool, deployment: Deployment, fitter: Fitter) -> Oracle:
+def _oracle(network: Network, pool: Pool, deployment: Deployment, fitter: Fitter) -> tuple[Predictor, ...]:
     """A predictor for each mixture of the grid; the merged networks are not kept."""
     merged = merged_networks(pool)
 
     def predictor(coefficients: Coefficients) -> Predictor:
         return lambda episode: fitter(network, merged(coefficients, deployment.trims), episode, coefficients)
 
-    mixtures = cast(tuple[Coefficients, ...], candidates_of(deployment, pool))  # the oracle has no routing
-    return Oracle(tuple(map(predictor, mixtures)))
+    return tuple(predictor(each) for each in candidates_of(deployment, pool) if not isinstance(each, Routing))
 
 
 def _averages_factors(deployment: Deployment, pool: Pool) -> bool:
@@ -294,21 +293,22 @@ def _settled(deployment: Deployment, note: Mapping) -> Deployment:
         return settled
 
 
-def _decide(
-    pool: Pool | None, deployment: Deployment, choose: Callable[[Pool], tuple[Selection, str]]
-) -> dict:
+def _pretrained_note(deployment: Deployment) -> dict:
+    """The note of the pretrained network, where nothing is to choose."""
+    (head,) = deployment.offered_heads
+    how = f"none, the pretrained network{_tuning_words(deployment)}"
+    return {"how": how + _head_words(head, "as given")} | _head_note(deployment, head)
+
+
+def _decide(pool: Pool, deployment: Deployment, choose: Callable[[], tuple[Selection, str]]) -> dict:
     """Choose what there is to choose for a domain; the note that `deploy` returns."""
-    if pool is None:
-        (head,) = deployment.offered_heads
-        how = f"none, the pretrained network{_tuning_words(deployment)}"
-        return {"how": how + _head_words(head, "as given")} | _head_note(deployment, head)
     candidates, trims = candidates_of(deployment, pool), deployment.trims
     note: dict = {"epsilons": [level.epsilon for level in pool.levels]}
     by = by_trim = by_head = "as given"
     heads = {head.name: head for head in deployment.offered_heads}
     head = next(iter(heads.values()))
     if _chooses_once(deployment, pool):
-        found, by = choose(pool)
+        found, by = choose()
         candidates, trims = (candidates[found.candidate],), (*trims, *found.trims)
         by_trim = f"(the last one {by})" if found.trims else by_trim
         head, by_head = heads[found.head], by if len(heads) > 1 else by_head
@@ -354,6 +354,7 @@ def _head_note(deployment: Deployment, head: Head) -> dict:
 
 def _choose(
     network: Network,
+    pool: Pool,
     deployment: Deployment,
     source: str,
     open_episodes: OpenEpisodes,
@@ -361,7 +362,6 @@ def _choose(
     seed: int,
     progress: Progress,
     fitters: Mapping[str, Fitter],
-    pool: Pool,
 ) -> tuple[Selection, str]:
     """What is best on labelled episodes, and in words how it was chosen."""
     on, split = labelled(deployment, source)

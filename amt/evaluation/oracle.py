@@ -7,10 +7,8 @@ nothing to read.
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from amt.models.weights import Coefficients
-from amt.tasks.classifier import Predictor
 from meta_dataset_readers.errors import InputError
 
 STAMP = (
@@ -18,12 +16,6 @@ STAMP = (
     "bound of what routing can gain"
 )
 MOST = 2000  # mixtures of one task
-
-
-class Oracle(NamedTuple):
-    """A predictor for each of the mixtures that are tried."""
-
-    predictors: tuple[Predictor, ...]
 
 
 def simplex_grid(members: int, parts: int) -> tuple[Coefficients, ...]:

@@ -39,7 +39,6 @@ FORMAT = 1
 _ROWS_LARGEST = 2**30  # bytes of a file of rows; a million rows are half of that
 
 UNITS = ("episode", "image")
-SEVERITIES = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +106,8 @@ class Run:
         return self.average or next(iter(self.rows))
 
     @functools.cached_property
-    def _summaries(self) -> dict[tuple[str, str], Summary]:
+    def summaries(self) -> dict[tuple[str, str], Summary]:
+        """The summary of every domain and average, by its name and the column."""
         if self.parts:
             return self._over_seeds()
         found = {}
@@ -119,7 +119,10 @@ class Run:
 
     def _over_seeds(self) -> dict[tuple[str, str], Summary]:
         names = {source: (source,) for source in self.sources} | self.averages
-        rows = {source: self.common_rows(source) for source in self.sources}
+        rows = {
+            source: common_rows([each.rows[source] for each in self.parts], self.same_episodes)
+            for source in self.sources
+        }
         return {
             (name, column): over_seeds(
                 [
@@ -132,10 +135,6 @@ class Run:
             for column in self.columns
         }
 
-    def common_rows(self, source: str) -> list[list[dict]]:
-        """The rows of a domain of each seed, see the function."""
-        return common_rows([each.rows[source] for each in self.seeds], self.same_episodes)
-
     def chance(self, name: str) -> float:
         """The accuracy of guessing in a domain or an average, in per cent."""
         members = self.averages.get(name, (name,))
@@ -143,7 +142,7 @@ class Run:
 
     def summary(self, name: str, column: str) -> Summary | None:
         """The summary of a domain or an average; None where there is no result."""
-        return self._summaries.get((name, column))
+        return self.summaries.get((name, column))
 
     @functools.cached_property
     def findings(self) -> list[Finding]:

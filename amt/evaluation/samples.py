@@ -2,7 +2,7 @@
 
 import io
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -114,16 +114,13 @@ def read_samples(folder: Path) -> list[Sample]:
 def _read_sample(path: Path) -> Sample:
     with damaged(f"{path}: no sample of images", said=repr):
         arrays = npz.read(path, LARGEST)
-        found: dict[str, Any] = {
-            name: arrays[name] for name in Sample._fields if name not in _SUPPORT or name in arrays
-        }
-        texts = {
-            "source": str(found["source"]),
-            "index": int(found["index"]),
-            "column": str(found["column"]),
-            "class_names": tuple(str(name) for name in found["class_names"]),
-        }
-        sample = Sample(**found | texts)
+        sample = Sample(
+            source=str(arrays["source"]),
+            index=int(arrays["index"]),
+            column=str(arrays["column"]),
+            class_names=tuple(map(str, arrays["class_names"])),
+            **{name: arrays[name] for name in _ARRAYS if name not in _SUPPORT or name in arrays},
+        )
         good = _fits(sample)
     if not good:
         raise InputError(f"{path}: no sample of images (its arrays do not fit each other)")
@@ -142,6 +139,6 @@ def _fits(sample: Sample) -> bool:
     names, shots = len(sample.class_names), len(sample.shots)
     if shots not in (0, names) or (sample.shots < 0).any():
         return False
-    most = dict.fromkeys(("labels", "predicted_clean", "predicted_attacked"), names)
-    most |= {"support_labels": max(shots, 1)}
+    most = {"labels": names, "predicted_clean": names, "predicted_attacked": names}
+    most["support_labels"] = max(shots, 1)
     return all(bool(((arrays[name] >= 0) & (arrays[name] < n)).all()) for name, n in most.items())

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from amt.evaluation.comparison import in_words
-from amt.evaluation.runs import Run, load
+from amt.evaluation.runs import Run, common_rows, load
 from meta_dataset_readers.errors import InputError
 
 ONE_SEED = "one training seed: the interval knows the episodes, not what another training would give"
@@ -85,6 +85,6 @@ def joined(parts: Sequence[Run], name: str) -> Run:
         first, folder=Path(name), about=about, rows=rows, merging=merging, parts=tuple(parts)
     )
     for source in row.sources:
-        if not all(row.common_rows(source)):
+        if not all(common_rows([run.rows[source] for run in parts], row.same_episodes)):
             raise InputError(f"{name}: no {row.unit} of {source} is finished by all of its runs")
     return row

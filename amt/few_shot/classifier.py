@@ -140,9 +140,15 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         >>> FewShotClassifier.from_pretrained("vit_mini_pool", top_k=1).top_k
         1
         """
-        cache = None if cache_dir is None else Path(cache_dir)
         here = local_pool(pool)
-        file = here or find_pool(pool, hub.Hub(revision, token, cache, force_download, local_files_only))
+        file = here or find_pool(
+            pool,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
         if task_file.is_task(file):
             if unknown := parameters.keys() - {"device"}:
                 raise InputError(f"{file}: is a fitted classifier, which takes no {min(unknown)}")

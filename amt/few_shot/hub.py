@@ -17,11 +17,12 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
+from amt.evaluation.noted import NotedTrim
 from amt.files import checkpoint
 from amt.models.head_settings import Head
 from amt.models.trim import Trim
 from amt.models.weights import Weights
-from meta_dataset_readers.errors import InputError, first_line
+from meta_dataset_readers.errors import InputError, blaming, damaged, first_line, strerror
 from meta_dataset_readers.files import read_json, replace_file
 from meta_dataset_readers.json_fields import conform
 
@@ -31,39 +32,30 @@ TIMEOUT = 10  # seconds, for the hub to say whether it is there
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-@dataclasses.dataclass(frozen=True)
-class Hub:
-    """How files are asked for; named as in huggingface_hub's mixins.
-
-    Args:
-        revision: a branch, tag or commit; None for the main branch.
-        token: of the account; None for the one that is logged in, False for none.
-        cache_dir: None for the hub's own.
-        force_download: even what the cache has.
-        local_files_only: take what the cache has, and ask nobody.
-    """
-
-    revision: str | None = None
-    token: str | bool | None = None
-    cache_dir: str | Path | None = None
-    force_download: bool = False
-    local_files_only: bool = False
-
-
 def is_name(name: str) -> bool:
     """Whether a text has the form of a repository's name, ORG/NAME."""
     return _NAME.fullmatch(name) is not None
 
 
-def fetch(name: str, hub: Hub) -> Path:
+def fetch(
+    name: str,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    **given: Any,
+) -> Path:
     """The weights of a repository, in the cache; its config.json, if there is one, lies beside them.
+
+    Args:
+        name: ORG/NAME.
+        revision, token, local_files_only, given: as of `huggingface_hub.hf_hub_download`.
 
     Raises:
         InputError: there is no such repository or revision, it holds no model.safetensors, or there is no
             network and no copy in the cache.
     """
-    offline = "local_files_only is set" if hub.local_files_only else _unreachable(name, hub)
-    given = dataclasses.asdict(hub)
+    offline = "local_files_only is set" if local_files_only else _unreachable(name, revision, token)
+    given |= {"revision": revision, "token": token}
     if offline:
         given |= {"local_files_only": True, "force_download": False}
     _cached(name, CONFIG, given)  # a repository need not have one
@@ -78,16 +70,16 @@ def fetch(name: str, hub: Hub) -> Path:
     raise InputError(f"{name}: that repository holds no {WEIGHTS}, which save_pretrained writes")
 
 
-def _unreachable(name: str, hub: Hub) -> str:
+def _unreachable(name: str, revision: str | None, token: str | bool | None) -> str:
     """Why the hub does not answer, "" if it does. Raises InputError if it has no such repository."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
     try:  # a download would try for minutes
-        huggingface_hub.HfApi(token=hub.token).model_info(name, revision=hub.revision, timeout=TIMEOUT)
+        huggingface_hub.HfApi(token=token).model_info(name, revision=revision, timeout=TIMEOUT)
     except HfHubHTTPError as error:
         if error.response.status_code < 500:
-            at = "" if hub.revision is None else f" at revision {hub.revision!r}"
+            at = "" if revision is None else f" at revision {revision!r}"
             raise InputError(f"{name}: no folder here, and nothing on the hub{at}: {_said(error)}") from error
         return f"the hub fails ({_said(error)})"
     except Exception as error:  # of the hub's HTTP library, which has been exchanged more than once
@@ -119,12 +111,6 @@ def _said(error: Exception) -> str:
     return known + (getattr(error, "server_message", None) or first_line(error))
 
 
-class _Trim(TypedDict):
-    layer: str
-    block: int
-    keep: float
-
-
 class _Config(TypedDict, total=False):
     """The parameters of a classifier that config.json holds; other fields are left alone."""
 
@@ -134,7 +120,7 @@ class _Config(TypedDict, total=False):
     route_epsilon: float
     augment_probability: float
     coefficients: list[float] | str | None
-    trims: list[_Trim]
+    trims: list[NotedTrim]
     head: str | dict[str, Any] | None
     seed: int
     image_size: int | None
@@ -157,10 +143,8 @@ def parameters_beside(file: Path) -> dict[str, Any]:
     if isinstance(known.get("coefficients"), list):
         known["coefficients"] = tuple(known["coefficients"])
     if isinstance(known.get("head"), dict):
-        try:
+        with blaming(f"{config}: field 'head'", (TypeError, ValueError)):
             known["head"] = Head(**known["head"])
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{config}: field 'head': {error}") from error
     return known
 
 
@@ -186,10 +170,8 @@ def save(folder: Path, parameters: Mapping[str, Any], tensors: Weights, about: d
     Raises:
         InputError: the place cannot be written to.
     """
-    try:
+    with damaged(f"{folder}: no folder can be made there", OSError, strerror):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: no folder can be made there ({error.strerror})") from error
     replace_file(folder / WEIGHTS, checkpoint.content(tensors, about))
     replace_file(folder / CONFIG, json.dumps(plain(parameters), indent=2, sort_keys=True) + "\n")
     if not (folder / CARD).exists():

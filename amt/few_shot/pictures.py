@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, blaming
 from meta_dataset_readers.files import folder_names
 from meta_dataset_readers.folders import class_files, class_folders
 from meta_dataset_readers.pictures import (
@@ -106,13 +106,11 @@ def image(item: Any, image_size: int, where: str = "image") -> Tensor:
     """
     if isinstance(item, str | Path):
         return eval_transform(read_picture(Path(item), visible), image_size)
-    try:
+    with blaming(where, (UnreadableImage, OSError)):
         if isinstance(item, Image.Image):
             check_size(*item.size)
             return eval_transform(visible(item), image_size)
         return _of_pixels(_channels_last(item), image_size)
-    except (UnreadableImage, OSError) as error:
-        raise InputError(f"{where}: {error}") from error
 
 
 def visible(picture: Image.Image) -> Image.Image:

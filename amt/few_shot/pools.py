@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from amt.few_shot.hub import Hub, fetch, is_name
+from amt.few_shot.hub import fetch, is_name
 from amt.files import checkpoint, shipped
 from amt.files.pretrained import load_network
 from amt.models.architectures import stated
@@ -20,7 +20,7 @@ from amt.models.heads import PoolStatistics
 from amt.models.network import Network, find_device, untrained
 from amt.models.pool import Pool
 from amt.models.weights import Coefficients, Weights
-from meta_dataset_readers.errors import InputError, nearest
+from meta_dataset_readers.errors import InputError, blaming, nearest
 from meta_dataset_readers.files import size_of
 
 _IN_A_RUN = ("best.safetensors", "last.safetensors")  # what a training leaves in its folder, by preference
@@ -96,13 +96,13 @@ class OpenPool:
         return dataclasses.replace(self, network=network)
 
 
-def find_pool(name: str | os.PathLike, hub: Hub = Hub()) -> Path:  # noqa: B008  frozen
+def find_pool(name: str | os.PathLike, **hub: Any) -> Path:
     """The file of a pool, or of a saved task.
 
     Args:
         name: a file, a folder with best.safetensors, last.safetensors or one single .safetensors, the name of
             a pool in the box, or ORG/NAME on the hub.
-        hub: how files are asked for there.
+        hub: how files are asked for there, see `fetch`.
 
     Raises:
         InputError: there is no such thing.
@@ -112,7 +112,7 @@ def find_pool(name: str | os.PathLike, hub: Hub = Hub()) -> Path:  # noqa: B008 
         return found
     text = str(name)
     if is_name(text) and not text.endswith(shipped.ENDINGS):
-        return fetch(text, hub)
+        return fetch(text, **hub)
     path = Path(text)
     if len(path.parts) > 1 or path.suffix:
         raise InputError(f"{text}: no such file or folder, expected a pool")
@@ -173,10 +173,8 @@ def _opened(file: Path, _state: tuple[int, int], arch: str | None, image_size: i
 
 def head_of(where: str, about: Mapping[str, Any]) -> Head:
     """What a file's header says that classifies. Raises InputError, begun by `where`, if that is no head."""
-    try:
+    with blaming(where):
         return parse_head(str(about.get("head", Head.kind)).split())
-    except (InputError, ValueError) as error:
-        raise InputError(f"{where}: {error}") from error
 
 
 def network_of(

@@ -34,7 +34,7 @@ from amt.tasks.classifier import Classifier, FeaturesOf, Voice, fitted_voices, m
 from amt.tasks.merge import route
 from amt.tasks.settings import Routing
 from meta_dataset_readers.episode import Episode
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, blaming
 
 Label = str | int | float | bool
 
@@ -172,11 +172,9 @@ def fit(opened: OpenPool, images: Tensor, labels: Tensor, classes: Sequence[Labe
             )
         draws = stream(merging.seed, 0, 1)  # as of the first episode of a run
         shares = route(network, pool, support, numbers, draws, routing)
-    try:
+    with blaming(f"coefficients {' '.join(f'{c:g}' for c in shares)}"):
         merged = merged_network(network, pool, shares, merging.trims)
-    except ValueError as error:
-        raise InputError(f"coefficients {' '.join(f'{c:g}' for c in shares)}: {error}") from error
-    found = fitted_voices(
+    voices, temperature = fitted_voices(
         network,
         Merged(merged.weights, merged.scale, merged.bias),
         support,
@@ -188,12 +186,12 @@ def fit(opened: OpenPool, images: Tensor, labels: Tensor, classes: Sequence[Labe
         merging.seed,
         texts=texts_of(merging.texts, head, names, network.device),
     )
-    merged = dataclasses.replace(merged, classes=names, head=found.voices[0].head)
+    merged = dataclasses.replace(merged, classes=names, head=voices[0].head)
     shots = tuple(labels.bincount(minlength=len(classes)).tolist())
     about = {"pool": opened.file.name, "seed": merging.seed}
     unknown = opened.about.get("levels_from") == "nowhere"  # of a published pool
     epsilons = () if unknown else tuple(level.epsilon for level in pool.levels)
-    return Task(merged, found.voices, tuple(classes), shots, epsilons, about, head, found.temperature())
+    return Task(merged, voices, tuple(classes), shots, epsilons, about, head, temperature())
 
 
 def logits_of(task: Task, images: Tensor) -> Tensor:

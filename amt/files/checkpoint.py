@@ -31,7 +31,7 @@ from amt.models.architectures import base_arch, stated
 from amt.models.heads import PoolStatistics
 from amt.models.pool import Pool, norm_weights
 from amt.models.weights import Weights
-from meta_dataset_readers.errors import InputError, damaged, printable
+from meta_dataset_readers.errors import InputError, blaming, damaged, printable
 from meta_dataset_readers.files import folder_to_disk, parse_json, read_json, replace_file
 from meta_dataset_readers.json_fields import MOST, conform
 from meta_dataset_readers.settings import with_tuples
@@ -230,10 +230,8 @@ def _parse_own(path: Path, tensors: dict[str, Tensor], text: str) -> Checkpoint:
 
 
 def _statistics(path: Path, tensors: Weights, members: int) -> PoolStatistics | None:
-    try:
+    with blaming(f"{path}: damaged statistics"):
         return PoolStatistics.of_tensors(tensors, members) if tensors else None
-    except ValueError as error:
-        raise InputError(f"{path}: damaged statistics: {error}") from error
 
 
 def _grouped(path: Path, tensors: Weights) -> dict[str, Weights]:

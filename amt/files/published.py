@@ -161,11 +161,9 @@ def published_shapes(
 
 def git_blob_id(path: Path) -> str:
     """The name that git gives to the contents of `path`."""
-    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    begun = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: begun).hexdigest()
 
 
 def _is_pool(state: Mapping[str, Tensor]) -> bool:

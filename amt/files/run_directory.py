@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 
 from amt.files.locks import Lock
 from amt.models import precision
-from meta_dataset_readers.errors import InputError, say
+from meta_dataset_readers.errors import InputError, damaged, say, strerror
 from meta_dataset_readers.files import LARGEST_LIST, parse_json, read_bytes, replace_file
 from meta_dataset_readers.json_fields import conform
 
@@ -86,10 +86,8 @@ class RunDirectory:
         self._renew = renew or self._unchanged
 
     def __enter__(self) -> "RunDirectory":
-        try:
+        with damaged(f"{self.folder}: cannot be written", OSError, strerror):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{self.folder}: cannot be written ({error.strerror})") from error
         with contextlib.ExitStack() as held:
             if self._part is None or self._overwrite:
                 lock = held.enter_context(Lock(self.folder / LOCK_FILE))
@@ -193,14 +191,12 @@ class RunDirectory:
 
     def _remove(self, pattern: str) -> None:
         for path in self.folder.glob(pattern):
-            try:
+            with damaged(f"{path}: cannot be removed", OSError, strerror):
                 if path.is_dir() and not path.is_symlink():
                     if not any(path.iterdir()):
                         path.rmdir()
                 else:
                     path.unlink(missing_ok=True)
-            except OSError as error:
-                raise InputError(f"{path}: cannot be removed ({error.strerror})") from error
 
 
 def _goes_on(path: Path, ran: str, now: str, before: str) -> None:

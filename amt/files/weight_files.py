@@ -27,7 +27,7 @@ from torch import Tensor
 from amt.data import numpy_pickles
 from amt.files import digests, pickles
 from amt.models.weights import Weights
-from meta_dataset_readers.errors import InputError, damaged, printable
+from meta_dataset_readers.errors import InputError, blaming, damaged, printable, strerror
 from meta_dataset_readers.files import reading, size_of
 
 # The only kinds of numbers a weight may have; the smaller ones are widened, which is exact.
@@ -72,7 +72,7 @@ def read(path: Path, what: str = "file", trust: bool = False) -> Content:
             tensors and plain values.
     """
     size = size_of(path, what=what)
-    try:
+    with blaming(f"{path}: cannot be read", OSError, strerror):
         with reading(path) as file:
             start = file.read(512)
         kind = _kind(path, size, start)
@@ -90,8 +90,6 @@ def read(path: Path, what: str = "file", trust: bool = False) -> Content:
             with path.open("rb") as file:
                 _refuse(path, "a bare pickle", _names(path, file))
         return Content("torch", _as_dictionary(path, _read_torch(path)), {}, verified)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _kind(path: Path, size: int, start: bytes) -> str:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from meta_dataset_readers.errors import InputError, nearest
+from meta_dataset_readers.errors import InputError, blaming, nearest
 
 MIX = "mix"
 PRETRAINED = "pretrained"
@@ -146,11 +146,9 @@ def parse_head(words: Sequence[str]) -> Head:
     if unknown := [key for key in given if key not in known]:
         listed = ", ".join(f"{key}=..." for key in [*(["of"] if mixing else []), *known]) or "no option"
         raise InputError(f"--head {name} {unknown[0]}={given[unknown[0]]}: expected {listed}")
-    try:
+    with blaming(f"--head {' '.join(words)}"):
         values = {key: _READ.get(key, _number)(key, text) for key, text in given.items()}
         return Head(kind, **{**known, **values})
-    except ValueError as error:
-        raise InputError(f"--head {' '.join(words)}: {error}") from error
 
 
 def _option(name: str, option: str) -> tuple[str, str]:

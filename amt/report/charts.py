@@ -57,7 +57,7 @@ def scatter(shown: Sequence[Shown]) -> Figure | None:
             continue
         points = []
         for domain in each.run.rows:
-            clean, attacked = each.run.summary(domain, "clean"), each.run.summary(domain, column)
+            clean, attacked = (each.run.summaries[domain, name] for name in ("clean", column))
             doubt = each.doubt(domain, ("clean", column))
             told = f"clean {spoken(clean)}, {column} {spoken(attacked)}, n = {clean.n}"
             says = f"{domain}, {each.label}: {told}{doubt}"
@@ -80,8 +80,8 @@ def scatter(shown: Sequence[Shown]) -> Figure | None:
     rules = [round(each.run.chance(name), 6) for each in shown for name in each.run.rows]
     rules = tuple(dict.fromkeys(rules)) if len(set(rules)) == 1 else ()
     caption += f" {CHANCE}" * bool(rules)
-    axes = (Axis(f"{name}, per cent", *PER_CENT[1:], rules=rules) for name in ("clean accuracy", under))
-    panel = Panel("", "", *axes, tuple(series), labelled=True)
+    x, y = (Axis(f"{name}, per cent", *PER_CENT[1:], rules=rules) for name in ("clean accuracy", under))
+    panel = Panel("", "", x, y, tuple(series), labelled=True)
     table = Table(("domain", "run", "robust column", "clean", *INTERVAL, "robust", *INTERVAL, "n"), rows)
     return Figure("clean_robust", "Clean and robust accuracy", caption, (panel,), table)
 

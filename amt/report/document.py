@@ -16,7 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from amt.attacks.kinds import KINDS
 from amt.evaluation.chance import MARK, is_below_chance
 from amt.evaluation.comparison import in_words
-from amt.evaluation.runs import SEVERITIES, Run, attack_from
+from amt.evaluation.runs import Run, attack_from
 from amt.evaluation.statistics import Summary
 from amt.report import charts, figures, panels, shots
 from amt.report.by_class import by_domain
@@ -237,7 +237,7 @@ def corruptions(shown: Sequence[Shown]) -> Table | None:
         ]
         for body in (names, ["mean"])
     ]
-    severities = map(str, range(1, SEVERITIES + 1))
+    severities = map(str, range(1, len(next(iter(found.values()))["mean"])))
     return Table(("corruption", *(["run"] if several else []), *severities, "mean"), *bodies)
 
 

@@ -6,6 +6,7 @@ One drawing serves all. Nothing here depends on pyplot's state.
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import textalloc
@@ -13,6 +14,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Affine2D
 
@@ -27,7 +29,7 @@ from meta_dataset_readers.files import replace_file
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)), (0, (10, 3)))
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 8,
     "text.color": TEXT,
@@ -202,7 +204,7 @@ def compose(
     grid = drawing.subplots(down, across, squeeze=False).flat
     if entries:
         handles = [_handle(*entry) for entry in entries]
-        widest = 0.55 + 0.075 * max(len(each.get_label()) for each in handles)  # inches, roughly
+        widest = 0.55 + 0.075 * max(len(str(each.get_label())) for each in handles)  # inches, roughly
         ncols = min(len(handles), max(1, int(width * across / widest)))
         drawing.legend(handles=handles, loc="outside upper center", ncols=ncols, handlelength=3.2)
     for axes, panel in zip(grid, panels, strict=False):
@@ -350,8 +352,8 @@ def _label(axes: Axes, panel: Panel) -> None:
         [short(p.name, 18) for p in first],
         x_scatter=[p.x for p in points],
         y_scatter=[p.y for p in points],
-        x_lines=[x for x, _ in lines],
-        y_lines=[y for _, y in lines],
+        x_lines=[list(x) for x, _ in lines],
+        y_lines=[list(y) for _, y in lines],
         textsize=8,
         textcolor=TEXT,
         max_distance=0.5,
@@ -361,6 +363,6 @@ def _label(axes: Axes, panel: Panel) -> None:
         linecolor=MUTED,
         linewidth=0.4,
     )
-    for text in filter(None, texts):
+    for text in (each for each in texts if isinstance(each, Text)):
         text.set_in_layout(False)
         mark(text, "label")

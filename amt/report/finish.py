@@ -40,7 +40,7 @@ def finish(run: Run, device: torch.device) -> None:
     write_events(run, run.folder / "tensorboard")
     tables = write_answers(run)
     names = [*run.sources, *run.averages]
-    lines = [(name, [run.summary(name, column) for column in run.columns]) for name in names]
+    lines = [(name, [run.summaries[name, column] for column in run.columns]) for name in names]
     accuracy_picture(run.folder / "accuracy.png", run.columns, lines)
     decided = dict.fromkeys(about["how"] for about in run.merging.values())
     merging = f"; merging: {'; '.join(decided)}" if decided else ""

@@ -77,7 +77,7 @@ def _alone(each: Shown) -> str:
 
 
 def _percent(each: Shown, column: str) -> str:
-    found = each.run.summary(each.run.whole, column)
+    found = each.run.summaries[each.run.whole, column]
     return f"{found.mean:.1f}% {half(found)}"
 
 
@@ -94,11 +94,11 @@ def verdicts(shown: Sequence[Shown]) -> list[Verdict]:
 
 
 def _verdict(shown: Sequence[Shown], column: str, between: Callable[[Shown, Shown], Differences]) -> Verdict:
-    order = sorted(shown, key=lambda each: -each.run.summary(each.run.whole, column).mean)
+    order = sorted(shown, key=lambda each: -each.run.summaries[each.run.whole, column].mean)
     best, *others = order
     at_chance = is_below_chance(best.run, best.run.whole, column)
     ahead = not at_chance and all(decided(between(best, e).get((best.run.whole, column))) > 0 for e in others)
-    means = tuple(each.run.summary(each.run.whole, column).mean for each in order)
+    means = tuple(each.run.summaries[each.run.whole, column].mean for each in order)
     return Verdict(column, best if ahead else None, means, at_chance)
 
 
@@ -114,7 +114,8 @@ def _sentences(shown: Sequence[Shown], found: Sequence[Verdict]) -> list[Said]:
         if won:
             top = max(won, key=lambda verdict: verdict.means[0] - verdict.means[1])
             most = f", most {_at([top.column])}" * (len(won) > 1)
-            said.append((each, won, f"is ahead {_at([v.column for v in won])}{most}: {_against(top)}."))
+            against = f"{top.means[0]:.1f} against {top.means[1]:.1f} per cent"
+            said.append((each, won, f"is ahead {_at([v.column for v in won])}{most}: {against}."))
     said.sort(key=lambda entry: max(v.means[0] - v.means[1] for v in entry[1]), reverse=True)
     sentences = [Said(each, text) for each, _, text in said]
     open_ = [verdict.column for verdict in found if verdict.leader is None and not verdict.at_chance]
@@ -125,10 +126,6 @@ def _sentences(shown: Sequence[Shown], found: Sequence[Verdict]) -> list[Said]:
         level = shown[0].run.chance(shown[0].run.whole)
         sentences.append(Said(None, f"No run is above chance ({level:.1f}%) {_at(chance)}."))
     return sentences
-
-
-def _against(verdict: Verdict) -> str:
-    return f"{verdict.means[0]:.1f} against {verdict.means[1]:.1f} per cent"
 
 
 def _at(names: Sequence[str]) -> str:
@@ -165,9 +162,9 @@ def _card(each: Shown, shown: Sequence[Shown], names: Sequence[str]) -> dict:
     return {
         "label": each.label,
         "style": panels.distinct(each.place),
-        "over": f"{over}, {each.run.summary(each.run.whole, 'clean').n} {each.run.unit}s",
+        "over": f"{over}, {each.run.summaries[each.run.whole, 'clean'].n} {each.run.unit}s",
         "attack": attack_line(names),
-        "from": f"points from {other.label}" if found else "",
+        "from": f"points from {other.label}" if other and found else "",
         "tiles": tiles,
         "low": any(tile["low"] for tile in tiles),
         "doubts": list(dict.fromkeys(filter(None, (each.run.suspect(each.run.whole, c) for c in names)))),
@@ -182,7 +179,7 @@ def attack_line(names: Sequence[str]) -> str:
 
 
 def _tile(each: Shown, column: str, found: Differences) -> dict:
-    summary, versus = each.run.summary(each.run.whole, column), found.get((each.run.whole, column))
+    summary, versus = each.run.summaries[each.run.whole, column], found.get((each.run.whole, column))
     parts, low = attack_of(column), is_below_chance(each.run, each.run.whole, column)
     return {
         "what": column if parts is None else f"ε {parts[1]:g}",

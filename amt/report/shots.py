@@ -11,8 +11,8 @@ from amt.report.tables import Cell, Table, counted
 def curves(shown: Sequence[Shown]) -> list[Figure]:
     """A figure with a panel per domain and a line per column; none, unless every run notes its own number of
     shots."""
-    by_shots = {each.run.about.get("shots"): each for each in shown}
-    if None in by_shots or len(shown) < 2 or len(by_shots) < len(shown):
+    by_shots: dict[int, Shown] = {e.run.about["shots"]: e for e in shown if "shots" in e.run.about}
+    if len(shown) < 2 or len(by_shots) < len(shown):
         return []
     runs = [by_shots[number] for number in sorted(by_shots)]
     x = Axis("shots", 0, max(by_shots), max(by_shots), epsilon_ticks(map(float, by_shots)))

@@ -90,8 +90,8 @@ def curve_columns(shown: Sequence[Shown]) -> list[str]:
         return ["clean"]
     shared = [c for c in shown[0].run.columns if all(c in each.run.columns for each in shown)]
     family = (attack_of(robust[0]) or (robust[0], 0))[0]
-    found = [c for c in shared if (parts := attack_of(c)) is not None and parts[0] == family]
-    found.sort(key=lambda column: attack_of(column)[1])
+    at = {c: parts[1] for c in shared if (parts := attack_of(c)) is not None and parts[0] == family}
+    found = sorted(at, key=at.__getitem__)
     return ["clean", *found, *([robust[0]] if robust[0] not in found else [])]
 
 

@@ -13,7 +13,7 @@ from torch.utils.tensorboard import summary
 from amt.evaluation.runs import Run
 from amt.files.tensorboard import TensorBoard
 from amt.report.pictures import amplify
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import damaged, strerror
 
 SUFFIX = ".evaluation"
 
@@ -28,21 +28,19 @@ def write_events(run: Run, folder: Path) -> None:
     Raises:
         InputError: the folder cannot be written to, or a sample is damaged.
     """
-    try:
+    with damaged(f"{folder}: cannot be written to", OSError, strerror):
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob(f"events.out.tfevents.*{SUFFIX}"):
             old.unlink()
         with TensorBoard(folder, suffix=SUFFIX) as board:
             _write(run, board)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written to ({error.strerror})") from error
 
 
 def _write(run: Run, board: TensorBoard) -> None:
     metrics = {}
     for name in (*run.sources, *run.averages):
         for column in run.columns:
-            mean = run.summary(name, column).mean
+            mean = run.summaries[name, column].mean
             board.add({f"{column}/{name}": mean}, 0)
             if name in run.averages or len(run.sources) == 1:
                 metrics[f"hparam/{name}/{column}"] = mean

@@ -96,11 +96,10 @@ def head_classifier(
     )
 
     def refit(support: Tensor) -> Logits:
-        return functools.partial(spoken, network, fitted_to(support=support, features_of=features).voices)
+        return functools.partial(spoken, network, fitted_to(support=support, features_of=features)[0])
 
-    found = fitted_to(support=episode.support)
-    logits = functools.partial(spoken, network, found.voices)
-    return Classifier(logits, refit, coefficients, found.temperature)
+    voices, tempered = fitted_to(support=episode.support)
+    return Classifier(functools.partial(spoken, network, voices), refit, coefficients, tempered)
 
 
 class Voice(NamedTuple):
@@ -115,18 +114,6 @@ class Voice(NamedTuple):
     weights: Weights
     head: Fitted
     factor: Tensor | None = None
-
-
-class Voices(NamedTuple):
-    """The classifier of a task, as `fitted_voices` makes it.
-
-    Args:
-        voices: what `spoken` takes.
-        temperature: as of `Classifier`.
-    """
-
-    voices: tuple[Voice, ...]
-    temperature: Callable[[], float]
 
 
 CLIP_SCALE = 100.0  # what CLIP multiplies its cosines by, which have no support set to be calibrated on
@@ -157,8 +144,9 @@ def fitted_voices(
     index: int = 0,
     features_of: FeaturesOf = fixed_features,
     texts: Tensor | None = None,
-) -> Voices:
-    """One network with its head, or two if `head` mixes.
+) -> tuple[tuple[Voice, ...], Callable[[], float]]:
+    """One network with its head, or two if `head` mixes: what `spoken` takes, and the temperature as of
+    `Classifier`.
 
     Args:
         support, labels: (S, 3, H, W) in [0, 1], and (S,) int64 in 0..N-1.
@@ -168,25 +156,25 @@ def fitted_voices(
         network, merged, coefficients, head, statistics, second, seed: as of `head_classifier`.
     """
     merged = merged._replace(weights=network.cast(merged.weights))
-    parts = [_Part(network, merged, head, statistics and statistics.merged(coefficients))]
+    parts = [(merged, statistics and statistics.merged(coefficients))]
     if texts is not None and head.zero_shot:
-        return Voices((Voice(merged.weights, Cosine(texts, SPREAD)),), lambda: SPREAD / CLIP_SCALE)
+        return (Voice(merged.weights, Cosine(texts, SPREAD)),), lambda: SPREAD / CLIP_SCALE
     if second is not None and head.other is not None:
         alone = tuple(float(p == head.other) for p in range(len(coefficients)))
         other = () if head.other == PRETRAINED else alone
-        parts.append(_Part(network, second, head, statistics and statistics.merged(other)))
+        parts.append((second, statistics and statistics.merged(other)))
     mixes = texts is not None or len(parts) > 1
     needs_views = not has_two(labels) and (head.views > 0 or mixes)
     views = support_views(network, support, seed=seed, index=index) if needs_views else None
-    found = [part.fitted(support, labels, views, features_of) for part in parts]
+    found = [_fitted(network, *part, head, support, labels, views, features_of) for part in parts]
     if texts is not None:
         found = [_with_texts(found[0], labels, head.share, texts)]
     shares = (float(head.share), 1 - float(head.share)) if len(found) > 1 else (None,)
     voices = tuple(
-        Voice(part.merged.weights, each.head, share if share is None else each.factor(share))
-        for part, each, share in zip(parts, found, shares, strict=True)
+        Voice(weights, each.head, share if share is None else each.factor(share))
+        for ((weights, *_), _), each, share in zip(parts, found, shares, strict=True)
     )
-    return Voices(voices, functools.partial(_temperature, voices, found, labels))
+    return voices, functools.partial(_temperature, voices, found, labels)
 
 
 def _with_texts(found: "_Found", labels: Tensor, share: float | str, texts: Tensor) -> "_Found":
@@ -270,38 +258,31 @@ class _Found(NamedTuple):
         it say more."""
         return self.seen if self.by_view is None else self.by_view.flatten(0, 1)
 
-    @property
-    def on_support(self) -> Tensor:
-        """(n, N) logits of these."""
-        return self.head(self.looked_at)
-
     def factor(self, share: float) -> Tensor:
         """A scalar that gives its logits this share of a mixture."""
-        return share * (SPREAD / spread(self.on_support))
+        return share * (SPREAD / spread(self.head(self.looked_at)))
 
 
-class _Part(NamedTuple):
-    """One network with its head."""
+def _fitted(
+    network: Network,
+    merged: Merged,
+    statistics: Statistics | None,
+    head: Head,
+    support: Tensor,
+    labels: Tensor,
+    views: Tensor | None,
+    features_of: FeaturesOf,
+) -> _Found:
+    weights, scale, bias = merged
+    scale, bias = (scale, bias) if head.kind in COSINE else (SPREAD, 0.0)
 
-    network: Network
-    merged: Merged
-    head: Head
-    statistics: Statistics | None
+    def again(seen: Tensor, labels: Tensor, by_view: Tensor | None = None) -> Fitted:
+        return fit(head, seen, labels, statistics, scale, bias, by_view)
 
-    def fitted(
-        self, support: Tensor, labels: Tensor, views: Tensor | None, features_of: FeaturesOf
-    ) -> _Found:
-        weights, by_view = self.merged.weights, None
-        seen = features_of(self.network, weights, support)
-        if views is not None:
-            moved = features_of(self.network, weights, views.flatten(0, 1))
-            by_view = moved.unflatten(0, views.shape[:2])
-        return _Found(self.fit(seen, labels, by_view), self.fit, seen, by_view)
-
-    def fit(self, seen: Tensor, labels: Tensor, by_view: Tensor | None = None) -> Fitted:
-        _, scale, bias = self.merged
-        scale, bias = (scale, bias) if self.head.kind in COSINE else (SPREAD, 0.0)
-        return fit(self.head, seen, labels, self.statistics, scale, bias, by_view)
+    seen, by_view = features_of(network, weights, support), None
+    if views is not None:
+        by_view = features_of(network, weights, views.flatten(0, 1)).unflatten(0, views.shape[:2])
+    return _Found(again(seen, labels, by_view), again, seen, by_view)
 
 
 def pretrained(network: Network) -> Merged:

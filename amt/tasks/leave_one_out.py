@@ -85,7 +85,8 @@ def _ball(epsilon: float) -> Ball:
 def lowest_loss(
     network: Network, networks: Sequence[Callable[[], Merged]], trial: Trial
 ) -> tuple[int, float]:
-    """The number of the network with the least `leave_one_out_loss`, the first of equals, and that loss.
+    """The number of the network with the least leave-one-out loss, the first of equals, and that loss: the
+    mean cross-entropy of the held-out images, each at the worst point of its attack that was seen.
 
     The loss at the worst points seen can only grow, so the network with the least loss so far is always
     attacked next, and the others are attacked no further once it is done. Each of `networks` is called
@@ -98,11 +99,6 @@ def lowest_loss(
         if points == trial.points:
             return k, loss
         heapq.heappush(queue, (next(running[k]), k, points + 1))
-
-
-def leave_one_out_loss(network: Network, merged: Merged, trial: Trial) -> float:
-    """Mean cross-entropy of the held-out images, each at the worst point of its attack that was seen."""
-    return lowest_loss(network, [lambda: merged], trial)[1]
 
 
 def leave_one_out_logits(

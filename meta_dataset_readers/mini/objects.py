@@ -12,6 +12,7 @@ from PIL import Image
 
 from meta_dataset_readers.mini import canvas
 from meta_dataset_readers.mini.shapes import FAMILIES, SHAPES
+from meta_dataset_readers.mini.textures import step
 
 LEAVES_PER_SHAPE = 4
 TAU = np.float32(2 * np.pi)
@@ -26,11 +27,6 @@ def _axes(rng: Generator, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.
     return turned[0, 0] * u + turned[0, 1] * v + du, turned[1, 0] * u + turned[1, 1] * v + dv
 
 
-def _step(field: np.ndarray, sharpness: float = 8.0) -> np.ndarray:
-    """0 below zero, 1 above, with a soft edge that does not alias."""
-    return np.clip(field * np.float32(sharpness) + np.float32(0.5), 0, 1)
-
-
 def solid(rng, u, v, size):
     return np.ones((size[1], size[0]), np.float32)
 
@@ -42,7 +38,7 @@ def shaded(rng, u, v, size):
 
 def striped(rng, u, v, size):
     a, _ = _axes(rng, u, v)
-    return _step(np.sin(a * (TAU / np.float32(rng.uniform(0.32, 0.55)))), 2)
+    return step(np.sin(a * (TAU / np.float32(rng.uniform(0.32, 0.55)))), 2)
 
 
 def hatched(rng, u, v, size):
@@ -51,12 +47,12 @@ def hatched(rng, u, v, size):
     period, thin = np.float32(rng.uniform(0.25, 0.38)), np.float32(rng.uniform(0.72, 0.84))
     lean = np.float32(rng.uniform(-0.4, 0.4))
     lines = np.maximum(np.cos(a * (TAU / period)), np.cos((b + lean * a) * (TAU / period)))
-    return _step(lines - thin, 4)
+    return step(lines - thin, 4)
 
 
 def ringed(rng, u, v, size):
     centre = rng.uniform(-0.35, 0.35, 2).astype(np.float32)
-    return _step(np.sin(np.hypot(u - centre[0], v - centre[1]) * TAU / np.float32(rng.uniform(0.32, 0.5))), 2)
+    return step(np.sin(np.hypot(u - centre[0], v - centre[1]) * TAU / np.float32(rng.uniform(0.32, 0.5))), 2)
 
 
 def dotted(rng, u, v, size):
@@ -65,21 +61,21 @@ def dotted(rng, u, v, size):
     row = np.floor(b / period)
     du = np.mod(a / period + 0.5 * np.mod(row, 2), 1) - 0.5
     dv = np.mod(b / period, 1) - 0.5
-    return _step(np.float32(rng.uniform(0.26, 0.36)) - np.hypot(du, dv), 10)
+    return step(np.float32(rng.uniform(0.26, 0.36)) - np.hypot(du, dv), 10)
 
 
 def checkered(rng, u, v, size):
     a, b = _axes(rng, u, v)
     rate = np.float32(np.pi / rng.uniform(0.26, 0.4))
-    return _step(np.sin(a * rate) * np.sin(b * rate), 6)
+    return step(np.sin(a * rate) * np.sin(b * rate), 6)
 
 
 def grainy(rng, u, v, size):
-    return _step(canvas.noise(rng, size, rng.uniform(45, 70)), 1.2)
+    return step(canvas.noise(rng, size, rng.uniform(45, 70)), 1.2)
 
 
 def blotchy(rng, u, v, size):
-    return _step(canvas.noise(rng, size, rng.uniform(9, 14)), 3)
+    return step(canvas.noise(rng, size, rng.uniform(9, 14)), 3)
 
 
 OUTLINED = "outlined"  # the one surface that is a way of drawing the figure, not a field

@@ -22,7 +22,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, blaming, strerror
 from meta_dataset_readers.files import read_json
 from meta_dataset_readers.mini.sources import OBJECTS, OBJECTS_PER_CLASS, SOURCE_NAMES, Source, build
 from meta_dataset_readers.processes import mapped, processes
@@ -97,17 +97,14 @@ def make_mini(
                 _save_manifest(out, manifest)
                 manifest[name] = _write_source(out, wanted[name], settings, pool, bar)
                 _save_manifest(out, manifest)
-    return [_written(name, manifest[name], fresh=name in missing) for name in wanted]
-
-
-def _written(name: str, entry: dict, fresh: bool) -> Written:
-    return Written(name, entry["classes"], entry["images"], entry["bytes"], fresh)
+    kept = ("classes", "images", "bytes")
+    return [Written(name, *(manifest[name][key] for key in kept), name in missing) for name in wanted]
 
 
 def _claim(out: Path, force: bool) -> dict[str, dict]:
     """Make `out` a directory of ours and return the manifest's entries by source."""
     path = out / MANIFEST
-    try:
+    with blaming(f"--out: {out}: cannot be used as a directory", OSError, strerror):
         if path.exists():
             return _load_manifest(path)
         out.mkdir(parents=True, exist_ok=True)
@@ -118,8 +115,6 @@ def _claim(out: Path, force: bool) -> dict[str, dict]:
                 "choose a new or empty directory, or add --force to write beside what is there"
             )
         _save_manifest(out, {})
-    except OSError as error:
-        raise InputError(f"--out: {out}: cannot be used as a directory: {error.strerror}") from error
     return {}
 
 

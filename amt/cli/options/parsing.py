@@ -12,7 +12,7 @@ from pathlib import Path
 
 from amt.cli.options.published_flags import is_published, n_values, reasons
 from meta_dataset_readers import command
-from meta_dataset_readers.errors import InputError, say
+from meta_dataset_readers.errors import InputError, damaged, say, strerror
 
 
 class Parser(command.Parser):
@@ -80,11 +80,8 @@ class _HelpPublished(argparse.Action):
 def check_output(folder: Path, flag: str = "--output_dir") -> None:
     """Raise an `InputError` unless files can be written in `folder`, which is not made yet if missing."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise InputError(f"{flag} {folder}: cannot be written to ({error.strerror})") from error
+    with damaged(f"{flag} {folder}: cannot be written to", OSError, strerror):
+        tempfile.TemporaryFile(dir=existing).close()
 
 
 def check_coefficients(args: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ from amt.files.export.merged import (
     check_kind,
     check_single,
     describe,
-    head_file,
+    head_files,
     merged_network,
 )
 from amt.files.export.peft import adapter_files, peft_adapter
@@ -38,26 +38,8 @@ from amt.files.export.readme import export_readme, loading_lines, published_read
 from amt.files.export.timm_folder import timm_folder
 from amt.files.export.timm_model import timm_call, timm_state
 from amt.models.pool import Pool
-from meta_dataset_readers.errors import InputError
+from meta_dataset_readers.errors import InputError, damaged, strerror
 from meta_dataset_readers.files import replace_file
-
-__all__ = [
-    "FORMATS",
-    "METADATA",
-    "MergedNetwork",
-    "check_kind",
-    "check_place",
-    "check_single",
-    "exported_program",
-    "merged_network",
-    "onnx_model",
-    "peft_adapter",
-    "published_state",
-    "save",
-    "save_published",
-    "timm_call",
-    "timm_state",
-]
 
 FORMATS = ("timm", "peft", "onnx", "torch", "published")
 
@@ -84,11 +66,14 @@ def save(path: Path, to: str, merged: MergedNetwork, pool: Pool | None = None) -
     """
     check_place(path, to)
     about = describe(merged, to)
-    if to == "peft":
-        assert pool is not None, "an adapter holds the factors of a pool"
-        return _save_folder(path, adapter_files(path, merged, pool, about))
     if is_folder(path, to):
-        return _save_folder(path, timm_folder(path, merged, about))
+        if to == "peft":
+            assert pool is not None, "an adapter holds the factors of a pool"
+            files = adapter_files(path, merged, pool, about)
+        else:
+            files = timm_folder(path, merged, about)
+        write_folder(path, files)
+        return [path, *(path / name for name in files)]
     if to == "timm":
         content = serialise(timm_state(merged), as_metadata(about))
     else:
@@ -117,10 +102,8 @@ def save_published(path: Path, pool: Pool, adapter: int | None = None) -> list[P
 def check_place(path: Path, to: str) -> None:
     """Raise an `InputError` if an export in this format cannot be written to `path`."""
     if is_folder(path, to):
-        try:
+        with damaged(f"{path}: cannot be read", OSError, strerror):
             taken = os.path.lexists(path) and (not path.is_dir() or any(path.iterdir()))
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
         if taken:
             raise InputError(f"{path}: is there already, expected a new or an empty folder")
     elif path.is_dir():
@@ -138,10 +121,8 @@ def is_folder(path: Path, to: str) -> bool:
 def _save_beside(path: Path, content: bytes, merged: MergedNetwork, about: dict) -> list[Path]:
     readme = path.with_name(f"{path.name}.README.txt")
     text = export_readme(merged, about, loading_lines(about["format"], merged, path), f"{path.name}.")
-    files = {path: content, readme: text.encode()}
-    if merged.head is not None:
-        name, head = head_file(merged, about)
-        files[path.with_name(f"{path.name}.{name}")] = head
+    heads = {path.with_name(f"{path.name}.{name}"): data for name, data in head_files(merged, about).items()}
+    files = {path: content, readme: text.encode(), **heads}
     for file, data in files.items():
         replace_file(file, data)
     for name in HEAD_FILES:
@@ -149,11 +130,6 @@ def _save_beside(path: Path, content: bytes, merged: MergedNetwork, about: dict)
         if beside not in files:
             beside.unlink(missing_ok=True)  # of an earlier export to this name: another network's
     return list(files)
-
-
-def _save_folder(folder: Path, files: dict[str, bytes]) -> list[Path]:
-    write_folder(folder, files)
-    return [folder, *(folder / name for name in files)]
 
 
 def write_folder(folder: Path, files: dict[str, bytes]) -> None:

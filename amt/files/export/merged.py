@@ -126,24 +126,23 @@ def as_metadata(about: dict) -> dict[str, str]:
     return {METADATA: json.dumps(about)}
 
 
-def head_file(merged: MergedNetwork, about: dict) -> tuple[str, bytes]:
-    """The task's classifier, class names in the header: by cosine prototypes.safetensors with `prototypes`
-    (N, D), `scale` (1,), `bias` (1,), and if they are centred `origin` (D,); linear head.safetensors with
-    `weight` (N, D) and `bias` (N,); with texts mixed in also `texts` (N, D) and `texts_scale` (1,).
+def head_files(merged: MergedNetwork, about: dict) -> dict[str, bytes]:
+    """The file of the task's classifier, by its name; none without a task. Class names are in its header.
 
-    Raises:
-        ValueError: there is no task.
+    By cosine it is prototypes.safetensors with `prototypes` (N, D), `scale` (1,), `bias` (1,), if centred
+    `origin` (D,); linear head.safetensors with `weight` (N, D) and `bias` (N,); with texts mixed in also
+    `texts` (N, D) and `texts_scale` (1,).
     """
     own = merged.own
+    if own is None:
+        return {}
     if isinstance(own, Linear):
         name, tensors = "head.safetensors", dict(vars(own))
-    elif isinstance(own, Cosine):
+    else:
         name, tensors = "prototypes.safetensors", {"prototypes": own.centres}
         tensors |= {key: torch.tensor([about[key]]) for key in ("scale", "bias")}
         tensors |= {"origin": own.origin} if own.origin is not None else {}
-    else:
-        raise ValueError("a network without a task has no head")
     if isinstance(merged.head, WithTexts):
         tensors |= {"texts": merged.head.texts.centres, "texts_scale": torch.tensor([about["texts_scale"]])}
     held = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    return name, serialise(held, as_metadata(about))
+    return {name: serialise(held, as_metadata(about))}

@@ -20,7 +20,7 @@ from amt.files.export.merged import (
     as_metadata,
     at_image_size,
     check_kind,
-    head_file,
+    head_files,
     whole_patches,
 )
 from amt.files.export.readme import export_readme
@@ -134,10 +134,7 @@ def adapter_files(folder: Path, merged: MergedNetwork, pool: Pool, about: dict) 
     }
     if resized:
         files["positions.safetensors"] = serialise({"pos_embed": positions.contiguous()}, {})
-    if merged.head is not None:
-        name, content = head_file(merged, about)
-        files[name] = content
-    return files
+    return files | head_files(merged, about)
 
 
 def _loading_lines(merged: MergedNetwork, path: Path, pretrained_size: int, resized: bool) -> list[str]:

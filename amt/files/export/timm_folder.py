@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from amt.files.digests import serialise
-from amt.files.export.merged import MergedNetwork, as_metadata, head_file, whole_patches
+from amt.files.export.merged import MergedNetwork, as_metadata, head_files, whole_patches
 from amt.files.export.readme import export_readme
 from amt.files.export.timm_model import timm_call, timm_state
 
@@ -72,7 +72,4 @@ def timm_folder(folder: Path, merged: MergedNetwork, about: dict) -> dict[str, b
         "model.safetensors": serialise(timm_state(merged), {"format": "pt", **as_metadata(about)}),
         "README.md": card.encode(),
     }
-    if merged.head is not None:
-        beside, content = head_file(merged, about)
-        files[beside] = content
-    return files
+    return files | head_files(merged, about)
