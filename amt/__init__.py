@@ -43,4 +43,25 @@ if TYPE_CHECKING:
     from meta_dataset_readers.protocol import EpisodeSampling as EpisodeSampling
     from meta_dataset_readers.reader import EpisodeReader as EpisodeReader
 
-__all__, __getattr__, __dir__ = imported_when_used(__name__, __file__)
+__all__, __getattr__, __dir__ = imported_when_used(
+    __name__,
+    {
+        "amt.attacks.evaluation": ("attack_queries", "attack_support"),
+        "amt.attacks.kinds": ("Attack", "parse_attack"),
+        "amt.attacks.levels": ("Perturbation",),
+        "amt.attacks.perturb": ("pgd",),
+        "amt.evaluation.evaluate": ("evaluate",),
+        "amt.evaluation.settings": ("Deployment",),
+        "amt.few_shot.classifier": ("FewShotClassifier",),
+        "amt.files.pretrained": ("load_network",),
+        "amt.models.network": ("Network", "features"),
+        "amt.models.pool": ("Pool", "principal_pool"),
+        "amt.models.trim": ("Trim",),
+        "amt.tasks.merge": ("route",),
+        "amt.tasks.settings": ("Routing",),
+        "amt.training.tuner": ("Tuner", "meta_tune"),
+        "amt.training.settings": ("TuneSettings",),
+        "meta_dataset_readers.protocol": ("EpisodeSampling",),
+        "meta_dataset_readers.reader": ("EpisodeReader",),
+    },
+)

@@ -32,4 +32,19 @@ if TYPE_CHECKING:
     from meta_dataset_readers.tfrecord import open_records as open_records
     from meta_dataset_readers.tfrecord import write_records as write_records
 
-__all__, __getattr__, __dir__ = imported_when_used(__name__, __file__)
+__all__, __getattr__, __dir__ = imported_when_used(
+    __name__,
+    {
+        "meta_dataset_readers.dump": ("dump_episode",),
+        "meta_dataset_readers.episode": ("Episode", "ImageOrigin"),
+        "meta_dataset_readers.errors": ("DamagedRecord", "InputError", "exit_on_bad_input", "nearest"),
+        "meta_dataset_readers.layouts": ("open_source", "sources"),
+        "meta_dataset_readers.protocol": ("EpisodeSampling",),
+        "meta_dataset_readers.reader": ("EpisodeReader", "SourceMixture", "episode_loader"),
+        "meta_dataset_readers.sampling": ("EpisodeDescription", "check_sampling", "sample_episode"),
+        "meta_dataset_readers.spec": ("SPLITS", "DatasetSpec", "load_spec"),
+        "meta_dataset_readers.store": ("ImageStore", "Source"),
+        "meta_dataset_readers.stored_episodes": ("open_episodes",),
+        "meta_dataset_readers.tfrecord": ("RecordFile", "encode_example", "open_records", "write_records"),
+    },
+)

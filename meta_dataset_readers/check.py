@@ -317,11 +317,11 @@ def _examined(
 
     `address` is where other processes find the same store.
     """
-    few = sum(len(indices) for indices in wanted.values()) < _WORTH_PROCESSES
-    examine = functools.partial(_examine, store) if few else functools.partial(_examine_there, address)
+    if pool is None or sum(len(indices) for indices in wanted.values()) < _WORTH_PROCESSES:
+        return map(functools.partial(_examine, store), _batches(wanted))
     died = "a process died while it decoded pictures, of too little memory or of a file that crashes it"
     died = f"{address[1]}: {died}; --jobs 1 shows how far it gets"
-    return mapped(None if few else pool, examine, _batches(wanted), died)
+    return mapped(pool, functools.partial(_examine_there, address), _batches(wanted), died)
 
 
 def _batches(wanted: Mapping[int, Sequence[int]]) -> Iterator[_Batch]:

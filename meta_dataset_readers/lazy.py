@@ -3,10 +3,8 @@ large itself."""
 
 import gc
 import importlib
-import re
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from types import ModuleType
 
 
@@ -26,14 +24,15 @@ def imported(module: str) -> ModuleType:
 
 
 def imported_when_used(
-    package: str, file: str
+    package: str, modules: Mapping[str, tuple[str, ...]]
 ) -> tuple[list[str], Callable[[str], object], Callable[[], list[str]]]:
-    """`__all__`, `__getattr__` and `__dir__` of a package (PEP 562), from the imports in its own file.
+    """`__all__`, `__getattr__` and `__dir__` of a package (PEP 562).
 
-    Those stand there indented, below `if TYPE_CHECKING:`, so a type checker reads the very same lines.
+    Args:
+        package: its name.
+        modules: from a module to the names that it has.
     """
-    code = Path(file).read_text(encoding="utf-8")
-    homes = {name: module for module, name in re.findall(r"^ +from (\S+) import (\w+) as \2$", code, re.M)}
+    homes = {name: module for module, names in modules.items() for name in names}
 
     def attribute(name: str) -> object:
         if name not in homes:

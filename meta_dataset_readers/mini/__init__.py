@@ -23,4 +23,11 @@ if TYPE_CHECKING:
     from meta_dataset_readers.mini.write import Written as Written
     from meta_dataset_readers.mini.write import make_mini as make_mini
 
-__all__, __getattr__, __dir__ = imported_when_used(__name__, __file__)
+__all__, __getattr__, __dir__ = imported_when_used(
+    __name__,
+    {
+        "meta_dataset_readers.mini.objects": ("object_attributes",),
+        "meta_dataset_readers.mini.sources": ("SOURCE_NAMES",),
+        "meta_dataset_readers.mini.write": ("Settings", "Written", "make_mini"),
+    },
+)
