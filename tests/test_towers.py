@@ -201,10 +201,11 @@ def test_a_tower_is_found_whatever_is_around_it(tmp_path, around):
     assert torch.allclose(found, model.encode_image(normal(pixels())), atol=1e-5)
 
 
-def test_a_converted_tower_keeps_its_projection(tmp_path):
-    """Which a layer `head` of other files is not: theirs is a classifier, and left out."""
-    model = clip()
-    file = saved(tmp_path, model.state_dict())
+@pytest.mark.parametrize("library", ["OpenCLIP", "timm"])
+def test_a_converted_tower_keeps_its_projection(tmp_path, library):
+    """A layer `head` of timm's is one by the network's name alone."""
+    alone = clip() if library == "OpenCLIP" else randomised(timm.create_model("toy_clip", num_classes=SHARED))
+    file = saved(tmp_path, alone.state_dict())
     flags = ["amt", "checkpoint", file, "--convert", tmp_path / "y.safetensors"]
     assert called(amt, flags).code == 0
     for arch in ("timm:toy_clip", "timm:toy_clip:0"):

@@ -129,13 +129,13 @@ def _is_whole(*tensors: Tensor) -> bool:
 def _of_network(weights: Weights, own: Container[str]) -> Weights:
     """Tensors in timm's names as the network to be filled names and shapes them."""
     found: Weights = {}
-    weights = _with_one_qkv(weights, own)
+    weights = _with_one_qkv(weights, own) | _masked(weights)
     if "reg_token" in own:
         weights |= _with_position(weights)
     for name, tensor in weights.items():
         before = name.removesuffix("qkv.bias")
         if name != before and name not in own and f"{before}qkv.weight" in own:
-            found |= _of_biases(before, tensor, own, masked=f"{name}_mask" in weights)
+            found |= _of_biases(before, tensor, own)
         else:
             new = names.renamed(name, names.DINO, own)
             found[new if new in own and new not in weights else name] = tensor
@@ -153,16 +153,27 @@ def _with_position(weights: Weights) -> Weights:
     return {"cls_token": token + table[:, :1], "pos_embed": table[:, 1:]}
 
 
-def _of_biases(before: str, bias: Tensor, own: Container[str], masked: bool) -> Weights:
-    """The bias of one layer for queries, keys and values for a network that has no such: two parts where it
-    keeps those apart, none of zeros; any other is left as it is, and fits nowhere.
+def _masked(weights: Weights) -> Weights:
+    """DINOv3's biases that have its mask beside them, under which the keys' part counts as zero."""
+    found: Weights = {}
+    for name in weights:
+        bias = weights.get(name.removesuffix("_mask"))
+        if name.endswith("qkv.bias_mask") and bias is not None and _has_three_parts(bias):
+            query, key, value = bias.chunk(3)
+            found[name.removesuffix("_mask")] = torch.cat([query, torch.zeros_like(key), value])
+    return found
 
-    Args:
-        masked: whether DINOv3's mask is beside it, under which the keys' part counts as zero.
-    """
-    if _is_whole(bias) and bias.ndim == 1 and len(bias) % 3 == 0:
+
+def _has_three_parts(bias: Tensor) -> bool:
+    return _is_whole(bias) and bias.ndim == 1 and len(bias) % 3 == 0
+
+
+def _of_biases(before: str, bias: Tensor, own: Container[str]) -> Weights:
+    """The bias of one layer for queries, keys and values for a network that has no such: two parts where it
+    keeps those apart, none of zeros; any other is left as it is, and fits nowhere."""
+    if _has_three_parts(bias):
         query, key, value = bias.chunk(3)
-        if masked or not key.any():
+        if not key.any():
             if f"{before}q_bias" in own:
                 return {f"{before}q_bias": query, f"{before}v_bias": value}
             if not (query.any() or value.any()):
