@@ -79,9 +79,13 @@ def in_timms_names(path: Path, state: Weights, own: Container[str]) -> Tower:
     found, texts = _renamed(state, roots[0])
     width = 0
     if PROJECTION in found:
-        if not _is_whole(found[PROJECTION]):
-            raise InputError(f"{path}: its projection {PROJECTION} claims more numbers than the file holds")
-        width = len(found[PROJECTION])
+        projection = found[PROJECTION]
+        if projection.ndim != 2 or not projection.numel() or not is_whole(projection):
+            raise InputError(
+                f"{path}: its projection {PROJECTION} of shape {tuple(projection.shape)} is no matrix, or "
+                "claims more numbers than the file holds"
+            )
+        width = len(projection)
         found.setdefault("head.bias", torch.zeros(width))
     return Tower(_of_network(found, own), width, texts)
 
@@ -115,13 +119,13 @@ def _of_timm(name: str, tensor: Tensor) -> Weights:
         return {name: tensor[None, None]}
     if name == "pos_embed" and tensor.ndim == 2:
         return {name: tensor[None]}
-    if name.startswith("attn_pool.qkv."):  # one query for all images: its layer is alone
+    if name.startswith("attn_pool.qkv.") and tensor.ndim:  # one query for all images: its layer is alone
         third, part = len(tensor) // 3, name.removeprefix("attn_pool.qkv.")
         return {f"attn_pool.q.{part}": tensor[:third], f"attn_pool.kv.{part}": tensor[third:]}
     return {name: tensor}
 
 
-def _is_whole(*tensors: Tensor) -> bool:
+def is_whole(*tensors: Tensor) -> bool:
     """Whether a file holds as many numbers as each claims, so that joining them takes no more memory."""
     return all(each.numel() * each.element_size() <= each.untyped_storage().nbytes() for each in tensors)
 
@@ -146,7 +150,7 @@ def _with_position(weights: Weights) -> Weights:
     """DINOv2's CLS token with its position, and the positions of patches alone, as timm has them where there
     are registers; none of both without such."""
     token, table = weights.get("cls_token"), weights.get("pos_embed")
-    if "register_tokens" not in weights or token is None or table is None or not _is_whole(token):
+    if "register_tokens" not in weights or token is None or table is None or not is_whole(token):
         return {}
     if not table.ndim == token.ndim == 3 or table.shape[0::2] != token.shape[0::2]:
         return {}
@@ -165,7 +169,7 @@ def _masked(weights: Weights) -> Weights:
 
 
 def _has_three_parts(bias: Tensor) -> bool:
-    return _is_whole(bias) and bias.ndim == 1 and len(bias) % 3 == 0
+    return is_whole(bias) and bias.ndim == 1 and len(bias) % 3 == 0
 
 
 def _of_biases(before: str, bias: Tensor, own: Container[str]) -> Weights:
@@ -190,13 +194,13 @@ def _with_one_qkv(weights: Weights, own: Container[str]) -> Weights:
     for name, query in weights.items():
         before, sign, part = name.rpartition("q_proj.")
         key, value = (weights.get(f"{before}{which}_proj.{part}") for which in "kv")
-        if not sign or name in own or value is None or not _is_whole(query, value):
+        if not sign or name in own or value is None or not query.ndim or not is_whole(query, value):
             continue
         if key is None and part == "bias" and f"{before}q_bias" in own:
             found |= {f"{before}q_bias": query, f"{before}v_bias": value}
         else:
             key = torch.zeros_like(query) if key is None and part == "bias" else key
-            if key is None or not _is_whole(key) or not query.shape == key.shape == value.shape:
+            if key is None or not is_whole(key) or not query.shape == key.shape == value.shape:
                 continue
             found[f"{before}qkv.{part}"] = torch.cat([query, key, value])
         for which in "qkv":
