@@ -13,6 +13,7 @@ from conftest import patterned_episode, random_backbone
 from safetensors import safe_open
 from safetensors.torch import load_file
 from toy_export import LEVELS, SIDE, TINY, assert_same, follow_readme, images, pool_of, with_task
+from toy_towers import randomised
 
 from amt.files import checkpoint, export
 from amt.files.export import MergedNetwork, merged_network
@@ -122,6 +123,16 @@ def test_networks_of_timms_own_at_another_size(to, tmp_path, monkeypatch):
     assert f"({', '.join(map(str, ['N', *ready.shape[1:]]))})" in readme
     found = follow_readme(readme, tmp_path, monkeypatch, images=ready, pretrained=network.weights)
     assert_same(found["features"], expected(merged, seen))
+
+
+def test_programs_of_networks_with_constants(tmp_path):
+    """EVA and DINOv3 compute tables of positions, and have biases of keys that no file holds."""
+    network, _ = untrained("timm:toy_dinov3_qkvb")
+    randomised(network.module)
+    merged = merged_network(network, pool_of(network), MIXED)
+    file = export.save(tmp_path / "net.pt2", "torch", merged)[0]
+    (found,) = torch.export.load(file).module()(images(side=32))
+    assert_same(found, expected(merged, images(side=32)))
 
 
 # --- PEFT ------------------------------------------------------------------------------------------------

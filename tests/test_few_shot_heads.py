@@ -214,6 +214,25 @@ def test_mixing_needs_the_weights_that_the_pool_was_trained_from(photos, known, 
     boxed = mixed().fit(photos / "support").logits(photos / "new")
     other = mixed(pretrained_checkpoint=own).fit(photos / "support").logits(photos / "new")
     assert not np.array_equal(boxed, other)
+    torch.save({"teacher": load_network("vit_mini").weights, "student": load_file(own)}, tmp_path / "two.pt")
+    student = mixed(pretrained_checkpoint=tmp_path / "two.pt", weights_key="student")
+    assert np.array_equal(student.fit(photos / "support").logits(photos / "new"), other)
+    wrong = ("--pretrained_checkpoint", tmp_path / "two.pt", "--weights_key", "no")
+    classify = ("predict", known, "--support", photos / "support", photos / "new", "--head", "mix", "of=lda")
+    measure = (
+        "pool",
+        known,
+        "--statistics",
+        "--data_path",
+        photos,
+        "--base_sources",
+        "x",
+        "--out",
+        "x.safetensors",
+    )
+    for words in (classify, measure):
+        ended = called(amt, ["amt", *words, *wrong])
+        assert ended.code == 2 and "expected one of 'teacher', 'student'" in ended.err
     nowhere = mixed(pretrained_checkpoint=tmp_path / "nowhere")
     fails("nowhere: no such", lambda: nowhere.fit(photos / "support"))
     clf = mixed().fit(photos / "support")

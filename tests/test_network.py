@@ -18,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from amt.attacks.levels import Perturbation
+from amt.cli import checkpoint as describing
 from amt.files import checkpoint, state_dicts
 from amt.files.pretrained import load_network, read_weights
 from amt.models.architectures import (
@@ -255,6 +256,9 @@ def test_official_dinov2_and_dinov3_files_are_converted_as_timm_does(tmp_path, w
     )
     assert found.keys() == expected.keys() - {"rope_embed.periods"} == network.state_dict().keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    describing.main([str(tmp_path / "x.pth"), "--convert", str(tmp_path / "y.safetensors")])
+    again = read_weights(tmp_path / "y.safetensors", network)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in found.items())
 
 
 def test_a_bias_is_never_dropped(tmp_path):

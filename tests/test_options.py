@@ -326,6 +326,7 @@ def test_an_epsilon_that_is_no_amount_is_refused(parse, value):
         (["--loss", "feature"], ["--loss", "features"]),
         (["--loss", "features", "--pgd_method", "standard"], ["--loss features", "adsv or querying"]),
         (["--epsilon_from", "-1"], ["--epsilon_from", "-1"]),
+        (["--loss", "features", "--no_pretrain"], ["needs the pretrained network", "--no_pretrain"]),
         (["--epsilon_from", "4", "--epsilon", "8", "2"], ["--epsilon_from is 4", "at most --epsilon, 2"]),
         (["--num_support", "1", "2", "3"], ["--num_support", "3"]),
         (["--min_ways", "9", "--max_ways_upper_bound", "8"], ["--min_ways 9", "8"]),

@@ -303,6 +303,7 @@ REFUSED = {
     ),
     "no texts": (None, ("--shots", 0, 1), "--shots 0 classifies by texts alone: it needs --text_prototypes"),
     "a head without": (None, ("--head", "text"), "needs --text_prototypes FILE.npz"),
+    "a head of images": ({}, ("--head", "lda"), "does not use --text_prototypes; expected --head text"),
     "shots twice": ({}, ("--shots", 1, 1), "--shots names a value twice"),
     "support as well": ({}, ("--shots", 1, "--num_support", 2), "--shots and --num_support exclude"),
     "too few images": ({}, ("--shots", 0, 99), "fewer than the 100 images that support and query take"),

@@ -201,10 +201,11 @@ def test_a_tower_is_found_whatever_is_around_it(tmp_path, around):
     assert torch.allclose(found, model.encode_image(normal(pixels())), atol=1e-5)
 
 
-def test_a_converted_tower_keeps_its_projection(tmp_path):
-    """Which a layer `head` of other files is not: theirs is a classifier, and left out."""
-    model = clip()
-    file = saved(tmp_path, model.state_dict())
+@pytest.mark.parametrize("library", ["OpenCLIP", "timm"])
+def test_a_converted_tower_keeps_its_projection(tmp_path, library):
+    """A layer `head` of timm's is one by the network's name alone."""
+    alone = clip() if library == "OpenCLIP" else randomised(timm.create_model("toy_clip", num_classes=SHARED))
+    file = saved(tmp_path, alone.state_dict())
     flags = ["amt", "checkpoint", file, "--convert", tmp_path / "y.safetensors"]
     assert called(amt, flags).code == 0
     for arch in ("timm:toy_clip", "timm:toy_clip:0"):
@@ -232,6 +233,9 @@ def test_the_name_can_say_which_features_are_meant(tmp_path):
     assert torch.allclose(seen @ model.visual.proj, features(whole, whole.weights, pixels()), atol=1e-5)
     assert stated("timm:toy_clip", {"head.weight": (9, 64)}) == "timm:toy_clip:9"
     assert stated("timm:toy_clip", {}) == "timm:toy_clip:0"
+    fails(
+        "takes no projection; expected 'timm:toy_clip'", lambda: build_classifier("timm:toy_clip:0", 9, SIDE)
+    )
     assert stated("timm:toy_clip:7", {}) == "timm:toy_clip:7" and stated("vit_mini", {}) == "vit_mini"
 
 
@@ -332,7 +336,25 @@ BAD = {
     ),
     "a projection that is nowhere": (
         *("toy_clip", lambda clip: clip.visual.state_dict() | {"proj": torch.ones(1).expand(64, 10**9)}),
-        "its projection head.weight claims more numbers than the file holds",
+        r"its projection head.weight of shape \(1000000000, 64\) is no matrix, or claims more numbers",
+    ),
+    "a projection of nothing": (
+        *("toy_clip", lambda clip: clip.visual.state_dict() | {"proj": torch.ones(0, 10**12)}),
+        r"its projection head.weight of shape \(1000000000000, 0\) is no matrix",
+    ),
+    "a projection that is a number": (
+        *("toy_clip", lambda clip: {"head.weight": torch.tensor(1.0)}),
+        "lacks tensor cls_token",
+    ),
+    "keys that are numbers": (
+        "toy_clip",
+        lambda _: {f"blocks.0.attn.{w}_proj.weight": torch.tensor(1.0) for w in "qkv"},
+        "unexpected tensor blocks.0.attn.q_proj.weight",
+    ),
+    "one name twice, nowhere": (
+        "toy_clip",
+        lambda _: {name: torch.ones(1).expand(10**6, 10**6) for name in ("a", "module.a")},
+        "holds tensor a under two names",
     ),
     "keys that are nowhere": (
         "toy_clip",

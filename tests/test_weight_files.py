@@ -42,6 +42,17 @@ from meta_dataset_readers.errors import InputError
 LIKE_DILL = types.SimpleNamespace(Pickler=pickle._Pickler, dump=pickle._dump, __name__="pickler")
 
 
+@pytest.mark.parametrize("name", ["model-00002-of-00003.safetensors", "pytorch_model.bin.index.json"])
+def test_a_part_of_a_network_is_refused_by_its_name(tmp_path, name):
+    torch.save({"a": torch.ones(1)}, tmp_path / name)
+    fails(
+        "a network in several files, expected one: .* max_shard_size",
+        lambda: weight_files.read(tmp_path / name),
+    )
+    torch.save({"a": torch.ones(1)}, tmp_path / "model-00001-of-00001.bin")
+    assert weight_files.read(tmp_path / "model-00001-of-00001.bin").data.keys() == {"a"}
+
+
 def training() -> dict:
     """What the robustness library saves of a training, and more of what state dicts may hold."""
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))

@@ -131,7 +131,8 @@ def describe_weights(path: Path, content: Content, key: str | None = None) -> tu
         "teacher": "the teacher of a DINO or iBOT checkpoint",
         "student": "the student of a DINO or iBOT checkpoint",
     }.get(found.container, f"a checkpoint that keeps them as {found.container!r}, as DeiT does")
-    return _sound(path, weights), [
+    last = {name: state[name] for name in ("head.weight", "head.bias") if name in state}  # or a projection
+    return _sound(path, weights | last), [
         ("kind", f"weights of a vision transformer, {layout}"),
         ("container", content.container),
         ("arch", possible_archs(weights)),

@@ -100,6 +100,7 @@ def add_measuring(parser: Parser) -> None:
     group.add_argument(
         "--pretrained_checkpoint", type=as_path, help="its weights (default: shipped, or from timm's hub)"
     )
+    options.add_weights_key(group)
     group.add_argument("--image_size", type=SIDE, help="side in pixels (default: the backbone's)")
     options.add_statistics(group, default=20)
     add_flags(group, EpisodeSampling)
@@ -167,6 +168,8 @@ def measured(args: argparse.Namespace, saved: Checkpoint) -> Checkpoint:
         args.pretrained_checkpoint,
         find_device(args.device),
         image_size=args.image_size,
+        key=args.weights_key,
+        tell=say,
     )
     checkpoint.check_architecture(args.files[0], saved.pool, network.weights, network.arch)
     open_source = partial(

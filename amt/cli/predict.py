@@ -119,6 +119,7 @@ def add_model(parser: Parser) -> argparse._ArgumentGroup:
         help="the weights the pool was trained from, which only --head mix other=pretrained needs (default: "
         "shipped, or from timm's hub)",
     )
+    options.add_weights_key(model)
     model.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, or auto: cuda if there is one")
     model.add_argument("--threads", type=Number(int, least=1, most=1024), help="CPU threads")
     model.add_argument("--seed", type=nonnegative_int, default=0, help="decides everything random")
@@ -249,7 +250,8 @@ def merging(args: argparse.Namespace) -> "Merging":
     head = None if args.head is None else options.single_head(args)
     trims = tuple(args.trim)
     routing = options.routing(args) if options.routed(args) else None
-    return Merging(routing, args.coefficients, trims, args.seed, head, args.pretrained_checkpoint, said)
+    weights, key = args.pretrained_checkpoint, args.weights_key
+    return Merging(routing, args.coefficients, trims, args.seed, head, weights, said, key)
 
 
 def describe(task: "Task") -> None:

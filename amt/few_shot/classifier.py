@@ -55,6 +55,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             `amt pool --statistics` adds.
         pretrained_checkpoint: the weights that the pool was trained from, which only "mix" reads; None: those
             in the box, or of timm's hub.
+        weights_key: which network to take of a pretrained_checkpoint that holds several, such as "student".
         text_prototypes: a file .npz of the classes' texts, which head "text" classifies by, and the default
             then, "mix of=prototypes share=support other=text", mixes in; see `fit`.
         seed: decides everything random.
@@ -92,6 +93,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         trims: Sequence[Trim] = (),
         head: str | Head | None = None,
         pretrained_checkpoint: str | os.PathLike | None = None,
+        weights_key: str | None = None,
         text_prototypes: str | os.PathLike | None = None,
         seed: int = 0,
         image_size: int | None = None,
@@ -108,6 +110,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.trims = trims
         self.head = head
         self.pretrained_checkpoint = pretrained_checkpoint
+        self.weights_key = weights_key
         self.text_prototypes = text_prototypes
         self.seed = seed
         self.image_size = image_size
@@ -400,7 +403,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                 raise InputError(f"coefficients is {shares!r}, expected numbers, 'route' or None")
             shares = None
         texts = text_prototypes.given(self.text_prototypes)
-        return Merging(asked, shares, tuple(self.trims), self.seed, head, weights, texts)
+        return Merging(asked, shares, tuple(self.trims), self.seed, head, weights, texts, self.weights_key)
 
     def _fitted(self, task: Task, classes: np.ndarray | None = None) -> Self:
         self.task_ = task

@@ -66,7 +66,7 @@ def _fitted(
         found = f"one class, {classes.tolist()[0]!r}" if len(classes) else "no class"
         raise InputError(f"{where}{found}; a classifier needs 2 classes or more")
     if merging.head_for(opened).other == PRETRAINED:
-        opened = opened.with_pretrained(merging.pretrained)
+        opened = opened.with_pretrained(merging.pretrained, merging.weights_key)
     side = opened.network.image_size
     images = pictures.images(items, side) if len(items) else torch.empty(0, 3, side, side)
     task = fit(opened, images, torch.from_numpy(numbers.astype(np.int64)), classes.tolist(), merging)

@@ -81,18 +81,19 @@ class OpenPool:
         named = about | {"arch": self.network.arch}
         return checkpoint.packed(checkpoint.Checkpoint(self.pool, named, statistics=self.statistics))
 
-    def with_pretrained(self, weights: Path | None = None) -> "OpenPool":
+    def with_pretrained(self, weights: Path | None = None, key: str | None = None) -> "OpenPool":
         """The same with a network that has its pretrained weights, which mixing with them needs.
 
         Args:
             weights: their file; None: see `find_weights`.
+            key: of the network to take, see `load_network`.
 
         Raises:
             InputError: there are none, or they do not fit.
         """
         side = self.network.image_size
         arch = stated(self.network.arch, self.pool.shapes)
-        network = load_network(arch, weights, self.network.device, image_size=side)
+        network = load_network(arch, weights, self.network.device, image_size=side, key=key)
         return dataclasses.replace(self, network=network)
 
 

@@ -115,6 +115,7 @@ class Merging:
         pretrained: the file of weights that the pool was trained from, which only a head reads that mixes
             them in; None: see `find_weights`.
         texts: of the classes, which the head mixes in.
+        weights_key: of the network to take from `pretrained`, where it holds several.
 
     Raises:
         InputError: there are texts, and the head does not use them.
@@ -127,6 +128,7 @@ class Merging:
     head: Head | None = None
     pretrained: Path | None = None
     texts: TextPrototypes | None = None
+    weights_key: str | None = None
 
     def __post_init__(self) -> None:
         if self.texts is not None and self.head is not None and self.head.other != TEXT:

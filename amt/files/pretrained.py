@@ -161,7 +161,7 @@ def _fitted(
 def _projection(arch: str, found: StateDict) -> int:
     """The width of a file's projection to the space of texts: of CLIP's formats, and of timm's files of CLIP,
     where a classifier has the same name; 0 if there is none."""
-    rows = len(found.weights[PROJECTION]) if PROJECTION in found.weights else 0
+    rows = [*found.weights[PROJECTION].shape, 0][0] if PROJECTION in found.weights else 0
     return found.width or (rows if rows and rows in projection_widths(arch) else 0)
 
 

@@ -250,7 +250,8 @@ def _without_copies(path: Path, entries: list[_Entry]) -> tuple[Weights, int]:
 
 
 def _are_equal(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+    alike = one.dtype == other.dtype and one.shape == other.shape
+    return alike and towers.is_whole(one, other) and torch.equal(one, other)
 
 
 def _is_copy(name: str) -> bool:

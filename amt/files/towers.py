@@ -79,9 +79,13 @@ def in_timms_names(path: Path, state: Weights, own: Container[str]) -> Tower:
     found, texts = _renamed(state, roots[0])
     width = 0
     if PROJECTION in found:
-        if not _is_whole(found[PROJECTION]):
-            raise InputError(f"{path}: its projection {PROJECTION} claims more numbers than the file holds")
-        width = len(found[PROJECTION])
+        projection = found[PROJECTION]
+        if projection.ndim != 2 or not projection.numel() or not is_whole(projection):
+            raise InputError(
+                f"{path}: its projection {PROJECTION} of shape {tuple(projection.shape)} is no matrix, or "
+                "claims more numbers than the file holds"
+            )
+        width = len(projection)
         found.setdefault("head.bias", torch.zeros(width))
     return Tower(_of_network(found, own), width, texts)
 
@@ -115,13 +119,13 @@ def _of_timm(name: str, tensor: Tensor) -> Weights:
         return {name: tensor[None, None]}
     if name == "pos_embed" and tensor.ndim == 2:
         return {name: tensor[None]}
-    if name.startswith("attn_pool.qkv."):  # one query for all images: its layer is alone
+    if name.startswith("attn_pool.qkv.") and tensor.ndim:  # one query for all images: its layer is alone
         third, part = len(tensor) // 3, name.removeprefix("attn_pool.qkv.")
         return {f"attn_pool.q.{part}": tensor[:third], f"attn_pool.kv.{part}": tensor[third:]}
     return {name: tensor}
 
 
-def _is_whole(*tensors: Tensor) -> bool:
+def is_whole(*tensors: Tensor) -> bool:
     """Whether a file holds as many numbers as each claims, so that joining them takes no more memory."""
     return all(each.numel() * each.element_size() <= each.untyped_storage().nbytes() for each in tensors)
 
@@ -129,13 +133,13 @@ def _is_whole(*tensors: Tensor) -> bool:
 def _of_network(weights: Weights, own: Container[str]) -> Weights:
     """Tensors in timm's names as the network to be filled names and shapes them."""
     found: Weights = {}
-    weights = _with_one_qkv(weights, own)
+    weights = _with_one_qkv(weights, own) | _masked(weights)
     if "reg_token" in own:
         weights |= _with_position(weights)
     for name, tensor in weights.items():
         before = name.removesuffix("qkv.bias")
         if name != before and name not in own and f"{before}qkv.weight" in own:
-            found |= _of_biases(before, tensor, own, masked=f"{name}_mask" in weights)
+            found |= _of_biases(before, tensor, own)
         else:
             new = names.renamed(name, names.DINO, own)
             found[new if new in own and new not in weights else name] = tensor
@@ -146,23 +150,34 @@ def _with_position(weights: Weights) -> Weights:
     """DINOv2's CLS token with its position, and the positions of patches alone, as timm has them where there
     are registers; none of both without such."""
     token, table = weights.get("cls_token"), weights.get("pos_embed")
-    if "register_tokens" not in weights or token is None or table is None or not _is_whole(token):
+    if "register_tokens" not in weights or token is None or table is None or not is_whole(token):
         return {}
     if not table.ndim == token.ndim == 3 or table.shape[0::2] != token.shape[0::2]:
         return {}
     return {"cls_token": token + table[:, :1], "pos_embed": table[:, 1:]}
 
 
-def _of_biases(before: str, bias: Tensor, own: Container[str], masked: bool) -> Weights:
-    """The bias of one layer for queries, keys and values for a network that has no such: two parts where it
-    keeps those apart, none of zeros; any other is left as it is, and fits nowhere.
+def _masked(weights: Weights) -> Weights:
+    """DINOv3's biases that have its mask beside them, under which the keys' part counts as zero."""
+    found: Weights = {}
+    for name in weights:
+        bias = weights.get(name.removesuffix("_mask"))
+        if name.endswith("qkv.bias_mask") and bias is not None and _has_three_parts(bias):
+            query, key, value = bias.chunk(3)
+            found[name.removesuffix("_mask")] = torch.cat([query, torch.zeros_like(key), value])
+    return found
 
-    Args:
-        masked: whether DINOv3's mask is beside it, under which the keys' part counts as zero.
-    """
-    if _is_whole(bias) and bias.ndim == 1 and len(bias) % 3 == 0:
+
+def _has_three_parts(bias: Tensor) -> bool:
+    return is_whole(bias) and bias.ndim == 1 and len(bias) % 3 == 0
+
+
+def _of_biases(before: str, bias: Tensor, own: Container[str]) -> Weights:
+    """The bias of one layer for queries, keys and values for a network that has no such: two parts where it
+    keeps those apart, none of zeros; any other is left as it is, and fits nowhere."""
+    if _has_three_parts(bias):
         query, key, value = bias.chunk(3)
-        if masked or not key.any():
+        if not key.any():
             if f"{before}q_bias" in own:
                 return {f"{before}q_bias": query, f"{before}v_bias": value}
             if not (query.any() or value.any()):
@@ -179,13 +194,13 @@ def _with_one_qkv(weights: Weights, own: Container[str]) -> Weights:
     for name, query in weights.items():
         before, sign, part = name.rpartition("q_proj.")
         key, value = (weights.get(f"{before}{which}_proj.{part}") for which in "kv")
-        if not sign or name in own or value is None or not _is_whole(query, value):
+        if not sign or name in own or value is None or not query.ndim or not is_whole(query, value):
             continue
         if key is None and part == "bias" and f"{before}q_bias" in own:
             found |= {f"{before}q_bias": query, f"{before}v_bias": value}
         else:
             key = torch.zeros_like(query) if key is None and part == "bias" else key
-            if key is None or not _is_whole(key) or not query.shape == key.shape == value.shape:
+            if key is None or not is_whole(key) or not query.shape == key.shape == value.shape:
                 continue
             found[f"{before}qkv.{part}"] = torch.cat([query, key, value])
         for which in "qkv":

@@ -33,6 +33,9 @@ from meta_dataset_readers.files import reading, size_of
 # The only kinds of numbers a weight may have; the smaller ones are widened, which is exact.
 _EXACT_IN_FLOAT32 = (torch.float32, torch.float16, torch.bfloat16)
 
+# How the Hugging Face Hub names what a large network is cut into, and the list of it.
+_ONE_OF_SEVERAL = re.compile(r".+-\d{5}-of-(?!00001)\d{5}\..+|.+\.index\.json")
+
 _LARGEST_HEADER = 100_000_000  # of a safetensors file, in bytes
 
 # torch's format until version 1.5: pickles of this number, of the format's version, of the writing machine,
@@ -72,6 +75,11 @@ def read(path: Path, what: str = "file", trust: bool = False) -> Content:
             tensors and plain values.
     """
     size = size_of(path, what=what)
+    if _ONE_OF_SEVERAL.fullmatch(path.name):
+        raise InputError(
+            f"{path}: a network in several files, expected one: load it by transformers, and save it by "
+            'save_pretrained(FOLDER, max_shard_size="999GB")'
+        )
     with blaming(f"{path}: cannot be read", OSError, strerror):
         with reading(path) as file:
             start = file.read(512)

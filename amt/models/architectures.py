@@ -293,9 +293,12 @@ def _build_timm_classifier(arch: str, n_classes: int, side: int) -> nn.Module:
     import timm
     from timm.layers.drop import DropPath
 
+    name = _OF_TIMM.get(arch, arch)
     if arch.startswith(TIMM):
         _check_timm_name(arch)
-    name = _OF_TIMM.get(arch, arch.removeprefix(TIMM))
+        name, width = timm_name(arch)
+        if width is not None:
+            raise InputError(f"--arch {arch!r}: a classifier takes no projection; expected '{TIMM}{name}'")
     try:
         try:
             module = timm.create_model(name, num_classes=n_classes, img_size=side)

@@ -95,7 +95,9 @@ class Network:
     @functools.cached_property
     def names(self) -> frozenset[str]:
         """Names of parameters and buffers: the weights that `logits` needs."""
-        return frozenset(self.module.state_dict())
+        return frozenset(
+            self.module.state_dict(keep_vars=True)
+        )  # without an operation that a trace would see
 
     @functools.cached_property
     def constants(self) -> Weights:

@@ -17,7 +17,7 @@ from amt.cli.options.parsing import Parser, check_coefficients, check_distinct, 
 from amt.evaluation.settings import Deployment, published_grid
 from amt.files import ranks
 from amt.files.shipped import as_pool
-from amt.models.head_settings import PRETRAINED, WITH_TEXTS, Head, parse_head
+from amt.models.head_settings import PRETRAINED, TEXT, WITH_TEXTS, Head, parse_head
 from amt.tasks.settings import BETAS, GAMMAS, Finetuning, Routing
 from meta_dataset_readers.errors import InputError
 from meta_dataset_readers.settings import Number, add_flags, as_path, from_args
@@ -270,6 +270,10 @@ def _check_unseen(args: argparse.Namespace, way: str) -> None:
 def _check_heads(args: argparse.Namespace) -> None:
     """Raise an `InputError` for several heads and nothing that chooses, or one that sees no attack."""
     found, way = heads(args) or (), selection(args)
+    if args.text_prototypes and not args.shots and all(head.other != TEXT for head in found):
+        raise InputError(
+            f"--head {found[0].name} does not use --text_prototypes; expected --head text, or mix other=text"
+        )
     if any(head.zero_shot for head in found) and any(words[0] == "support" for words in args.attack or ()):
         raise InputError("--attack support moves the support set, which --head text does not look at")
     if len(found) > 1 and way not in ("valid", "published"):

@@ -140,6 +140,8 @@ def check_training(args: argparse.Namespace) -> None:
         )
     if args.loss and method(args) == "standard":
         raise InputError(f"--loss {args.loss} needs an attack: --pgd_method adsv or querying, got standard")
+    if args.loss and args.no_pretrain:
+        raise InputError(f"--loss {args.loss} needs the pretrained network: it excludes --no_pretrain")
     reach = min(_attack_default(args, "epsilon"))
     if args.epsilon_from is not None and args.epsilon_from > reach:
         raise InputError(f"--epsilon_from is {args.epsilon_from:g}, expected at most --epsilon, {reach:g}")
