@@ -15,9 +15,10 @@ from amt.attacks.levels import Perturbation
 from amt.evaluation.evaluate import columns, evaluate, measure, validate
 from amt.evaluation.statistics import summarise
 from amt.models.architectures import Arch
+from amt.models.head_settings import default_head
 from amt.models.network import Network
 from amt.models.pool import Pool, principal_pool
-from amt.tasks.classifier import Classifier, merged_predictor, pretrained_predictor
+from amt.tasks.classifier import Classifier, head_classifier, merged_predictor, pretrained_predictor
 from meta_dataset_readers.episode import Episode
 
 ARCH = Arch(patch_size=4, dim=12, depth=2, heads=2, pretrained_size=8, image_size=8, mlp_ratio=2.0)
@@ -248,3 +249,13 @@ def test_validation_scores_every_adapter_alone_at_its_own_level(network, pool):
         assert found[p]["robust"] == pytest.approx(summarise(rows, attack.columns[0]).mean)
     plain = validate(network, pool, episodes, robust=False)
     assert plain == [{"clean": score["clean"]} for score in found]
+
+
+def test_validation_classifies_by_the_head_that_is_trained(network, pool):
+    episodes = [make_episode(index) for index in range(4)]
+    found = validate(network, pool, episodes, robust=False, head=default_head("ridge"))
+    for p, share in enumerate(((1.0, 0.0), (0.0, 1.0))):
+        fitter = partial(head_classifier, head=default_head("ridge"))
+        rows = evaluate(merged_predictor(network, pool, lambda *_, s=share: s, fitter=fitter), episodes, [])
+        assert found[p]["clean"] == pytest.approx(summarise(list(rows), "clean").mean)
+    assert found != validate(network, pool, episodes, robust=False)

@@ -19,10 +19,11 @@ from amt.attacks.kinds import NORMS, ON_OTHERS, Attack, on_queries
 from amt.attacks.losses import misclassified
 from amt.evaluation.answers import Answers, answered, first_wrong, replaced, row_answers
 from amt.evaluation.statistics import summarise
+from amt.models.head_settings import Head
 from amt.models.network import CHUNK, Network
 from amt.models.pool import Pool
 from amt.models.weights import stream
-from amt.tasks.classifier import Classifier, Logits, Predictor, merged_predictor
+from amt.tasks.classifier import Classifier, Logits, Predictor, head_classifier, merged_predictor
 from meta_dataset_readers.episode import Episode
 
 
@@ -277,10 +278,15 @@ def evaluate(
 
 
 def validate(
-    network: Network, pool: Pool, episodes: Iterable[Episode], robust: bool, seed: int = 0
+    network: Network,
+    pool: Pool,
+    episodes: Iterable[Episode],
+    robust: bool,
+    seed: int = 0,
+    head: Head = Head(),  # noqa: B008  frozen
 ) -> list[dict[str, float]]:
-    """Accuracy in per cent of every adapter alone: `clean`, and `robust` under PGD at its own epsilon and
-    with its own steps if asked for; of an adapter trained at epsilon 0 the two are the same.
+    """Accuracy in per cent of every adapter alone, by `head`: `clean`, and `robust` under PGD at its own
+    epsilon and with its own steps if asked for; of an adapter trained at epsilon 0 the two are the same.
 
     The episodes are gone through once, and none is kept: those of Meta-Dataset fill gigabytes.
     """
@@ -290,7 +296,10 @@ def validate(
         else []
         for level in pool.levels
     ]
-    predictors = [merged_predictor(network, pool[p], lambda *_: (1.0,)) for p in range(len(pool))]
+    fitter = partial(head_classifier, head=head)
+    predictors = [
+        merged_predictor(network, pool[p], lambda *_: (1.0,), fitter=fitter) for p in range(len(pool))
+    ]
     rows: list[list[dict]] = [[] for _ in attacks]
     for episode in episodes:
         for found, predict, attack in zip(rows, predictors, attacks, strict=True):

@@ -95,9 +95,8 @@ class Network:
     @functools.cached_property
     def names(self) -> frozenset[str]:
         """Names of parameters and buffers: the weights that `logits` needs."""
-        return frozenset(
-            self.module.state_dict(keep_vars=True)
-        )  # without an operation that a trace would see
+        # As variables: detaching them would be an operation that a trace sees.
+        return frozenset(self.module.state_dict(keep_vars=True))
 
     @functools.cached_property
     def constants(self) -> Weights:
