@@ -68,8 +68,8 @@ class TuneSettings:
     )
     head: str | None = setting(
         None,
-        "what classifies the queries in training, with gradients, and in its validation, fitted to the support "
-        "(default: prototypes)",
+        "what classifies the queries in training, with gradients, and in its validation, fitted to the "
+        "support (default: prototypes)",
         choices=TRAINED,
     )
     seed: int = 0
