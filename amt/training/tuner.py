@@ -330,6 +330,7 @@ def learning_rate(settings: TuneSettings, epoch: int) -> float:
         lr_min=settings.min_lr,
         warmup_t=settings.warmup_epochs,
         warmup_lr_init=settings.warmup_lr,
+        cycle_decay=0.5,  # of a second cycle, which does not come; of 1, timm warns where there is one epoch
     )
     schedule.step(epoch)
     return schedule.optimizer.param_groups[0]["lr"]
