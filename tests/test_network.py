@@ -196,7 +196,7 @@ DINOV3 = {"global_pool": "token", "init_values": 1.0, "num_reg_tokens": 4, "use_
 DINOV3 |= {"use_rot_pos_emb": True, "rope_type": "dinov3", "rope_rotate_half": True, "dynamic_img_size": True}
 
 
-def official_of_dino(network: nn.Module, masked: bool = True) -> dict[str, Tensor]:
+def official_of_dino(network: nn.Module) -> dict[str, Tensor]:
     """Random tensors of `network` by the names and in the shapes of DINOv2's and DINOv3's authors."""
     weights = {name: torch.randn_like(tensor) for name, tensor in network.state_dict().items()}
     state = {"mask_token": torch.zeros(1, 32)}
@@ -205,16 +205,15 @@ def official_of_dino(network: nn.Module, masked: bool = True) -> dict[str, Tenso
             continue
         if name.endswith(".q_bias"):
             other, name = weights[name.replace("q_bias", "v_bias")], name.replace("q_bias", "qkv.bias")
-            tensor = torch.cat([tensor, torch.ones(32) * masked, other])
-            if masked:
-                state[f"{name}_mask"] = torch.cat([torch.ones(32), torch.zeros(32), torch.ones(32)])
+            tensor = torch.cat([tensor, torch.ones(32), other])
+            state[f"{name}_mask"] = torch.cat([torch.ones(32), torch.zeros(32), torch.ones(32)])
         for timms, theirs in (
             ("gamma_1", "ls1.gamma"),
             ("gamma_2", "ls2.gamma"),
             ("reg_token", "storage_tokens"),
         ):
             name = name.replace(timms, theirs)
-        if "fc1_g" in "".join(weights):
+        if "blocks.0.mlp.fc1_g.weight" in weights:
             for timms, theirs in (("fc1_g", "w1"), ("fc1_x", "w2"), ("mlp.fc2", "mlp.w3")):
                 name = name.replace(timms, theirs)
         elif isinstance(network.blocks[0].mlp, GluMlp):
@@ -228,7 +227,6 @@ def official_of_dino(network: nn.Module, masked: bool = True) -> dict[str, Tenso
     return state
 
 
-# The network, and whether timm has it without biases.
 OF_DINO = {
     "DINOv2 with registers": lambda: VisionTransformer(**COMMON, **DINOV2, reg_tokens=4, no_embed_class=True),
     "DINOv2, gated": lambda: VisionTransformer(

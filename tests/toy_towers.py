@@ -128,16 +128,19 @@ def open_clip_on_timm(**vision) -> nn.Module:
     return randomised(CustomTextCLIP(SHARED, tower | vision, _TEXTS))
 
 
+_SHAPE = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
+_VISION = _SHAPE | {"intermediate_size": 4 * WIDTH, "image_size": SIDE, "patch_size": PATCH}
+
+
 def hugging_face(kind: str, act: str = "quick_gelu") -> nn.Module:
     """A network of transformers with or beside texts: CLIPModel, CLIPVisionModel,
     CLIPVisionModelWithProjection or SiglipVisionModel."""
     import transformers
 
-    shape = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
-    vision = shape | {"intermediate_size": 4 * WIDTH, "image_size": SIDE, "patch_size": PATCH}
+    vision = dict(_VISION)
     texts = {"vocab_size": 99, "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1}
     if kind == "CLIPModel":
-        texts |= shape | {"num_hidden_layers": 1, "intermediate_size": 64}
+        texts |= _SHAPE | {"num_hidden_layers": 1, "intermediate_size": 64}
         vision |= {"hidden_act": act}
         config = transformers.CLIPConfig(text_config=texts, vision_config=vision, projection_dim=SHARED)
     elif kind == "SiglipVisionModel":
@@ -151,10 +154,8 @@ def hugging_face_alone(kind: str, **settings) -> nn.Module:
     """A network of transformers without texts."""
     import transformers
 
-    shape = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
-    shape |= {"intermediate_size": 4 * WIDTH, "image_size": SIDE, "patch_size": PATCH, "layer_norm_eps": 1e-6}
     make = getattr(transformers, kind)
-    return randomised(make(make.config_class(**shape | settings)))
+    return randomised(make(make.config_class(**_VISION | {"layer_norm_eps": 1e-6} | settings)))
 
 
 def normal(images: torch.Tensor, mean=MEAN, std=STD) -> torch.Tensor:

@@ -27,7 +27,7 @@ from amt.files.ranks import Ranks, together
 from amt.files.run_directory import check_same
 from amt.files.signals import Interrupted
 from amt.models.compiled import compiler_for
-from amt.models.head_settings import Head, default_head
+from amt.models.head_settings import default_head
 from amt.models.network import Network, find_device
 from amt.models.parts import with_blocks_made_again
 from amt.models.pool import pretrained_pool, principal_pool
@@ -262,7 +262,7 @@ def judged(
             yield episode
 
     with run.passes(tuner.network.module):
-        head = default_head(tuner.settings.head or Head.kind)
+        head = default_head(tuner.settings.head)
         own = validate(tuner.network, tuner.pool, fixed(), tuner.settings.adversarial, head=head)
     # Where several ranks train a level they all validate it; the first one's word counts.
     found = ranks.gathered(dict(zip(tuner.share.levels, own, strict=True)))

@@ -28,63 +28,69 @@ def _at_start(*pairs: tuple[str, str]) -> Renames:
     return tuple((re.compile(rf"^{pattern}"), new) for pattern, new in pairs)
 
 
-TOWER = _at_start(
-    # OpenCLIP
-    (r"conv1\.", "patch_embed.proj."),
-    (r"class_embedding", "cls_token"),
-    (r"positional_embedding", "pos_embed"),
-    (r"transformer\.resblocks\.", "blocks."),
-    (r"ln_pre\.", "norm_pre."),
-    (r"ln_post\.", "norm."),
-    (r"(blocks\.\d+)\.ln_", r"\1.norm"),
-    (r"(blocks\.\d+\.attn)\.in_proj_", r"\1.qkv."),
-    (r"(blocks\.\d+\.attn)\.out_proj\.", r"\1.proj."),
-    (r"(blocks\.\d+\.mlp)\.c_fc\.", r"\1.fc1."),
-    (r"(blocks\.\d+\.mlp)\.c_proj\.", r"\1.fc2."),
-    # OpenCLIP on timm
-    (r"head\.proj\.", "head."),
-    (r"trunk\.", ""),
-    # Hugging Face
-    (r"visual_projection\.", "head."),
-    (r"embeddings\.class_embedding", "cls_token"),
-    (r"embeddings\.patch_embedding\.", "patch_embed.proj."),
-    (r"embeddings\.position_embedding\.weight", "pos_embed"),
-    (r"pre_layrnorm\.", "norm_pre."),  # so they spell it
-    (r"post_layernorm\.", "norm."),
-    (r"(encoder\.)?layers\.", "blocks."),
-    (r"(blocks\.\d+)\.layer_norm", r"\1.norm"),
-    (r"(blocks\.\d+)\.self_attn\.out_proj\.", r"\1.attn.proj."),
-    (r"(blocks\.\d+)\.self_attn\.", r"\1.attn."),
-    (r"head\.probe", "attn_pool.latent"),
-    (r"head\.attention\.out_proj\.", "attn_pool.proj."),
-    (r"head\.attention\.in_proj_", "attn_pool.qkv."),
-    (r"head\.layernorm\.", "attn_pool.norm."),
-    (r"head\.mlp\.", "attn_pool.mlp."),
-    # Hugging Face's ViTs without texts: ViT, DeiT, DINO, MAE, DINOv2, DINOv3
-    (r"embeddings\.(cls|mask|register)_token", r"\1_token"),
-    (r"embeddings\.distillation_token", "dist_token"),
-    (r"embeddings\.position_embeddings", "pos_embed"),
-    (r"embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),
-    (r"(encoder\.)?layer\.", "blocks."),
-    (r"layernorm\.", "norm."),
-    (r"(blocks\.\d+)\.layernorm_before\.", r"\1.norm1."),
-    (r"(blocks\.\d+)\.layernorm_after\.", r"\1.norm2."),
-    (r"(blocks\.\d+)\.attention\.(output\.dense|o_proj)\.", r"\1.attn.proj."),
-    (r"(blocks\.\d+)\.attention\.(attention\.)?([qkv])(uery|ey|alue|_proj)\.", r"\1.attn.\3_proj."),
-    (r"(blocks\.\d+)\.layer_scale(\d)\.lambda1", r"\1.ls\2.gamma"),
-    (r"(blocks\.\d+)\.(intermediate\.dense|mlp\.up_proj|mlp\.weights_in)\.", r"\1.mlp.fc1."),
-    (r"(blocks\.\d+)\.(output\.dense|mlp\.down_proj|mlp\.weights_out)\.", r"\1.mlp.fc2."),
-    (r"(blocks\.\d+\.mlp)\.gate_proj\.", r"\1.fc1_g."),
+def _in_blocks(*pairs: tuple[str, str]) -> Renames:
+    """Renames of what follows `blocks.N.`, which is the first group."""
+    return _at_start(*((rf"(blocks\.\d+\.){pattern}", rf"\g<1>{new}") for pattern, new in pairs))
+
+
+TOWER = (
+    *_at_start(
+        # OpenCLIP
+        (r"conv1\.", "patch_embed.proj."),
+        (r"class_embedding", "cls_token"),
+        (r"positional_embedding", "pos_embed"),
+        (r"transformer\.resblocks\.", "blocks."),
+        (r"ln_pre\.", "norm_pre."),
+        (r"ln_post\.", "norm."),
+        # OpenCLIP on timm
+        (r"head\.proj\.", "head."),
+        (r"trunk\.", ""),
+        # Hugging Face, of CLIP and SigLIP; ViT, DeiT, DINO and MAE; DINOv2 and DINOv3
+        (r"visual_projection\.", "head."),
+        (r"embeddings\.(class_embedding|cls_token)", "cls_token"),
+        (r"embeddings\.(mask|register)_token", r"\1_token"),
+        (r"embeddings\.distillation_token", "dist_token"),
+        (r"embeddings\.patch_embeddings?\.(projection\.)?", "patch_embed.proj."),
+        (r"embeddings\.position_embedding(s|\.weight)", "pos_embed"),
+        (r"pre_layrnorm\.", "norm_pre."),  # so they spell it
+        (r"(post_)?layernorm\.", "norm."),
+        (r"(encoder\.)?layers?\.", "blocks."),
+        (r"head\.probe", "attn_pool.latent"),
+        (r"head\.attention\.out_proj\.", "attn_pool.proj."),
+        (r"head\.attention\.in_proj_", "attn_pool.qkv."),
+        (r"head\.layernorm\.", "attn_pool.norm."),
+        (r"head\.mlp\.", "attn_pool.mlp."),
+    ),
+    *_in_blocks(
+        # OpenCLIP
+        (r"ln_", "norm"),
+        (r"attn\.in_proj_", "attn.qkv."),
+        (r"attn\.out_proj\.", "attn.proj."),
+        (r"mlp\.c_fc\.", "mlp.fc1."),
+        (r"mlp\.c_proj\.", "mlp.fc2."),
+        # Hugging Face
+        (r"layer_norm", "norm"),
+        (r"layernorm_before\.", "norm1."),
+        (r"layernorm_after\.", "norm2."),
+        (r"(self_attn\.out_proj|attention\.output\.dense|attention\.o_proj)\.", "attn.proj."),
+        (r"self_attn\.", "attn."),
+        (r"attention\.(attention\.)?([qkv])(uery|ey|alue|_proj)\.", r"attn.\3_proj."),
+        (r"layer_scale(\d)\.lambda1", r"ls\2.gamma"),
+        (r"(intermediate\.dense|mlp\.up_proj|mlp\.weights_in)\.", "mlp.fc1."),
+        (r"(output\.dense|mlp\.down_proj|mlp\.weights_out)\.", "mlp.fc2."),
+        (r"mlp\.gate_proj\.", "mlp.fc1_g."),
+    ),
 )
 # Of DINOv2 and DINOv3: where a network of timm has the new name and not the old one.
-DINO = _at_start(
-    (r"(register|storage)_tokens", "reg_token"),
-    (r"(blocks\.\d+)\.ls(\d)\.gamma", r"\1.gamma_\2"),
-    (r"(blocks\.\d+\.mlp)\.fc1\.", r"\1.fc1_x."),
-    (r"(blocks\.\d+\.mlp)\.w1\.", r"\1.fc1_g."),
-    (r"(blocks\.\d+\.mlp)\.w2\.", r"\1.fc1_x."),
-    (r"(blocks\.\d+\.mlp)\.w3\.", r"\1.fc2."),
-    (r"(blocks\.\d+\.mlp)\.w12\.", r"\1.fc1."),
+DINO = (
+    *_at_start((r"(register|storage)_tokens", "reg_token")),
+    *_in_blocks(
+        (r"ls(\d)\.gamma", r"gamma_\2"),
+        (r"mlp\.(fc1|w2)\.", "mlp.fc1_x."),
+        (r"mlp\.w1\.", "mlp.fc1_g."),
+        (r"mlp\.w3\.", "mlp.fc2."),
+        (r"mlp\.w12\.", "mlp.fc1."),
+    ),
 )
 RESNET = _of(
     (r"shortcut\.(?=[01]\.)", "downsample."),

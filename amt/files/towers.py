@@ -160,11 +160,10 @@ def _with_position(weights: Weights) -> Weights:
 def _masked(weights: Weights) -> Weights:
     """DINOv3's biases that have its mask beside them, under which the keys' part counts as zero."""
     found: Weights = {}
-    for name in weights:
-        bias = weights.get(name.removesuffix("_mask"))
-        if name.endswith("qkv.bias_mask") and bias is not None and _has_three_parts(bias):
+    for name, bias in weights.items():
+        if name.endswith("qkv.bias") and f"{name}_mask" in weights and _has_three_parts(bias):
             query, key, value = bias.chunk(3)
-            found[name.removesuffix("_mask")] = torch.cat([query, torch.zeros_like(key), value])
+            found[name] = torch.cat([query, torch.zeros_like(key), value])
     return found
 
 

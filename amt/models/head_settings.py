@@ -118,8 +118,11 @@ ZERO_SHOT = Head(other=TEXT, share=0.0)
 WITH_TEXTS = Head(other=TEXT, share=ON_SUPPORT)  # the default where there are texts
 
 
-def default_head(kind: str) -> Head:
-    """The head of this kind with its default options. Raises ValueError for an unknown kind."""
+def default_head(kind: str | None) -> Head:
+    """The head of this kind, None for prototypes, with its default options. Raises ValueError for an unknown
+    kind."""
+    if kind is None:
+        return Head()
     options: dict[str, Any] = dict(KINDS.get(kind, {}))
     return Head(kind, **options)
 

@@ -171,8 +171,8 @@ def fitted_voices(
         found = [_with_texts(found[0], labels, head.share, texts)]
     shares = (float(head.share), 1 - float(head.share)) if len(found) > 1 else (None,)
     voices = tuple(
-        Voice(weights, each.head, share if share is None else each.factor(share))
-        for ((weights, *_), _), each, share in zip(parts, found, shares, strict=True)
+        Voice(whole.weights, each.head, share if share is None else each.factor(share))
+        for (whole, _), each, share in zip(parts, found, shares, strict=True)
     )
     return voices, functools.partial(_temperature, voices, found, labels)
 

@@ -219,7 +219,7 @@ def _numbers(levels: Sequence[Perturbation], name: str, like: Tensor) -> Tensor:
 def _fit(pool: Pool, head: str | None, support: Tensor, labels: Tensor) -> list[Fitted]:
     """The head of every member fitted to its support features (P, S, D), with graph; the scale is the one
     that is trained."""
-    kind = default_head(head or "prototypes")
+    kind = default_head(head)
     own = zip(support, pool.scale.split(1), pool.bias.split(1), strict=True)
     return [fit(kind, seen, labels, scale=scale, bias=bias) for seen, scale, bias in own]
 
